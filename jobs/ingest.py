@@ -1,0 +1,41 @@
+"""Turns a folder of videos into a data set: Arrow shards that training reads, a manifest, a ledger of rejected videos.
+
+On a cluster (paths must be visible from every node: a shared folder, s3://, gs://):
+
+    ray job submit --working-dir . -- python jobs/ingest.py --videos URI --output URI
+
+On a laptop, without a cluster:
+
+    python jobs/ingest.py --videos ~/videos --output ~/.vmoco/data/mine
+
+Run it again to continue after an interruption or to add new videos: what is done is not done twice.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from vmoco.config import IngestSettings
+from vmoco.job import connect, run_job
+
+
+def main() -> None:
+    """Parses the settings, runs the ingest and prints where the data set is."""
+    import tyro
+
+    settings = tyro.cli(IngestSettings, description=__doc__)
+
+    from vmoco.data.ingest import ingest
+
+    connect(worker_output=False)
+    manifest = ingest(settings, progress=functools.partial(print, flush=True))
+    counts = manifest.counts
+    print(
+        f"data set {manifest.uri}: {counts['clips']} clips of {counts['videos']} videos "
+        f"({counts['held_out']} held out), {counts['rejected']} rejected, hash {manifest.hash}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,41 @@
+"""Pretrains a video encoder: shards -> tracked, registered encoder.
+
+On a cluster, from the root of this repository:
+
+    ray job submit --working-dir . -- python jobs/pretrain.py demo --data.uri URI
+
+On this machine alone, with a Ray that starts and ends with the job:
+
+    python jobs/pretrain.py demo --data.uri URI
+
+The first word is a preset, and every setting of it can be changed: `python jobs/pretrain.py demo --help`. Giving the
+--run.name of an unfinished run resumes it. Ctrl-C, or `ray job stop`, writes a checkpoint and ends.
+"""
+
+import signal
+
+import tyro
+
+from vmoco import job
+from vmoco.presets import PRESETS
+
+
+def main() -> None:
+    settings = tyro.extras.overridable_config_cli(PRESETS, description=__doc__)
+    from vmoco.train import launch, run
+
+    prepared = run.prepare(settings)
+    dashboard_url = job.connect(worker_output=False)
+    if command := job.stop_command(dashboard_url):
+        print(f"to stop this job (it writes a checkpoint first): {command}", flush=True)
+    outcome = launch.pretrain(prepared, show=lambda line: print(line, flush=True))
+    if outcome.stopped_by:
+        print(f"kept {outcome.checkpoint}; the same command with --run.name {outcome.name} goes on", flush=True)
+        raise SystemExit(128 + signal.Signals[outcome.stopped_by])
+    print(f"last checkpoint {outcome.checkpoint}", flush=True)
+    if outcome.registered:
+        print(f"registered version {outcome.registered.version} as {outcome.registered.uri}", flush=True)
+
+
+if __name__ == "__main__":
+    job.run_job(main)

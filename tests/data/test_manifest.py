@@ -1,0 +1,104 @@
+"""The manifest: the commit point of a data set."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vmoco.data import manifest
+from vmoco.data.manifest import FIELDS, NAME, Manifest, write_manifest
+
+ROWS: list[dict[str, Any]] = [
+    {"clip_id": "03", "video_id": "b", "start_seconds": 0.5, "held_out": True, "shard": "s1", "row": 0},
+    {"clip_id": "01", "video_id": "a", "start_seconds": 10.0, "held_out": False, "shard": "s0", "row": 0},
+    {"clip_id": "02", "video_id": "a", "start_seconds": 9.0, "held_out": False, "shard": "s0", "row": 1},
+]
+SETTINGS = {"num_frames": 4, "height": 8}
+
+
+def rows(**changes: Any) -> pa.Table:
+    constant = {"fps": 25.0, "label": None, "video_bytes": 7, "video_sha256": "v"}
+    full = [{**constant, **row, "sha256": f"pixels of {row['clip_id']}", **changes} for row in ROWS]
+    return pa.Table.from_pylist(full, schema=pa.schema(FIELDS))
+
+
+def write(folder: Path, table: pa.Table | None = None, shards: tuple[str, ...] = ("s0", "s1", "s2")) -> Manifest:
+    (folder / manifest.SHARDS).mkdir(parents=True, exist_ok=True)
+    for name in shards:
+        (folder / manifest.SHARDS / f"{name}.arrow").touch()
+    table = rows() if table is None else table
+    return write_manifest(
+        str(folder), table, settings=SETTINGS, frame_shape=(4, 8, 8, 3), shards=shards, num_rejected=5
+    )
+
+
+def test_what_is_written_is_loaded(tmp_path: Path) -> None:
+    """Rows, settings, shape, counts, shards and hash come back equal."""
+    written = write(tmp_path)
+    loaded = Manifest.load(str(tmp_path))
+    assert loaded == written
+    assert loaded.table.column_names == [field.name for field in FIELDS]
+    assert loaded.settings == SETTINGS
+    assert loaded.frame_shape == (4, 8, 8, 3)
+    assert loaded.counts == {"videos": 2, "clips": 3, "rejected": 5, "held_out": 1}
+    assert loaded.shards == ("s0", "s1", "s2")
+
+
+def test_rows_are_sorted(tmp_path: Path) -> None:
+    """Rows stand by video, then by time, in whatever order they came."""
+    assert write(tmp_path).table["clip_id"].to_pylist() == ["02", "01", "03"]
+
+
+def test_the_hash_is_over_the_clips_and_not_their_layout(tmp_path: Path) -> None:
+    """Other shards, rows or order: the same hash; other pixels: another."""
+    lines = "".join(
+        f"{row['clip_id']} pixels of {row['clip_id']}\n" for row in sorted(ROWS, key=lambda r: r["clip_id"])
+    )
+    expected = hashlib.sha256(lines.encode()).hexdigest()[:16]
+    assert write(tmp_path / "a").hash == expected
+    assert write(tmp_path / "b", rows(shard="s2", row=9).slice(1)).hash != expected
+    assert write(tmp_path / "c", rows(shard="s2", row=9).take([2, 0, 1])).hash == expected
+    assert write(tmp_path / "d", rows(sha256="other")).hash != expected
+
+
+def test_a_folder_without_manifest_is_no_data_set(tmp_path: Path) -> None:
+    """The error names the folder and the job that makes one; a file in its place is the same error."""
+    with pytest.raises(ValueError, match=r"is not a data set: no manifest.parquet there; make one with jobs/ingest.py"):
+        Manifest.load(str(tmp_path / "nothing"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"is not a data set"):
+        Manifest.load(str(tmp_path / "file"))
+
+
+def test_missing_shards_are_named(tmp_path: Path) -> None:
+    """A data set whose shards were moved is refused with their names, before anything is read from them."""
+    write(tmp_path)
+    (tmp_path / manifest.SHARDS / "s1.arrow").unlink()
+    with pytest.raises(ValueError, match=r"shards missing: 1 of the 3 .*\(s1.arrow\): bring them back"):
+        Manifest.load(str(tmp_path))
+
+
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    """A manifest of another schema version names both versions; a foreign Parquet file has none."""
+    write(tmp_path)
+    table = pq.read_table(tmp_path / NAME)
+    pq.write_table(table.replace_schema_metadata({"vmoco": '{"version": 7}'}), tmp_path / NAME)
+    with pytest.raises(ValueError, match=r"has schema version 7, this vmoco reads version 1: use the vmoco"):
+        Manifest.load(str(tmp_path))
+    pq.write_table(table.replace_schema_metadata(None), tmp_path / NAME)
+    with pytest.raises(ValueError, match=r"has schema version None"):
+        Manifest.load(str(tmp_path))
+    (tmp_path / NAME).write_bytes(b"PAR1 no")
+    with pytest.raises(ValueError, match=r"manifest.parquet cannot be read"):
+        Manifest.load(str(tmp_path))
+
+
+def test_any_parquet_reader_finds_the_facts(tmp_path: Path) -> None:
+    """The JSON under the key `vmoco` lies in Parquet's own key-value metadata, not only in Arrow's."""
+    write(tmp_path)
+    assert b'"counts"' in pq.read_metadata(tmp_path / NAME).metadata[b"vmoco"]

@@ -1,0 +1,184 @@
+"""The order of training: fair to every video, the same at any world size, and a pure function of manifest and seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.dataset import make_data_set
+from vmoco.data.loader import Loader
+from vmoco.data.manifest import Manifest, write_manifest
+from vmoco.data.plan import Draws, Plan
+from vmoco.presets import PRESETS
+from vmoco.seed import hash64
+
+COUNTS = st.lists(st.integers(1, 6), min_size=1, max_size=9)
+
+
+def make_plan(
+    counts: list[int], *, seed: int = 3, draws_per_video: int = 2, micro_batch: int = 2, num_micro: int = 3
+) -> Plan:
+    """A plan over videos with so many clips each."""
+    ids = [hash64("clip", video, clip) for video, count in enumerate(counts) for clip in range(count)]
+    return Plan(
+        np.repeat(np.arange(len(counts)), counts),
+        np.array(ids, np.uint64),
+        seed=seed,
+        draws_per_video=draws_per_video,
+        global_batch=micro_batch * num_micro,
+        micro_batch=micro_batch,
+    )
+
+
+def stream(plan: Plan, length: int) -> list[tuple[int, int, int, int]]:
+    """The first draws, one after the other: (clip, video, epoch, seed)."""
+    draws = [plan.batch(step) for step in range(-(-length // plan.global_batch))]
+    return [row for part in draws for row in rows(part)][:length]
+
+
+def rows(draws: Draws) -> list[tuple[int, int, int, int]]:
+    """The draws, one after the other."""
+    columns = [column.tolist() for column in (draws.clip, draws.video, draws.epoch, draws.seed)]
+    return list(zip(*columns, strict=True))
+
+
+@given(counts=COUNTS, draws_per_video=st.integers(1, 8), micro=st.integers(1, 5), seed=st.integers(0, 2**63))
+def test_epoch_is_fair_to_every_video(counts: list[int], draws_per_video: int, micro: int, seed: int) -> None:
+    """In each of three epochs every video comes up draws_per_video times, with distinct clips as far as it has them.
+
+    Batches run on over the ends of epochs: the stream is cut nowhere.
+    """
+    plan = make_plan(counts, draws_per_video=draws_per_video, micro_batch=micro, seed=seed)
+    length = len(counts) * draws_per_video
+    assert plan.epoch_length == length
+    drawn = stream(plan, 3 * length)
+    starts = np.cumsum([0, *counts])
+    for epoch in range(3):
+        part = drawn[epoch * length : (epoch + 1) * length]
+        assert {row[2] for row in part} == {epoch}
+        assert Counter(row[1] for row in part) == dict.fromkeys(range(len(counts)), draws_per_video)
+        for video, count in enumerate(counts):
+            clips = [row[0] for row in part if row[1] == video]
+            assert all(starts[video] <= clip < starts[video + 1] for clip in clips)
+            assert len(set(clips)) == min(count, draws_per_video)
+    assert len({row[3] for row in drawn}) == len(drawn), "two draws share a seed"
+
+
+def test_every_clip_gets_its_turn() -> None:
+    """One draw per epoch from a video of 5 clips: over 400 epochs each comes up about 80 times."""
+    times = Counter(row[0] for row in stream(make_plan([5], draws_per_video=1), 400))
+    assert sorted(times) == list(range(5))
+    assert all(80 - 4 * 8 < count < 80 + 4 * 8 for count in times.values())  # four standard deviations
+
+
+def test_epochs_and_runs_have_their_own_order() -> None:
+    """The order of 50 videos is another one in the next epoch, in the next pass of an epoch, and for another seed."""
+    plan = make_plan([1] * 50)
+    passes = np.array([row[1] for row in stream(plan, 200)]).reshape(4, 50).tolist()
+    passes.append([row[1] for row in stream(make_plan([1] * 50, seed=4), 50)])
+    assert len({tuple(order) for order in passes}) == 5
+
+
+@given(world_size=st.integers(1, 12), num_micro=st.integers(1, 12), micro=st.integers(1, 5))
+def test_shares_partition_the_batch(world_size: int, num_micro: int, micro: int) -> None:
+    """In rank order the shares are the whole batch, each of whole micro-batches, as even as they divide.
+
+    More ranks than micro-batches are refused with both numbers.
+    """
+    plan = make_plan([1], micro_batch=micro, num_micro=num_micro)
+    if world_size > num_micro:
+        with pytest.raises(ValueError, match=f"^{world_size} workers cannot share {num_micro} micro-batches: lower"):
+            plan.share(0, world_size)
+        return
+    shares = [plan.share(rank, world_size) for rank in range(world_size)]
+    places = list(range(plan.global_batch))
+    assert [place for share in shares for place in places[share]] == places
+    sizes = [share.stop - share.start for share in shares]
+    assert all(share.start % micro == 0 for share in shares)
+    assert max(sizes) - min(sizes) <= micro
+
+
+@given(counts=COUNTS, micro=st.integers(1, 4), steps=st.lists(st.integers(0, 30), min_size=1, max_size=8))
+def test_batch_does_not_depend_on_what_was_asked_before(counts: list[int], micro: int, steps: list[int]) -> None:
+    """Asked in any order, or alone, a step gives the same draws and key order; its ranks' shares join to them."""
+    plan = make_plan(counts, micro_batch=micro)
+    for step in steps:
+        alone = make_plan(counts, micro_batch=micro)
+        expected = rows(alone.batch(step))
+        found = plan.batch(step)
+        assert rows(found) == expected
+        assert plan.key_order(step).tolist() == alone.key_order(step).tolist()
+        for world_size in (1, 2, 3):
+            parts = [rows(found[plan.share(rank, world_size)]) for rank in range(world_size)]
+            assert [row for part in parts for row in part] == expected
+
+
+@given(counts=COUNTS, step=st.integers(0, 50), micro=st.integers(1, 6))
+def test_batch_spans_the_ends_of_epochs(counts: list[int], step: int, micro: int) -> None:
+    """Draw i of the stream belongs to epoch i // epoch length, wherever batches begin and however long they are."""
+    plan = make_plan(counts, draws_per_video=1, micro_batch=micro)
+    first = step * plan.global_batch
+    expected = [place // len(counts) for place in range(first, first + plan.global_batch)]
+    assert plan.batch(step).epoch.tolist() == expected
+
+
+@given(step=st.integers(0, 10**6), num_micro=st.integers(1, 20))
+def test_key_order_is_a_permutation(step: int, num_micro: int) -> None:
+    """Every draw of the global batch is loaded once as a key."""
+    plan = make_plan([1], num_micro=num_micro)
+    assert sorted(plan.key_order(step).tolist()) == list(range(plan.global_batch))
+
+
+def test_key_is_normalised_beside_other_clips_than_its_query() -> None:
+    """With 8 micro-batches of 4, on average a key shares 3 * 3 / 31 = 0.29 of its 3 batch-mates with its query.
+
+    That is what shuffle-BN is for; unshuffled they would share all 3.
+    """
+    plan = make_plan([1] * 40, micro_batch=4, num_micro=8)
+    shared = []
+    for step in range(50):
+        mates_of_key: dict[int, set[int]] = {}
+        for micro in plan.key_order(step).reshape(8, 4).tolist():
+            mates_of_key |= {draw: set(micro) - {draw} for draw in micro}
+        for draw in range(32):
+            mates_of_query = set(range(draw // 4 * 4, draw // 4 * 4 + 4)) - {draw}
+            shared.append(len(mates_of_query & mates_of_key[draw]))
+    assert np.mean(shared) == pytest.approx(9 / 31, abs=0.08)
+    assert len({tuple(plan.key_order(step)) for step in range(50)}) == 50
+
+
+def plan_of(manifest: Manifest) -> Plan:
+    """The plan that the loader makes of a data set."""
+    return Loader(manifest, PRESETS["tiny"][1], rank=0, world_size=1).plan
+
+
+def test_another_layout_changes_no_draw(tmp_path) -> None:
+    """The same clips spread over other shards: the same clips are drawn, in the same order, with the same seeds."""
+    manifest = make_data_set(tmp_path / "before")
+    table = manifest.table.set_column(
+        manifest.table.column_names.index("shard"), "shard", [["9", "8", "7"][row % 3] for row in range(24)]
+    )
+    table = table.take(np.random.default_rng(1).permutation(24))
+    again = write_manifest(
+        str(tmp_path / "after"),
+        table,
+        settings=manifest.settings,
+        frame_shape=manifest.frame_shape,
+        shards=["7", "8", "9"],
+        num_rejected=0,
+    )
+    assert again.table["shard"].to_pylist() != manifest.table["shard"].to_pylist()
+    assert stream(plan_of(again), 100) == stream(plan_of(manifest), 100)
+
+
+def test_seed_of_a_draw_follows_its_clip() -> None:
+    """When a video is added, the clips that are drawn in the same epoch and pass as before keep their seeds."""
+    small, large = make_plan([1] * 6, draws_per_video=1), make_plan([1] * 7, draws_per_video=1)
+    before = {(row[0], row[2]): row[3] for row in stream(small, 30)}
+    after = {(row[0], row[2]): row[3] for row in stream(large, 35)}
+    assert before.items() <= after.items()
+    assert before.keys() != after.keys()

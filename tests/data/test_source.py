@@ -1,0 +1,103 @@
+"""Listing and reading the videos of a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from vmoco.data.source import Found, list_videos, read_video
+from vmoco.data.video import VideoError
+
+
+def make(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+
+
+def test_videos_are_found_by_extension_and_sorted(tmp_path: Path) -> None:
+    """All folders are searched; names are relative, with any characters; other files are no videos."""
+    names = ["b/c.MP4", "a.mkv", "b/a 'quoted' \n🎞.webm", "b.avi", "b-.mov", "é" * 120 + ".mp4"]
+    make(tmp_path, *names, "notes.txt", "b/mp4", "c.mp4.part")
+    listing = list_videos(str(tmp_path))
+    assert [found.video_id for found in listing.videos] == sorted(names)
+    assert [found.num_bytes for found in listing.videos] == [len(name.encode()) for name in sorted(names)]
+    assert listing.rejected == ()
+
+
+def test_a_uri_lists_as_a_path_does(tmp_path: Path) -> None:
+    """file:// gives the same names."""
+    make(tmp_path, "x/b.mp4", "a.mp4")
+    assert list_videos(f"file://{tmp_path}") == list_videos(str(tmp_path))
+
+
+def test_hidden_videos_are_counted(tmp_path: Path) -> None:
+    """A name with a leading dot is left out, and counted."""
+    make(tmp_path, "._a.mp4", "a.mp4", ".b.txt", ".cache/c.mp4")
+    listing = list_videos(str(tmp_path))
+    assert [found.video_id for found in listing.videos] == ["a.mp4"]
+    assert listing.num_hidden == 1
+
+
+def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
+    """A linked folder is listed once under each root, and a loop of links does not go on for ever."""
+    make(tmp_path / "elsewhere", "a.mp4")
+    make(tmp_path / "root", "sub/b.mp4")
+    (tmp_path / "root" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "sub" / "loop").symlink_to(tmp_path / "root")
+    (tmp_path / "root" / "z.mp4").symlink_to(tmp_path / "elsewhere" / "a.mp4")
+    listing = list_videos(str(tmp_path / "root"))
+    assert [found.video_id for found in listing.videos] == ["linked/a.mp4", "sub/b.mp4", "z.mp4"]
+
+
+def test_what_is_no_file_is_rejected(tmp_path: Path) -> None:
+    """A FIFO, a dangling link and a name that is not UTF-8 are in the ledger with their reasons, and nothing hangs."""
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "nothing")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.mp4")).touch()
+    rejected = {row.video_id: row for row in list_videos(str(tmp_path)).rejected}
+    assert {name: row.reason for name, row in rejected.items()} == {
+        "pipe.mp4": "not-a-file",
+        "link.mp4": "dangling-link",
+        r"\xff.mp4": "name-not-utf8",
+    }
+    assert {row.stage for row in rejected.values()} == {"list"}
+
+
+def test_no_videos_is_an_error(tmp_path: Path) -> None:
+    """The error says what was looked for; a folder that is not there is another error."""
+    make(tmp_path, "a.txt", ".b.mp4")
+    with pytest.raises(ValueError, match=r"no videos found in .* \(1 hidden ones are left out\): looked for .* \.mp4 "):
+        list_videos(str(tmp_path))
+    for name in ("missing", "a.txt"):
+        with pytest.raises(ValueError, match="is not a folder that can be read"):
+            list_videos(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_reading_gives_size_and_hash(tmp_path: Path, scheme: str) -> None:
+    """The hash is that of the file's bytes."""
+    make(tmp_path, "a b.mp4")
+    content = read_video(f"{scheme}{tmp_path}", Found("a b.mp4", 7))
+    assert (content.num_bytes, content.sha256) == (7, hashlib.sha256(b"a b.mp4").hexdigest())
+
+
+def test_what_cannot_be_read_is_rejected(tmp_path: Path) -> None:
+    """A file that is gone, empty, a folder or of another size than listed has its own reason; only empty is final."""
+    make(tmp_path, "a.mp4")
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    cases = {
+        Found("gone.mp4", 1): ("missing", True),
+        Found("empty.mp4", 0): ("empty", False),
+        Found("folder.mp4", 1): ("read-error", True),
+        Found("a.mp4", 99): ("changed", True),
+    }
+    for found, expected in cases.items():
+        with pytest.raises(VideoError) as caught:
+            read_video(str(tmp_path), found)
+        assert caught.value.stage == "read"
+        assert (caught.value.reason, caught.value.transient) == expected

@@ -1,0 +1,232 @@
+"""Decoding: which frames, their pixels, and what is rejected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from tests.data import videos
+from vmoco.data import video
+from vmoco.data.clips import start_indices
+from vmoco.data.video import Cut, InMemory, VideoError, cut_clips, probe
+
+SETTINGS: dict[str, Any] = {
+    "num_frames": 8,
+    "stride": 2,
+    "height": 48,
+    "width": 64,
+    "max_clips": 3,
+    "seconds": 60.0,
+}
+
+ENCODINGS = {
+    "h264.mp4": {},
+    "h264-b-frames.mkv": {"options": {"bf": "3", "g": "12"}},
+    "h264.ts": {},
+    "mpeg4.avi": {"codec": "mpeg4"},
+    "mjpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}},
+    "mpeg2.mpg": {"codec": "mpeg2video"},
+    "h264-10-bit.mp4": {"pix_fmt": "yuv420p10le"},
+    "h264-444.mp4": {"pix_fmt": "yuv444p"},
+}
+
+
+def numbers(cut: Cut) -> list[list[int]]:
+    return [[videos.number_of(frame) for frame in clip] for clip in cut.frames]
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_the_planned_frames_are_taken(tmp_path: Path, name: str) -> None:
+    """For each codec and container, the frames of the clips are exactly those that `start_indices` names."""
+    options: Any = ENCODINGS[name]
+    path = videos.write_video(tmp_path / name, videos.images(60), **options)
+    cut = cut_clips(str(path), **SETTINGS)
+    starts = start_indices(60, num_frames=8, stride=2, max_clips=3)
+    assert numbers(cut) == [[start + 2 * place for place in range(8)] for start in starts]
+    assert cut.fps == pytest.approx(25)
+    first = probe(str(path)).num_frames
+    assert first == 60
+    assert np.diff(cut.start_seconds) == pytest.approx(np.diff(starts) / 25)
+    assert cut.frames.shape == (3, 8, 48, 64, 3)
+
+
+def test_pixels_are_those_of_an_antialiased_resize(tmp_path: Path) -> None:
+    """Every frame is that of a plain sequential decode, resized by torch and cropped, to within 1 of 255 on average."""
+    y, x = np.mgrid[0:180, 0:320]
+    moving = [
+        np.stack(
+            [
+                127 + 100 * np.sin(x / 9 + t / 3),
+                127 + 100 * np.sin(y / 7 - t / 5),
+                127 + 60 * np.sin((x + y) / 15) + 40 * np.cos(t / 4),
+            ],
+            axis=-1,
+        ).astype(np.uint8)
+        for t in range(40)
+    ]
+    path = videos.write_video(tmp_path / "a.mp4", moving, pix_fmt="yuv444p")
+    cut = cut_clips(str(path), **SETTINGS)
+    with av.open(str(path)) as container:
+        plain = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    starts = start_indices(40, num_frames=8, stride=2, max_clips=3)
+    for clip, start in zip(cut.frames, starts, strict=True):
+        for place, got in enumerate(clip):
+            whole = torch.from_numpy(plain[start + 2 * place]).permute(2, 0, 1)[None].float()
+            # 320 x 180 covers 64 x 48 at a height of 48, which is a width of 85.3.
+            small = torch.nn.functional.interpolate(whole, (48, 85), mode="bilinear", antialias=True)[0]
+            expected = small.permute(1, 2, 0).numpy()[:, 10 : 10 + 64]
+            assert np.abs(got - expected).mean() < 1.0
+
+
+def test_decoding_twice_gives_equal_bytes(tmp_path: Path) -> None:
+    """From a path or from memory, the bytes are the same."""
+    path = videos.write_video(tmp_path / "a.mp4", videos.images(30))
+    first = cut_clips(str(path), **SETTINGS)
+    second = cut_clips(InMemory(path.read_bytes(), path.name), **SETTINGS)
+    np.testing.assert_array_equal(first.frames, second.frames)
+    assert (first.start_pts, first.fps) == (second.start_pts, second.fps)
+
+
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_rotation_is_honoured(tmp_path: Path, rotation: int) -> None:
+    """A video whose metadata asks for a turn is stored upright."""
+    lying = [np.ascontiguousarray(np.rot90(image, -rotation // 90)) for image in videos.images(20)]
+    path = videos.write_video(tmp_path / "a.mp4", lying, rotation=rotation)
+    cut = cut_clips(str(path), **SETTINGS)
+    assert numbers(cut) == [[2 + 2 * place for place in range(8)]]
+
+
+def test_the_shape_of_pixels_is_honoured(tmp_path: Path) -> None:
+    """A video with pixels twice as wide as high is stored as it is shown."""
+    wide = videos.images(20, height=72, width=192)
+    squeezed = [np.ascontiguousarray(image[:, ::2]) for image in wide]
+    path = videos.write_video(tmp_path / "a.mp4", squeezed, sample_aspect=Fraction(2))
+    cut = cut_clips(str(path), **{**SETTINGS, "height": 36, "width": 96})
+    assert numbers(cut) == [[2 + 2 * place for place in range(8)]]
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (6, 34), (300, 20), (72, 96)])
+def test_any_size_covers_the_frame(tmp_path: Path, height: int, width: int) -> None:
+    """Tiny and narrow videos are scaled up to cover the frame; a grey picture stays grey to its edges."""
+    grey = [np.full((height, width, 3), 100, np.uint8)] * 20
+    path = videos.write_video(tmp_path / "a.mkv", grey, codec="ffv1", pix_fmt="yuv444p")
+    assert np.abs(cut_clips(str(path), **SETTINGS).frames.astype(int) - 100).max() <= 2
+
+
+def test_a_wrong_count_is_corrected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where packets and frames differ, the clips are spread over the frames that are really there."""
+    path = str(videos.write_video(tmp_path / "a.mp4", videos.images(60)))
+    right = cut_clips(path, **SETTINGS)
+    honest = video._probe
+    for wrong in (0, 50, 61, 200):
+
+        def lying(container: Any, clock: Any, wrong: int = wrong) -> video.Probe:
+            about = honest(container, clock)
+            return video.Probe(width=about.width, height=about.height, num_frames=wrong, fps=about.fps)
+
+        monkeypatch.setattr(video, "_probe", lying)
+        cut = cut_clips(path, **SETTINGS)
+        np.testing.assert_array_equal(cut.frames, right.frames)
+        assert cut.start_pts == right.start_pts
+
+
+def test_variable_frame_rate(tmp_path: Path) -> None:
+    """The rate is the mean over the video, and a clip's start is its own time stamp."""
+    stamps = [2 * number if number < 20 else 40 + number for number in range(40)]
+    path = videos.write_video(tmp_path / "a.mp4", videos.images(40), pts=stamps, options={"bf": "0"})
+    cut = cut_clips(str(path), **{**SETTINGS, "stride": 1, "max_clips": 2})
+    starts = start_indices(40, num_frames=8, stride=1, max_clips=2)
+    assert numbers(cut) == [list(range(start, start + 8)) for start in starts]
+    assert cut.start_seconds == pytest.approx([stamps[start] / 25 for start in starts])
+    assert cut.fps == pytest.approx(39 / (stamps[-1] / 25))
+
+
+def noisy(path: Path, **options: Any) -> Path:
+    """A video with so much detail that every part of the file is picture data."""
+    rng = np.random.default_rng(0)
+    frames = [
+        np.clip(image + rng.integers(-40, 40, image.shape), 0, 255).astype(np.uint8) for image in videos.images(60)
+    ]
+    return videos.write_video(path, frames, **options)
+
+
+def text(path: Path) -> Path:
+    path.write_text("this is no video\n" * 100)
+    return path
+
+
+def playlist(path: Path) -> Path:
+    other = videos.write_video(path.with_name("other.ts"), videos.images(60))
+    path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{other}\n#EXT-X-ENDLIST\n")
+    return path
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Path], str, str]] = {
+    "text.mp4": (text, "probe", "cannot-open"),
+    "playlist.mp4": (playlist, "probe", "cannot-open"),
+    "audio.mp4": (videos.write_audio, "probe", "no-video-stream"),
+    "one-frame.mp4": (lambda path: videos.write_video(path, videos.images(1)), "clip", "too-few-frames"),
+    "short.mp4": (lambda path: videos.write_video(path, videos.images(14)), "clip", "too-few-frames"),
+    "no-index.mp4": (lambda path: videos.truncate(noisy(path), 0.6), "probe", "cannot-open"),
+    "cut.mkv": (lambda path: videos.truncate(noisy(path), 0.6), "probe", "truncated"),
+    "cut.webm": (lambda path: videos.truncate(noisy(path, codec="libvpx"), 0.6), "probe", "truncated"),
+    "cut.avi": (
+        lambda path: videos.truncate(noisy(path, codec="mjpeg", pix_fmt="yuvj420p"), 0.6),
+        "probe",
+        "truncated",
+    ),
+    "cut-fast-start.mp4": (
+        lambda path: videos.truncate(noisy(path, container_options={"movflags": "faststart"}), 0.6),
+        "probe",
+        "truncated",
+    ),
+    "cut-header.mp4": (lambda path: videos.truncate(noisy(path), 0.001), "probe", "cannot-open"),
+    "damaged-h264.mp4": (lambda path: videos.corrupt(noisy(path)), "decode", "decode-error"),
+    "damaged-mpeg4.avi": (lambda path: videos.corrupt(noisy(path, codec="mpeg4")), "decode", "decode-error"),
+    "damaged-vp9.mp4": (lambda path: videos.corrupt(noisy(path, codec="libvpx-vp9")), "decode", "decode-error"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_videos_are_rejected(tmp_path: Path, name: str) -> None:
+    """Each kind of broken file has its reason, the same from memory, and a message that names no place."""
+    make, stage, reason = BROKEN[name]
+    path = make(tmp_path / name)
+    said = []
+    for source in (str(path), InMemory(path.read_bytes(), path.name)):
+        with pytest.raises(VideoError) as caught:
+            cut_clips(source, **SETTINGS)
+        assert (caught.value.stage, caught.value.reason) == (stage, reason), caught.value
+        assert not caught.value.transient
+        said.append(caught.value.message)
+    assert said[0] == said[1]
+    assert said[0]
+    assert str(tmp_path) not in said[0]
+
+
+def test_the_time_limit_is_transient(tmp_path: Path) -> None:
+    """A video that takes too long is rejected, and may be tried again with more time."""
+    path = videos.write_video(tmp_path / "a.mp4", videos.images(20))
+    with pytest.raises(VideoError) as caught:
+        cut_clips(str(path), **{**SETTINGS, "seconds": 1e-9})
+    assert (caught.value.reason, caught.value.transient) == ("timeout", True)
+
+
+def test_a_huge_frame_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame above the limit, as coded or as scaled, is rejected before memory is taken for it."""
+    path = videos.write_video(tmp_path / "a.mp4", videos.images(20))
+    monkeypatch.setattr(video, "MAX_PIXELS", 96 * 72 - 1)
+    with pytest.raises(VideoError, match=r"probe: frame-too-large: 96 x 72") as caught:
+        cut_clips(str(path), **SETTINGS)
+    monkeypatch.setattr(video, "MAX_PIXELS", 100_000)
+    with pytest.raises(VideoError, match=r"decode: frame-too-large: 96 x 72 would be 1067 x 800 scaled") as caught:
+        cut_clips(str(path), **{**SETTINGS, "height": 800, "width": 64})
+    assert not caught.value.transient

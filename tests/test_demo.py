@@ -1,0 +1,108 @@
+"""The demo hands the right flags to the jobs, ends with the code of a failed step, and refuses bad input first."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+from vmoco import demo
+from vmoco.config import IngestSettings
+
+ROOT = Path(__file__).parents[1]
+
+
+class Cluster:
+    """Stands in for a LocalCluster: notes what is submitted, and whether it was stopped."""
+
+    def __init__(self, codes: dict[str, int]) -> None:
+        self.address = "http://127.0.0.1:1"
+        self.codes = codes
+        self.submitted: list[list[str]] = []
+        self.stopped = False
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped = True
+
+    def submit(self, entrypoint: list[str], working_dir: Path) -> int:
+        assert (working_dir / entrypoint[1]).name == Path(entrypoint[1]).name
+        self.submitted.append(entrypoint)
+        return self.codes.get(entrypoint[1], 0)
+
+
+def run_demo(home: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "jobs/demo.py", *flags],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"VMOCO_HOME": str(home)},
+        timeout=60,
+        check=False,
+    )
+
+
+def test_the_flags_of_ingest_say_all_settings(vmoco_home: Path) -> None:
+    """`jobs/ingest.py` parses the flags back to the very same settings, also with a space in the folder."""
+    settings = demo.ingest_settings("/videos of mine")
+    assert tyro.cli(IngestSettings, args=demo.flags(settings)) == settings
+    assert settings.output.startswith(f"{vmoco_home}/data/demo-")
+
+
+def test_a_data_set_is_named_by_what_decides_it(vmoco_home: Path) -> None:
+    """The same videos give the same folder, so a second run goes on from it; other videos give another."""
+    assert demo.ingest_settings("/a") == demo.ingest_settings("/a")
+    assert demo.ingest_settings("/a").output != demo.ingest_settings("/b").output
+
+
+@pytest.mark.parametrize(("job", "name"), [("jobs/ingest.py", "ingest"), ("jobs/pretrain.py", "pretrain")])
+def test_a_failed_step_ends_the_demo(
+    job: str, name: str, vmoco_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first job that fails is the last one submitted; its exit code is kept and the cluster is stopped."""
+    cluster = Cluster({job: 7})
+    monkeypatch.setattr(demo, "LocalCluster", lambda **_: cluster)
+    with pytest.raises(demo.StepFailedError, match=f"step '{name}' with exit code 7") as failed:
+        demo.run(videos=str(tmp_path))
+    assert failed.value.code == 7
+    assert cluster.submitted[-1][1] == job
+    assert cluster.stopped
+
+
+def test_videos_that_are_not_there(tmp_path: Path) -> None:
+    """A folder that does not exist ends the demo before anything starts, in one sentence."""
+    ended = run_demo(tmp_path / "home", "--videos", "/no such folder")
+    assert ended.returncode == 1
+    assert ended.stderr == "error: there are no videos at /no such folder: the folder does not exist\n"
+
+
+def test_a_home_that_cannot_be_written(tmp_path: Path) -> None:
+    """A home that is a file ends the demo before anything starts, in one sentence with its path."""
+    (tmp_path / "home").write_text("a file")
+    ended = run_demo(tmp_path / "home")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: ")
+    assert f"{tmp_path}/home" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_an_unknown_flag_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    """A misspelt flag ends with code 2 and names the flag that was meant."""
+    ended = run_demo(tmp_path, "--video", "x")
+    assert ended.returncode == 2
+    assert "--videos" in ended.stderr + ended.stdout
+
+
+def test_the_last_words_name_the_tracker(vmoco_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands at the end carry the tracker's own address: the database's, or the server's."""
+    assert f"ui --backend-store-uri sqlite:///{vmoco_home}/mlflow.db" in demo.next_commands()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
+    assert "ui --backend-store-uri" not in demo.next_commands()
+    assert "http://tracker:5000" in demo.next_commands()

@@ -1,0 +1,191 @@
+"""A file is whole or absent under its final name, whoever fails or is killed; and a URI is as good as a path."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from vmoco import storage
+
+KILLED_WRITER = """
+import os, signal, sys
+from vmoco import storage
+with storage.open_atomic(sys.argv[1]) as file:
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def below(folder: Path) -> list[str]:
+    """Everything in a folder, hidden files too."""
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+def test_reader_sees_one_whole_content_or_the_other(tmp_path: Path) -> None:
+    """While a writer replaces a file again and again, each read gives one of the two contents entire."""
+    path, contents = tmp_path / "file", [b"a" * 2**20, b"b" * 2**21]
+    storage.write_atomic(str(path), contents[0])
+    finished = threading.Event()
+
+    def write() -> None:
+        for turn in range(40):
+            storage.write_atomic(str(path), contents[turn % 2])
+        finished.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = set()
+    while not finished.is_set():
+        found = path.read_bytes()
+        assert found in contents, f"{len(found)} bytes"
+        seen.add(len(found))
+    writer.join()
+    assert seen == {2**20, 2**21}
+    assert below(tmp_path) == ["file"]
+
+
+def test_folder_is_created_and_content_replaced(tmp_path: Path) -> None:
+    """Missing folders appear with the file; a second write takes the place of the first, also if it is shorter."""
+    path = tmp_path / "new" / "folder" / "file"
+    storage.write_atomic(str(path), b"long content")
+    storage.write_atomic(str(path), memoryview(b"short"))
+    assert path.read_bytes() == b"short"
+    assert below(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize("place", ["file/below", "file/far/below", "folder"])
+def test_failed_write_leaves_nothing(tmp_path: Path, place: str) -> None:
+    """Below a file, or in place of a folder: one sentence with the place, and no temporary file."""
+    (tmp_path / "file").write_bytes(b"kept")
+    (tmp_path / "folder").mkdir()
+    uri = str(tmp_path / place)
+    with pytest.raises(ValueError, match=f"^cannot write {uri}: "):
+        storage.write_atomic(uri, b"content")
+    with pytest.raises(ValueError, match=f"^cannot write {uri}: "), storage.open_atomic(uri) as file:
+        file.write(b"content")
+    assert (tmp_path / "file").read_bytes() == b"kept"
+    assert below(tmp_path) == ["file", "folder"]
+
+
+def write_half(path: Path) -> None:
+    """Breaks in the middle of writing."""
+    with storage.open_atomic(str(path)) as file:
+        file.write(b"half of")
+        raise RuntimeError("broken")
+
+
+def test_error_inside_the_block_keeps_the_file_that_was_there(tmp_path: Path) -> None:
+    """`open_atomic` publishes nothing when its block raises; the error comes through as it is."""
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    with pytest.raises(RuntimeError, match=r"^broken$"):
+        write_half(path)
+    assert path.read_bytes() == b"before"
+    assert below(tmp_path) == ["file"]
+
+
+def test_temporary_file_of_a_killed_writer_is_not_listed(tmp_path: Path) -> None:
+    """A writer killed half-way leaves a temporary file that no listing shows, and no file under the final name."""
+    killed = subprocess.run([sys.executable, "-c", KILLED_WRITER, str(tmp_path / "file")], check=False)
+    assert killed.returncode == -9
+    (left,) = tmp_path.iterdir()
+    assert left.read_bytes() == b"half"
+    assert storage.list_files(str(tmp_path)) == []
+    assert not storage.exists(str(tmp_path / "file"))
+
+
+def test_listing_is_sorted_and_relative(tmp_path: Path) -> None:
+    """All files below the folder, as names in it; the folder may end in a slash; one level where asked for."""
+    for name in ("b", "a/z", "a/b/c", "a.txt", "C"):
+        storage.write_atomic(str(tmp_path / name), b"")
+    (tmp_path / "empty").mkdir()
+    assert storage.list_files(str(tmp_path)) == ["C", "a.txt", "a/b/c", "a/z", "b"]
+    assert storage.list_files(f"{tmp_path}/") == ["C", "a.txt", "a/b/c", "a/z", "b"]
+    assert storage.list_files(str(tmp_path), recursive=False) == ["C", "a.txt", "b"]
+
+
+@pytest.mark.parametrize("name", ["file", "missing"])
+def test_listing_of_no_folder_is_refused(tmp_path: Path, name: str) -> None:
+    """A file, or nothing, in the place of the folder: one sentence with the place."""
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"{tmp_path}/{name} is not a folder"):
+        storage.list_files(str(tmp_path / name))
+
+
+def test_file_uri_is_the_path(tmp_path: Path) -> None:
+    """What is written by file:// is read, listed and found by path, and the other way round."""
+    uri, path = f"file://{tmp_path}/folder/file", tmp_path / "folder" / "file"
+    storage.write_atomic(uri, b"by URI")
+    assert path.read_bytes() == b"by URI"
+    path.write_bytes(b"by path")
+    assert storage.read_bytes(uri) == b"by path"
+    assert storage.list_files(f"file://{tmp_path}") == ["folder/file"]
+    assert storage.exists(uri)
+    assert storage.local_path(uri) == storage.local_path(str(path)) == path
+    assert storage.absolute_uri(uri) == uri
+
+
+def test_relative_paths_and_home_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative to the working folder; ~ is the user's home; $VMOCO_HOME is taken where it is set."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.delenv("VMOCO_HOME", raising=False)
+    assert storage.absolute_uri("data/../set") == f"{tmp_path}/set"
+    assert storage.absolute_uri("~/set") == "/home/somebody/set"
+    assert storage.home() == "/home/somebody/.vmoco"
+    monkeypatch.setenv("VMOCO_HOME", "here")
+    assert storage.home() == f"{tmp_path}/here"
+
+
+@pytest.mark.parametrize("uri", ["http://host/set", "S3://bucket/set", "models://name"])
+def test_unknown_scheme_is_refused(uri: str) -> None:
+    """The message has the value, its scheme and what is allowed."""
+    with pytest.raises(
+        ValueError, match=rf"'{uri}' has the scheme '{uri.split(':', maxsplit=1)[0]}'.*file://, s3:// or gs://"
+    ):
+        storage.absolute_uri(uri)
+
+
+def test_empty_location_is_refused() -> None:
+    """An empty text is not the working folder."""
+    with pytest.raises(ValueError, match="empty: give a path or a URI"):
+        storage.absolute_uri("")
+
+
+@pytest.mark.parametrize("uri", ["/a/b", "s3://bucket/b", "~/b", "file:///a/b"])
+def test_submitted_job_takes_absolute_places(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+    """In a submitted job a URI or an absolute path is taken as outside one."""
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    outside = storage.require_absolute(uri, "data.uri")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert storage.require_absolute(uri, "data.uri") == outside
+    assert outside.endswith("/b")
+
+
+def test_submitted_job_refuses_a_relative_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the setting and its value; outside a submitted job the same path is taken."""
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(ValueError, match=r"^data\.uri 'set' is a relative path.*absolute path or a URI"):
+        storage.require_absolute("set", "data.uri")
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    assert storage.require_absolute("set", "data.uri") == str(Path.cwd() / "set")
+
+
+@pytest.mark.parametrize("folder", ["/a", "/a/", "s3://bucket/a", "s3://bucket/a/"])
+def test_join_puts_one_slash_between(folder: str) -> None:
+    """Whether or not the folder ends in a slash."""
+    assert storage.join(folder, "b", "c.txt") == folder.removesuffix("/") + "/b/c.txt"
+
+
+def test_unwritable_place_shows_before_the_work(tmp_path: Path) -> None:
+    """`check_writable` leaves nothing in a good place, and refuses one below a file with its reason."""
+    storage.check_writable(str(tmp_path / "good"))
+    assert below(tmp_path / "good") == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=rf"{tmp_path}/file cannot be written \(.+\): check the path"):
+        storage.check_writable(str(tmp_path / "file"))

@@ -1,0 +1,135 @@
+"""Metrics are means over the clips of all ranks, and the spread of embeddings is what its name says."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.ranks import run_on_ranks
+from vmoco.model.loss import Contrast
+from vmoco.train import distributed
+from vmoco.train.metrics import StepMetrics, effective_rank, embedding_std
+
+CPU = torch.device("cpu")
+
+
+def orthogonal(count: int, dim: int) -> torch.Tensor:
+    """`count` unit directions at right angles, turned at random, and their opposites: float32 (2 * count, dim)."""
+    turned, _ = np.linalg.qr(np.random.default_rng(count).normal(size=(dim, dim)))
+    rows = torch.from_numpy(turned[:count]).float()
+    return torch.cat([rows, -rows])
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 16])
+def test_effective_rank_counts_equal_directions(count: int) -> None:
+    """k orthogonal directions, each used as much, have effective rank k."""
+    assert effective_rank(orthogonal(count, 16)) == pytest.approx(count, rel=1e-4)
+
+
+def test_effective_rank_of_unequal_directions_is_by_the_definition() -> None:
+    """Singular values 3 and 1 have shares 3/4 and 1/4, and e to their entropy is 1.755."""
+    rows = torch.tensor([[3.0, 0, 0], [-3.0, 0, 0], [0, 1.0, 0], [0, -1.0, 0]])
+    expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    assert effective_rank(rows) == pytest.approx(expected, rel=1e-5)
+    assert effective_rank(rows + torch.tensor([5.0, 5.0, 5.0])) == pytest.approx(expected, rel=1e-4)
+
+
+def test_effective_rank_of_collapsed_embeddings_is_one() -> None:
+    """All on one point: no direction but that point, also where rounding leaves something."""
+    point = F.normalize(torch.randn(1, 128, generator=torch.Generator().manual_seed(1)), dim=1)
+    assert effective_rank(point.expand(64, -1)) == pytest.approx(1, abs=1e-3)
+
+
+def test_embedding_std_is_one_when_spread_and_zero_when_collapsed() -> None:
+    """Directions and their opposites: 1. One point: 0. Half of them on one point, half opposite: 1, along one line."""
+    assert embedding_std(orthogonal(16, 16)) == pytest.approx(1, abs=1e-6)
+    point = F.normalize(torch.ones(1, 16), dim=1)
+    assert embedding_std(point.expand(32, -1)) == pytest.approx(0, abs=1e-6)
+    assert embedding_std(torch.cat([point, -point])) == pytest.approx(1, abs=1e-6)
+    random = F.normalize(torch.randn(4096, 64, generator=torch.Generator().manual_seed(1)), dim=1)
+    assert embedding_std(random) == pytest.approx(1, abs=0.01)
+
+
+def test_embedding_std_is_the_distance_from_the_mean() -> None:
+    """Two unit vectors at 60 degrees lie half a length from their mean."""
+    pair = torch.tensor([[1.0, 0.0], [0.5, math.sqrt(0.75)]])
+    assert embedding_std(pair) == pytest.approx(0.5, abs=1e-6)
+
+
+def contrast_of(*losses: float) -> Contrast:
+    """Clips with the given losses and, from them, other numbers for the other metrics."""
+    loss = torch.tensor(losses, dtype=torch.float32, requires_grad=True)
+    plain = loss.detach()
+    return Contrast(loss, plain + 10, plain + 100, (plain > 2).float())
+
+
+def network(gradient: float) -> nn.Module:
+    """Nine weights whose gradients all have the given value."""
+    module = nn.Linear(3, 3, bias=False)
+    module.weight.grad = torch.full((3, 3), gradient)
+    return module
+
+
+def reduced(*micro_batches: Contrast, stop: bool = False, gradient: float = 2.0) -> StepMetrics:
+    metrics = StepMetrics.zeros(CPU)
+    for compared in micro_batches:
+        metrics.add(compared)
+    metrics.add_flags(stop=stop)
+    metrics.reduce_(network(gradient), nn.Linear(2, 2))
+    metrics.keys = torch.eye(4)
+    return metrics
+
+
+def test_numbers_are_means_over_clips() -> None:
+    """Micro-batches of 3 and 1 clips: every clip counts the same, and not every micro-batch."""
+    numbers = reduced(contrast_of(1, 2, 3), contrast_of(6)).numbers()
+    assert numbers["loss"] == pytest.approx(3)
+    assert numbers["positive_similarity"] == pytest.approx(13)
+    assert numbers["negative_similarity"] == pytest.approx(103)
+    assert numbers["accuracy"] == pytest.approx(0.5)
+    assert numbers["gradient_norm"] == pytest.approx(6)  # nine gradients of 2
+    assert "generator_loss" not in numbers  # it has not started
+
+
+def test_generator_loss_is_a_mean_over_its_clips() -> None:
+    """Reported from the first step in which the generator trains."""
+    metrics = StepMetrics.zeros(CPU)
+    metrics.add(contrast_of(1, 2, 3))
+    metrics.add_generator(torch.tensor([-1.0, -2.0, -6.0]))
+    metrics.add_flags(stop=False)
+    metrics.reduce_(network(1.0), network(3.0))
+    metrics.keys = torch.eye(4)
+    numbers = metrics.numbers()
+    assert numbers["generator_loss"] == pytest.approx(-3)
+    assert numbers["generator_gradient_norm"] == pytest.approx(9)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_bad_number_is_seen(bad: float) -> None:
+    """A loss that is not finite, in any clip, or a gradient: the step counts as bad; without one it does not."""
+    assert not reduced(contrast_of(1, 2)).non_finite()
+    assert reduced(contrast_of(1, bad)).non_finite()
+    assert reduced(contrast_of(1, 2), gradient=bad).non_finite()
+
+
+def numbers_of_this_rank() -> tuple[dict[str, float], bool, bool]:
+    """Rank 0 has 3 clips and is not asked to stop; rank 1 has 1 clip, and is."""
+    first = distributed.rank() == 0
+    metrics = reduced(contrast_of(1, 2, 3) if first else contrast_of(6), stop=not first)
+    bad = reduced(contrast_of(1) if first else contrast_of(math.nan))
+    return metrics.numbers(), metrics.stop(), bad.non_finite()
+
+
+def test_numbers_on_ranks_are_those_of_one_process() -> None:
+    """Ranks with 3 and 1 clips report the mean over all 4; one rank's wish to stop, or bad number, is known to both."""
+    alone = reduced(contrast_of(1, 2, 3), contrast_of(6))
+    for numbers, stop, bad in run_on_ranks(2, numbers_of_this_rank):
+        assert numbers == pytest.approx(alone.numbers())
+        assert stop
+        assert bad
+    assert not alone.stop()

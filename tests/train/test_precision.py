@@ -1,0 +1,55 @@
+"""The arithmetic of the encoders and its reason, on CPUs and on GPUs with and without bf16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vmoco.train.precision import autocast_dtype
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU by name only; the parameter says whether it computes in bf16."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    # Emulated bf16 is there on any GPU: who asks for it as well gets yes.
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or request.param
+    )
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_cpu_computes_in_float32(precision: str) -> None:
+    """No autocast, with a reason for the log."""
+    dtype, reason = autocast_dtype(precision, CPU)
+    assert dtype is None
+    assert reason.startswith("fp32 ")
+
+
+def test_bf16_on_a_cpu_is_refused() -> None:
+    """The sentence has the setting, why, and what is allowed."""
+    with pytest.raises(ValueError, match=r"^train\.precision bf16 is not allowed on a CPU, because .*: use auto or"):
+        autocast_dtype("bf16", CPU)
+
+
+@pytest.mark.parametrize("gpu", [True], indirect=True)
+@pytest.mark.parametrize(
+    ("precision", "expected"), [("auto", torch.bfloat16), ("bf16", torch.bfloat16), ("fp32", None)]
+)
+@pytest.mark.usefixtures("gpu")
+def test_gpu_with_bf16_uses_it(precision: str, expected: torch.dtype | None) -> None:
+    """Unless fp32 is asked for."""
+    assert autocast_dtype(precision, CUDA)[0] is expected
+
+
+@pytest.mark.parametrize("gpu", [False], indirect=True)
+@pytest.mark.usefixtures("gpu")
+def test_gpu_without_bf16_computes_in_float32() -> None:
+    """`auto` says which GPU it is; asking for bf16 is refused, although it could be emulated slowly."""
+    assert autocast_dtype("auto", CUDA) == (None, "fp32 because a GPU has no bf16 arithmetic")
+    with pytest.raises(
+        ValueError, match=r"^train\.precision bf16, but a GPU does not compute in it: use auto or fp32$"
+    ):
+        autocast_dtype("bf16", CUDA)

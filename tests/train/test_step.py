@@ -1,0 +1,183 @@
+"""One step on several ranks is the step of one process, and what must be equal on all ranks is equal bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.dataset import make_data_set
+from tests.ranks import run_on_ranks
+from vmoco.config import PretrainSettings
+from vmoco.data.loader import Loader, View
+from vmoco.data.manifest import Manifest
+from vmoco.presets import PRESETS
+from vmoco.train import distributed
+from vmoco.train.state import TrainState
+from vmoco.train.step import NonFiniteError, TrainStep
+
+CPU = torch.device("cpu")
+
+
+def changed(settings: PretrainSettings, **groups: dict[str, object]) -> PretrainSettings:
+    """The settings with some fields of some groups replaced."""
+    values = settings.model_dump()
+    for group, fields in groups.items():
+        values[group] |= fields
+    return PretrainSettings.model_validate(values)
+
+
+# From its first step on: the generator trains, momentum is off so that one step shows the gradient itself.
+ADVERSARIAL = changed(
+    PRESETS["tiny"][1],
+    generator={"start_percent": 0.0},
+    train={"steps": 8, "global_batch": 12, "sgd_momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"},
+    moco={"queue_size": 20},
+)
+
+
+class ExactStep(TrainStep):
+    """In float64, so that only the order of sums is left as a difference."""
+
+    def _augmented(self, view: View, micro: slice) -> torch.Tensor:
+        return super()._augmented(view, micro).double()
+
+
+def exact_state(settings: PretrainSettings, manifest: Manifest) -> TrainState:
+    """A float64 state with frozen batch normalisation and a queue that is not empty."""
+    state = TrainState(settings, manifest_hash=manifest.hash, device=CPU)
+    moco = state.moco
+    for module in (moco.query, moco.key, moco.generator):
+        module.double()
+    for module in [*moco.query.modules(), *moco.key.modules()]:
+        if isinstance(module, nn.BatchNorm3d):
+            module.eval()
+    moco.queue.keys = moco.queue.keys.double()
+    keys = torch.nn.functional.normalize(
+        torch.randn(15, 32, dtype=torch.float64, generator=torch.manual_seed(3)), dim=1
+    )
+    moco.queue.enqueue(keys, torch.arange(15), step=0)
+    return state
+
+
+def gradients_of_one_step(folder: str) -> dict[str, torch.Tensor]:
+    """Gradients, divided by nothing: change of each parameter in one step of plain SGD, over the learning rate."""
+    manifest = Manifest.load(folder)
+    state = exact_state(ADVERSARIAL, manifest)
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    loader = Loader(manifest, ADVERSARIAL, rank=distributed.rank(), world_size=distributed.world_size())
+    ExactStep(ADVERSARIAL, state, CPU)(loader.batch(0))
+    lr = {
+        "query": state.query_optimizer.param_groups[0]["lr"],
+        "generator": state.generator_optimizer.param_groups[0]["lr"],
+    }
+    names = {f"query.{name}" for name, _ in state.moco.query.named_parameters()}
+    names |= {f"generator.{name}" for name, _ in state.moco.generator.named_parameters()}
+    after = state.tensors()
+    return {name: (before[name] - after[name]) / lr[name.split(".")[0]] for name in sorted(names)}
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_gradients_on_ranks_equal_those_of_one_process(tmp_path: Path, num_ranks: int) -> None:
+    """Both losses: every parameter of D and of G moves as in one process on the joined batch (float64, 1e-9).
+
+    Batch normalisation is frozen. On 2 ranks one has 1 micro-batch and the other 2: gradients add up before they are
+    averaged.
+    """
+    make_data_set(tmp_path)
+    alone = gradients_of_one_step(str(tmp_path))
+    together = run_on_ranks(num_ranks, gradients_of_one_step, str(tmp_path))
+    for name, expected in alone.items():
+        assert expected.abs().max() > 0, f"{name} receives no gradient"
+        for rank, found in enumerate(together):
+            torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+            assert torch.equal(found[name], together[0][name]), f"{name} on rank {rank} is not that of rank 0"
+
+
+def take_steps(folder: str, num_steps: int, settings: PretrainSettings = ADVERSARIAL) -> dict[str, torch.Tensor]:
+    """The whole state of this rank after some steps."""
+    manifest = Manifest.load(folder)
+    state = TrainState(settings, manifest_hash=manifest.hash, device=CPU)
+    step = TrainStep(settings, state, CPU)
+    loader = Loader(manifest, settings, rank=distributed.rank(), world_size=distributed.world_size())
+    for number in range(num_steps):
+        step(loader.batch(number))
+    return {name: tensor.detach().clone() for name, tensor in state.tensors().items()}
+
+
+def test_all_ranks_hold_the_same_state_and_queue_order_is_that_of_one_process(tmp_path: Path) -> None:
+    """After 4 steps, with the queue of 20 wrapped twice by batches of 12: bitwise equal keys, ages, videos and weights.
+
+    On another number of ranks the order of the queue (videos, ages) is the same bit for bit.
+    """
+    make_data_set(tmp_path)
+    first, second = run_on_ranks(2, take_steps, str(tmp_path), 4)
+    assert set(first) == set(second)
+    # The count of batches is each rank's own: normalisation does not use it.
+    differing = [n for n in first if not torch.equal(first[n], second[n]) and "num_batches_tracked" not in n]
+    assert differing == []
+    alone = take_steps(str(tmp_path), 4)
+    for name in ("queue.video_ids", "queue.born", "queue.pointer"):
+        assert torch.equal(first[name], alone[name]), name
+    assert len(set(first["queue.born"].tolist())) == 2  # 12 keys of the last step, 8 of the one before
+
+
+def test_ranks_draw_the_same_batches_whatever_their_number(tmp_path: Path) -> None:
+    """Promise 2 seen from the weights: before the first update, keys of 1 and of 3 ranks differ by rounding only."""
+    make_data_set(tmp_path)
+    alone = take_steps(str(tmp_path), 1)["queue.keys"]
+    for together in run_on_ranks(3, take_steps, str(tmp_path), 1):
+        torch.testing.assert_close(together["queue.keys"], alone, rtol=0, atol=1e-6)
+
+
+def test_generator_sees_its_own_loss_alone(tmp_path: Path) -> None:
+    """With lambda near 0 the generator's gradient vanishes, although the contrastive loss does not."""
+    manifest = make_data_set(tmp_path)
+    norms = {}
+    for strength in (1e-12, 100.0):
+        settings = changed(ADVERSARIAL, generator={"strength": strength})
+        state = exact_state(settings, manifest)
+        metrics = ExactStep(settings, state, CPU)(Loader(manifest, settings, rank=0, world_size=1).batch(0))
+        norms[strength] = metrics.numbers()
+    assert norms[100.0]["generator_gradient_norm"] > 1e-4
+    assert norms[1e-12]["generator_gradient_norm"] < 1e-9
+    assert norms[1e-12]["gradient_norm"] == pytest.approx(norms[100.0]["gradient_norm"])
+
+
+def test_running_statistics_follow_the_query_alone(tmp_path: Path) -> None:
+    """q_real leaves the running statistics alone: each layer counts one batch per micro-batch, and not two."""
+    make_data_set(tmp_path)
+    state = take_steps(str(tmp_path), 2)
+    counts = {int(value) for name, value in state.items() if "num_batches_tracked" in name}
+    assert counts == {2 * ADVERSARIAL.num_micro_batches}
+
+
+def step_with_a_bad_clip(folder: str) -> tuple[str, bool]:
+    """Makes the second rank's frames produce a NaN; returns the error and whether the state is untouched."""
+    manifest = Manifest.load(folder)
+    state = TrainState(ADVERSARIAL, manifest_hash=manifest.hash, device=CPU)
+    before = {name: tensor.clone() for name, tensor in state.moco.query.named_parameters()}
+    step = TrainStep(ADVERSARIAL, state, CPU)
+    batch = Loader(manifest, ADVERSARIAL, rank=distributed.rank(), world_size=2).batch(0)
+    if distributed.rank() == 1:
+        batch.query.draws[0] = float("nan")
+    try:
+        step(batch)
+    except NonFiniteError as error:
+        same = all(torch.equal(before[name], tensor) for name, tensor in state.moco.query.named_parameters())
+        return str(error), same and batch.clip_ids[0] in str(error) if distributed.rank() == 1 else same
+    return "", False
+
+
+def test_a_nan_on_one_rank_stops_all_before_the_optimizer(tmp_path: Path) -> None:
+    """Both ranks raise the same sentence, naming step, rank and clips, and no weight has changed."""
+    make_data_set(tmp_path)
+    (first, first_same), (second, second_same) = run_on_ranks(2, step_with_a_bad_clip, str(tmp_path))
+    assert first == second
+    assert "step 0" in first
+    assert "rank 1, clips" in first
+    assert "rank 0" not in first
+    assert first_same
+    assert second_same

@@ -1,0 +1,307 @@
+"""Every setting of the service: frozen models, one docstring per field, which `--help` shows.
+
+A run is described by one `PretrainSettings`; its canonical JSON is saved, the same bytes, in the checkpoint, in
+MLflow and with the encoder. The content hash leaves out what does not change the numbers (where it runs, where it
+reports), so a resumed run may change its number of workers but not its method.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Annotated, Any, Literal
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Fill = Literal["mean", "zero"]
+AgeUnit = Literal["step", "key"]
+Estimator = Literal["mask", "pixel_sum"]
+DecayOn = Literal["logit", "exp"]
+BeforeStart = Literal["whole", "random"]
+Backbone = Literal["r3d_18", "r2plus1d_18", "mc3_18", "r3d_nano", "r2plus1d_nano"]
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+class Settings(BaseModel):
+    """A frozen group of settings that answers a bad value with one sentence."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError("; ".join(_sentence(problem) for problem in error.errors())) from None
+
+    def canonical_json(self) -> str:
+        """The settings as JSON with sorted keys: equal settings give equal bytes."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1)
+
+
+def _sentence(problem: Any) -> str:
+    field = ".".join(str(part).replace("_", "-") for part in problem["loc"])
+    if problem["type"] == "value_error":  # raised by a check below: already a sentence
+        return str(problem["ctx"]["error"])
+    said = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{field} {problem['input']!r} is not allowed: {said}"
+
+
+class IngestSettings(Settings):
+    """Turns a folder of videos into a data set: Arrow shards, a manifest and a ledger of rejected videos."""
+
+    videos: str
+    """Folder or URI prefix (file://, s3://, gs://) that holds the videos; searched recursively."""
+    output: str
+    """Folder or URI of the data set; created if missing, continued if it was made with the same settings."""
+    num_frames: int = Field(16, ge=2)
+    """Frames of a stored clip."""
+    stride: int = Field(1, ge=1)
+    """Distance between two frames of a clip, in frames of the video."""
+    height: int = Field(128, ge=16)
+    """Height of a stored frame in pixels: frames are scaled to cover height x width, then centre-cropped."""
+    width: int = Field(171, ge=16)
+    """Width of a stored frame in pixels."""
+    max_clips_per_video: int = Field(32, ge=1)
+    """At most this many clips of one video, spread evenly over it."""
+    held_out_percent: float = Field(10.0, ge=0, le=90)
+    """Share of the videos kept from training: by a hash of the video's name, so it is stable when videos are added."""
+    max_rejected_percent: float = Field(50.0, ge=0, le=100)
+    """The job fails when more than this share of the videos is rejected."""
+    videos_per_shard: int = Field(4, ge=1)
+    """Videos whose clips share one shard file; one Ray task writes one shard."""
+    seconds_per_video: float = Field(600.0, gt=0)
+    """Time limit for decoding one video."""
+
+    def content(self) -> dict[str, Any]:
+        """The settings that decide the bytes of a data set; the others may change between two runs of ingest."""
+        names = ("num_frames", "stride", "height", "width", "max_clips_per_video", "held_out_percent")
+        return {name: getattr(self, name) for name in names}
+
+
+class RunSettings(Settings):
+    """The run: its name, seed and storage."""
+
+    name: str | None = None
+    """Name of the run; the name of an unfinished run resumes it. Default: PRESET-DATE-TIME."""
+    storage: str | None = None
+    """Folder or URI for checkpoints, reachable from all nodes. Default: $VMOCO_HOME/runs (~/.vmoco/runs)."""
+    seed: int = 0
+    """Every random draw follows from this number."""
+
+
+class DataSettings(Settings):
+    """Which clips are trained on."""
+
+    uri: str = ""
+    """Data set made by jobs/ingest.py. Required."""
+    num_frames: int = Field(16, ge=2)
+    """T: frames of a training clip; a window at a seeded place of a stored clip."""
+    stride: int = Field(1, ge=1)
+    """Distance between two frames of a training clip, in stored frames."""
+    draws_per_video: int = Field(1, ge=1)
+    """Clips drawn from each video in one epoch."""
+    batches_ahead: int = Field(3, ge=1)
+    """Batches that the loader reads ahead of the step."""
+
+
+class AugmentSettings(Settings):
+    """One draw per clip and view: all frames of a clip are changed alike (paper: MoCo v1's)."""
+
+    size: int = Field(112, ge=16)
+    """Height and width of a training clip in pixels."""
+    min_area: float = Field(0.2, gt=0, le=1)
+    """Smallest share of the frame's area that a random crop keeps."""
+    grey_probability: float = Field(0.2, ge=0, le=1)
+    """Share of clips turned grey."""
+    brightness: float = Field(0.4, ge=0, le=1)
+    """Largest relative change of brightness."""
+    contrast: float = Field(0.4, ge=0, le=1)
+    """Largest relative change of contrast."""
+    saturation: float = Field(0.4, ge=0, le=1)
+    """Largest relative change of saturation."""
+    hue: float = Field(0.4, ge=0, le=0.5)
+    """Largest rotation of hue, in turns."""
+    flip_probability: float = Field(0.5, ge=0, le=1)
+    """Share of clips mirrored left to right; 0 where left and right have a meaning."""
+
+
+class ModelSettings(Settings):
+    """The encoders."""
+
+    backbone: Backbone = "r3d_18"
+    """Network from clip to feature: torchvision's, or a small one of the same blocks for a CPU (*_nano)."""
+    embedding_dim: int = Field(128, ge=2)
+    """D: width of the embedding that is compared."""
+    head: Literal["linear", "mlp"] = "linear"
+    """Projection from feature to embedding: linear (paper) or a two-layer MLP (MoCo v2)."""
+
+
+class GeneratorSettings(Settings):
+    """G: which frames are dropped."""
+
+    drop_ratio: float = Field(0.25, ge=0, le=0.9)
+    """Share of a clip's frames that is dropped; 0 is plain MoCo without a generator."""
+    fill: Fill = "mean"
+    """What stands in for a dropped frame: its own mean colour, or zero (the mean of all data)."""
+    start_percent: float = Field(50.0, ge=0, le=100)
+    """Share of training after which the generator starts (paper: half)."""
+    before_start: BeforeStart = "whole"
+    """The query before the generator starts: the whole clip (paper), or with frames dropped at random."""
+    strength: float = Field(100.0, gt=0)
+    """Lambda: factor of the generator's loss."""
+    learning_rate: float = Field(0.005, gt=0)
+    """Learning rate of the generator at a global batch of 32; scaled linearly with the batch."""
+    estimator: Estimator = "mask"
+    """Gradient of the choice of frames: of the keep mask itself, or the pixel sum of the released code, to compare."""
+    hidden_channels: int = Field(16, ge=1)
+    """Channels of the recurrent state."""
+    frame_size: int = Field(32, ge=8)
+    """The generator sees frames scaled to this many pixels square."""
+
+
+class MocoSettings(Settings):
+    """Queue, momentum and the temporal decay of keys."""
+
+    queue_size: int = Field(65536, ge=1)
+    """K: keys in the queue."""
+    momentum: float = Field(0.999, ge=0, lt=1)
+    """Momentum of the key encoder."""
+    temperature: float = Field(0.07, gt=0)
+    """Temperature of the contrastive loss."""
+    decay: float = Field(0.99999, gt=0, le=1)
+    """t: a key of age a weighs t ** a; 1 is no decay."""
+    age_unit: AgeUnit = "step"
+    """What an age counts: optimizer steps since the key came in, or keys that came in after it."""
+    decay_on: DecayOn = "logit"
+    """Where the weight applies: on the similarity (paper), or on its exponential, which really removes old keys."""
+
+
+class TrainSettings(Settings):
+    """Optimization."""
+
+    steps: int = Field(..., ge=1)
+    """Optimizer steps of the whole run."""
+    global_batch: int = Field(256, ge=2)
+    """G: clips per step over all ranks."""
+    micro_batch: int = Field(32, ge=2)
+    """M: clips that a batch normalisation sees together; ranks take whole micro-batches."""
+    learning_rate: float = Field(0.005, gt=0)
+    """Learning rate at a global batch of 32; scaled linearly with the batch (paper: 0.04 at 256)."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """L2 penalty."""
+    sgd_momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of the optimizer."""
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    """Learning rate over training: x0.1 at 60 % and 80 % (paper), cosine to zero, or constant."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly from zero."""
+    precision: Precision = "auto"
+    """Arithmetic of the encoders: auto is bf16 on GPUs that have it, else fp32. The embedding is always fp32."""
+    log_every: int = Field(10, ge=1)
+    """Steps between two log lines and two points in MLflow."""
+    checkpoint_every: int = Field(500, ge=1)
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints that are kept."""
+
+
+class ScalingSettings(Settings):
+    """Where it runs. Changing it does not change the order of the batches, their augmentation or the queue."""
+
+    num_workers: int = Field(1, ge=1)
+    """Ray Train workers: one per GPU, or processes on CPUs."""
+    use_gpu: bool = False
+    """One GPU per worker, nccl between them; otherwise CPUs and gloo."""
+    cpus_per_worker: int = Field(1, ge=1)
+    """CPU cores, and threads, of each worker."""
+    max_failures: int = Field(3, ge=0)
+    """Times a run restarts from its last checkpoint after a worker or node was lost."""
+    wait_for_nodes: bool = False
+    """Wait for an autoscaler to bring what the cluster lacks, instead of refusing to start."""
+
+
+class TrackingSettings(Settings):
+    """Where it reports. The tracker's address is MLFLOW_TRACKING_URI, or a database in $VMOCO_HOME."""
+
+    experiment: str = "vmoco"
+    """MLflow experiment of the run."""
+    register_as: str | None = None
+    """Name under which the finished encoder is registered."""
+    alias: str = "candidate"
+    """Alias given to the registered version."""
+
+
+class PretrainSettings(Settings):
+    """A pretraining run."""
+
+    preset: Annotated[str, tyro.conf.Suppress] = "custom"
+    """Preset that these settings began as; a name for people, it decides nothing."""
+    run: RunSettings = RunSettings()
+    data: DataSettings = DataSettings()
+    augment: AugmentSettings = AugmentSettings()
+    model: ModelSettings = ModelSettings()
+    generator: GeneratorSettings = GeneratorSettings()
+    moco: MocoSettings = MocoSettings()
+    train: TrainSettings
+    scaling: ScalingSettings = ScalingSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> PretrainSettings:
+        train, moco = self.train, self.moco
+        if moco.queue_size < train.global_batch:
+            raise ValueError(
+                f"moco.queue-size {moco.queue_size} is below train.global-batch {train.global_batch}: "
+                "lower the batch or raise the queue"
+            )
+        if train.global_batch % train.micro_batch:
+            raise ValueError(
+                f"train.global-batch {train.global_batch} is not a multiple of train.micro-batch {train.micro_batch}: "
+                "change one of them"
+            )
+        if self.scaling.num_workers > self.num_micro_batches:
+            raise ValueError(
+                f"scaling.num-workers {self.scaling.num_workers} is above the {self.num_micro_batches} micro-batches "
+                "of a step (train.global-batch / train.micro-batch): lower the workers or the micro-batch"
+            )
+        if self.generator.drop_ratio > 0 and not 0 < self.num_dropped < self.data.num_frames:
+            raise ValueError(
+                f"generator.drop-ratio {self.generator.drop_ratio} of data.num-frames {self.data.num_frames} drops "
+                f"{self.num_dropped} frames: at least one must go and one must stay, or the ratio must be 0"
+            )
+        if train.warmup_steps >= train.steps:
+            raise ValueError(f"train.warmup-steps {train.warmup_steps} must be below train.steps {train.steps}")
+        return self
+
+    @property
+    def num_dropped(self) -> int:
+        """Frames dropped from each clip (halves round up)."""
+        return math.floor(self.generator.drop_ratio * self.data.num_frames + 0.5)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of one step, over all ranks."""
+        return self.train.global_batch // self.train.micro_batch
+
+    @property
+    def generator_start(self) -> int:
+        """First step (counted from 0) whose frames the generator chooses; train.steps where it never starts."""
+        if self.generator.drop_ratio == 0:
+            return self.train.steps
+        return math.ceil(self.train.steps * self.generator.start_percent / 100)
+
+    def content(self) -> dict[str, dict[str, Any]]:
+        """What decides the numbers of a run: all but its name, its place, its scaling and its reporting."""
+        kept = self.model_dump(mode="json", exclude={"preset", "scaling", "tracking"})
+        kept["run"] = {"seed": self.run.seed}
+        kept["data"] = {k: v for k, v in kept["data"].items() if k not in ("uri", "batches_ahead")}
+        kept["train"] = {
+            k: v for k, v in kept["train"].items() if k not in ("log_every", "checkpoint_every", "keep_checkpoints")
+        }
+        return kept
+
+    def content_hash(self) -> str:
+        """Hash of `content`."""
+        return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()[:16]

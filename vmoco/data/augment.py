@@ -1,0 +1,136 @@
+"""Augmentation of whole clips on the device: uint8 frames in, normalised floats out, no loop over clips or frames.
+
+Split in two so that it is exact: `draw` turns seeds into a small table of numbers on the CPU (the same on every
+machine), and `augment` applies the table to pixels wherever they are. All frames of a clip share one row of the table.
+
+The steps are those of MoCo v1: random resized crop, flip, grey, brightness, contrast, saturation, hue, in this fixed
+order. Two departures from torchvision, both so that one mean or matrix serves a whole clip: contrast pulls towards the
+mean of the clip, not of each frame, and hue is a rotation in YIQ space, not a shift in HSV.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from vmoco.config import AugmentSettings
+from vmoco.seed import UInt64Array, hash64, uniform
+
+# Columns of the table of draws. A crop is in pixels of the stored frame.
+TOP, LEFT, HEIGHT, WIDTH, FLIP, GREY, BRIGHTNESS, CONTRAST, SATURATION, HUE = range(10)
+NUM_COLUMNS = 10
+
+# Mean and standard deviation of Kinetics-400 pixels in [0, 1], as torchvision's video models use them.
+PIXEL_MEAN = (0.43216, 0.394666, 0.37645)
+PIXEL_STD = (0.22803, 0.22145, 0.216989)
+
+_LUMA = (0.299, 0.587, 0.114)
+_CROP_TRIES = 10
+
+
+def draw(seeds: UInt64Array, settings: AugmentSettings, *, height: int, width: int) -> npt.NDArray[np.float32]:
+    """The table of draws: float32 (B, NUM_COLUMNS), a pure function of the seeds.
+
+    Args:
+        seeds: one per clip and view.
+        settings: ranges of the draws.
+        height: of the stored frames, pixels.
+        width: of the stored frames, pixels.
+    """
+
+    def numbers(purpose: str) -> npt.NDArray[np.float64]:
+        return uniform(seeds, hash64("augment", purpose))
+
+    def around_one(purpose: str, spread: float) -> npt.NDArray[np.float64]:
+        return 1 + spread * (2 * numbers(purpose) - 1)
+
+    table = np.empty((len(seeds), NUM_COLUMNS), np.float64)
+    table[:, : WIDTH + 1] = _crops(seeds, settings.min_area, height=height, width=width)
+    table[:, FLIP] = numbers("flip") < settings.flip_probability
+    table[:, GREY] = numbers("grey") < settings.grey_probability
+    table[:, BRIGHTNESS] = around_one("brightness", settings.brightness)
+    table[:, CONTRAST] = around_one("contrast", settings.contrast)
+    table[:, SATURATION] = around_one("saturation", settings.saturation)
+    table[:, HUE] = settings.hue * (2 * numbers("hue") - 1)
+    return table.astype(np.float32)
+
+
+def _crops(seeds: UInt64Array, min_area: float, *, height: int, width: int) -> npt.NDArray[np.float64]:
+    """Random resized crops as torchvision draws them: the first of ten tries that fits, else the largest that does."""
+    tries = np.stack([uniform(seeds, hash64("augment", "area", i)) for i in range(_CROP_TRIES)], axis=1)
+    shapes = np.stack([uniform(seeds, hash64("augment", "ratio", i)) for i in range(_CROP_TRIES)], axis=1)
+    area = height * width * (min_area + (1 - min_area) * tries)
+    ratio = np.exp((2 * shapes - 1) * math.log(4 / 3))
+    widths, heights = np.round(np.sqrt(area * ratio)), np.round(np.sqrt(area / ratio))
+    fits = (widths <= width) & (heights <= height)
+    first, rows = fits.argmax(axis=1), np.arange(len(seeds))
+    limit = min(max(width / height, 3 / 4), 4 / 3)
+    crop_width = np.where(fits.any(axis=1), widths[rows, first], min(width, round(height * limit)))
+    crop_height = np.where(fits.any(axis=1), heights[rows, first], min(height, round(width / limit)))
+    top = np.floor(uniform(seeds, hash64("augment", "top")) * (height - crop_height + 1))
+    left = np.floor(uniform(seeds, hash64("augment", "left")) * (width - crop_width + 1))
+    return np.stack([top, left, crop_height, crop_width], axis=1)
+
+
+def augment(frames: torch.Tensor, draws: torch.Tensor, *, size: int) -> torch.Tensor:
+    """Applies a table of draws.
+
+    Args:
+        frames: uint8 (B, T, H, W, 3).
+        draws: float32 (B, NUM_COLUMNS) from `draw`, on the same device.
+        size: height and width of the result, pixels.
+
+    Returns:
+        float32 (B, 3, T, size, size), normalised by Kinetics' mean and deviation, channels_last_3d.
+    """
+    clips = resized_crop(frames, draws, size=size)
+    clips = _blend(clips, _grey(clips), 1 - draws[:, GREY])
+    clips = _blend(clips, torch.zeros_like(clips), draws[:, BRIGHTNESS])
+    clips = _blend(clips, _grey(clips).mean(dim=(1, 2, 3, 4), keepdim=True), draws[:, CONTRAST])
+    clips = _blend(clips, _grey(clips), draws[:, SATURATION])
+    clips = torch.einsum("bij,bjthw->bithw", _hue_rotation(draws[:, HUE]), clips).clamp(0, 1)
+    return normalise(clips)
+
+
+def resized_crop(frames: torch.Tensor, draws: torch.Tensor, *, size: int) -> torch.Tensor:
+    """Crops, mirrors and scales by one bilinear sampling: float32 (B, 3, T, size, size) in [0, 1]."""
+    batch, num_frames, height, width, channels = frames.shape
+    pixels = frames.permute(0, 1, 4, 2, 3).reshape(batch, num_frames * channels, height, width)
+    at = (torch.arange(size, device=frames.device) + 0.5) / size
+    across = torch.where(draws[:, FLIP, None] > 0, 1 - at, at)  # mirrored clips read their columns backwards
+    x = (draws[:, LEFT, None] + across * draws[:, WIDTH, None]) * (2 / width) - 1
+    y = (draws[:, TOP, None] + at * draws[:, HEIGHT, None]) * (2 / height) - 1
+    grid = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1)
+    # All frames of a clip are channels of one image here: they cannot be cropped differently.
+    sampled = F.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
+    return sampled.view(batch, num_frames, channels, size, size).transpose(1, 2) / 255
+
+
+def normalise(clips: torch.Tensor) -> torch.Tensor:
+    """(B, 3, T, H, W) in [0, 1] -> zero mean and unit deviation over Kinetics, channels_last_3d."""
+    mean = clips.new_tensor(PIXEL_MEAN).view(3, 1, 1, 1)
+    std = clips.new_tensor(PIXEL_STD).view(3, 1, 1, 1)
+    return ((clips - mean) / std).contiguous(memory_format=torch.channels_last_3d)
+
+
+def _grey(clips: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("c,bcthw->bthw", clips.new_tensor(_LUMA), clips).unsqueeze(1)
+
+
+def _blend(clips: torch.Tensor, other: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """weight * clips + (1 - weight) * other, one weight per clip, kept in [0, 1] as pixels are."""
+    weight = weight.view(-1, 1, 1, 1, 1)
+    return (weight * clips + (1 - weight) * other).clamp(0, 1)
+
+
+def _hue_rotation(turns: torch.Tensor) -> torch.Tensor:
+    """(B, 3, 3) matrices that rotate the colour plane of YIQ and leave luma alone."""
+    to_yiq = turns.new_tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    cos, sin = torch.cos(2 * math.pi * turns), torch.sin(2 * math.pi * turns)
+    one, zero = torch.ones_like(turns), torch.zeros_like(turns)
+    rotation = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], dim=-1).view(-1, 3, 3)
+    return torch.linalg.inv(to_yiq) @ rotation @ to_yiq

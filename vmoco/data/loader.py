@@ -1,0 +1,227 @@
+"""Batches for one rank: frames copied from memory-mapped shards, a few batches ahead of the step.
+
+The loader never decodes and never converts: uint8 frames go to the device as they lie on disk, and a background thread
+does the copying. It has no state of its own. What it yields is a function of (manifest, plan, step, rank), so resuming
+is starting at another step.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+import torch
+
+from vmoco.config import PretrainSettings
+from vmoco.data import augment
+from vmoco.data.manifest import Manifest
+from vmoco.data.plan import Draws, Plan
+from vmoco.data.shard import ShardReader
+from vmoco.seed import UInt64Array, hash64, mix64, uniform
+
+
+@dataclass(frozen=True)
+class View:
+    """Clips of this rank as they lie on disk, and the draws that augment them."""
+
+    frames: torch.Tensor
+    """uint8 (B, T, H, W, 3)."""
+    draws: torch.Tensor
+    """float32 (B, augment.NUM_COLUMNS)."""
+
+    def to(self, device: torch.device) -> View:
+        """Copies to a device; from pinned memory without waiting for it."""
+        return View(self.frames.to(device, non_blocking=True), self.draws.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class RankBatch:
+    """What one rank works on in one step."""
+
+    step: int
+    query: View
+    """This rank's share of the global batch, in plan order."""
+    key: View
+    """This rank's share of the shuffled copy."""
+    random_importance: torch.Tensor
+    """float32 (B, T): seeded importance of each query's frames, for dropping at random."""
+    clip_ids: list[str]
+    """Clip of each query."""
+    share: slice
+    """Places of the queries in the global batch."""
+    clips_per_rank: list[int]
+    """Queries, and keys, that each rank works on."""
+    key_order: torch.Tensor
+    """int64 (G,): the place in the global batch of each key of the shuffled copy."""
+    video_ids: torch.Tensor
+    """int64 (G,): video of each clip of the global batch, in plan order."""
+
+
+class Loader:
+    """Iterates over the batches of one rank, from `start_step` to the last step of the run.
+
+    Args:
+        manifest: data set to read; its held-out videos are left out.
+        settings: of the run.
+        rank: of this process.
+        world_size: number of ranks.
+        start_step: first step to yield.
+        pin_memory: lay batches in page-locked memory, for a GPU.
+
+    Attributes:
+        seconds_waited: time that the consumer has waited for a batch that was not ready.
+
+    Raises:
+        ValueError: clips too short or too small for the settings, or no clip to train on.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        settings: PretrainSettings,
+        *,
+        rank: int,
+        world_size: int,
+        start_step: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        check_fits(manifest, settings)
+        self._settings = settings
+        self._manifest = manifest
+        self._rows = manifest.table.filter(pc.invert(manifest.table["held_out"]))
+        self._clip_ids: list[str] = self._rows["clip_id"].to_pylist()
+        self._shards = self._rows["shard"].combine_chunks().dictionary_encode()
+        self._shard_of = self._shards.indices.to_numpy()
+        self._row_in_shard = self._rows["row"].to_numpy()
+        videos = self._rows["video_id"].combine_chunks().dictionary_encode()
+        names = videos.dictionary.to_pylist()
+        # A hash and not the index: a key keeps its meaning when the data set grows between two runs.
+        self._video_ids = np.array([hash64("video", name) for name in names], np.uint64).view(np.int64)
+        self.plan = Plan(
+            videos.indices.to_numpy().astype(np.int64),
+            np.array([int(clip_id, 16) for clip_id in self._clip_ids], np.uint64),
+            seed=settings.run.seed,
+            draws_per_video=settings.data.draws_per_video,
+            global_batch=settings.train.global_batch,
+            micro_batch=settings.train.micro_batch,
+        )
+        shares = [self.plan.share(each, world_size) for each in range(world_size)]
+        self._share, self._clips_per_rank = shares[rank], [share.stop - share.start for share in shares]
+        self._steps = range(start_step, settings.train.steps)
+        self._pin_memory = pin_memory
+        self._readers: dict[int, ShardReader] = {}
+        self.seconds_waited = 0.0
+
+    def __iter__(self) -> Iterator[RankBatch]:
+        ready: queue.Queue[RankBatch | BaseException | None] = queue.Queue(self._settings.data.batches_ahead)
+        closed = threading.Event()
+
+        def put(item: RankBatch | BaseException | None) -> bool:
+            while not closed.is_set():
+                try:
+                    ready.put(item, timeout=0.1)
+                    return True
+                except queue.Full:
+                    continue
+            return False
+
+        def read_ahead() -> None:
+            try:
+                for step in self._steps:
+                    if not put(self.batch(step)):
+                        return
+                put(None)
+            except BaseException as error:  # handed to the consumer, which raises it where it can be seen
+                put(error)
+
+        thread = threading.Thread(target=read_ahead, name="loader", daemon=True)
+        thread.start()
+        try:
+            while True:
+                started = time.perf_counter()
+                item = ready.get()
+                self.seconds_waited += time.perf_counter() - started
+                if item is None:
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            closed.set()
+            thread.join()
+
+    def batch(self, step: int) -> RankBatch:
+        """The batch of a step, read now."""
+        draws = self.plan.batch(step)
+        key_order = self.plan.key_order(step)
+        queries, keys = draws[self._share], draws[key_order[self._share]]
+        num_frames = self._settings.data.num_frames
+        importance = np.stack([uniform(queries.seed, hash64("drop", t)) for t in range(num_frames)], axis=1)
+        return RankBatch(
+            step=step,
+            query=self._view(queries, "query"),
+            key=self._view(keys, "key"),
+            random_importance=torch.from_numpy(importance.astype(np.float32)),
+            clip_ids=[self._clip_ids[clip] for clip in queries.clip],
+            share=self._share,
+            clips_per_rank=self._clips_per_rank,
+            key_order=torch.from_numpy(key_order),
+            video_ids=torch.from_numpy(self._video_ids[draws.video]),
+        )
+
+    def _view(self, draws: Draws, name: str) -> View:
+        data, (_, height, width, _) = self._settings.data, self._manifest.frame_shape
+        shape = (len(draws), data.num_frames, height, width, 3)
+        frames = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
+        target = frames.numpy()
+        for place, (clip, start) in enumerate(zip(draws.clip, self._window_starts(draws.seed), strict=True)):
+            stored = self._stored(int(clip))
+            target[place] = stored[start : start + data.num_frames * data.stride : data.stride]
+        table = augment.draw(self._view_seeds(draws, name), self._settings.augment, height=height, width=width)
+        return View(frames, torch.from_numpy(table))
+
+    def _view_seeds(self, draws: Draws, name: str) -> UInt64Array:
+        return mix64(draws.seed, hash64("view", name))
+
+    def _window_starts(self, seeds: UInt64Array) -> npt.NDArray[np.int64]:
+        """First frame of each training clip in its stored clip; both views of a draw show the same frames (paper)."""
+        places = self._manifest.frame_shape[0] - _span(self._settings) + 1
+        return np.floor(uniform(seeds, hash64("window")) * places).astype(np.int64)
+
+    def _stored(self, clip: int) -> npt.NDArray[np.uint8]:
+        shard = int(self._shard_of[clip])
+        if shard not in self._readers:
+            self._readers[shard] = ShardReader(self._manifest.shard_uri(self._shards.dictionary[shard].as_py()))
+        return self._readers[shard].frames(int(self._row_in_shard[clip]))
+
+
+def check_fits(manifest: Manifest, settings: PretrainSettings) -> None:
+    """Checks that a run can be trained on a data set.
+
+    Raises:
+        ValueError: clips too short or too small for the settings, or no clip to train on.
+    """
+    stored_frames, height, width, _ = manifest.frame_shape
+    span, size = _span(settings), settings.augment.size
+    if span > stored_frames:
+        raise ValueError(
+            f"data.num-frames {settings.data.num_frames} at data.stride {settings.data.stride} spans {span} frames, "
+            f"the clips of {manifest.uri} have {stored_frames}: lower one of them, or ingest longer clips"
+        )
+    if size > min(height, width):
+        raise ValueError(
+            f"augment.size {size} is larger than the stored frames of {manifest.uri} ({height}x{width}): lower it, or "
+            "ingest with a larger --height and --width"
+        )
+    if manifest.counts["videos"] == manifest.counts["held_out"]:
+        raise ValueError(f"every video of {manifest.uri} is held out: ingest more videos, or lower --held-out-percent")
+
+
+def _span(settings: PretrainSettings) -> int:
+    return (settings.data.num_frames - 1) * settings.data.stride + 1

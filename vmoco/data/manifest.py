@@ -1,0 +1,174 @@
+"""The manifest: one row per clip of a data set, in one Parquet file that is written last.
+
+A folder is a data set only if its manifest is there; shards without one are an ingest that has not finished. The hash
+covers what the clips hold (names and pixels) and not how they are spread over shards, so two data sets with the same
+clips have the same hash.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vmoco import storage
+from vmoco.data.shard import METADATA_KEY, ROW_FIELDS
+
+VERSION = 1
+NAME = "manifest.parquet"
+SHARDS = "shards"
+"""Folder of the shards in a data set; `<name>.arrow` in it."""
+
+_ROW = {field.name: field for field in ROW_FIELDS}
+FIELDS = [
+    _ROW["clip_id"],
+    _ROW["video_id"],
+    pa.field("shard", pa.string(), nullable=False),  # name without folder and suffix
+    pa.field("row", pa.int32(), nullable=False),  # record batch in the shard
+    _ROW["start_seconds"],
+    _ROW["fps"],
+    _ROW["label"],
+    _ROW["held_out"],
+    _ROW["sha256"],
+    pa.field("video_bytes", pa.int64(), nullable=False),  # a file of another size is another video
+    pa.field("video_sha256", pa.string(), nullable=False),  # of the video file
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a data set holds."""
+
+    uri: str
+    """Folder of the data set."""
+    table: pa.Table
+    """One row per clip (FIELDS), sorted by (video_id, start_seconds)."""
+    settings: dict[str, Any]
+    """`IngestSettings.content()` of the ingest that made it."""
+    hash: str
+    """16 hex digits over the sorted (clip_id, sha256) pairs."""
+    frame_shape: tuple[int, int, int, int]
+    """(T, H, W, C) of every clip."""
+    counts: dict[str, int]
+    """Accepted `videos`, their `clips`, `rejected` videos, and those `held_out` of the accepted videos."""
+    shards: tuple[str, ...]
+    """Names of all shards that it accounts for, sorted; a shard whose videos were all rejected has no row."""
+
+    def shard_uri(self, name: str) -> str:
+        """Where the shard of that name lies."""
+        return shard_uri(self.uri, name)
+
+    @classmethod
+    def load(cls, uri: str) -> Manifest:
+        """Reads the manifest of the data set at `uri`, and checks that its shards are there.
+
+        Raises:
+            ValueError: there is no data set, it is of another schema version, or shards are missing.
+        """
+        uri = storage.absolute_uri(uri)
+        try:
+            content = storage.read_bytes(storage.join(uri, NAME))
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(
+                f"{uri} is not a data set: no {NAME} there; make one with jobs/ingest.py (if an ingest was "
+                "interrupted, the same command finishes it)"
+            ) from None
+        try:
+            table = pq.read_table(io.BytesIO(content))
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{uri}/{NAME} cannot be read ({error}): remove it and run jobs/ingest.py again") from None
+        about = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
+        if about.get("version") != VERSION:
+            raise ValueError(
+                f"data set {uri} has schema version {about.get('version')}, this vmoco reads version {VERSION}: "
+                "use the vmoco that made it, or run jobs/ingest.py again into another folder"
+            )
+        _check_shards(uri, about["shards"])
+        return cls(
+            uri=uri,
+            table=table.replace_schema_metadata(None),
+            settings=about["settings"],
+            hash=about["hash"],
+            frame_shape=tuple(about["frame_shape"]),
+            counts=about["counts"],
+            shards=tuple(about["shards"]),
+        )
+
+
+def shard_uri(uri: str, name: str) -> str:
+    """Where a shard of the data set at `uri` lies."""
+    return storage.join(uri, SHARDS, f"{name}.arrow")
+
+
+def content_hash(table: pa.Table) -> str:
+    """16 hex digits of the SHA-256 over the sorted (clip_id, sha256) pairs: names and pixels, not the layout."""
+    pairs = sorted(zip(table["clip_id"].to_pylist(), table["sha256"].to_pylist(), strict=True))
+    return hashlib.sha256("".join(f"{clip} {pixels}\n" for clip, pixels in pairs).encode()).hexdigest()[:16]
+
+
+def write_manifest(
+    uri: str,
+    table: pa.Table,
+    *,
+    settings: dict[str, Any],
+    frame_shape: tuple[int, int, int, int],
+    shards: Iterable[str],
+    num_rejected: int,
+) -> Manifest:
+    """Writes the manifest of the data set at `uri`: this is the moment at which the data set exists, or has grown.
+
+    `table` has the columns of FIELDS in any order of rows.
+
+    Raises:
+        ValueError: the place cannot be written.
+    """
+    table = table.select([field.name for field in FIELDS]).cast(pa.schema(FIELDS))
+    table = table.sort_by([("video_id", "ascending"), ("start_seconds", "ascending"), ("clip_id", "ascending")])
+    ids = table["clip_id"].to_pylist()
+    assert len(set(ids)) == len(ids), "two clips have one clip_id"
+    held_out = table.filter(table["held_out"])
+    manifest = Manifest(
+        uri=storage.absolute_uri(uri),
+        table=table.combine_chunks(),
+        settings=dict(settings),
+        hash=content_hash(table),
+        frame_shape=frame_shape,
+        counts={
+            "videos": len(table["video_id"].unique()),
+            "clips": table.num_rows,
+            "rejected": num_rejected,
+            "held_out": len(held_out["video_id"].unique()),
+        },
+        shards=tuple(sorted(set(shards))),
+    )
+    about = {
+        "version": VERSION,
+        "settings": manifest.settings,
+        "hash": manifest.hash,
+        "frame_shape": manifest.frame_shape,
+        "counts": manifest.counts,
+        "shards": manifest.shards,
+    }
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(about, sort_keys=True)}), sink)
+    storage.write_atomic(storage.join(manifest.uri, NAME), memoryview(sink.getvalue()))
+    return manifest
+
+
+def _check_shards(uri: str, names: list[str]) -> None:
+    wanted = {f"{name}.arrow" for name in names}
+    folder = storage.join(uri, SHARDS)
+    there = set(storage.list_files(folder, recursive=False)) if storage.exists(folder) else set()
+    missing = sorted(wanted - there)
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ValueError(
+            f"shards missing: {len(missing)} of the {len(wanted)} of data set {uri} are not in {folder} ({shown}): "
+            "bring them back, or remove the manifest and run jobs/ingest.py again"
+        )

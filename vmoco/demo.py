@@ -1,0 +1,141 @@
+"""The whole service on one machine, as `make demo` shows it: from videos to an encoder pulled by name.
+
+It does what a person would type, in the same order: it starts a Ray head, submits the jobs, stops the head, and then
+uses the encoder in a fresh process that knows nothing of Ray. Everything it keeps lies below $VMOCO_HOME.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from vmoco import storage
+from vmoco.config import IngestSettings
+from vmoco.local import LocalCluster
+
+ENCODER = "models:/videomoco-demo@candidate"
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+class StepFailedError(Exception):
+    """A step of the demo ended with another exit code than 0; it has said why itself."""
+
+    def __init__(self, name: str, code: int) -> None:
+        super().__init__(f"the demo ended in step {name!r} with exit code {code}; the lines above say why")
+        self.code = code
+
+
+class Announcer:
+    """Says which step begins, and how many seconds after the start."""
+
+    def __init__(self, num_steps: int) -> None:
+        self._begin = time.monotonic()
+        self._num_steps = num_steps
+        self._step = 0
+
+    def __call__(self, text: str) -> None:
+        self._step += 1
+        seconds = time.monotonic() - self._begin
+        print(f"\n[{seconds:4.0f} s] step {self._step} of {self._num_steps}: {text}", flush=True)
+
+
+def run(*, videos: str | None = None, dashboard_port: int | None = None) -> None:
+    """Takes videos to an encoder that can be pulled by name, on this machine.
+
+    Args:
+        videos: Folder or URI of videos; the footage of a few PyPI packages when left out.
+        dashboard_port: Port of Ray's job server and dashboard on 127.0.0.1; a free one when left out.
+
+    Raises:
+        ValueError: the videos are not there, the port is taken, or nothing can be written below $VMOCO_HOME.
+        StepFailedError: a job ended with an error.
+    """
+    storage.check_writable(storage.home())
+    # Ray plans with two CPUs even where there is one: the preset has two workers, which is what it is to show.
+    cluster = LocalCluster(num_cpus=max(2, len(os.sched_getaffinity(0))), dashboard_port=dashboard_port)
+    announce = Announcer(6)
+    announce("footage")
+    settings = ingest_settings(_footage(videos))
+    announce("a local Ray cluster")
+    with cluster:
+        print(f"job server and dashboard: {cluster.address}", flush=True)
+        announce(f"ingest: videos in {settings.videos} -> Arrow shards in {settings.output}")
+        _check("ingest", cluster.submit(["python", "jobs/ingest.py", *flags(settings)], _ROOT))
+        announce(f"pretrain: two workers -> {ENCODER}")
+        _check("pretrain", cluster.submit(["python", "jobs/pretrain.py", "demo", "--data.uri", settings.output], _ROOT))
+    announce("nearest clips: the encoder pulled by name, in a fresh process without Ray")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    nearest = [sys.executable, "jobs/nearest.py", ENCODER, "--data", settings.output]
+    _check("nearest clips", subprocess.run(nearest, env=environment, cwd=_ROOT, check=False).returncode)
+    announce("done; what to do next")
+    print(next_commands())
+
+
+def ingest_settings(videos: str) -> IngestSettings:
+    """Small frames and few clips; the folder of the data set is named by what decides its content."""
+    settings = IngestSettings(
+        videos=videos,
+        output="-",
+        height=80,
+        width=107,  # 4:3, for crops of 64
+        max_clips_per_video=24,
+        held_out_percent=20,
+        videos_per_shard=1,
+    )
+    content = json.dumps([videos, settings.content()], sort_keys=True)
+    name = f"demo-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+    return IngestSettings(**settings.model_dump() | {"output": storage.join(storage.home(), "data", name)})
+
+
+def flags(settings: IngestSettings) -> list[str]:
+    """The settings as flags of `jobs/ingest.py`, those that differ from their defaults."""
+    changed = settings.model_dump(exclude_defaults=True)
+    return [word for name, value in changed.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def next_commands() -> str:
+    """The lines that open the MLflow UI, list the encoder, and use it."""
+    from vmoco import tracking
+
+    uri = tracking.tracking_uri()
+    python, mlflow = (shlex.quote(str(Path(sys.executable).parent / name)) for name in ("python", "mlflow"))
+    name = ENCODER.removeprefix("models:/").partition("@")[0]
+    if uri.startswith(("http://", "https://")):
+        ui = uri
+    else:  # without job execution the server is 2 processes instead of 10
+        ui = f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {mlflow} ui --backend-store-uri {shlex.quote(uri)} --workers 1"
+    home = f"VMOCO_HOME={shlex.quote(storage.home())} " if "VMOCO_HOME" in os.environ else ""
+    listing = f"import mlflow; print(mlflow.MlflowClient().get_registered_model('{name}'))"
+    return "\n".join(
+        [
+            "the runs, in a browser (then open http://127.0.0.1:5000):",
+            f"  {ui}",
+            "the encoder, its versions and aliases:",
+            f'  MLFLOW_TRACKING_URI={shlex.quote(uri)} {python} -c "{listing}"',
+            f"the encoder in Python ({home}{python}):",
+            "  import vmoco",
+            f'  encoder = vmoco.load_encoder("{ENCODER}")',
+        ]
+    )
+
+
+def _footage(videos: str | None) -> str:
+    if videos is None:
+        from vmoco.data import footage
+
+        return str(footage.fetch())
+    uri = storage.absolute_uri(videos)
+    if not storage.exists(uri):
+        raise ValueError(f"there are no videos at {uri}: the folder does not exist")
+    return uri
+
+
+def _check(name: str, code: int) -> None:
+    if code:
+        raise StepFailedError(name, code)

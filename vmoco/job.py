@@ -1,0 +1,248 @@
+"""How a job begins and ends: the connection to Ray, requests to stop, and the last line that says what went wrong.
+
+The same job runs in a submitted job, against a cluster named by RAY_ADDRESS, or alone; then it starts a Ray of its
+own, which ends with it. Whatever happens, the last line of its output is a sentence for a person, below any traceback.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import queue
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # how Ray's job server tells a driver that it is a submitted job
+_OBJECT_STORE_MEMORY = 512 * 2**20
+
+
+def run_job(main: Callable[[], None]) -> NoReturn:
+    """Calls `main` and ends the process: exit code 0, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM."""
+    _exit_on_signals()
+    try:
+        main()
+        line, code = "", 0
+    except KeyboardInterrupt:
+        line, code = "stopped", 130
+    except SystemExit as ended:
+        if ended.code not in (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
+            raise
+        line, code = "stopped", int(ended.code)
+    except Exception as error:
+        line, code = describe(error), 1
+        if not is_user_error(root_cause(error)[0]):
+            traceback.print_exc()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # from here on there is nothing left to break off
+    _disconnect()  # before the last line: it forwards what workers still have to say
+    sys.stdout.flush()
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def describe(error: BaseException) -> str:
+    """One line for a person: `error: <sentence>`, with the rank and the type where they help."""
+    cause, rank = root_cause(error)
+    text = _sentence(cause)
+    if not is_user_error(cause):
+        text = f"{type(cause).__name__}: {text}" if text else type(cause).__name__
+    return f"error: {text}" if rank is None else f"error: {text} (on rank {rank})"
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Whether the message alone says what to do: a ValueError of ours, or a setting that pydantic refused.
+
+    A subclass that another library raised (a decoding error, an Arrow error) is none: its traceback is needed.
+    """
+    home = type(error).__module__.split(".")[0]
+    return isinstance(error, ValueError) and (type(error) is ValueError or home in ("vmoco", "pydantic_core"))
+
+
+def root_cause(error: BaseException) -> tuple[BaseException, int | None]:
+    """The error that began it, freed of what Ray wrapped around it, and the rank where it happened, if on one.
+
+    Read by attributes, so that a job without Ray need not import it.
+    """
+    rank: int | None = None
+    seen: set[int] = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        failures: dict[int, BaseException] = _own(error, "worker_failures") or {}
+        if failures:
+            # When one rank raises, the others lose their connection to it: prefer the error that somebody worded.
+            rank = min(failures, key=lambda at: (not is_user_error(root_cause(failures[at])[0]), at))
+            error = failures[rank]
+            continue
+        for name in ("cause", "controller_failure", "_base_exc"):  # RayTaskError, ControllerError, Train's on a worker
+            inner = _own(error, name)
+            if isinstance(inner, BaseException):
+                error = inner
+                break
+    return error, rank
+
+
+def _own(error: BaseException, name: str) -> Any:
+    # Not getattr: Ray's RayTaskError(ValueError) passes unknown names on to its cause.
+    return vars(error).get(name)
+
+
+def _sentence(error: BaseException) -> str:
+    if type(error).__module__.startswith("pydantic_core") and hasattr(error, "errors"):
+        problems = ((".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors())
+        return "; ".join(f"{field}: {said}" if field else said for field, said in problems)
+    text = str(error).strip()
+    if '  File "' in text:  # Ray puts a whole remote traceback into the message; its last line names the cause
+        text = text.splitlines()[-1]
+    return " ".join(text.split())
+
+
+def in_submitted_job() -> bool:
+    """Whether this process was started by `ray job submit`."""
+    return _submission_id() is not None
+
+
+def stop_command(dashboard_url: str | None = None) -> str | None:
+    """The line that stops this submitted job so that it can checkpoint; None where this is no submitted job.
+
+    A job cannot know through which address it was submitted. It takes RAY_API_SERVER_ADDRESS from the head's
+    environment, or `dashboard_url` (what `connect` returns) where that is the loopback: then whoever submitted it is
+    on that machine too.
+    """
+    submission_id = _submission_id()
+    if submission_id is None:
+        return None
+    address = os.environ.get("RAY_API_SERVER_ADDRESS")
+    if not address and dashboard_url and dashboard_url.startswith(("127.", "localhost")):
+        address = f"http://{dashboard_url}"
+    return f"ray job stop {submission_id} --address {address or '<the one you submitted to>'}"
+
+
+def _submission_id() -> str | None:
+    metadata = json.loads(os.environ.get(_JOB_CONFIG) or "{}").get("metadata") or {}
+    found: str | None = metadata.get("job_submission_id")
+    return found
+
+
+def connect(*, dashboard: bool = False, worker_output: bool = True) -> str | None:
+    """Connects to the cluster of RAY_ADDRESS (a submitted job has one), or starts a Ray that ends with this process.
+
+    Args:
+        dashboard: whether a Ray of our own serves its State API; without it Ray Tune leaks workers of stopped trials.
+        worker_output: whether what workers print is shown here, each line behind the name of its process.
+
+    Returns:
+        host:port of the dashboard, where there is one.
+
+    Raises:
+        ValueError: the cluster does not answer.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # Ray's 2 s block each report for as long
+    address = os.environ.get("RAY_ADDRESS")
+    folder = None if address else _own_folder()  # before Ray is imported: it reads how to authenticate then
+    import ray
+
+    if address:
+        try:
+            context = ray.init(address=address, logging_level=logging.WARNING, log_to_driver=worker_output)
+        except (ConnectionError, RuntimeError) as error:
+            raise ValueError(
+                f"cannot connect to the Ray cluster at RAY_ADDRESS {address}: {_sentence(error)}. "
+                "Check the address and RAY_AUTH_TOKEN_PATH, or unset RAY_ADDRESS to run on this machine alone"
+            ) from error
+    else:
+        context = ray.init(
+            address="local",
+            include_dashboard=dashboard,
+            object_store_memory=_OBJECT_STORE_MEMORY,
+            logging_level=logging.WARNING,
+            log_to_driver=worker_output,
+            _temp_dir=folder,
+        )
+    _exit_on_signals()  # again, because Ray's own handler prints a stack of C++ frames
+    found: str | None = context.dashboard_url
+    return found or None
+
+
+def _exit_on_signals() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return  # only there may a handler be set
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup means it
+            signal.signal(signum, lambda received, frame: sys.exit(128 + received))
+
+
+def _own_folder() -> str:
+    """A folder for Ray's sockets, logs and token that goes away with this process."""
+    folder = tempfile.mkdtemp(prefix="vmoco-", dir="/tmp" if os.path.isdir("/tmp") else None)  # socket paths are short
+    token = Path(folder, "token")
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_urlsafe(32))
+    # Ray's ports listen on all interfaces, so a token guards them, as in `local.py`.
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # runs after Ray's own, which was registered later
+    return folder
+
+
+def _disconnect() -> None:
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
+
+
+class StopRequest:
+    """Turns SIGTERM and SIGINT into a request that a long job can obey at the next step.
+
+    Enter it in the main thread after `connect`, which sets a handler of its own. `on_stop` runs once, in a normal
+    thread: a signal handler interrupts the main thread anywhere, even while it holds a lock that the callback needs.
+    A second Ctrl-C raises KeyboardInterrupt; a second SIGTERM changes nothing, because whoever sends it kills in the
+    end.
+    """
+
+    def __init__(self, on_stop: Callable[[], None]) -> None:
+        self.signal_name: str | None = None
+        self._on_stop = on_stop
+        # SimpleQueue.put may be called from a signal handler; Event.set may deadlock there.
+        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._before: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether somebody asked the job to stop."""
+        return self.signal_name is not None
+
+    def __enter__(self) -> StopRequest:
+        threading.Thread(target=self._wait, name="stop-request", daemon=True).start()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            self._before[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._wake.put(False)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.signal_name is None:
+            self.signal_name = signal.Signals(signum).name
+            self._wake.put(True)
+        elif signum == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    def _wait(self) -> None:
+        if self._wake.get():
+            self._on_stop()

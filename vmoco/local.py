@@ -1,0 +1,254 @@
+"""A Ray cluster of one machine, with its job server, for the demo and the tests.
+
+The head is `ray start` in a session of its own: Ctrl-C in the terminal does not reach it, so that its owner can
+stop the job first. Ray's own ports (GCS, raylet, object manager, metrics) listen on ALL interfaces, whatever node
+address it is given; only the job server obeys and stays on 127.0.0.1. So every request needs a token, drawn anew for
+each cluster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from vmoco.job_server import STOP_JOB_SECONDS, JobServer
+
+LOOPBACK = "127.0.0.1"
+START_SECONDS = 120.0
+
+# Ray's ports, all pinned: on a machine with two clusters its defaults collide.
+_PORT_FLAGS = (
+    "--port",
+    "--dashboard-agent-listen-port",
+    "--dashboard-agent-grpc-port",
+    "--metrics-export-port",
+    "--node-manager-port",
+    "--object-manager-port",
+    "--runtime-env-agent-port",
+    "--ray-client-server-port",
+)
+
+# Becomes the head; the kernel ends it (PR_SET_PDEATHSIG = 1) when its owner dies, even by kill -9.
+_HEAD = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the process that starts the cluster has ended")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class LocalCluster:
+    """A Ray head on this machine; a context manager that leaves no process and no file.
+
+    Enter it in a thread that outlives it: the head ends with the thread that started it.
+
+    Attributes:
+        address: of the job server, for `ray job submit --address`.
+        gcs_address: for `ray.init(address=...)`, with `environment` set.
+        environment: what a process needs to talk to the cluster; pass it as `env` to subprocesses.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_cpus: int | None = None,
+        object_store_memory: int = 512 * 2**20,
+        dashboard_port: int | None = None,
+    ) -> None:
+        """Prepares a cluster; entering the context starts it.
+
+        Args:
+            num_cpus: CPUs that Ray may plan with; all of this machine when None.
+            object_store_memory: bytes of shared memory.
+            dashboard_port: port of the job server; a free one when None.
+
+        Raises:
+            ValueError: the port is taken, or is none.
+        """
+        self._num_cpus = num_cpus or len(os.sched_getaffinity(0))
+        self._object_store_memory = object_store_memory
+        if dashboard_port is not None:
+            _check_port(dashboard_port)
+        ports = _free_ports(len(_PORT_FLAGS) + 1)
+        self._port = dashboard_port or ports.pop()
+        self._ports = dict(zip(_PORT_FLAGS, ports, strict=False))
+        self.address = f"http://{LOOPBACK}:{self._port}"
+        self.gcs_address = f"{LOOPBACK}:{self._ports['--port']}"
+        self.environment: dict[str, str] = {}
+        self._folder: Path | None = None
+        self._head: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> LocalCluster:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Starts the head and returns when it is complete and its job server answers.
+
+        Raises:
+            ValueError: the head died, or did not answer in time; the message ends with its last words.
+        """
+        # A short path in /tmp: sockets lie below it, and their paths may have 107 bytes.
+        self._folder = Path(tempfile.mkdtemp(prefix="vmoco-", dir="/tmp" if os.path.isdir("/tmp") else None))
+        token = self._folder / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_urlsafe(32))
+        self.environment = self._make_environment(token)
+        ports = [f"{flag}={port}" for flag, port in self._ports.items()]
+        command = [
+            str(Path(sys.executable).parent / "ray"),
+            "start",
+            "--head",
+            "--block",
+            f"--node-ip-address={LOOPBACK}",
+            *ports,
+        ]
+        command += [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={self._port}", "--include-dashboard=true"]
+        command += ["--min-worker-port=0", "--max-worker-port=0"]  # 0: each worker takes any free port
+        command += [f"--num-cpus={self._num_cpus}", f"--object-store-memory={self._object_store_memory}"]
+        command += [f"--temp-dir={self._folder}"]
+        with open(self._folder / "head.log", "wb") as log:
+            self._head = subprocess.Popen(
+                [sys.executable, "-c", _HEAD, str(os.getpid()), *command],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._wait_until_up()
+
+    def stop(self) -> None:
+        """Ends every process of this cluster, and nothing else, and removes its folder. May be called twice."""
+        if self._folder is None:
+            return
+        with _no_interrupt():
+            if self._head is not None:
+                self._head.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._head.wait(timeout=20)
+            deadline = time.monotonic() + 20
+            while left := self._processes():
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"processes {left} of the local Ray cluster in {self._folder} do not end")
+                for pid in left:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                time.sleep(0.05)
+            if self._head is not None:
+                self._head.wait()
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = self._head = None
+
+    def submit(self, entrypoint: Sequence[str], working_dir: str | Path) -> int:
+        """Runs a job to its end; see `JobServer.submit`."""
+        return JobServer(self.address, self.environment).submit(entrypoint, working_dir)
+
+    def _make_environment(self, token: Path) -> dict[str, str]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        path = [str(Path(sys.executable).parent), environment.get("PATH", os.defpath)]  # `python` in a job is this one
+        return environment | {
+            "PATH": os.pathsep.join(path),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_API_SERVER_ADDRESS": self.address,  # where `ray job` looks; a job tells it in its stop command
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_JOB_SECONDS),  # Ray's 3 s are too short to checkpoint
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray's 2 s block each report of a checkpoint for as long
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # jobs are stopped before the cluster, nothing to wait for
+        }
+
+    def _wait_until_up(self) -> None:
+        assert self._head is not None
+        assert self._folder is not None
+        server = JobServer(self.address, self.environment)
+        deadline = time.monotonic() + START_SECONDS
+        # The job server answers first; what Ray writes last, for `ray.init("auto")`, is the address of the cluster.
+        while not (self._folder / "ray_current_cluster").exists() or not server.answers():
+            if self._head.poll() is not None or time.monotonic() > deadline:
+                words = (self._folder / "head.log").read_text(errors="replace").strip().splitlines()[-15:]
+                ended = self._head.returncode
+                reason = (
+                    f"gave no answer in {START_SECONDS:.0f} s" if ended is None else f"ended with exit code {ended}"
+                )
+                raise ValueError(f"the local Ray cluster {reason}; its last words:\n" + "\n".join(words))
+            time.sleep(0.1)
+
+    def _processes(self) -> list[int]:
+        """Every live process of this cluster: of the head's session, or with our folder in its environment.
+
+        Ray's daemons and workers stay in the head's session; a job's driver has one of its own, but inherits the
+        environment.
+        """
+        mark = os.fsencode(f"RAY_AUTH_TOKEN_PATH={self._folder}/token")
+        found = []
+        for pid in (int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()):
+            with contextlib.suppress(OSError):  # it has ended, or is not ours
+                status = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+                of_session = self._head is not None and int(status[3]) == self._head.pid
+                ours = of_session or mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                if ours and status[0] != b"Z":
+                    found.append(pid)
+        return found
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Lets an impatient second Ctrl-C wait: what it would break off is the stopping, and that is bounded."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _check_port(port: int) -> None:
+    if not 1024 <= port <= 65535:
+        raise ValueError(f"dashboard port {port} is not allowed: choose one from 1024 to 65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left is free
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError as error:
+            raise ValueError(
+                f"dashboard port {port} on {LOOPBACK} is taken ({error.strerror}): "
+                "choose another one, or none at all for any free port"
+            ) from None
+
+
+def _free_ports(number: int) -> list[int]:
+    """Different free ports below the range from which the kernel serves outgoing connections (32768 on Linux)."""
+    found: list[int] = []
+    with contextlib.ExitStack() as held:
+        while len(found) < number:
+            port = 20000 + secrets.randbelow(12000)
+            probe = held.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                probe.bind(("", port))
+                found.append(port)
+    return found

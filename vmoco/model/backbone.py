@@ -1,0 +1,77 @@
+"""Networks from a clip to a feature: torchvision's video ResNets, and small ones of the same blocks for a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torchvision.models import video as torchvision_video
+from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D, Conv3DSimple
+
+_TORCHVISION = {
+    "r3d_18": torchvision_video.r3d_18,
+    "mc3_18": torchvision_video.mc3_18,
+    "r2plus1d_18": torchvision_video.r2plus1d_18,
+}
+
+
+class Backbone(nn.Module):
+    """A network without its classifier.
+
+    Args:
+        trunk: module from float (B, 3, T, H, W), normalised, to (B, feature_dim).
+        feature_dim: width of a feature.
+    """
+
+    def __init__(self, trunk: nn.Module, feature_dim: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.feature_dim = feature_dim
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        """(B, 3, T, H, W) -> features (B, feature_dim)."""
+        features: torch.Tensor = self.trunk(clips)
+        return features
+
+
+def build_backbone(name: str) -> Backbone:
+    """A randomly initialised backbone.
+
+    Raises:
+        ValueError: the name is not known.
+    """
+    if name in _TORCHVISION:
+        trunk = _TORCHVISION[name](weights=None)
+        feature_dim = trunk.fc.in_features
+        trunk.fc = nn.Identity()
+        return Backbone(trunk, feature_dim)
+    if name == "r3d_nano":
+        return _nano(Conv3DSimple)
+    if name == "r2plus1d_nano":
+        return _nano(Conv2Plus1D)
+    known = ", ".join([*_TORCHVISION, "r3d_nano", "r2plus1d_nano"])
+    raise ValueError(f"model.backbone {name!r} is not known: one of {known}")
+
+
+def _nano(convolution: Callable[..., nn.Module]) -> Backbone:
+    """A stem and three residual blocks of torchvision's, each halving time and space: 128 features."""
+    widths = (16, 32, 64, 128)
+    stem = nn.Sequential(
+        nn.Conv3d(3, widths[0], (3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3), bias=False),
+        nn.BatchNorm3d(widths[0]),
+        nn.ReLU(inplace=True),
+    )
+    blocks = []
+    for narrow, wide in pairwise(widths):
+        shortcut = nn.Sequential(nn.Conv3d(narrow, wide, 1, stride=2, bias=False), nn.BatchNorm3d(wide))
+        blocks.append(BasicBlock(narrow, wide, convolution, stride=2, downsample=shortcut))
+    trunk = nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool3d(1), nn.Flatten())
+    trunk.apply(_initialise)
+    return Backbone(trunk, widths[-1])
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv3d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,0 +1,94 @@
+"""The generator G: reads a clip and says how important each frame is; the most important frames are dropped.
+
+G sees frames scaled down to a few pixels and looks at them in order with a ConvLSTM, so it costs a few percent of an
+encoder. It is trained by the gradient of the keep mask itself (`importance_gradient`), not through the pixels: dropping
+is a choice of whole frames, so what counts is how the loss changes when a frame's mask moves from 1 to 0.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vmoco.config import GeneratorSettings
+
+
+class Generator(nn.Module):
+    """Clip -> importance of its frames.
+
+    Args:
+        settings: sizes of the network.
+    """
+
+    def __init__(self, settings: GeneratorSettings) -> None:
+        super().__init__()
+        hidden = settings.hidden_channels
+        self.frame_size = settings.frame_size
+        self.hidden_channels = hidden
+        self.frame = nn.Sequential(
+            nn.Conv2d(3, hidden, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(hidden, hidden, 3, stride=2, padding=1),
+            nn.ReLU(),
+        )
+        # The four gates of a ConvLSTM (Shi et al., 2015): input, forget, candidate, output.
+        self.gates = nn.Conv2d(2 * hidden, 4 * hidden, 3, padding=1)
+        self.score = nn.Linear(hidden, 1, bias=False)  # softmax does not see a constant
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        """float (B, 3, T, H, W) -> importance (B, T), each row on the simplex."""
+        batch, _, num_frames, _, _ = clips.shape
+        # float32: the network is tiny, and a softmax near uniform needs the digits.
+        dtype = self.score.weight.dtype
+        frames = F.adaptive_avg_pool3d(clips.to(dtype), (num_frames, self.frame_size, self.frame_size))
+        features = self.frame(frames.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, num_frames))
+        hidden = torch.zeros_like(features[:, 0])
+        cell = torch.zeros_like(hidden)
+        scores = []
+        for time in range(num_frames):  # recurrence: each frame is judged by what came before it
+            gates = self.gates(torch.cat([features[:, time], hidden], dim=1))
+            enter, forget, candidate, leave = gates.chunk(4, dim=1)
+            cell = torch.sigmoid(forget + 1) * cell + torch.sigmoid(enter) * torch.tanh(candidate)
+            hidden = torch.sigmoid(leave) * torch.tanh(cell)
+            scores.append(self.score(hidden.mean(dim=(2, 3))))
+        return torch.softmax(torch.cat(scores, dim=1), dim=1)
+
+
+def keep_mask(importance: torch.Tensor, num_dropped: int) -> torch.Tensor:
+    """1 where a frame stays, 0 for the `num_dropped` most important, earlier at a tie: (B, T) -> float (B, T)."""
+    order = torch.argsort(importance.detach(), dim=1, descending=True, stable=True)
+    return torch.ones_like(importance).scatter(1, order[:, :num_dropped], 0.0)
+
+
+def frame_fill(clips: torch.Tensor, kind: str) -> torch.Tensor:
+    """What stands in for dropped frames, (B, 3, T, 1, 1): a frame's own mean colour, or zero, the mean of all data."""
+    if kind == "mean":
+        return clips.mean(dim=(3, 4), keepdim=True)
+    return clips.new_zeros(clips.shape[0], clips.shape[1], clips.shape[2], 1, 1)
+
+
+def drop_frames(clips: torch.Tensor, mask: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+    """x~ = m * x + (1 - m) * fill: (B, 3, T, H, W), (B, T), (B, 3, T, 1, 1) -> (B, 3, T, H, W)."""
+    keep = mask[:, None, :, None, None].to(clips.dtype)
+    return torch.where(keep > 0, clips, fill.to(clips.dtype)).contiguous(memory_format=torch.channels_last_3d)
+
+
+def importance_gradient(
+    pixel_gradient: torch.Tensor, clips: torch.Tensor, fill: torch.Tensor, *, estimator: str = "mask"
+) -> torch.Tensor:
+    """Gradient of a loss by the importance p, straight through the choice of frames: (B, T).
+
+    x~ = m * x + (1 - m) * fill gives dL/dm_t = sum over c, h, w of dL/dx~ * (x - fill), and dm/dp = -1: what is more
+    important is dropped. `pixel_sum` is the released code's estimator, the plain sum of dL/dx~, kept for comparison.
+
+    Args:
+        pixel_gradient: dL/dx~, (B, 3, T, H, W).
+        clips: x, (B, 3, T, H, W).
+        fill: (B, 3, T, 1, 1).
+        estimator: "mask" or "pixel_sum".
+    """
+    gradient = pixel_gradient
+    if estimator == "mask":
+        gradient = gradient * (clips - fill)
+    return -gradient.sum(dim=(1, 3, 4))

@@ -1,0 +1,92 @@
+"""The queue of keys from earlier steps: the negatives.
+
+It lives outside DDP, as plain tensors that every rank fills alike: each rank enqueues the same gathered keys in the
+same (plan) order, so the queues stay equal without ever being sent. Beside each key stands the video it came from,
+because a key of the query's own video is no negative.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class KeyQueue:
+    """A ring of K keys.
+
+    Args:
+        length: K.
+        embedding_dim: D.
+        device: where the tensors live.
+
+    Attributes:
+        keys: float32 (K, D), unit rows; zero where nothing has come in yet.
+        video_ids: int64 (K,), the video of each key; -1 where nothing has come in yet.
+        born: int64 (K,), the step at which each key came in; -1 where nothing has come in yet.
+        pointer: slot that the next key takes.
+    """
+
+    def __init__(self, length: int, embedding_dim: int, *, device: torch.device | str = "cpu") -> None:
+        self.keys = torch.zeros(length, embedding_dim, device=device)
+        self.video_ids = torch.full((length,), -1, dtype=torch.int64, device=device)
+        self.born = torch.full((length,), -1, dtype=torch.int64, device=device)
+        self.pointer = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.keys)
+
+    @property
+    def num_filled(self) -> int:
+        """Slots that hold a key."""
+        return int((self.born >= 0).sum())
+
+    @torch.no_grad()  # keys are targets: no gradient ever flows into the queue
+    def enqueue(self, keys: torch.Tensor, video_ids: torch.Tensor, *, step: int) -> None:
+        """Puts a batch of keys in place of the oldest, in order, wrapping at the end.
+
+        Args:
+            keys: float32 (G, D), in plan order; G at most K.
+            video_ids: int64 (G,).
+            step: the step that made them.
+        """
+        assert len(keys) <= self.length, "checked with the settings: the batch fits the queue"
+        slots = (self.pointer + torch.arange(len(keys), device=self.keys.device)) % self.length
+        self.keys[slots] = keys
+        self.video_ids[slots] = video_ids
+        self.born[slots] = step
+        self.pointer = (self.pointer + len(keys)) % self.length
+
+    def ages(self, step: int, *, unit: str) -> torch.Tensor:
+        """Age of each slot at a step, int64 (K,): the newest keys have age 1; meaningless where a slot is empty.
+
+        In steps: optimizer steps since the key came in. In keys: its place in the queue, counted from the newest.
+        """
+        if unit == "step":
+            return step - self.born
+        slots = torch.arange(self.length, device=self.keys.device)
+        return (self.pointer - 1 - slots) % self.length + 1
+
+    def negatives_of(self, video_ids: torch.Tensor) -> torch.Tensor:
+        """Which slots are negatives of which query, bool (B, K): those filled, of another video than the query's."""
+        return (self.born >= 0)[None, :] & (self.video_ids[None, :] != video_ids[:, None])
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The whole queue, for a checkpoint."""
+        pointer = torch.tensor(self.pointer, dtype=torch.int64)
+        return {"keys": self.keys, "video_ids": self.video_ids, "born": self.born, "pointer": pointer}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Restores `state_dict` bit for bit.
+
+        Raises:
+            ValueError: the queue saved has another length or width.
+        """
+        if state["keys"].shape != self.keys.shape:
+            raise ValueError(
+                f"the checkpoint's queue is {tuple(state['keys'].shape)}, this run's {tuple(self.keys.shape)}: "
+                "set moco.queue-size and model.embedding-dim as they were"
+            )
+        self.keys.copy_(state["keys"])
+        self.video_ids.copy_(state["video_ids"])
+        self.born.copy_(state["born"])
+        self.pointer = int(state["pointer"])

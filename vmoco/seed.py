@@ -1,0 +1,45 @@
+"""Random numbers that depend on what they are for, and on nothing else.
+
+Every draw is a pure function of (run seed, epoch, sample, purpose), never of a global generator: so a resumed run,
+another number of ranks or another decoding order draws the same numbers. The function is a 64-bit mixer (splitmix64)
+rather than a library's generator, because no library promises the same stream in its next version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+UInt64Array = npt.NDArray[np.uint64]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+def hash64(*parts: str | int) -> int:
+    """A stable 64-bit hash of the parts, for names and purposes; not for speed."""
+    text = "\0".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def mix64(seeds: UInt64Array, salt: int) -> UInt64Array:
+    """One well-mixed 64-bit number per seed and salt (splitmix64's finaliser); shape and order of `seeds`."""
+    with np.errstate(over="ignore"):  # the arithmetic is modulo 2**64 by design
+        z = np.asarray(seeds, np.uint64) + np.uint64(salt % 2**64) * _GOLDEN + _GOLDEN
+        z = (z ^ (z >> np.uint64(30))) * _MIX_1
+        z = (z ^ (z >> np.uint64(27))) * _MIX_2
+        return z ^ (z >> np.uint64(31))
+
+
+def uniform(seeds: UInt64Array, salt: int) -> npt.NDArray[np.float64]:
+    """One number in [0, 1) per seed; different salts give independent numbers."""
+    return (mix64(seeds, salt) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def permutation(length: int, seed: int) -> npt.NDArray[np.int64]:
+    """A permutation of range(length): the order of `length` mixed counters."""
+    keys = mix64(np.arange(length, dtype=np.uint64), 0) ^ np.uint64(seed)
+    return np.argsort(mix64(keys, seed), kind="stable").astype(np.int64)

@@ -1,0 +1,192 @@
+"""One way to read and write files, wherever a URI says they are: a local path, file://, s3://, gs://.
+
+Everything published goes through `write_atomic`: under its final name a file is either whole or absent. On a local
+file system that takes a temporary name, fsync and a rename; an object store shows an object only once its upload is
+complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow.fs as pafs
+
+
+def absolute_uri(uri: str) -> str:
+    """Makes a relative local path absolute and leaves every other URI as it is.
+
+    Raises:
+        ValueError: empty, or of a scheme that is not known.
+    """
+    if not uri:
+        raise ValueError("the location is empty: give a path or a URI (file://, s3://, gs://)")
+    if "://" not in uri:
+        return os.path.abspath(os.path.expanduser(uri))
+    scheme = uri.split("://", 1)[0]
+    if scheme not in ("file", "s3", "gs", "gcs"):
+        raise ValueError(f"{uri!r} has the scheme {scheme!r}: a path, file://, s3:// or gs:// is allowed")
+    return uri
+
+
+def join(uri: str, *names: str) -> str:
+    """Appends names to a path or URI."""
+    return "/".join([uri.rstrip("/"), *names])
+
+
+def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The pyarrow file system of a path or URI, and the path inside it."""
+    uri = absolute_uri(uri)
+    if "://" not in uri:
+        return pafs.LocalFileSystem(use_mmap=True), uri
+    found, path = pafs.FileSystem.from_uri(uri)
+    return found, path
+
+
+def local_path(uri: str) -> Path | None:
+    """The path on this machine's disk, or None where the URI is remote."""
+    found, path = filesystem(uri)
+    return Path(path) if isinstance(found, pafs.LocalFileSystem) else None
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder is there."""
+    found, path = filesystem(uri)
+    return bool(found.get_file_info(path).type != pafs.FileType.NotFound)
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    found, path = filesystem(uri)
+    with found.open_input_stream(path) as stream:
+        return bytes(stream.read())
+
+
+def write_atomic(uri: str, content: bytes | memoryview) -> None:
+    """Writes a file that is never visible half-written, creating its folder.
+
+    Raises:
+        ValueError: the place cannot be written; the message says why.
+    """
+    found, path = filesystem(uri)
+    try:
+        if isinstance(found, pafs.LocalFileSystem):
+            _write_local(Path(path), content)
+        else:
+            with found.open_output_stream(path) as stream:
+                stream.write(content)
+    except OSError as error:
+        raise ValueError(f"cannot write {uri}: {error.strerror or error}") from error
+
+
+def _write_local(path: Path, content: bytes | memoryview) -> None:
+    with _open_local(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def _open_local(path: Path) -> Iterator[BinaryIO]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself must survive a power cut
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def list_files(uri: str, *, recursive: bool = True) -> list[str]:
+    """Paths of the files below a folder, relative to it and sorted; temporary files are left out.
+
+    Raises:
+        ValueError: the folder is not there.
+    """
+    found, path = filesystem(uri)
+    path = path.rstrip("/") or "/"
+    if found.get_file_info(path).type != pafs.FileType.Directory:
+        raise ValueError(f"{uri} is not a folder that can be read: check the path, or the rights to it")
+    entries = found.get_file_info(pafs.FileSelector(path, recursive=recursive))
+    names = (entry.path[len(path) :].lstrip("/") for entry in entries if entry.type == pafs.FileType.File)
+    return sorted(name for name in names if not name.endswith(".tmp"))
+
+
+def check_writable(uri: str) -> None:
+    """Writes and removes a small file, so that a lack of permission shows before the work and not after it.
+
+    Raises:
+        ValueError: the place cannot be written.
+    """
+    probe = join(uri, f".writable-{uuid.uuid4().hex}.tmp")
+    found, path = filesystem(probe)
+    try:
+        write_atomic(probe, b"")
+        found.delete_file(path)
+    except (OSError, ValueError) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        said = getattr(cause, "strerror", None) or cause
+        raise ValueError(f"{uri} cannot be written ({said}): check the path, or the rights to it") from error
+
+
+def home() -> str:
+    """Where a laptop keeps data, runs and the tracking database: $VMOCO_HOME, or ~/.vmoco."""
+    return absolute_uri(os.environ.get("VMOCO_HOME", "~/.vmoco"))
+
+
+@contextlib.contextmanager
+def open_atomic(uri: str) -> Iterator[BinaryIO]:
+    """Opens a file for writing that gets its name only when the block ends without an error; creates its folder.
+
+    A remote file is collected on local disk first: an upload that was begun could only be completed, not taken back.
+
+    Raises:
+        ValueError: the place cannot be written; the message says why.
+    """
+    found, path = filesystem(uri)
+    try:
+        if isinstance(found, pafs.LocalFileSystem):
+            with _open_local(Path(path)) as file:
+                yield file
+        else:
+            with tempfile.TemporaryFile() as file:
+                yield file
+                file.seek(0)
+                with found.open_output_stream(path) as stream:
+                    shutil.copyfileobj(file, stream, length=2**22)
+    except OSError as error:
+        raise ValueError(f"cannot write {uri}: {error.strerror or error}") from error
+
+
+def require_absolute(uri: str, setting: str) -> str:
+    """The absolute form of a path or URI; in a submitted job a relative path is refused.
+
+    A job runs in a folder that Ray unpacks for it and later removes: what a relative path names there is nothing that
+    the user has seen.
+
+    Raises:
+        ValueError: a relative path in a submitted job, or what `absolute_uri` raises.
+    """
+    relative = "://" not in uri and not os.path.isabs(os.path.expanduser(uri))
+    if uri and relative and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        raise ValueError(
+            f"{setting} {uri!r} is a relative path, and a submitted job does not run in your folder: "
+            "give an absolute path or a URI (file://, s3://, gs://) that every node can reach"
+        )
+    return absolute_uri(uri)

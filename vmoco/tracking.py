@@ -1,0 +1,188 @@
+"""Metrics, parameters and checkpoints of a run in MLflow; one of the two files that know MLflow.
+
+The tracker is never waited for: points go through a queue to a thread, which tries again until they are taken, and
+what is not taken in the end is said. Workers use the client with a run id and never MLflow's current run, of which
+there is one per process.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from vmoco import storage
+from vmoco.config import PretrainSettings
+
+_RETRY_SECONDS = 2.0
+_BATCH = 500  # points in one request; MLflow takes at most 1,000
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or a database in $VMOCO_HOME (~/.vmoco)."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.join(storage.home(), 'mlflow.db')}"
+
+
+def client(uri: str | None = None) -> Any:
+    """An MLflow client for the tracker of this process, or the one given.
+
+    Raises:
+        ValueError: the tracker does not answer.
+    """
+    uri = uri or tracking_uri()
+    if uri.startswith("sqlite:///"):
+        os.makedirs(os.path.dirname(uri.removeprefix("sqlite:///")) or ".", exist_ok=True)
+    from mlflow import MlflowClient  # 4 s: only where something is tracked
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # creating the database writes a line per table
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def create_run(settings: PretrainSettings, *, tags: Mapping[str, str]) -> str:
+    """Creates the MLflow run of a pretraining, with all its settings, and returns its id.
+
+    Raises:
+        ValueError: the tracker cannot be used.
+    """
+    from mlflow.entities import Param
+    from mlflow.exceptions import MlflowException
+
+    try:
+        tracker = client()
+        experiment = _experiment(tracker, settings.tracking.experiment)
+        run = tracker.create_run(experiment, run_name=settings.run.name, tags=dict(tags))
+        flat = [
+            Param(f"{group}.{field}", str(value))
+            for group, fields in settings.model_dump(mode="json", exclude={"preset"}).items()
+            for field, value in fields.items()
+        ]
+        for first in range(0, len(flat), 100):  # MLflow takes 100 at a time
+            tracker.log_batch(run.info.run_id, params=flat[first : first + 100])
+        tracker.log_text(run.info.run_id, settings.canonical_json(), "settings.json")
+    except MlflowException as error:
+        raise ValueError(f"the tracker {tracking_uri()} cannot be used: {error}") from error
+    return str(run.info.run_id)
+
+
+def _experiment(tracker: Any, name: str) -> str:
+    found = tracker.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    # A server decides itself where artifacts go; the embedded database would put them into the working directory.
+    embedded = tracking_uri().startswith("sqlite:")
+    location = storage.join(storage.home(), "mlartifacts") if embedded else None
+    return str(tracker.create_experiment(name, artifact_location=location))
+
+
+class Tracker:
+    """Sends the points of one run, in the background.
+
+    Args:
+        uri: of the tracker.
+        run_id: MLflow run.
+    """
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        self._uri = uri
+        self._run_id = run_id
+        self._points: collections.deque[tuple[str, float, int, int]] = collections.deque()
+        self._documents: dict[str, str] = {}
+        self._wake = threading.Condition()
+        self._closing = False
+        self._last_error = ""
+        self._thread = threading.Thread(target=self._send, name="tracker", daemon=True)
+        self._thread.start()
+
+    def metrics(self, numbers: Mapping[str, float], *, step: int) -> None:
+        """Queues one point per name."""
+        now = int(time.time() * 1000)
+        with self._wake:
+            self._points.extend((name, value, now, step) for name, value in numbers.items())
+            self._wake.notify()
+
+    def document(self, name: str, text: str) -> None:
+        """Queues a text artifact; of two under one name the later counts."""
+        with self._wake:
+            self._documents[name] = text
+            self._wake.notify()
+
+    def close(self, *, timeout: float = 30.0) -> str:
+        """Sends what is queued, for at most `timeout` seconds.
+
+        Returns:
+            What could not be sent and why, as a sentence; empty where all was.
+        """
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join(timeout)
+        left = len(self._points) + len(self._documents)
+        if not left:
+            return ""
+        return f"{left} points or documents were not taken by the tracker {self._uri}: {self._last_error}"
+
+    def _send(self) -> None:
+        tracker = None
+        while True:
+            with self._wake:
+                while not (self._points or self._documents or self._closing):
+                    self._wake.wait()
+                if self._closing and not (self._points or self._documents):
+                    return
+                points = [self._points[i] for i in range(min(len(self._points), _BATCH))]
+                documents = dict(self._documents)
+            try:
+                tracker = tracker or client(self._uri)
+                self._deliver(tracker, points, documents)
+            except Exception as error:  # whatever the tracker does, training goes on and the points stay queued
+                self._last_error = f"{type(error).__name__}: {error}".splitlines()[0]
+                time.sleep(_RETRY_SECONDS)
+                continue
+            with self._wake:
+                for _ in points:
+                    self._points.popleft()
+                for name, text in documents.items():
+                    if self._documents.get(name) == text:
+                        del self._documents[name]
+
+    def _deliver(self, tracker: Any, points: list[tuple[str, float, int, int]], documents: dict[str, str]) -> None:
+        from mlflow.entities import Metric
+
+        if points:
+            tracker.log_batch(self._run_id, metrics=[Metric(*point) for point in points])
+        for name, text in documents.items():
+            tracker.log_text(self._run_id, text, name)
+
+
+def resume_run(run_id: str) -> None:
+    """Takes a run up again that had ended.
+
+    Raises:
+        ValueError: the tracker does not know it, or cannot be used.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client().update_run(run_id, "RUNNING")
+    except MlflowException as error:
+        raise ValueError(f"run {run_id} cannot be resumed in the tracker {tracking_uri()}: {error}") from error
+
+
+def finish_run(run_id: str, status: str) -> str:
+    """Sets how a run ended: FINISHED, FAILED or KILLED (stopped on request).
+
+    Returns:
+        Why the tracker did not take it, as a sentence; empty where it did.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client().set_terminated(run_id, status)
+    except MlflowException as error:  # the run itself has ended well or badly already: this must not hide how
+        return f"the tracker {tracking_uri()} was not told that the run is {status}: {error}"
+    return ""

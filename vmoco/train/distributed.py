@@ -1,0 +1,82 @@
+"""The few things ranks say to each other: gloo on CPUs, nccl on GPUs, and nothing where there is one process."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
+    """Wraps a module so that its gradients are averaged over ranks in backward; as it is where there is one process."""
+    if not dist.is_initialized():
+        return module
+    # Weights of 1x1x1 kernels have two equally good memory layouts, and DDP warns that it chose the other one.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    with warnings.catch_warnings():
+        # torch 2.14 announces another name for broadcast_buffers, which older versions do not know.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        return DistributedDataParallel(
+            module,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,  # running statistics are averaged by `average_`, from all ranks
+            # By default DDP sorts its buckets anew after the first backward. A resumed run would then add its first
+            # gradients up in another order than the run that was not interrupted; this keeps the first layout.
+            find_unused_parameters=True,
+            gradient_as_bucket_view=True,
+        )
+
+
+def gather_rows(rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Joins the rows of all ranks in rank order, on every rank.
+
+    Args:
+        rows: (counts[rank], ...) of this rank.
+        counts: number of rows of each rank; known everywhere, because the plan says so.
+    """
+    if world_size() == 1:
+        return rows
+    # Ranks may hold different numbers of rows; the collective wants equal ones, so the shorter are padded.
+    longest = max(counts)
+    padded = rows.new_zeros((longest, *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)  # every rank waits for every other's rows
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def sum_(numbers: torch.Tensor) -> torch.Tensor:
+    """Adds a tensor up over ranks, in place; every rank waits for all."""
+    if world_size() > 1:
+        dist.all_reduce(numbers)
+    return numbers
+
+
+def average_(tensors: list[torch.Tensor]) -> None:
+    """Replaces each tensor by its mean over ranks, in one collective; all ranks end with the same bits."""
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    sum_(flat).div_(world_size())
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def gather_text(text: str) -> list[str]:
+    """One text of each rank, in rank order; for messages, not for the hot path."""
+    if world_size() == 1:
+        return [text]
+    texts: list[str] = [""] * world_size()
+    dist.all_gather_object(texts, text)
+    return texts

@@ -1,0 +1,37 @@
+"""Which arithmetic the encoders run in, and why.
+
+On CPUs it is fp32, also where they compute in bf16: at small shapes the bf16 weight gradient of a 3-D convolution is
+computed from memory that nobody wrote (seen with torch 2.14.1 on AVX512-BF16: 512 channels, 3x3x3, at 2x7x7, the last
+layer of r3d_18 at 16x112x112; `python -m tests.benchmarks.bf16_gradient` shows it).
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def autocast_dtype(precision: str, device: torch.device) -> tuple[torch.dtype | None, str]:
+    """The type for autocast (None for float32) and the reason, for the log.
+
+    Args:
+        precision: "auto", "bf16" or "fp32".
+        device: where the encoders run.
+
+    Raises:
+        ValueError: bf16 is asked for where it cannot be had.
+    """
+    if precision == "fp32":
+        return None, "fp32 as asked for"
+    if device.type == "cpu":
+        if precision == "bf16":
+            raise ValueError(
+                "train.precision bf16 is not allowed on a CPU, because its bf16 weight gradients are wrong at small "
+                "shapes: use auto or fp32"
+            )
+        return None, "fp32 because bf16 gradients are wrong on CPUs"
+    name = torch.cuda.get_device_name(device)
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, f"bf16 because {name} computes in it"
+    if precision == "bf16":
+        raise ValueError(f"train.precision bf16, but {name} does not compute in it: use auto or fp32")
+    return None, f"fp32 because {name} has no bf16 arithmetic"

@@ -1,0 +1,132 @@
+"""A pretraining run before any worker starts: checked, and tied to its folder and its MLflow run.
+
+The run's folder (storage/name) belongs to this run alone: `run.json` ties it to its settings and its MLflow run, so
+submitting the same name again resumes, and another run can never continue somebody else's checkpoints.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from vmoco import storage, tracking
+from vmoco.config import PretrainSettings, RunSettings
+from vmoco.data.loader import check_fits
+from vmoco.data.manifest import Manifest
+from vmoco.model.decay import oldest_key_weight
+from vmoco.train.state import differences
+
+RECORD = "run.json"
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run that has been checked and not begun."""
+
+    settings: PretrainSettings
+    """With name, storage and data URI resolved."""
+    manifest: Manifest
+    folder: str
+    """URI of the run's folder."""
+
+
+@dataclass(frozen=True)
+class Run(PreparedRun):
+    """A run that is tied to its folder and its MLflow run."""
+
+    run_id: str
+    is_new: bool
+
+
+def prepare(settings: PretrainSettings) -> PreparedRun:
+    """Checks all that can be checked without Ray, and begins nothing.
+
+    Raises:
+        ValueError: data or storage cannot be used, or the name belongs to a run with other settings.
+    """
+    if not settings.data.uri:
+        raise ValueError("data.uri is missing: give --data.uri the data set that jobs/ingest.py made")
+    storage.require_absolute(settings.data.uri, "data.uri")
+    place = settings.run.storage or storage.join(storage.home(), "runs")
+    storage.require_absolute(place, "run.storage")
+    now = datetime.datetime.now(tz=datetime.UTC)
+    name = settings.run.name or f"{settings.preset}-{now:%Y%m%d-%H%M%S}"
+    if "/" in name or name.startswith("."):
+        raise ValueError(f"run.name {name!r} is not allowed: it names a folder, so no slash and no dot in front")
+    resolved = settings.model_copy(
+        update={
+            "run": RunSettings(name=name, storage=storage.absolute_uri(place), seed=settings.run.seed),
+            "data": settings.data.model_copy(update={"uri": storage.absolute_uri(settings.data.uri)}),
+        }
+    )
+    manifest = Manifest.load(resolved.data.uri)
+    check_fits(manifest, resolved)
+    folder = storage.join(storage.absolute_uri(place), name)
+    storage.check_writable(folder)
+    prepared = PreparedRun(resolved, manifest, folder)
+    if record := _read_record(prepared):
+        before = PretrainSettings.model_validate(record["settings"])
+        if changed := differences(before, resolved):
+            raise ValueError(
+                f"run.name {name!r} belongs to a run with other settings ({changed}): set them as they were to resume "
+                "it, or give another run.name"
+            )
+        if record["manifest_hash"] != manifest.hash:
+            raise ValueError(
+                f"run.name {name!r} belongs to a run on data set {record['manifest_hash']}, {manifest.uri} is "
+                f"{manifest.hash}: give data.uri as it was to resume it, or another run.name"
+            )
+    return prepared
+
+
+def open_run(prepared: PreparedRun) -> Run:
+    """Ties the run to an MLflow run: a new one, or the one that it had before it stopped.
+
+    Raises:
+        ValueError: the tracker cannot be used.
+    """
+    if record := _read_record(prepared):
+        tracking.resume_run(record["run_id"])
+        return Run(**vars(prepared), run_id=record["run_id"], is_new=False)
+    settings, manifest = prepared.settings, prepared.manifest
+    assert settings.run.name is not None, "resolved"
+    tags = {"folder": prepared.folder, "manifest_hash": manifest.hash, "preset": settings.preset}
+    run_id = tracking.create_run(settings, tags={f"vmoco.{key}": value for key, value in tags.items()})
+    record = {"run_id": run_id, "manifest_hash": manifest.hash, "settings": settings.model_dump(mode="json")}
+    storage.write_atomic(storage.join(prepared.folder, RECORD), json.dumps(record, indent=1).encode())
+    return Run(**vars(prepared), run_id=run_id, is_new=True)
+
+
+def _read_record(prepared: PreparedRun) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads(storage.read_bytes(storage.join(prepared.folder, RECORD)))
+    except FileNotFoundError:
+        return None
+    return record
+
+
+def introduce(run: Run) -> list[str]:
+    """What a person wants to read before the first step."""
+    settings, counts = run.settings, run.manifest.counts
+    moco, train = settings.moco, settings.train
+    oldest = oldest_key_weight(
+        moco.decay, queue_size=moco.queue_size, global_batch=train.global_batch, age_unit=moco.age_unit
+    )
+    epoch = (counts["videos"] - counts["held_out"]) * settings.data.draws_per_video
+    lines = [
+        f"run {settings.run.name}: {'new' if run.is_new else 'resumed'}, folder {run.folder}",
+        f"tracked as {run.run_id} in {tracking.tracking_uri()}",
+        f"data {run.manifest.uri}: {counts['clips']} clips of {counts['videos']} videos, {counts['held_out']} videos "
+        f"held out, hash {run.manifest.hash}",
+        f"{train.steps} steps of {train.global_batch} clips, {train.steps * train.global_batch / epoch:.1f} epochs; "
+        f"the generator drops {settings.num_dropped} of {settings.data.num_frames} frames from step "
+        f"{settings.generator_start}; the oldest of {moco.queue_size} keys weighs {oldest:.3f}",
+    ]
+    if moco.queue_size > epoch:
+        lines.append(
+            f"warning: the queue holds {moco.queue_size / epoch:.1f} epochs, so each video several times over; keys of "
+            "the query's own video never count, but a queue below an epoch is cheaper"
+        )
+    return lines

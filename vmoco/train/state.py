@@ -1,0 +1,226 @@
+"""Everything that a run needs to go on as if it had never stopped, and nothing that can be derived.
+
+A checkpoint is a folder of three files: `state.safetensors` (encoders, generator, queue, both optimizers),
+`settings.json` (the resolved settings, the same bytes as in MLflow and with the encoder) and `state.json` (step, data
+set, hashes; written last). There is no random state: every draw is a function of seed and step. There is no data
+state: the cursor is the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import vmoco
+from vmoco import storage
+from vmoco.config import PretrainSettings
+from vmoco.model.moco import VideoMoco
+
+VERSION = 1
+TENSORS, SETTINGS, RECORD = "state.safetensors", "settings.json", "state.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """The written half of a checkpoint."""
+
+    step: int
+    settings_hash: str
+    """`PretrainSettings.content_hash` of the run that wrote it."""
+    manifest_hash: str
+    """Data set that it was trained on."""
+    run_id: str | None
+    """MLflow run that tracks it."""
+    sha256: str
+    """Of the tensors' file."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Record:
+        """Reads the record of a checkpoint.
+
+        Raises:
+            ValueError: there is none, or it is of another version.
+        """
+        try:
+            values = json.loads((folder / RECORD).read_text())
+        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError) as error:
+            raise ValueError(f"{folder} is not a checkpoint of vmoco: {error}") from None
+        if values.pop("version", None) != VERSION:
+            raise ValueError(f"checkpoint {folder} is not of version {VERSION}: use the vmoco that wrote it")
+        values.pop("vmoco", None)
+        return cls(**values)
+
+
+class TrainState:
+    """What is trained, and how far.
+
+    Args:
+        settings: of the run.
+        manifest_hash: data set that it trains on.
+        device: where the tensors live.
+        autocast_dtype: arithmetic of the encoders.
+
+    Attributes:
+        moco: encoders, generator and queue.
+        query_optimizer: of the query encoder.
+        generator_optimizer: of the generator.
+        step: optimizer steps taken.
+    """
+
+    def __init__(
+        self,
+        settings: PretrainSettings,
+        *,
+        manifest_hash: str,
+        device: torch.device,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.settings = settings
+        self.manifest_hash = manifest_hash
+        self.moco = VideoMoco(settings, device=device, autocast_dtype=autocast_dtype)
+        train = settings.train
+        momentum, decay = train.sgd_momentum, train.weight_decay
+        self.query_optimizer = torch.optim.SGD(
+            self.moco.query.parameters(), lr=0.0, momentum=momentum, weight_decay=decay
+        )
+        self.generator_optimizer = torch.optim.SGD(
+            self.moco.generator.parameters(), lr=0.0, momentum=momentum, weight_decay=decay
+        )
+        self.step = 0
+
+    def zero_grad(self) -> None:
+        self.query_optimizer.zero_grad(set_to_none=True)
+        self.generator_optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor by name: query.*, key.*, generator.*, queue.*, optimizer.query.*, optimizer.generator.*."""
+        named: dict[str, torch.Tensor] = {}
+        for part, holder in self._parts().items():
+            named |= {f"{part}.{name}": tensor for name, tensor in holder.state_dict().items()}
+        for part, optimizer in self._optimizers().items():
+            for index, slots in optimizer.state_dict()["state"].items():
+                named |= {f"{part}.{index}.{slot}": value for slot, value in slots.items() if value is not None}
+        return named
+
+    def save(self, folder: Path, *, run_id: str | None = None) -> Record:
+        """Writes a checkpoint into an existing, empty folder."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
+        save_file(tensors, folder / TENSORS)
+        (folder / SETTINGS).write_text(self.settings.canonical_json())
+        record = Record(
+            step=self.step,
+            settings_hash=self.settings.content_hash(),
+            manifest_hash=self.manifest_hash,
+            run_id=run_id,
+            sha256=file_sha256(folder / TENSORS),
+        )
+        text = json.dumps({"version": VERSION, "vmoco": vmoco.__version__, **vars(record)}, sort_keys=True, indent=1)
+        storage.write_atomic(str(folder / RECORD), text.encode())
+        return record
+
+    def load(self, folder: Path) -> Record:
+        """Restores a checkpoint bit for bit.
+
+        Raises:
+            ValueError: it is damaged, or of other settings or data; nothing is changed then.
+        """
+        record = Record.read(folder)
+        self._check(record, folder)
+        tensors = read_tensors(folder, record)
+        expected = {name for name in self.tensors() if not name.startswith("optimizer.")}
+        found = {name for name in tensors if not name.startswith("optimizer.")}
+        if expected != found:
+            raise ValueError(
+                f"checkpoint {folder} does not fit this run: missing {sorted(expected - found)[:3]}, "
+                f"unknown {sorted(found - expected)[:3]}"
+            )
+        for part, holder in self._parts().items():
+            holder.load_state_dict(_below(part, tensors))
+        for part, optimizer in self._optimizers().items():
+            _load_optimizer(optimizer, _below(part, tensors))
+        self.step = record.step
+        return record
+
+    def _parts(self) -> dict[str, Any]:
+        moco = self.moco
+        return {"query": moco.query, "key": moco.key, "generator": moco.generator, "queue": moco.queue}
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"optimizer.query": self.query_optimizer, "optimizer.generator": self.generator_optimizer}
+
+    def _check(self, record: Record, folder: Path) -> None:
+        if record.manifest_hash != self.manifest_hash:
+            raise ValueError(
+                f"checkpoint {folder} was trained on data set {record.manifest_hash}, this run reads "
+                f"{self.manifest_hash}: give data.uri as it was, or another run.name"
+            )
+        if record.settings_hash != self.settings.content_hash():
+            changed = differences(read_settings(folder), self.settings)
+            raise ValueError(
+                f"checkpoint {folder} was trained with other settings ({changed}): "
+                "set them as they were, or give another run.name"
+            )
+
+
+def read_settings(folder: Path) -> PretrainSettings:
+    """The settings of a checkpoint.
+
+    Raises:
+        ValueError: they are missing, or this vmoco does not know them.
+    """
+    try:
+        return PretrainSettings.model_validate_json((folder / SETTINGS).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is not a checkpoint of vmoco: it has no {SETTINGS}") from None
+
+
+def differences(before: PretrainSettings, now: PretrainSettings) -> str:
+    """The fields that decide the numbers and differ, as `group.field 1 -> 2`."""
+    old_fields, said = before.content(), []
+    for group, fields in now.content().items():
+        for field, value in fields.items():
+            if (old := old_fields[group].get(field)) != value:
+                said.append(f"{group}.{field.replace('_', '-')} {old} -> {value}")
+    return ", ".join(said)
+
+
+def read_tensors(folder: Path, record: Record) -> dict[str, torch.Tensor]:
+    """Reads the tensors of a checkpoint after checking them against its record.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    path = folder / TENSORS
+    if not path.exists():
+        raise ValueError(f"checkpoint {folder} has no {TENSORS}")
+    if (found := file_sha256(path)) != record.sha256:
+        raise ValueError(f"{path} is damaged: its SHA-256 is {found[:12]}..., its record says {record.sha256[:12]}...")
+    return load_file(path)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _below(part: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name[len(part) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(part + ".")}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, slots: dict[str, torch.Tensor]) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in slots.items():
+        index, slot = name.split(".", 1)
+        parameter = parameters[int(index)]
+        # In the parameter's own memory layout, as the optimizer made it.
+        laid_out = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+        state.setdefault(int(index), {})[slot] = laid_out
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

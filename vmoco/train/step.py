@@ -1,0 +1,195 @@
+"""One step of VideoMoCo, from a rank's uint8 frames to updated encoders and queue.
+
+The gradients come from one forward and one backward through DDP. The generator's loss is first differentiated by the
+pixels of x~ alone (`torch.autograd.grad`, which touches no parameter and so fires no reducer), then the contrastive
+loss runs backward once. Two parameter backwards after one DDP forward would leave the second un-reduced: replicas that
+silently diverge. The cost is 6 forward units of the encoder: q, q_real and k forward 3, backward for G 1, for D 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from vmoco.config import PretrainSettings
+from vmoco.data.augment import augment
+from vmoco.data.loader import RankBatch, View
+from vmoco.model.decay import key_weights
+from vmoco.model.generator import drop_frames, frame_fill, importance_gradient, keep_mask
+from vmoco.model.loss import adversarial_loss, contrast
+from vmoco.model.moco import running_statistics_kept
+from vmoco.train import distributed
+from vmoco.train.metrics import StepMetrics
+from vmoco.train.schedule import learning_rate
+from vmoco.train.state import TrainState
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient is not a number: the run stops before the optimizer, with nothing changed."""
+
+
+class TrainStep:
+    """Takes steps on a training state.
+
+    Args:
+        settings: of the run.
+        state: what is trained; changed in place.
+        device: where the networks are.
+    """
+
+    def __init__(self, settings: PretrainSettings, state: TrainState, device: torch.device) -> None:
+        self._settings = settings
+        self._state = state
+        self._device = device
+        self._moco = state.moco
+        self._query = distributed.data_parallel(state.moco.query, device)
+        self._generator = distributed.data_parallel(state.moco.generator, device)
+
+    def __call__(self, batch: RankBatch, *, stop_requested: bool = False) -> StepMetrics:
+        """Takes one step.
+
+        Args:
+            batch: this rank's part of the step.
+            stop_requested: whether this rank was asked to stop; the metrics say whether any was.
+
+        Returns:
+            The step's metrics, equal on all ranks.
+
+        Raises:
+            NonFiniteError: on all ranks, where any had a loss or gradient that is not finite.
+        """
+        settings, state, moco = self._settings, self._state, self._moco
+        assert batch.step == state.step, f"batch of step {batch.step} at step {state.step}"
+        self._set_learning_rates(batch.step)
+
+        moco.update_key_encoder(settings.moco.momentum)
+        keys = self._encode_keys(batch)
+        weights = key_weights(moco.queue.ages(batch.step, unit=settings.moco.age_unit), settings.moco.decay)
+        metrics = StepMetrics.zeros(self._device)
+        for micro, is_last in self._micro_batches(len(batch.clip_ids)):
+            with self._gradients_reduced(is_last):
+                self._backward(batch, micro, keys=keys, weights=weights, metrics=metrics)
+
+        metrics.add_flags(stop=stop_requested)
+        bad_here = metrics.non_finite()
+        metrics.reduce_(
+            moco.query, moco.generator
+        )  # every rank waits here for all: whether to go on is decided together
+        if metrics.non_finite():
+            self._raise_non_finite(batch, bad_here)
+        state.query_optimizer.step()
+        if self._is_adversarial(batch.step):
+            state.generator_optimizer.step()
+        state.zero_grad()
+        distributed.average_(moco.running_statistics())
+        moco.queue.enqueue(keys, batch.video_ids.to(self._device), step=batch.step)
+        metrics.keys = keys
+        state.step += 1
+        return metrics
+
+    @torch.no_grad()  # keys are targets
+    def _encode_keys(self, batch: RankBatch) -> torch.Tensor:
+        """Keys of the whole global batch on every rank, in plan order: float32 (G, D)."""
+        parts = [
+            self._moco.key(self._augmented(batch.key, micro)) for micro, _ in self._micro_batches(len(batch.key.frames))
+        ]
+        # 512 bytes a key are all that ranks exchange of the data; each gets the keys that the others encoded.
+        shuffled = distributed.gather_rows(torch.cat(parts), batch.clips_per_rank)
+        keys = torch.empty_like(shuffled)
+        keys[batch.key_order.to(self._device)] = shuffled
+        return keys
+
+    def _backward(
+        self,
+        batch: RankBatch,
+        micro: slice,
+        *,
+        keys: torch.Tensor,
+        weights: torch.Tensor,
+        metrics: StepMetrics,
+    ) -> None:
+        """Forward and backward of one micro-batch; adds to the gradients and to the metrics."""
+        settings, moco = self._settings, self._moco
+        adversarial = self._is_adversarial(batch.step)
+        clips = self._augmented(batch.query, micro)
+        dropped, fill, importance = self._drop_frames(clips, batch, micro)
+        # A clip counts the same wherever it is: 1 / G. DDP takes the mean over ranks, hence the number of ranks.
+        weight = distributed.world_size() / settings.train.global_batch
+
+        queries = self._query(dropped)
+        compared = contrast(
+            queries,
+            keys[batch.share][micro],
+            negatives=moco.queue.keys,
+            weights=weights,
+            allowed=moco.queue.negatives_of(batch.video_ids[batch.share][micro].to(self._device)),
+            temperature=settings.moco.temperature,
+            decay_on=settings.moco.decay_on,
+        )
+        metrics.add(compared)
+        if adversarial:
+            # q_real is a constant of G's loss: without graph, and without a second update of the running statistics.
+            with torch.no_grad(), running_statistics_kept(moco.query):
+                whole = moco.query(clips)
+            loss = adversarial_loss(queries, whole, strength=settings.generator.strength)
+            (pixels,) = torch.autograd.grad(loss.sum() * weight, dropped, retain_graph=True)
+            estimator = settings.generator.estimator
+            importance.backward(importance_gradient(pixels, clips, fill, estimator=estimator))
+            metrics.add_generator(loss.detach())
+            dropped.requires_grad_(False)
+        (compared.loss.sum() * weight).backward()
+
+    def _drop_frames(
+        self, clips: torch.Tensor, batch: RankBatch, micro: slice
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x~, what fills its dropped frames, and the importance that chose them (with graph once G trains)."""
+        settings = self._settings
+        fill = frame_fill(clips, settings.generator.fill)
+        importance = batch.random_importance[micro].to(self._device)
+        if self._is_adversarial(batch.step):
+            importance = self._generator(clips)
+            mask = keep_mask(importance, settings.num_dropped)
+            return drop_frames(clips, mask, fill).requires_grad_(), fill, importance
+        if settings.generator.before_start == "random":
+            return drop_frames(clips, keep_mask(importance, settings.num_dropped), fill), fill, importance
+        return clips, fill, importance
+
+    def _augmented(self, view: View, micro: slice) -> torch.Tensor:
+        part = View(view.frames[micro], view.draws[micro]).to(self._device)
+        return augment(part.frames, part.draws, size=self._settings.augment.size)
+
+    def _is_adversarial(self, step: int) -> bool:
+        return step >= self._settings.generator_start
+
+    def _micro_batches(self, num_clips: int) -> list[tuple[slice, bool]]:
+        """Slices of this rank's clips that are normalised together, and whether each is the last."""
+        size = self._settings.train.micro_batch
+        starts = range(0, num_clips, size)
+        return [(slice(start, start + size), start + size >= num_clips) for start in starts]
+
+    @contextlib.contextmanager
+    def _gradients_reduced(self, is_last: bool) -> Iterator[None]:
+        """Gradients of micro-batches add up on each rank and are averaged over ranks with the last one."""
+        with contextlib.ExitStack() as stack:
+            for module in (self._query, self._generator):
+                if not is_last and isinstance(module, nn.parallel.DistributedDataParallel):
+                    stack.enter_context(module.no_sync())
+            yield
+
+    def _set_learning_rates(self, step: int) -> None:
+        train, generator = self._settings.train, self._settings.generator
+        for group in self._state.query_optimizer.param_groups:
+            group["lr"] = learning_rate(step, train.learning_rate, train)
+        for group in self._state.generator_optimizer.param_groups:
+            group["lr"] = learning_rate(step, generator.learning_rate, train)
+
+    def _raise_non_finite(self, batch: RankBatch, bad_here: bool) -> None:
+        said = f"rank {distributed.rank()}, clips {', '.join(batch.clip_ids)}" if bad_here else ""
+        where = [text for text in distributed.gather_text(said) if text]  # all ranks come here together
+        raise NonFiniteError(
+            f"a loss or gradient of step {batch.step} is not finite ({'; '.join(where) or 'in the gradient'}): "
+            "the step was not taken. Look at these clips, lower train.learning-rate, or set train.precision to fp32"
+        )
