@@ -25,6 +25,9 @@ def main() -> None:
     from vmoco.train import launch, run
 
     prepared = run.prepare(settings)
+    if prepared.finished:
+        print(f"run {prepared.settings.run.name} has ended before; its encoder is {prepared.finished}")
+        return
     dashboard_url = job.connect(worker_output=False)
     if command := job.stop_command(dashboard_url):
         print(f"to stop this job (it writes a checkpoint first): {command}", flush=True)

@@ -67,11 +67,11 @@ def other_value(group: str, name: str) -> object:
         ("scaling", {"num_workers": 3}, r"^scaling\.num-workers 3 is above the 2 micro-batches .*: lower"),
         ("generator", {"drop_ratio": 0.05}, r"^generator\.drop-ratio 0\.05 of data\.num-frames 8 drops 0 frames: "),
         ("train", {"warmup_steps": 20}, r"^train\.warmup-steps 20 must be below train\.steps 20$"),
-        ("train", {"steps": 0}, r"^steps 0 is not allowed: .*greater than or equal to 1$"),
-        ("moco", {"decay": 1.5}, r"^decay 1\.5 is not allowed: .*less than or equal to 1$"),
-        ("moco", {"age_unit": "day"}, r"^age-unit 'day' is not allowed: .*'step' or 'key'$"),
-        ("model", {"embedding_dim": "wide"}, r"^embedding-dim 'wide' is not allowed: .*integer"),
-        ("augment", {"sise": 3}, r"^sise 3 is not allowed: extra inputs"),
+        ("train", {"steps": 0}, r"^train.steps 0 is not allowed: .*greater than or equal to 1$"),
+        ("moco", {"decay": 1.5}, r"^moco.decay 1\.5 is not allowed: .*less than or equal to 1$"),
+        ("moco", {"age_unit": "day"}, r"^moco.age-unit 'day' is not allowed: .*'step' or 'key'$"),
+        ("model", {"embedding_dim": "wide"}, r"^model.embedding-dim 'wide' is not allowed: .*integer"),
+        ("augment", {"sise": 3}, r"^augment.sise 3 is not allowed: extra inputs"),
     ],
 )
 def test_bad_value_is_answered_with_a_sentence(group: str, fields: dict[str, Any], said: str) -> None:
@@ -108,7 +108,7 @@ def test_generator_starts_after_its_share_of_training(ratio: float, percent: flo
 
 def test_several_bad_values_are_all_named() -> None:
     """One run of the command shows all of them."""
-    with pytest.raises(ValueError, match=r"steps 0 is not allowed.*; global-batch 1 is not allowed"):
+    with pytest.raises(ValueError, match=r"train.steps 0 is not allowed.*; train.global-batch 1 is not allowed"):
         changed(TINY, "train", steps=0, global_batch=1)
 
 

@@ -33,15 +33,17 @@ class Settings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ValueError("; ".join(_sentence(problem) for problem in error.errors())) from None
+            group = type(self).__name__.removesuffix("Settings").lower()
+            prefix = "" if group in ("ingest", "pretrain") else f"{group}."
+            raise ValueError("; ".join(_sentence(problem, prefix) for problem in error.errors())) from None
 
     def canonical_json(self) -> str:
         """The settings as JSON with sorted keys: equal settings give equal bytes."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1)
 
 
-def _sentence(problem: Any) -> str:
-    field = ".".join(str(part).replace("_", "-") for part in problem["loc"])
+def _sentence(problem: Any, prefix: str) -> str:
+    field = prefix + ".".join(str(part).replace("_", "-") for part in problem["loc"])
     if problem["type"] == "value_error":  # raised by a check below: already a sentence
         return str(problem["ctx"]["error"])
     said = problem["msg"][0].lower() + problem["msg"][1:]

@@ -21,6 +21,9 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 def hash64(*parts: str | int) -> int:
     """A stable 64-bit hash of the parts, for names and purposes; not for speed."""
+    assert all(type(part) in (str, int) for part in parts), (
+        f"{parts}: a NumPy integer would be another part than an int"
+    )
     text = "\0".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 

@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import urllib.parse
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +46,11 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     uri = absolute_uri(uri)
     if "://" not in uri:
         return pafs.LocalFileSystem(use_mmap=True), uri
-    found, path = pafs.FileSystem.from_uri(uri)
+    scheme, rest = uri.split("://", 1)
+    if scheme == "file":
+        return pafs.LocalFileSystem(use_mmap=True), urllib.parse.unquote(rest)
+    # Names of objects may hold spaces and umlauts, which Arrow wants quoted; what is quoted already stays so.
+    found, path = pafs.FileSystem.from_uri(f"{scheme}://{urllib.parse.quote(rest, safe='/%?&=@:+,;~')}")
     return found, path
 
 

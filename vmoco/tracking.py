@@ -31,16 +31,25 @@ def client(uri: str | None = None) -> Any:
     """An MLflow client for the tracker of this process, or the one given.
 
     Raises:
-        ValueError: the tracker does not answer.
+        ValueError: its database cannot be written.
     """
     uri = uri or tracking_uri()
     if uri.startswith("sqlite:///"):
-        os.makedirs(os.path.dirname(uri.removeprefix("sqlite:///")) or ".", exist_ok=True)
+        _check_database(uri.removeprefix("sqlite:///"))
+    # MLflow tries 7 times for minutes; a person waits for the first answer, and `Tracker` tries again by itself.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     from mlflow import MlflowClient  # 4 s: only where something is tracked
 
     logging.getLogger("alembic").setLevel(logging.WARNING)  # creating the database writes a line per table
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _check_database(path: str) -> None:
+    # MLflow would try for 100 s, with a warning each time.
+    if os.path.isdir(path):
+        raise ValueError(f"the tracker's database {path} is a folder: set MLFLOW_TRACKING_URI to a file or a server")
+    storage.check_writable(os.path.dirname(os.path.abspath(path)))
 
 
 def create_run(settings: PretrainSettings, *, tags: Mapping[str, str]) -> str:

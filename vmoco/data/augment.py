@@ -4,8 +4,9 @@ Split in two so that it is exact: `draw` turns seeds into a small table of numbe
 machine), and `augment` applies the table to pixels wherever they are. All frames of a clip share one row of the table.
 
 The steps are those of MoCo v1: random resized crop, flip, grey, brightness, contrast, saturation, hue, in this fixed
-order. Two departures from torchvision, both so that one mean or matrix serves a whole clip: contrast pulls towards the
-mean of the clip, not of each frame, and hue is a rotation in YIQ space, not a shift in HSV.
+order. Departures from torchvision: contrast pulls towards the mean of the clip, not of each frame; hue is a rotation in
+YIQ space, not a shift in HSV; a crop is sampled bilinearly without antialiasing, so ingest should store frames not much
+larger than the training size.
 """
 
 from __future__ import annotations

@@ -64,7 +64,10 @@ def sum_(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def average_(tensors: list[torch.Tensor]) -> None:
-    """Replaces each tensor by its mean over ranks, in one collective; all ranks end with the same bits."""
+    """Replaces each tensor by its mean over ranks, in one collective; all ranks end with the same bits.
+
+    Ranks count alike, also where one has fewer micro-batches than another.
+    """
     if world_size() == 1 or not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])

@@ -22,7 +22,7 @@ from vmoco.config import PretrainSettings
 from vmoco.export import write_encoder
 from vmoco.job import StopRequest
 from vmoco.train.channel import Channel, Listener
-from vmoco.train.run import PreparedRun, Run, introduce, open_run
+from vmoco.train.run import PreparedRun, Run, close_run, introduce, open_run
 from vmoco.train.worker import run_worker, step_of
 
 # A rank that has lost another waits this long in a collective before it gives up, in seconds.
@@ -68,6 +68,8 @@ def pretrain(prepared: PreparedRun, *, show: Callable[[str], None] = print) -> O
             finished = step == run.settings.train.steps
             status = "FINISHED" if finished else "KILLED"
             registered = _export(run, checkpoint) if finished else None
+            if finished:
+                close_run(run, registered.uri if registered else f"runs:/{run.run_id}/{registry.ARTIFACT_FOLDER}")
         finally:
             listener.close()
             if problem := tracking.finish_run(run.run_id, status):

@@ -11,7 +11,7 @@ import torch
 
 
 def autocast_dtype(precision: str, device: torch.device) -> tuple[torch.dtype | None, str]:
-    """The type for autocast (None for float32) and the reason, for the log.
+    """The type for autocast (None for float32) and the reason, for the log; switches TF32 off.
 
     Args:
         precision: "auto", "bf16" or "fp32".
@@ -20,6 +20,8 @@ def autocast_dtype(precision: str, device: torch.device) -> tuple[torch.dtype | 
     Raises:
         ValueError: bf16 is asked for where it cannot be had.
     """
+    # NVIDIA GPUs would compute fp32 convolutions in TF32, with 3 digits: fp32 means fp32 here.
+    torch.backends.cudnn.allow_tf32 = False
     if precision == "fp32":
         return None, "fp32 as asked for"
     if device.type == "cpu":

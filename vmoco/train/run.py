@@ -30,6 +30,8 @@ class PreparedRun:
     manifest: Manifest
     folder: str
     """URI of the run's folder."""
+    finished: str | None
+    """Where its encoder is, if this run has already ended well."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ def prepare(settings: PretrainSettings) -> PreparedRun:
     check_fits(manifest, resolved)
     folder = storage.join(storage.absolute_uri(place), name)
     storage.check_writable(folder)
-    prepared = PreparedRun(resolved, manifest, folder)
-    if record := _read_record(prepared):
+    record = _read_record(folder)
+    if record:
         before = PretrainSettings.model_validate(record["settings"])
         if changed := differences(before, resolved):
             raise ValueError(
@@ -78,7 +80,7 @@ def prepare(settings: PretrainSettings) -> PreparedRun:
                 f"run.name {name!r} belongs to a run on data set {record['manifest_hash']}, {manifest.uri} is "
                 f"{manifest.hash}: give data.uri as it was to resume it, or another run.name"
             )
-    return prepared
+    return PreparedRun(resolved, manifest, folder, record["finished"] if record else None)
 
 
 def open_run(prepared: PreparedRun) -> Run:
@@ -87,21 +89,37 @@ def open_run(prepared: PreparedRun) -> Run:
     Raises:
         ValueError: the tracker cannot be used.
     """
-    if record := _read_record(prepared):
+    if record := _read_record(prepared.folder):
         tracking.resume_run(record["run_id"])
         return Run(**vars(prepared), run_id=record["run_id"], is_new=False)
     settings, manifest = prepared.settings, prepared.manifest
     assert settings.run.name is not None, "resolved"
     tags = {"folder": prepared.folder, "manifest_hash": manifest.hash, "preset": settings.preset}
     run_id = tracking.create_run(settings, tags={f"vmoco.{key}": value for key, value in tags.items()})
-    record = {"run_id": run_id, "manifest_hash": manifest.hash, "settings": settings.model_dump(mode="json")}
-    storage.write_atomic(storage.join(prepared.folder, RECORD), json.dumps(record, indent=1).encode())
+    record = {
+        "run_id": run_id,
+        "manifest_hash": manifest.hash,
+        "settings": settings.model_dump(mode="json"),
+        "finished": None,
+    }
+    _write_record(prepared.folder, record)
     return Run(**vars(prepared), run_id=run_id, is_new=True)
 
 
-def _read_record(prepared: PreparedRun) -> dict[str, Any] | None:
+def close_run(run: Run, encoder: str) -> None:
+    """Notes that a run has ended well, and where its encoder is: submitted again, it has nothing left to do."""
+    record = _read_record(run.folder)
+    assert record is not None, "opened before"
+    _write_record(run.folder, record | {"finished": encoder})
+
+
+def _write_record(folder: str, record: dict[str, Any]) -> None:
+    storage.write_atomic(storage.join(folder, RECORD), json.dumps(record, indent=1).encode())
+
+
+def _read_record(folder: str) -> dict[str, Any] | None:
     try:
-        record: dict[str, Any] = json.loads(storage.read_bytes(storage.join(prepared.folder, RECORD)))
+        record: dict[str, Any] = json.loads(storage.read_bytes(storage.join(folder, RECORD)))
     except FileNotFoundError:
         return None
     return record
@@ -124,6 +142,11 @@ def introduce(run: Run) -> list[str]:
         f"the generator drops {settings.num_dropped} of {settings.data.num_frames} frames from step "
         f"{settings.generator_start}; the oldest of {moco.queue_size} keys weighs {oldest:.3f}",
     ]
+    if settings.num_micro_batches == 1:
+        lines.append(
+            "warning: train.micro-batch is the whole train.global-batch, so a key is normalised beside the very clips "
+            "of its query, which lets the encoder cheat (MoCo, section 3.3): lower train.micro-batch"
+        )
     if moco.queue_size > epoch:
         lines.append(
             f"warning: the queue holds {moco.queue_size / epoch:.1f} epochs, so each video several times over; keys of "

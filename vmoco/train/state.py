@@ -133,8 +133,8 @@ class TrainState:
         record = Record.read(folder)
         self._check(record, folder)
         tensors = read_tensors(folder, record)
-        expected = {name for name in self.tensors() if not name.startswith("optimizer.")}
-        found = {name for name in tensors if not name.startswith("optimizer.")}
+        expected = self._expected_names(record.step)
+        found = set(tensors)
         if expected != found:
             raise ValueError(
                 f"checkpoint {folder} does not fit this run: missing {sorted(expected - found)[:3]}, "
@@ -146,6 +146,17 @@ class TrainState:
             _load_optimizer(optimizer, _below(part, tensors))
         self.step = record.step
         return record
+
+    def _expected_names(self, step: int) -> set[str]:
+        """Names of all tensors of a checkpoint of that step."""
+        names = {name for name in self.tensors() if not name.startswith("optimizer.")}
+        started = {"optimizer.query": 0, "optimizer.generator": self.settings.generator_start}
+        for part, optimizer in self._optimizers().items():
+            # SGD makes a buffer for each parameter in its first step, and none without momentum.
+            if step > started[part] and self.settings.train.sgd_momentum > 0:
+                count = len(optimizer.param_groups[0]["params"])
+                names |= {f"{part}.{index}.momentum_buffer" for index in range(count)}
+        return names
 
     def _parts(self) -> dict[str, Any]:
         moco = self.moco

@@ -28,7 +28,10 @@ from vmoco.train.state import TrainState
 
 
 class NonFiniteError(ValueError):
-    """A loss or gradient is not a number: the run stops before the optimizer, with nothing changed."""
+    """A loss or gradient is not a number: the run stops before the optimizer.
+
+    No checkpoint has seen it. The state in memory has (running statistics, momentum) and must be thrown away.
+    """
 
 
 class TrainStep:

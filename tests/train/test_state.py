@@ -1,0 +1,134 @@
+"""A checkpoint holds the whole state: resumed runs go on with the same bits, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.dataset import make_data_set
+from tests.ranks import run_on_ranks
+from tests.train.test_step import CPU, changed
+from vmoco.config import PretrainSettings
+from vmoco.data.loader import Loader
+from vmoco.data.manifest import Manifest
+from vmoco.presets import PRESETS
+from vmoco.train import distributed
+from vmoco.train.state import RECORD, TENSORS, TrainState, file_sha256
+from vmoco.train.step import TrainStep
+
+# 12 videos, batches of 16 on 4 ranks: step 5 lies in the middle of an epoch, and the generator starts at step 4.
+SETTINGS = changed(
+    PRESETS["tiny"][1], train={"steps": 8, "global_batch": 16, "micro_batch": 4}, moco={"queue_size": 40}
+)
+
+
+def advance(folder: str, settings: PretrainSettings, until: int, resume: str | None, keep: str | None) -> str:
+    """Trains to a step, from a checkpoint if there is one; returns a hash of all tensors of this rank."""
+    manifest = Manifest.load(folder)
+    state = TrainState(settings, manifest_hash=manifest.hash, device=CPU)
+    if resume:
+        state.load(Path(resume))
+    step = TrainStep(settings, state, CPU)
+    loader = Loader(
+        manifest, settings, rank=distributed.rank(), world_size=distributed.world_size(), start_step=state.step
+    )
+    for batch in loader:
+        if state.step == until:
+            break
+        step(batch)
+    if keep and distributed.rank() == 0:
+        state.save(Path(keep))
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.tensors().items()):
+        digest.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 4])
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, num_ranks: int) -> None:
+    """Stopped mid-epoch after 5 of 8 steps and resumed in new processes: every tensor on every rank has the same bits.
+
+    On 4 ranks, because there the order of sums within DDP's buckets shows in the last digits.
+    """
+    make_data_set(tmp_path / "data")
+    (tmp_path / "kept").mkdir()
+    data, kept = str(tmp_path / "data"), str(tmp_path / "kept")
+    uninterrupted = run_on_ranks(num_ranks, advance, data, SETTINGS, 8, None, None)
+    run_on_ranks(num_ranks, advance, data, SETTINGS, 5, None, kept)
+    resumed = run_on_ranks(num_ranks, advance, data, SETTINGS, 8, kept, None)
+    assert resumed == uninterrupted
+    assert len(set(resumed)) == 1, "all ranks hold the same"
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    """A checkpoint of step 6, with the generator under way."""
+    make_data_set(tmp_path / "data")
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    advance(str(tmp_path / "data"), SETTINGS, 6, None, str(folder))
+    return folder
+
+
+def fresh(kept: Path, settings: PretrainSettings = SETTINGS, manifest_hash: str | None = None) -> TrainState:
+    return TrainState(
+        settings, manifest_hash=manifest_hash or Manifest.load(str(kept.parent / "data")).hash, device=CPU
+    )
+
+
+def test_state_survives_writing_and_reading(kept: Path) -> None:
+    """Every tensor, optimizers included, and the step come back; the settings' bytes are the canonical ones."""
+    state = fresh(kept)
+    record = state.load(kept)
+    assert (state.step, record.step) == (6, 6)
+    stored = load_file(kept / TENSORS)
+    assert set(stored) == set(state.tensors())
+    assert all(torch.equal(stored[name], tensor) for name, tensor in state.tensors().items())
+    assert any(name.startswith("optimizer.generator") for name in stored)
+    assert (kept / "settings.json").read_text() == SETTINGS.canonical_json()
+
+
+def test_a_flipped_byte_is_noticed(kept: Path) -> None:
+    """The hash in the record does not match, and the sentence says which file."""
+    path = kept / TENSORS
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"state.safetensors is damaged"):
+        fresh(kept).load(kept)
+
+
+@pytest.mark.parametrize("missing", ["optimizer.query.0.momentum_buffer", "query.head.weight", "queue.born"])
+def test_a_missing_tensor_is_refused(kept: Path, missing: str) -> None:
+    """A checkpoint without a tensor is no checkpoint, also where only an optimizer would notice."""
+    tensors = load_file(kept / TENSORS)
+    del tensors[missing]
+    save_file(tensors, kept / TENSORS)
+    record = json.loads((kept / RECORD).read_text())
+    (kept / RECORD).write_text(json.dumps(record | {"sha256": file_sha256(kept / TENSORS)}))
+    with pytest.raises(ValueError, match=rf"missing .*{missing}"):
+        fresh(kept).load(kept)
+
+
+def test_other_settings_are_named(kept: Path) -> None:
+    """The sentence names the field, what it was and what it is; scaling may change."""
+    with pytest.raises(ValueError, match=r"moco.temperature 0.07 -> 0.2"):
+        fresh(kept, changed(SETTINGS, moco={"temperature": 0.2})).load(kept)
+    fresh(kept, changed(SETTINGS, scaling={"num_workers": 2})).load(kept)
+
+
+def test_other_data_are_refused(kept: Path) -> None:
+    """A checkpoint belongs to the clips it was trained on."""
+    with pytest.raises(ValueError, match=r"was trained on data set .*, this run reads other"):
+        fresh(kept, manifest_hash="other").load(kept)
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+    """An empty folder is not a checkpoint."""
+    with pytest.raises(ValueError, match=r"is not a checkpoint of vmoco"):
+        TrainState(SETTINGS, manifest_hash="", device=CPU).load(tmp_path)
