@@ -22,7 +22,7 @@ from vmoco.presets import PRESETS
 
 def main() -> None:
     settings = tyro.extras.overridable_config_cli(PRESETS, description=__doc__)
-    from vmoco.train import launch, run
+    from vmoco.train import run
 
     prepared = run.prepare(settings)
     if prepared.finished:
@@ -31,6 +31,8 @@ def main() -> None:
     dashboard_url = job.connect(worker_output=False)
     if command := job.stop_command(dashboard_url):
         print(f"to stop this job (it writes a checkpoint first): {command}", flush=True)
+    from vmoco.train import launch  # not before: Ray reads how to authenticate when it is imported
+
     outcome = launch.pretrain(prepared, show=lambda line: print(line, flush=True))
     if outcome.stopped_by:
         print(f"kept {outcome.checkpoint}; the same command with --run.name {outcome.name} goes on", flush=True)

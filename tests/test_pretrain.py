@@ -217,3 +217,28 @@ def test_a_failing_job_ends_with_one_clear_line(service: Service) -> None:
     (line,) = {line for line in said.splitlines() if line.startswith("error: ")}
     assert f"{shard.name} is truncated" in line
     assert said.strip().splitlines()[-1] == line
+
+
+def test_ctrl_c_in_a_direct_run_keeps_the_state_and_leaves_nothing(service: Service) -> None:
+    """Without a cluster: exit code 130, a checkpoint, "stopped" as the last line, no process, no half-written file."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"VMOCO_HOME": str(service.home), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "jobs/pretrain.py", "tiny", "--data.uri", service.data, "--run.name", "direct"]
+    job = subprocess.Popen(
+        [*command, "--train.steps", "4000"],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    follow(job, "step 10/4000")
+    os.killpg(job.pid, signal.SIGINT)  # what a terminal does: every process of the group gets it
+    said, _ = job.communicate(timeout=60)
+    assert job.returncode == 130, said
+    assert "the same command with --run.name direct goes on" in said
+    assert said.strip().splitlines()[-1] == "stopped"
+    assert service.kept("direct")[-1]["step"] >= 10
+    assert processes.of_session(job.pid) == []
+    assert [path for path in service.home.rglob("*.tmp") if "videos" not in path.parts] == []
