@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from vmoco.local import LocalCluster
+
+# A shell that runs the tests in the background has them ignore Ctrl-C, and every process that they start would inherit
+# that; the tests of Ctrl-C need what a person's terminal has.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
