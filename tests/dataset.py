@@ -28,19 +28,27 @@ def make_data_set(
     num_held_out: int = 0,
 ) -> Manifest:
     """Two shards of clips in which a square of the video's own colour moves over noise; the last are held out."""
-    settings = SETTINGS | {"num_frames": num_frames, "height": height, "width": width}
     shape = (num_frames, height, width, 3)
+    clips = [
+        _clip(video, place, shape, held_out=video >= num_videos - num_held_out)
+        for video in range(num_videos)
+        for place in range(clips_per_video)
+    ]
+    return write_data_set(folder, clips)
+
+
+def write_data_set(folder: Path, clips: list[Clip]) -> Manifest:
+    """Writes clips, all of one shape, as a data set of two shards; clips of a video stand together."""
+    shape = clips[0].frames.shape
+    settings = SETTINGS | {"num_frames": shape[0], "height": shape[1], "width": shape[2]}
+    names = list(dict.fromkeys(clip.video_id for clip in clips))
     tables = []
-    for shard, members in enumerate(np.array_split(np.arange(num_videos), 2)):
-        videos = tuple(Video(f"video-{v:03d}", 1000, f"{v:064d}") for v in members)
+    for shard, members in enumerate(np.array_split(np.arange(len(names)), 2)):
+        videos = tuple(Video(names[v], 1000, f"{v:064d}") for v in members)
         account = Account(settings=settings, frame_shape=shape, videos=videos)
-        clips = [
-            _clip(int(v), place, shape, held_out=bool(v >= num_videos - num_held_out))
-            for v in members
-            for place in range(clips_per_video)
-        ]
         uri = str(folder / "shards" / f"{shard:04d}.arrow")
-        write_shard(uri, clips, account=account)
+        kept = {video.video_id for video in videos}
+        write_shard(uri, [clip for clip in clips if clip.video_id in kept], account=account)
         table = read_rows(uri).table
         count = table.num_rows
         columns = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import typing
@@ -69,7 +70,25 @@ def other_value(group: str, name: str) -> object:
         ("train", {"warmup_steps": 20}, r"^train\.warmup-steps 20 must be below train\.steps 20$"),
         ("train", {"steps": 0}, r"^train.steps 0 is not allowed: .*greater than or equal to 1$"),
         ("moco", {"decay": 1.5}, r"^moco.decay 1\.5 is not allowed: .*less than or equal to 1$"),
+        ("moco", {"decay": 0.0}, r"^moco.decay 0\.0 is not allowed: .*greater than 0$"),
+        ("moco", {"decay_end": 1.5}, r"^moco.decay-end 1\.5 is not allowed: .*less than or equal to 1$"),
+        ("moco", {"decay_schedule": "slow"}, r"^moco.decay-schedule 'slow' is not allowed: .*'linear'.*'adversarial'$"),
         ("moco", {"age_unit": "day"}, r"^moco.age-unit 'day' is not allowed: .*'step' or 'key'$"),
+        (
+            "generator",
+            {"drop_ratio": 0.95},
+            r"^generator.drop-ratio 0\.95 is not allowed: .*less than or equal to 0\.9$",
+        ),
+        (
+            "train",
+            {"schedule": "linear"},
+            r"^train.schedule 'linear' is not allowed: .*'step', 'cosine' or 'constant'$",
+        ),
+        ("train", {"optimizer": "lion"}, r"^train.optimizer 'lion' is not allowed: .*'sgd' or 'adamw'$"),
+        ("train", {"learning_rate": math.inf}, r"^train.learning-rate inf is not allowed: .*finite number$"),
+        ("moco", {"decay": math.nan}, r"^moco.decay nan is not allowed: .*finite number$"),
+        ("augment", {"blur_probability": 1.5}, r"^augment.blur-probability 1\.5 is not allowed: .*equal to 1$"),
+        ("data", {"positives": "three"}, r"^data.positives 'three' is not allowed: .*'same_clip' or 'two_clips'$"),
         ("model", {"embedding_dim": "wide"}, r"^model.embedding-dim 'wide' is not allowed: .*integer"),
         ("augment", {"sise": 3}, r"^augment.sise 3 is not allowed: extra inputs"),
     ],
@@ -88,6 +107,15 @@ def test_drop_ratio_must_leave_a_frame() -> None:
     assert changed(two, "generator", drop_ratio=0.0).num_dropped == 0
     with pytest.raises(ValueError, match=r"0\.9 of data\.num-frames 2 drops 2 frames: .* one must stay"):
         changed(two, "generator", drop_ratio=0.9)
+
+
+@pytest.mark.parametrize(("group", "fields"), [("data", {"num_frames": 4}), ("augment", {"size": 16})])
+def test_s3d_is_refused_where_nothing_would_be_left_of_a_clip(group: str, fields: dict[str, Any]) -> None:
+    """Its last pooling would come to less than one frame or pixel; 5 frames of 17 pixels are taken."""
+    small = changed(TINY, "model", backbone="s3d")
+    changed(changed(small, "data", num_frames=5), "augment", size=17)
+    with pytest.raises(ValueError, match=r"^model\.backbone s3d needs data\.num-frames 5 and augment\.size 17 or more"):
+        changed(small, group, **fields)
 
 
 @pytest.mark.parametrize(

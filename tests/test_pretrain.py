@@ -141,6 +141,10 @@ def test_every_kept_checkpoint_is_tracked_with_its_hash(service: Service, undist
         48,
     ]
     assert {"generator_loss", "clips_per_second", "oldest_key_weight", "effective_rank"} <= set(run.data.metrics)
+    assert {"dropped_entropy", "dropped_overlap"} <= set(run.data.metrics)
+    # The generator starts at step 24, so the first checkpoint has nothing to show.
+    shown = [f"step-{step:08d}.{kind}" for step in (32, 48) for kind in ("json", "png")]
+    assert sorted(path.name for path in (folder / "generator").iterdir()) == shown
     assert run.data.params["train.steps"] == "48"
     places = [folder, Path(rows[-1]["uri"]), folder / "encoder"]
     assert len({(place / "settings.json").read_bytes() for place in places}) == 1

@@ -19,19 +19,25 @@ SETTINGS = PRESETS["tiny"][1]
 
 
 def test_points_and_documents_arrive(vmoco_home: Path) -> None:
-    """All points of a run with their steps, of a document its last text, and the run's settings as parameters."""
+    """All points of a run with their steps, of a document its last content, and the settings as parameters."""
     run_id = tracking.create_run(SETTINGS, tags={"vmoco.preset": "tiny"})
     tracker = tracking.Tracker(tracking.tracking_uri(), run_id)
     for step in range(1200):
         tracker.metrics({"loss": step / 2}, step=step)
     for text in ("first", "last"):
         tracker.document("list.json", text)
+    pictures = [b"first", bytes(range(256))]
+    for picture in pictures:
+        tracker.document("pictures/deep/sheet.png", picture)
+    tracker.document("flat.png", b"flat")
     assert tracker.close() == ""
     client = MlflowClient(tracking.tracking_uri())
     history = client.get_metric_history(run_id, "loss")
     assert sorted((point.step, point.value) for point in history) == [(step, step / 2) for step in range(1200)]
     folder = Path(client.get_run(run_id).info.artifact_uri)
     assert (folder / "list.json").read_text() == "last"
+    assert (folder / "pictures" / "deep" / "sheet.png").read_bytes() == pictures[-1]
+    assert (folder / "flat.png").read_bytes() == b"flat"
     assert (folder / "settings.json").read_text() == SETTINGS.canonical_json()
     assert client.get_run(run_id).data.params["moco.queue_size"] == "64"
     assert folder.is_relative_to(vmoco_home / "mlartifacts")

@@ -19,15 +19,17 @@ Fill = Literal["mean", "zero"]
 AgeUnit = Literal["step", "key"]
 Estimator = Literal["mask", "pixel_sum"]
 DecayOn = Literal["logit", "exp"]
+DecaySchedule = Literal["constant", "linear", "cosine", "step", "adversarial"]
 BeforeStart = Literal["whole", "random"]
-Backbone = Literal["r3d_18", "r2plus1d_18", "mc3_18", "r3d_nano", "r2plus1d_nano"]
+Positives = Literal["same_clip", "two_clips"]
+Backbone = Literal["r3d_18", "r2plus1d_18", "mc3_18", "s3d", "r3d_nano", "r2plus1d_nano"]
 Precision = Literal["auto", "bf16", "fp32"]
 
 
 class Settings(BaseModel):
     """A frozen group of settings that answers a bad value with one sentence."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -104,12 +106,14 @@ class DataSettings(Settings):
     """Distance between two frames of a training clip, in stored frames."""
     draws_per_video: int = Field(1, ge=1)
     """Clips drawn from each video in one epoch."""
+    positives: Positives = "same_clip"
+    """What the key shows: the frames of its query (paper), or another clip of its video (rho-MoCo, rho = 2)."""
     batches_ahead: int = Field(3, ge=1)
     """Batches that the loader reads ahead of the step."""
 
 
 class AugmentSettings(Settings):
-    """One draw per clip and view: all frames of a clip are changed alike (paper: MoCo v1's)."""
+    """One draw per clip and view: all frames of a clip are changed alike. The defaults are MoCo v1's (paper)."""
 
     size: int = Field(112, ge=16)
     """Height and width of a training clip in pixels."""
@@ -125,6 +129,10 @@ class AugmentSettings(Settings):
     """Largest relative change of saturation."""
     hue: float = Field(0.4, ge=0, le=0.5)
     """Largest rotation of hue, in turns."""
+    jitter_probability: float = Field(1.0, ge=0, le=1)
+    """Share of clips whose brightness, contrast, saturation and hue are changed (MoCo v1: all; v2: 0.8)."""
+    blur_probability: float = Field(0.0, ge=0, le=1)
+    """Share of clips blurred by a Gaussian of 0.1 to 2 pixels (MoCo v1: none; v2: 0.5)."""
     flip_probability: float = Field(0.5, ge=0, le=1)
     """Share of clips mirrored left to right; 0 where left and right have a meaning."""
 
@@ -174,6 +182,10 @@ class MocoSettings(Settings):
     """Temperature of the contrastive loss."""
     decay: float = Field(0.99999, gt=0, le=1)
     """t: a key of age a weighs t ** a; 1 is no decay."""
+    decay_schedule: DecaySchedule = "constant"
+    """T over training: constant, towards decay-end, or by how much the generator's drops change embeddings."""
+    decay_end: float = Field(1.0, gt=0, le=1)
+    """T at the last step, for linear, cosine and step."""
     age_unit: AgeUnit = "step"
     """What an age counts: optimizer steps since the key came in, or keys that came in after it."""
     decay_on: DecayOn = "logit"
@@ -192,15 +204,21 @@ class TrainSettings(Settings):
     learning_rate: float = Field(0.005, gt=0)
     """Learning rate at a global batch of 32; scaled linearly with the batch (paper: 0.04 at 256)."""
     weight_decay: float = Field(1e-4, ge=0)
-    """L2 penalty."""
+    """L2 penalty of SGD, decoupled decay of AdamW."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD (paper), or AdamW with betas 0.9 and 0.999, which wants lower learning rates, of the generator too."""
     sgd_momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of the optimizer."""
+    """Momentum of SGD."""
     schedule: Literal["step", "cosine", "constant"] = "step"
     """Learning rate over training: x0.1 at 60 % and 80 % (paper), cosine to zero, or constant."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises linearly from zero."""
     precision: Precision = "auto"
     """Arithmetic of the encoders: auto is bf16 on GPUs that have it, else fp32. The embedding is always fp32."""
+    compile: bool = False
+    """Compile the encoders with torch.compile: a minute or more at the start, then faster steps on most GPUs."""
+    deterministic: bool = False
+    """Deterministic algorithms alone: the same bits again on the same GPUs, slower. CPUs need it not."""
     log_every: int = Field(10, ge=1)
     """Steps between two log lines and two points in MLflow."""
     checkpoint_every: int = Field(500, ge=1)
@@ -272,6 +290,12 @@ class PretrainSettings(Settings):
             raise ValueError(
                 f"generator.drop-ratio {self.generator.drop_ratio} of data.num-frames {self.data.num_frames} drops "
                 f"{self.num_dropped} frames: at least one must go and one must stay, or the ratio must be 0"
+            )
+        # S3D halves time three times and space five times, without padding at the last.
+        if self.model.backbone == "s3d" and (self.data.num_frames < 5 or self.augment.size < 17):
+            raise ValueError(
+                f"model.backbone s3d needs data.num-frames 5 and augment.size 17 or more, not "
+                f"{self.data.num_frames} and {self.augment.size}: raise them, or take another backbone"
             )
         if train.warmup_steps >= train.steps:
             raise ValueError(f"train.warmup-steps {train.warmup_steps} must be below train.steps {train.steps}")

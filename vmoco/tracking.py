@@ -10,9 +10,11 @@ from __future__ import annotations
 import collections
 import logging
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from vmoco import storage
@@ -100,7 +102,7 @@ class Tracker:
         self._uri = uri
         self._run_id = run_id
         self._points: collections.deque[tuple[str, float, int, int]] = collections.deque()
-        self._documents: dict[str, str] = {}
+        self._documents: dict[str, str | bytes] = {}
         self._wake = threading.Condition()
         self._closing = False
         self._last_error = ""
@@ -114,10 +116,10 @@ class Tracker:
             self._points.extend((name, value, now, step) for name, value in numbers.items())
             self._wake.notify()
 
-    def document(self, name: str, text: str) -> None:
-        """Queues a text artifact; of two under one name the later counts."""
+    def document(self, name: str, content: str | bytes) -> None:
+        """Queues an artifact, a text or the bytes of a file; of two under one name the later counts."""
         with self._wake:
-            self._documents[name] = text
+            self._documents[name] = content
             self._wake.notify()
 
     def close(self, *, timeout: float = 30.0) -> str:
@@ -155,17 +157,26 @@ class Tracker:
             with self._wake:
                 for _ in points:
                     self._points.popleft()
-                for name, text in documents.items():
-                    if self._documents.get(name) == text:
+                for name, content in documents.items():
+                    if self._documents.get(name) == content:
                         del self._documents[name]
 
-    def _deliver(self, tracker: Any, points: list[tuple[str, float, int, int]], documents: dict[str, str]) -> None:
+    def _deliver(
+        self, tracker: Any, points: list[tuple[str, float, int, int]], documents: dict[str, str | bytes]
+    ) -> None:
         from mlflow.entities import Metric
 
         if points:
             tracker.log_batch(self._run_id, metrics=[Metric(*point) for point in points])
-        for name, text in documents.items():
-            tracker.log_text(self._run_id, text, name)
+        for name, content in documents.items():
+            if isinstance(content, str):
+                tracker.log_text(self._run_id, content, name)
+                continue
+            folder, _, file_name = name.rpartition("/")
+            with tempfile.TemporaryDirectory() as place:  # MLflow takes bytes only from a file
+                path = Path(place, file_name)
+                path.write_bytes(content)
+                tracker.log_artifact(self._run_id, str(path), folder or None)
 
 
 def resume_run(run_id: str) -> None:

@@ -15,11 +15,12 @@ from torchvision.transforms.v2 import functional as reference
 
 from vmoco.config import AugmentSettings
 from vmoco.data import augment as under_test
-from vmoco.data.augment import augment, draw, normalise, resized_crop
+from vmoco.data.augment import augment, draw, normalise, resized_crop, to_pixels
 from vmoco.seed import UInt64Array
 
 SIZE = 5
 SETTINGS = AugmentSettings()
+MOCO_V2 = AugmentSettings(jitter_probability=0.8, blur_probability=0.5, hue=0.1)
 PRESET = R3D_18_Weights.KINETICS400_V1.transforms()
 MEAN, STD = np.array(PRESET.mean), np.array(PRESET.std)
 
@@ -99,6 +100,11 @@ def plain_augment(clip: npt.NDArray[np.uint8], draws: torch.Tensor, size: int) -
         contrasted = np.clip(value["CONTRAST"] * image + (1 - value["CONTRAST"]) * mean, 0, 1)
         frame = reference.adjust_saturation(to_frame(contrasted), float(draws[under_test.SATURATION]))
         images[at] = plain_hue(frame.permute(1, 2, 0).numpy(), float(draws[under_test.HUE]))
+        if sigma := float(draws[under_test.BLUR]):
+            # 13 pixels reach 3 deviations of the widest blur; a frame of fewer is mirrored as far as it goes.
+            kernel_size = min(13, 2 * size - 1)
+            frame = reference.gaussian_blur(to_frame(images[at]), [kernel_size, kernel_size], [sigma, sigma])
+            images[at] = frame.permute(1, 2, 0).numpy()
     return np.stack(images)
 
 
@@ -122,6 +128,9 @@ def in_pixels(clips: torch.Tensor) -> Image:
         {"SATURATION": 1.4},
         {"HUE": 0.1},
         {"HUE": -0.4},
+        {"BLUR": 0.1},
+        {"BLUR": 0.7},
+        {"BLUR": 2.0},
     ],
     ids=lambda columns: "-".join(columns) or "nothing",
 )
@@ -132,13 +141,33 @@ def test_each_step_equals_its_plain_version(columns: dict[str, float]) -> None:
     np.testing.assert_allclose(found[0], plain_augment(clips[0].numpy(), draws[0], SIZE), rtol=0, atol=0.5 / 255)
 
 
-def test_drawn_batch_equals_the_plain_version() -> None:
-    """Eight clips with all changes drawn at once, each by its own row."""
+@pytest.mark.parametrize("settings", [SETTINGS, MOCO_V2], ids=["v1", "v2"])
+def test_drawn_batch_equals_the_plain_version(settings: AugmentSettings) -> None:
+    """Eight clips with all changes drawn at once, each by its own row; v2 leaves out some and blurs others."""
     clips = random_clips(8, 3, 20, 24)
-    draws = torch.from_numpy(draw(seeds(8), SETTINGS, height=20, width=24))
-    found = in_pixels(augment(clips, draws, size=SIZE))
-    for clip, numbers, result in zip(clips, draws, found, strict=True):
-        np.testing.assert_allclose(result, plain_augment(clip.numpy(), numbers, SIZE), rtol=0, atol=0.5 / 255)
+    draws = torch.from_numpy(draw(seeds(8), settings, height=20, width=24))
+    for size in (SIZE, 18):
+        found = in_pixels(augment(clips, draws, size=size))
+        for clip, numbers, result in zip(clips, draws, found, strict=True):
+            np.testing.assert_allclose(result, plain_augment(clip.numpy(), numbers, size), rtol=0, atol=0.5 / 255)
+
+
+def test_blur_meets_its_own_clip_alone() -> None:
+    """Beside blurred clips, one of deviation 0 keeps its bits; the others are as blurred as each would be alone.
+
+    Where nobody blurs, leaving the work out gives the same bits.
+    """
+    clips = random_clips(1, 2, 24, 24).expand(4, -1, -1, -1, -1)
+    draws = torch.cat([row(24, 24, BLUR=sigma) for sigma in (0.0, 0.5, 0.0, 2.0)])
+    together = augment(clips, draws, size=20)
+    still = augment(clips[:1], draws[:1], size=20, blurs=False)
+    assert torch.equal(together[0], still[0])
+    assert torch.equal(together[2], still[0])
+    for at in (1, 3):
+        alone = augment(clips[:1], draws[at : at + 1], size=20)
+        torch.testing.assert_close(together[at], alone[0], rtol=0, atol=1e-5)
+    spread = [float(clip.std()) for clip in together]
+    assert spread[0] > 1.2 * spread[1] > 1.2 * 1.2 * spread[3]
 
 
 def test_whole_frame_at_its_own_size_is_the_frame() -> None:
@@ -150,11 +179,12 @@ def test_whole_frame_at_its_own_size_is_the_frame() -> None:
     torch.testing.assert_close(mirrored, expected.flip(-1), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("settings", [SETTINGS, MOCO_V2], ids=["v1", "v2"])
 @pytest.mark.parametrize("size", [7, 32])
-def test_frames_of_a_clip_are_changed_alike(size: int) -> None:
+def test_frames_of_a_clip_are_changed_alike(size: int, settings: AugmentSettings) -> None:
     """Frames that are equal stay equal bit for bit, in each of 16 clips; the same frame in two clips does not."""
     frames = random_clips(1, 1, 40, 48).expand(16, 5, -1, -1, -1)
-    clips = augment(frames, torch.from_numpy(draw(seeds(16), SETTINGS, height=40, width=48)), size=size)
+    clips = augment(frames, torch.from_numpy(draw(seeds(16), settings, height=40, width=48)), size=size)
     for time in range(1, 5):
         assert torch.equal(clips[:, :, 0], clips[:, :, time])
     first_frames = clips[:, :, 0].flatten(1)
@@ -170,15 +200,16 @@ def test_result_is_laid_out_for_the_encoders() -> None:
     pixels = torch.rand(1, 3, 2, 4, 4)
     expected = reference.normalize(pixels.transpose(1, 2), list(PRESET.mean), list(PRESET.std)).transpose(1, 2)
     torch.testing.assert_close(normalise(pixels), expected)
+    assert torch.equal(to_pixels(normalise(pixels)), (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1))
 
 
-@given(order=st.permutations(range(12)), chosen=st.integers(0, 11))
-def test_draws_are_a_pure_function_of_seeds(order: list[int], chosen: int) -> None:
+@given(order=st.permutations(range(12)), chosen=st.integers(0, 11), settings=st.sampled_from([SETTINGS, MOCO_V2]))
+def test_draws_are_a_pure_function_of_seeds(order: list[int], chosen: int, settings: AugmentSettings) -> None:
     """A seed gives the same row alone, or in a batch in any order, bit for bit."""
-    whole = draw(seeds(12), SETTINGS, height=40, width=48)
+    whole = draw(seeds(12), settings, height=40, width=48)
     assert whole.dtype == np.float32
-    assert np.array_equal(draw(seeds(12)[order], SETTINGS, height=40, width=48), whole[order])
-    assert np.array_equal(draw(seeds(12)[[chosen]], SETTINGS, height=40, width=48), whole[[chosen]])
+    assert np.array_equal(draw(seeds(12)[order], settings, height=40, width=48), whole[order])
+    assert np.array_equal(draw(seeds(12)[[chosen]], settings, height=40, width=48), whole[[chosen]])
 
 
 @given(height=st.integers(16, 200), width=st.integers(16, 200), min_area=st.sampled_from([0.05, 0.2, 0.6, 1.0]))
@@ -221,8 +252,31 @@ def test_shares_and_ranges_of_the_draws() -> None:
         assert 1.39 < table[:, column].max() <= 1.4 + 1e-6
         assert table[:, column].mean() == pytest.approx(1, abs=0.012)
     assert np.abs(table[:, under_test.HUE]).max() == pytest.approx(0.4, abs=0.002)
-    correlation = np.corrcoef(table[:, under_test.FLIP :].T)
+    correlation = np.corrcoef(table[:, under_test.FLIP : under_test.BLUR].T)
     assert np.abs(correlation - np.eye(6)).max() < 0.07
+    assert (table[:, under_test.BLUR] == 0).all()
+
+
+def test_shares_and_ranges_of_the_draws_of_moco_v2() -> None:
+    """Over 4000 seeds: 80 % jittered in all four colours at once, half blurred by 0.1 to 2 pixels, independently.
+
+    What is drawn in both versions is the same number: v2 leaves out and adds, and changes nothing else.
+    """
+    table = draw(seeds(4000), MOCO_V2, height=40, width=48).astype(np.float64)
+    colours = table[:, [under_test.BRIGHTNESS, under_test.CONTRAST, under_test.SATURATION, under_test.HUE]]
+    untouched = (colours == [1, 1, 1, 0]).all(axis=1)
+    assert ((colours == [1, 1, 1, 0]).any(axis=1) == untouched).all()
+    assert untouched.mean() == pytest.approx(0.2, abs=0.02)
+    blur = table[:, under_test.BLUR]
+    assert (blur > 0).mean() == pytest.approx(0.5, abs=0.024)
+    assert 0.1 <= blur[blur > 0].min() < 0.11
+    assert 1.98 < blur.max() <= 2
+    assert blur[blur > 0].mean() == pytest.approx(1.05, abs=0.04)
+    together = np.corrcoef(np.stack([untouched, blur > 0, table[:, under_test.GREY], table[:, under_test.FLIP]]))
+    assert np.abs(together - np.eye(4)).max() < 0.07
+    before = draw(seeds(4000), SETTINGS, height=40, width=48)
+    assert np.array_equal(table[:, : under_test.BRIGHTNESS], before[:, : under_test.BRIGHTNESS])
+    assert np.array_equal(table[~untouched, under_test.CONTRAST], before[~untouched, under_test.CONTRAST])
 
 
 def test_nothing_is_drawn_where_nothing_is_asked_for() -> None:

@@ -85,22 +85,26 @@ def test_frames_are_a_window_of_the_planned_clip(
     assert starts == set(range(num_windows))
 
 
-def test_later_start_is_the_rest_of_a_full_pass(manifest: Manifest) -> None:
+@pytest.mark.parametrize("positives", ["same_clip", "two_clips"])
+def test_later_start_is_the_rest_of_a_full_pass(manifest: Manifest, positives: str) -> None:
     """From step k a loader yields, bit for bit, what one from step 0 yields from k on: all steps, each once."""
-    whole = list(Loader(manifest, SETTINGS, rank=1, world_size=2))
+    settings = settings_with(data={"positives": positives})
+    whole = list(Loader(manifest, settings, rank=1, world_size=2))
     assert [batch.step for batch in whole] == list(range(NUM_STEPS))
     assert not equal(whole[0], whole[1])
     for start in (3, NUM_STEPS - 1, NUM_STEPS):
-        rest = list(Loader(manifest, SETTINGS, rank=1, world_size=2, start_step=start))
+        rest = list(Loader(manifest, settings, rank=1, world_size=2, start_step=start))
         assert len(rest) == NUM_STEPS - start
         assert all(map(equal, rest, whole[start:]))
 
 
+@pytest.mark.parametrize("positives", ["same_clip", "two_clips"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_ranks_share_the_global_batch(manifest: Manifest, world_size: int) -> None:
+def test_ranks_share_the_global_batch(manifest: Manifest, world_size: int, positives: str) -> None:
     """Joined in rank order, queries, keys and their draws are bit for bit the same for any number of ranks."""
-    (alone,) = [Loader(manifest, SETTINGS, rank=0, world_size=1).batch(4)]
-    parts = [Loader(manifest, SETTINGS, rank=rank, world_size=world_size).batch(4) for rank in range(world_size)]
+    settings = settings_with(data={"positives": positives})
+    (alone,) = [Loader(manifest, settings, rank=0, world_size=1).batch(4)]
+    parts = [Loader(manifest, settings, rank=rank, world_size=world_size).batch(4) for rank in range(world_size)]
     for get in (
         lambda batch: batch.query.frames,
         lambda batch: batch.query.draws,
@@ -135,6 +139,53 @@ def test_key_shows_the_frames_of_its_query_in_another_view(manifest: Manifest) -
     for column in (augment.WIDTH, augment.BRIGHTNESS, augment.CONTRAST, augment.SATURATION, augment.HUE):
         assert differing[:, column].float().mean() > 0.8
     assert not torch.equal(order, torch.arange(12))
+
+
+TWO_CLIPS = settings_with(data={"positives": "two_clips"})
+
+
+def test_key_of_two_clips_shows_another_clip_of_the_video(manifest: Manifest) -> None:
+    """Each key is a window of the video's other clip, at a place of its own; queries and draws are as ever."""
+    stored = stored_clips(manifest)
+    video_of = dict(zip(manifest.table["clip_id"].to_pylist(), manifest.table["video_id"].to_pylist(), strict=True))
+    places = []
+    for ours, paper in zip(
+        Loader(manifest, TWO_CLIPS, rank=0, world_size=1), Loader(manifest, SETTINGS, rank=0, world_size=1), strict=True
+    ):
+        assert torch.equal(ours.query.frames, paper.query.frames)
+        assert torch.equal(ours.query.draws, paper.query.draws)
+        assert torch.equal(ours.key.draws, paper.key.draws)
+        assert ours.clip_ids == paper.clip_ids
+        for frames, at in zip(ours.key.frames.numpy(), ours.key_order.tolist(), strict=True):
+            query = ours.clip_ids[at]
+            (other,) = [clip for clip in stored if video_of[clip] == video_of[query] and clip != query]
+            key_place = window_of(frames, stored[other], stride=1)
+            places.append((window_of(ours.query.frames[at].numpy(), stored[query], stride=1), key_place))
+    assert set(places) == {(query, key) for query in range(3) for key in range(3)}, "windows are independent"
+
+
+def test_video_of_one_clip_gives_a_second_window(tmp_path: Path) -> None:
+    """The key shows the same stored clip, often elsewhere."""
+    manifest = make_data_set(tmp_path, clips_per_video=1)
+    stored = stored_clips(manifest)
+    differing = []
+    for batch in Loader(manifest, TWO_CLIPS, rank=0, world_size=1):
+        for frames, at in zip(batch.key.frames.numpy(), batch.key_order.tolist(), strict=True):
+            clip = stored[batch.clip_ids[at]]
+            query_frames = batch.query.frames[at].numpy()
+            differing.append(window_of(frames, clip, stride=1) != window_of(query_frames, clip, stride=1))
+    assert np.mean(differing) == pytest.approx(2 / 3, abs=0.2)  # 3 windows, 84 clips
+
+
+def test_second_clips_that_cannot_be_had_are_refused(tmp_path: Path) -> None:
+    """One clip per video and no room for another window: both views would be the same frames, unsaid."""
+    manifest = make_data_set(tmp_path, clips_per_video=1)
+    with pytest.raises(
+        ValueError, match=r"data\.positives two_clips, but each video of .* has a single clip of .*= 10"
+    ):
+        check_fits(manifest, settings_with(data={"positives": "two_clips", "num_frames": 10}))
+    check_fits(manifest, settings_with(data={"positives": "same_clip", "num_frames": 10}))
+    check_fits(manifest, TWO_CLIPS)
 
 
 def test_videos_are_named_alike_in_every_data_set(manifest: Manifest, tmp_path: Path) -> None:

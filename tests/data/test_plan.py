@@ -151,6 +151,29 @@ def test_key_is_normalised_beside_other_clips_than_its_query() -> None:
     assert len({tuple(plan.key_order(step)) for step in range(50)}) == 50
 
 
+@given(counts=COUNTS, micro=st.integers(1, 4), step=st.integers(0, 30))
+def test_second_clip_is_another_of_the_video(counts: list[int], micro: int, step: int) -> None:
+    """Of the same video and not the same clip, where it has more than one; of any part of a batch, the same."""
+    plan = make_plan(counts, micro_batch=micro)
+    starts = np.cumsum([0, *counts])
+    draws = plan.batch(step)
+    second = plan.second_clips(draws)
+    for clip, video, other in zip(draws.clip.tolist(), draws.video.tolist(), second.tolist(), strict=True):
+        assert starts[video] <= other < starts[video + 1]
+        assert (other != clip) == (counts[video] > 1)
+    order = plan.key_order(step)
+    assert plan.second_clips(draws[order]).tolist() == second[order].tolist()
+
+
+def test_each_other_clip_is_as_likely() -> None:
+    """From a video of 5 clips, over 2000 draws, each of the 20 ordered pairs comes up about 100 times."""
+    plan = make_plan([5], draws_per_video=1, micro_batch=2, num_micro=1000)
+    draws = plan.batch(0)
+    pairs = Counter(zip(draws.clip.tolist(), plan.second_clips(draws).tolist(), strict=True))
+    assert len(pairs) == 20
+    assert all(100 - 4 * 10 < count < 100 + 4 * 10 for count in pairs.values())  # four standard deviations
+
+
 def plan_of(manifest: Manifest) -> Plan:
     """The plan that the loader makes of a data set."""
     return Loader(manifest, PRESETS["tiny"][1], rank=0, world_size=1).plan

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from tests.dataset import make_data_set
 from tests.train.test_step import CPU, changed
+from vmoco.data.loader import Loader
 from vmoco.presets import PRESETS
 from vmoco.train.loop import train
 from vmoco.train.state import TrainState
+from vmoco.train.step import TrainStep
 
 SETTINGS = changed(PRESETS["tiny"][1], train={"steps": 12, "log_every": 3, "checkpoint_every": 5})
 
@@ -22,6 +28,7 @@ class Notes:
         self.points: dict[int, dict[str, float]] = {}
         self.lines: list[str] = []
         self.kept: list[int] = []
+        self.documents: dict[str, str | bytes] = {}
         self._stop_after = stop_after
         self._asked = 0
 
@@ -34,6 +41,9 @@ class Notes:
 
     def say(self, line: str) -> None:
         self.lines.append(line)
+
+    def document(self, name: str, content: str | bytes) -> None:
+        self.documents[name] = content
 
     def checkpoint(self, state: TrainState) -> None:
         self.kept.append(state.step)
@@ -63,6 +73,40 @@ def test_a_request_stops_after_the_step_and_keeps_the_state(tmp_path: Path) -> N
     finished, state = run(tmp_path, host)
     assert (finished, state.step) == (False, 8)
     assert host.kept == [5, 8]
+
+
+def test_what_the_generator_does_is_shown_at_each_checkpoint(tmp_path: Path) -> None:
+    """From its start at step 6: entropy and overlap with the points, and a histogram and a sheet per checkpoint.
+
+    The histogram covers all clips since the checkpoint before (4 steps of 8, then 2), 2 of 8 frames each.
+    """
+    host = Notes()
+    run(tmp_path, host)
+    assert [step for step, numbers in host.points.items() if "dropped_entropy" in numbers] == [9, 12]
+    assert all(0 < host.points[step]["dropped_entropy"] <= 1 for step in (9, 12))
+    assert all(0.1 < host.points[step]["dropped_overlap"] <= 1 for step in (9, 12))
+    names = [f"generator/step-{step:08d}.{kind}" for step in (10, 12) for kind in ("json", "png")]
+    assert list(host.documents) == names
+    histograms = [json.loads(host.documents[name]) for name in names if name.endswith("json")]
+    assert [found["clips"] for found in histograms] == [32, 16]
+    assert [sum(found["dropped_share"]) for found in histograms] == pytest.approx([2, 2])
+    assert all(Image.open(io.BytesIO(host.documents[name])).width > 800 for name in names if name.endswith("png"))
+
+
+def test_looking_at_the_generator_changes_nothing(tmp_path: Path) -> None:
+    """All tensors and torch's own random state are the same bits after a sheet as before."""
+    manifest = make_data_set(tmp_path)
+    state = TrainState(SETTINGS, manifest_hash=manifest.hash, device=CPU)
+    step = TrainStep(SETTINGS, state, CPU)
+    batch = Loader(manifest, SETTINGS, rank=0, world_size=1).batch(0)
+    before = {name: tensor.detach().clone() for name, tensor in state.tensors().items()}
+    random = torch.get_rng_state()
+    frames, chosen = step.dropped_frames(batch, num_clips=3)
+    assert (frames.shape, frames.dtype) == ((3, 8, 32, 32, 3), torch.uint8)
+    assert chosen.sum(dim=1).tolist() == [2, 2, 2]
+    assert all(torch.equal(before[name], tensor) for name, tensor in state.tensors().items())
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(parameter.grad is None for parameter in state.moco.generator.parameters())
 
 
 def test_losses_are_golden(tmp_path: Path) -> None:

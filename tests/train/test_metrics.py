@@ -109,6 +109,24 @@ def test_generator_loss_is_a_mean_over_its_clips() -> None:
     assert numbers["generator_gradient_norm"] == pytest.approx(9)
 
 
+def dropped_of_this_rank() -> list[float]:
+    """Rank 0 has two micro-batches, rank 1 has one."""
+    metrics = StepMetrics.zeros(CPU, num_frames=3)
+    for mask in [[[1, 0, 1], [1, 0, 1]], [[0, 1, 1]]][: 2 - distributed.rank()]:
+        metrics.add_dropped(torch.tensor(mask, dtype=torch.float32))
+    metrics.add(contrast_of(1.0))
+    metrics.add_flags(stop=False)
+    metrics.reduce_(network(1.0), network(1.0))
+    assert not metrics.non_finite()
+    assert not metrics.stop()
+    return metrics.dropped().tolist()
+
+
+def test_dropped_frames_are_counted_over_ranks() -> None:
+    """Clips that lost each position: 0 where the mask is 1; 2 + 2 clips lost the second, one the first."""
+    assert run_on_ranks(2, dropped_of_this_rank) == [[1, 4, 0], [1, 4, 0]]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_one_bad_number_is_seen(bad: float) -> None:
     """A loss that is not finite, in any clip, or a gradient: the step counts as bad; without one it does not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,48 @@ def test_a_nan_on_one_rank_stops_all_before_the_optimizer(tmp_path: Path) -> Non
     assert "rank 0" not in first
     assert first_same
     assert second_same
+
+
+@pytest.mark.slow  # a minute of a C++ compiler
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_compiled_steps_are_the_steps(tmp_path: Path, num_ranks: int) -> None:
+    """Four steps, the generator starting at the third: the same names, and values equal up to rounding.
+
+    Running statistics included, so q_real leaves them alone in compiled encoders too.
+    """
+    make_data_set(tmp_path)
+    settings = changed(ADVERSARIAL, generator={"start_percent": 25.0})
+    plain = take_steps(str(tmp_path), 4, settings)
+    for found in run_on_ranks(num_ranks, take_steps, str(tmp_path), 4, changed(settings, train={"compile": True})):
+        assert found.keys() == plain.keys()
+        for name, expected in plain.items():
+            if num_ranks > 1 and ("running" in name or "num_batches" in name):
+                continue  # each rank's own batches
+            torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def adversarial_decays(folder: str) -> list[tuple[float, float]]:
+    """Of four steps, the generator starting at the third: t, and the unscaled mean |q - q_real|."""
+    settings = changed(
+        ADVERSARIAL, moco={"decay_schedule": "adversarial"}, generator={"start_percent": 25.0, "strength": 100.0}
+    )
+    manifest = Manifest.load(folder)
+    state = TrainState(settings, manifest_hash=manifest.hash, device=CPU)
+    step = TrainStep(settings, state, CPU)
+    loader = Loader(manifest, settings, rank=distributed.rank(), world_size=distributed.world_size())
+    numbers = [step(loader.batch(number)).numbers() for number in range(4)]
+    return [(each["decay"], -each.get("generator_loss", 0.0) / 100) for each in numbers]
+
+
+def test_adversarial_decay_follows_the_generators_loss_of_the_step_before(tmp_path: Path) -> None:
+    """t = e^(-mean |q - q_real|) of the previous step, 1 until there is one; the same bits on both of 2 ranks."""
+    make_data_set(tmp_path)
+    alone = adversarial_decays(str(tmp_path))
+    decays, differences = zip(*alone, strict=True)
+    assert decays[:3] == (1, 1, 1)
+    assert decays[3] == pytest.approx(math.exp(-differences[2]), rel=1e-6)
+    assert decays[3] < 1
+    first, second = run_on_ranks(2, adversarial_decays, str(tmp_path))
+    assert first == second
+    # Only rounding apart: ranks with unequal shares of the clips still take the mean over clips.
+    assert [t for t, _ in first] == pytest.approx(decays, rel=1e-4)

@@ -3,10 +3,11 @@
 Split in two so that it is exact: `draw` turns seeds into a small table of numbers on the CPU (the same on every
 machine), and `augment` applies the table to pixels wherever they are. All frames of a clip share one row of the table.
 
-The steps are those of MoCo v1: random resized crop, flip, grey, brightness, contrast, saturation, hue, in this fixed
-order. Departures from torchvision: contrast pulls towards the mean of the clip, not of each frame; hue is a rotation in
-YIQ space, not a shift in HSV; a crop is sampled bilinearly without antialiasing, so ingest should store frames not much
-larger than the training size.
+The steps are those of MoCo v1 and v2: random resized crop, flip, grey, brightness, contrast, saturation, hue,
+blur, in this fixed order (v2 turns clips grey after the colours; on a grey clip both orders differ by clamping
+alone). Departures from torchvision: contrast pulls towards the mean of the clip, not of each frame; hue is a
+rotation in YIQ space, not a shift in HSV; a crop is sampled bilinearly without antialiasing, so ingest should
+store frames not much larger than the training size. Blur is in pixels of the training clip.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from vmoco.config import AugmentSettings
 from vmoco.seed import UInt64Array, hash64, uniform
 
 # Columns of the table of draws. A crop is in pixels of the stored frame.
-TOP, LEFT, HEIGHT, WIDTH, FLIP, GREY, BRIGHTNESS, CONTRAST, SATURATION, HUE = range(10)
-NUM_COLUMNS = 10
+TOP, LEFT, HEIGHT, WIDTH, FLIP, GREY, BRIGHTNESS, CONTRAST, SATURATION, HUE, BLUR = range(11)
+NUM_COLUMNS = 11
 
 # Mean and standard deviation of Kinetics-400 pixels in [0, 1], as torchvision's video models use them.
 PIXEL_MEAN = (0.43216, 0.394666, 0.37645)
@@ -31,6 +32,9 @@ PIXEL_STD = (0.22803, 0.22145, 0.216989)
 
 _LUMA = (0.299, 0.587, 0.114)
 _CROP_TRIES = 10
+# Standard deviation of the blur in pixels (MoCo v2), and the reach of its kernel: 3 of the largest.
+_SIGMAS = (0.1, 2.0)
+_REACH = 6
 
 
 def draw(seeds: UInt64Array, settings: AugmentSettings, *, height: int, width: int) -> npt.NDArray[np.float32]:
@@ -46,8 +50,10 @@ def draw(seeds: UInt64Array, settings: AugmentSettings, *, height: int, width: i
     def numbers(purpose: str) -> npt.NDArray[np.float64]:
         return uniform(seeds, hash64("augment", purpose))
 
+    jittered = numbers("jitter") < settings.jitter_probability
+
     def around_one(purpose: str, spread: float) -> npt.NDArray[np.float64]:
-        return 1 + spread * (2 * numbers(purpose) - 1)
+        return np.where(jittered, 1 + spread * (2 * numbers(purpose) - 1), 1)
 
     table = np.empty((len(seeds), NUM_COLUMNS), np.float64)
     table[:, : WIDTH + 1] = _crops(seeds, settings.min_area, height=height, width=width)
@@ -56,7 +62,9 @@ def draw(seeds: UInt64Array, settings: AugmentSettings, *, height: int, width: i
     table[:, BRIGHTNESS] = around_one("brightness", settings.brightness)
     table[:, CONTRAST] = around_one("contrast", settings.contrast)
     table[:, SATURATION] = around_one("saturation", settings.saturation)
-    table[:, HUE] = settings.hue * (2 * numbers("hue") - 1)
+    table[:, HUE] = np.where(jittered, settings.hue * (2 * numbers("hue") - 1), 0)
+    sigma = _SIGMAS[0] + (_SIGMAS[1] - _SIGMAS[0]) * numbers("sigma")
+    table[:, BLUR] = np.where(numbers("blur") < settings.blur_probability, sigma, 0)
     return table.astype(np.float32)
 
 
@@ -77,13 +85,14 @@ def _crops(seeds: UInt64Array, min_area: float, *, height: int, width: int) -> n
     return np.stack([top, left, crop_height, crop_width], axis=1)
 
 
-def augment(frames: torch.Tensor, draws: torch.Tensor, *, size: int) -> torch.Tensor:
+def augment(frames: torch.Tensor, draws: torch.Tensor, *, size: int, blurs: bool = True) -> torch.Tensor:
     """Applies a table of draws.
 
     Args:
         frames: uint8 (B, T, H, W, 3).
         draws: float32 (B, NUM_COLUMNS) from `draw`, on the same device.
         size: height and width of the result, pixels.
+        blurs: False where no draw blurs, to save the work; asking the draws would wait for the device.
 
     Returns:
         float32 (B, 3, T, size, size), normalised by Kinetics' mean and deviation, channels_last_3d.
@@ -94,7 +103,7 @@ def augment(frames: torch.Tensor, draws: torch.Tensor, *, size: int) -> torch.Te
     clips = _blend(clips, _grey(clips).mean(dim=(1, 2, 3, 4), keepdim=True), draws[:, CONTRAST])
     clips = _blend(clips, _grey(clips), draws[:, SATURATION])
     clips = torch.einsum("bij,bjthw->bithw", _hue_rotation(draws[:, HUE]), clips).clamp(0, 1)
-    return normalise(clips)
+    return normalise(blurred(clips, draws) if blurs else clips)
 
 
 def resized_crop(frames: torch.Tensor, draws: torch.Tensor, *, size: int) -> torch.Tensor:
@@ -111,11 +120,37 @@ def resized_crop(frames: torch.Tensor, draws: torch.Tensor, *, size: int) -> tor
     return sampled.view(batch, num_frames, channels, size, size).transpose(1, 2) / 255
 
 
+def blurred(clips: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Gaussian blur of whole clips, each by its own deviation, edges mirrored: (B, 3, T, H, W) -> the same.
+
+    Separable: once down the columns and once along the rows. A deviation of 0 is no blur.
+    """
+    batch, channels, num_frames, height, width = clips.shape
+    reach = min(_REACH, height - 1, width - 1)
+    offsets = torch.arange(-reach, reach + 1, device=clips.device)
+    # A deviation of 0.01 pixels leaves one weight, exactly 1.
+    kernel = torch.exp(-0.5 * (offsets / draws[:, BLUR, None].clamp(min=0.01)).square())
+    kernel = kernel / kernel.sum(dim=1, keepdim=True)
+    # All colours and frames are images whose channels are the clips: each clip meets its own kernel, and no other.
+    images = clips.permute(1, 2, 0, 3, 4).reshape(channels * num_frames, batch, height, width)
+    images = F.pad(images, (reach, reach, reach, reach), mode="reflect")
+    images = F.conv2d(images, kernel[:, None, :, None], groups=batch)
+    images = F.conv2d(images, kernel[:, None, None, :], groups=batch)
+    return images.view(channels, num_frames, batch, height, width).permute(2, 0, 1, 3, 4)
+
+
 def normalise(clips: torch.Tensor) -> torch.Tensor:
     """(B, 3, T, H, W) in [0, 1] -> zero mean and unit deviation over Kinetics, channels_last_3d."""
     mean = clips.new_tensor(PIXEL_MEAN).view(3, 1, 1, 1)
     std = clips.new_tensor(PIXEL_STD).view(3, 1, 1, 1)
     return ((clips - mean) / std).contiguous(memory_format=torch.channels_last_3d)
+
+
+def to_pixels(clips: torch.Tensor) -> torch.Tensor:
+    """What `normalise` was given, to look at: (B, 3, T, H, W) -> uint8 (B, T, H, W, 3)."""
+    mean = clips.new_tensor(PIXEL_MEAN).view(3, 1, 1, 1)
+    std = clips.new_tensor(PIXEL_STD).view(3, 1, 1, 1)
+    return ((clips * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
 
 
 def _grey(clips: torch.Tensor) -> torch.Tensor:

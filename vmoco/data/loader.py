@@ -21,7 +21,7 @@ import torch
 from vmoco.config import PretrainSettings
 from vmoco.data import augment
 from vmoco.data.manifest import Manifest
-from vmoco.data.plan import Draws, Plan
+from vmoco.data.plan import Draws, Int64Array, Plan
 from vmoco.data.shard import ShardReader
 from vmoco.seed import UInt64Array, hash64, mix64, uniform
 
@@ -48,7 +48,7 @@ class RankBatch:
     query: View
     """This rank's share of the global batch, in plan order."""
     key: View
-    """This rank's share of the shuffled copy."""
+    """This rank's share of the shuffled copy: the frames of each query, or a second clip of its video."""
     random_importance: torch.Tensor
     """float32 (B, T): seeded importance of each query's frames, for dropping at random."""
     clip_ids: list[str]
@@ -165,8 +165,8 @@ class Loader:
         importance = np.stack([uniform(queries.seed, hash64("drop", t)) for t in range(num_frames)], axis=1)
         return RankBatch(
             step=step,
-            query=self._view(queries, "query"),
-            key=self._view(keys, "key"),
+            query=self._view("query", queries, clips=queries.clip, window_seeds=queries.seed),
+            key=self._key_view(keys),
             random_importance=torch.from_numpy(importance.astype(np.float32)),
             clip_ids=[self._clip_ids[clip] for clip in queries.clip],
             share=self._share,
@@ -175,12 +175,19 @@ class Loader:
             video_ids=torch.from_numpy(self._video_ids[draws.video]),
         )
 
-    def _view(self, draws: Draws, name: str) -> View:
+    def _key_view(self, draws: Draws) -> View:
+        if self._settings.data.positives == "same_clip":  # both views of a draw show the same frames (paper)
+            return self._view("key", draws, clips=draws.clip, window_seeds=draws.seed)
+        # A window of its own as well: of a video with one clip it is all that differs.
+        window_seeds = mix64(draws.seed, hash64("second window"))
+        return self._view("key", draws, clips=self.plan.second_clips(draws), window_seeds=window_seeds)
+
+    def _view(self, name: str, draws: Draws, *, clips: Int64Array, window_seeds: UInt64Array) -> View:
         data, (_, height, width, _) = self._settings.data, self._manifest.frame_shape
         shape = (len(draws), data.num_frames, height, width, 3)
         frames = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
         target = frames.numpy()
-        for place, (clip, start) in enumerate(zip(draws.clip, self._window_starts(draws.seed), strict=True)):
+        for place, (clip, start) in enumerate(zip(clips, self._window_starts(window_seeds), strict=True)):
             stored = self._stored(int(clip))
             target[place] = stored[start : start + data.num_frames * data.stride : data.stride]
         table = augment.draw(self._view_seeds(draws, name), self._settings.augment, height=height, width=width)
@@ -189,8 +196,8 @@ class Loader:
     def _view_seeds(self, draws: Draws, name: str) -> UInt64Array:
         return mix64(draws.seed, hash64("view", name))
 
-    def _window_starts(self, seeds: UInt64Array) -> npt.NDArray[np.int64]:
-        """First frame of each training clip in its stored clip; both views of a draw show the same frames (paper)."""
+    def _window_starts(self, seeds: UInt64Array) -> Int64Array:
+        """First frame of each training clip in its stored clip."""
         places = self._manifest.frame_shape[0] - _span(self._settings) + 1
         return np.floor(uniform(seeds, hash64("window")) * places).astype(np.int64)
 
@@ -221,6 +228,16 @@ def check_fits(manifest: Manifest, settings: PretrainSettings) -> None:
         )
     if manifest.counts["videos"] == manifest.counts["held_out"]:
         raise ValueError(f"every video of {manifest.uri} is held out: ingest more videos, or lower --held-out-percent")
+    if settings.data.positives == "two_clips" and span == stored_frames and not _has_second_clips(manifest):
+        raise ValueError(
+            f"data.positives two_clips, but each video of {manifest.uri} has a single clip of data.num-frames x "
+            f"data.stride = {span} frames: lower one of them, ingest more clips, or use same_clip"
+        )
+
+
+def _has_second_clips(manifest: Manifest) -> bool:
+    videos = manifest.table.filter(pc.invert(manifest.table["held_out"]))["video_id"]
+    return len(videos) > len(videos.unique())
 
 
 def _span(settings: PretrainSettings) -> int:

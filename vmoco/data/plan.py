@@ -20,7 +20,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from vmoco.seed import UInt64Array, hash64, mix64, permutation
+from vmoco.seed import UInt64Array, hash64, mix64, permutation, uniform
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -95,6 +95,12 @@ class Plan:
         return Draws(
             *(np.concatenate([getattr(p, name) for p in parts]) for name in ("clip", "video", "epoch", "seed"))
         )
+
+    def second_clips(self, draws: Draws) -> Int64Array:
+        """For each draw another clip of its video, each as likely; the same clip where there is one alone."""
+        count, first = self._num_clips[draws.video], self._first_clip[draws.video]
+        further = np.floor(uniform(draws.seed, hash64("second clip")) * (count - 1)).astype(np.int64)
+        return first + (draws.clip - first + 1 + further) % count
 
     def key_order(self, step: int) -> Int64Array:
         """Order in which the keys of a step are loaded: place i of the shuffled copy holds draw key_order[i]."""

@@ -1,4 +1,4 @@
-"""Networks from a clip to a feature: torchvision's video ResNets, and small ones of the same blocks for a CPU."""
+"""Networks from a clip to a feature: torchvision's video networks, and small ones of the same blocks for a CPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.models import video as torchvision_video
 from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D, Conv3DSimple
@@ -47,12 +48,36 @@ def build_backbone(name: str) -> Backbone:
         feature_dim = trunk.fc.in_features
         trunk.fc = nn.Identity()
         return Backbone(trunk, feature_dim)
+    if name == "s3d":
+        return _s3d()
     if name == "r3d_nano":
         return _nano(Conv3DSimple)
     if name == "r2plus1d_nano":
         return _nano(Conv2Plus1D)
-    known = ", ".join([*_TORCHVISION, "r3d_nano", "r2plus1d_nano"])
+    known = ", ".join([*_TORCHVISION, "s3d", "r3d_nano", "r2plus1d_nano"])
     raise ValueError(f"model.backbone {name!r} is not known: one of {known}")
+
+
+class _S3dPool(nn.Module):
+    """torchvision's pooling over 2x7x7 windows, also for clips below 16x224x224, which have no whole window."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, C, T, H, W) -> (B, C, T', H', W'); S3D itself then takes the mean over what is left."""
+        frames, height, width = features.shape[2:]
+        return F.avg_pool3d(features, (min(frames, 2), min(height, 7), min(width, 7)), stride=1)
+
+
+def _s3d() -> Backbone:
+    """torchvision's S3D (Xie et al., 2018): 1024 features."""
+    trunk = torchvision_video.s3d(weights=None)
+    for module in trunk.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            # torchvision's 0.001 is TensorFlow's 0.999: a run of a thousand steps would end with running statistics
+            # that are still those of its random initialisation.
+            module.momentum = 0.1
+    feature_dim = trunk.classifier[1].in_channels
+    trunk.avgpool, trunk.classifier = _S3dPool(), nn.Identity()
+    return Backbone(trunk, feature_dim)
 
 
 def _nano(convolution: Callable[..., nn.Module]) -> Backbone:

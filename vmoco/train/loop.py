@@ -8,14 +8,18 @@ from typing import Protocol
 import torch
 
 from vmoco.config import PretrainSettings
-from vmoco.data.loader import Loader
+from vmoco.data.loader import Loader, RankBatch
 from vmoco.data.manifest import Manifest
 from vmoco.model.decay import oldest_key_weight
 from vmoco.train import distributed
+from vmoco.train.dropped import DroppedFrames
 from vmoco.train.metrics import StepMetrics
 from vmoco.train.schedule import learning_rate
+from vmoco.train.sheet import contact_sheet
 from vmoco.train.state import TrainState
 from vmoco.train.step import TrainStep
+
+_CLIPS_SHOWN = 4
 
 
 class Host(Protocol):
@@ -29,6 +33,9 @@ class Host(Protocol):
 
     def say(self, line: str) -> None:
         """Shows a line to a person; rank 0 only."""
+
+    def document(self, name: str, content: str | bytes) -> None:
+        """Takes a text or a picture for the tracker; rank 0 only. Must not wait for anything slow."""
 
     def checkpoint(self, state: TrainState) -> None:
         """Keeps the state; returns when it is safe to change it."""
@@ -56,8 +63,11 @@ def train(
     )
     step = TrainStep(settings, state, device)
     report = Report(settings, state, loader)
+    dropped = DroppedFrames(settings.data.num_frames, settings.num_dropped)  # since the last checkpoint
     for batch in loader:
         metrics = step(batch, stop_requested=host.stop_requested())
+        report.dropped.add(metrics.dropped())
+        dropped.add(metrics.dropped())
         is_last = state.step == settings.train.steps
         if distributed.rank() == 0 and (state.step % settings.train.log_every == 0 or is_last):
             numbers = report.numbers(metrics)
@@ -67,10 +77,34 @@ def train(
         stopping = metrics.stop()
         if stopping or state.step % settings.train.checkpoint_every == 0 or is_last:
             check_ranks_agree(state)
+            if distributed.rank() == 0 and dropped.num_clips():
+                show_generator(batch, step, dropped, settings=settings, host=host)
+            dropped.begin()
             host.checkpoint(state)
         if stopping:
             break
     return state.step == settings.train.steps
+
+
+def show_generator(
+    batch: RankBatch,
+    step: TrainStep,
+    dropped: DroppedFrames,
+    *,
+    settings: PretrainSettings,
+    host: Host,
+) -> None:
+    """Hands over what the generator does at a checkpoint: the positions that it drops, and a sheet of a few clips.
+
+    A file for each checkpoint, so a run that starts again from one writes over nothing that still holds.
+    """
+    number = batch.step + 1
+    name = f"generator/step-{number:08d}"
+    host.document(f"{name}.json", dropped.document(step=number))
+    frames, chosen = step.dropped_frames(batch, num_clips=_CLIPS_SHOWN)
+    title = f"step {number}: the generator drops {settings.num_dropped} of {settings.data.num_frames} frames (red)"
+    names = [clip_id[:12] for clip_id in batch.clip_ids]
+    host.document(f"{name}.png", contact_sheet(frames, chosen, names=names, shares=dropped.shares(), title=title))
 
 
 class Report:
@@ -80,9 +114,11 @@ class Report:
         self._settings = settings
         self._state = state
         self._loader = loader
+        self.dropped = DroppedFrames(settings.data.num_frames, settings.num_dropped)
         self._begin()
 
     def _begin(self) -> None:
+        self.dropped.begin()
         self._started, self._step, self._waited = time.perf_counter(), self._state.step, self._loader.seconds_waited
 
     def numbers(self, metrics: StepMetrics) -> dict[str, float]:
@@ -90,14 +126,15 @@ class Report:
         settings, moco = self._settings, self._settings.moco
         seconds = time.perf_counter() - self._started
         steps = self._state.step - self._step
-        numbers = metrics.numbers() | {
+        numbers = metrics.numbers() | self.dropped.numbers()
+        numbers |= {
             "learning_rate": learning_rate(self._state.step - 1, settings.train.learning_rate, settings.train),
             "epoch": self._state.step * settings.train.global_batch / self._loader.plan.epoch_length,
             "clips_per_second": steps * settings.train.global_batch / seconds,
             "data_wait_share": (self._loader.seconds_waited - self._waited) / seconds,
             "queue_filled": min(1.0, self._state.step * settings.train.global_batch / moco.queue_size),
             "oldest_key_weight": oldest_key_weight(
-                moco.decay,
+                metrics.decay,
                 queue_size=min(moco.queue_size, self._state.step * settings.train.global_batch),
                 global_batch=settings.train.global_batch,
                 age_unit=moco.age_unit,

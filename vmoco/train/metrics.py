@@ -19,6 +19,7 @@ class StepMetrics:
         keys: float32 (G, D), the keys of the step.
         gradient_norm: of the query encoder, after averaging over ranks.
         generator_gradient_norm: of the generator; 0 before it starts.
+        decay: t of the step.
     """
 
     def __init__(self, sums: torch.Tensor) -> None:
@@ -26,10 +27,12 @@ class StepMetrics:
         self.keys = sums.new_zeros(0, 0)
         self.gradient_norm = sums.new_zeros(())
         self.generator_gradient_norm = sums.new_zeros(())
+        self.decay = 1.0
 
     @classmethod
-    def zeros(cls, device: torch.device) -> StepMetrics:
-        return cls(torch.zeros(len(_SUMS) + len(_FLAGS), device=device))
+    def zeros(cls, device: torch.device, *, num_frames: int = 0) -> StepMetrics:
+        """Before the first clip; `num_frames` (T) is how many positions can be dropped."""
+        return cls(torch.zeros(len(_SUMS) + len(_FLAGS) + num_frames, device=device))
 
     def add(self, compared: Contrast) -> None:
         """Adds the clips of a micro-batch."""
@@ -43,6 +46,10 @@ class StepMetrics:
         """Adds the generator's loss of a micro-batch, (B,)."""
         self._sums[5] += len(loss)
         self._sums[6] += loss.sum()
+
+    def add_dropped(self, mask: torch.Tensor) -> None:
+        """Adds the frames that the generator drops from a micro-batch: those where the mask (B, T) is 0."""
+        self._sums[len(_SUMS) + len(_FLAGS) :] += (mask == 0).sum(dim=0)
 
     def add_flags(self, *, stop: bool) -> None:
         """Notes whether this rank was asked to stop, and whether its losses are finite."""
@@ -60,6 +67,14 @@ class StepMetrics:
         """Whether a loss or gradient was not finite, here before `reduce_` and anywhere after it."""
         return bool(self._sums[len(_SUMS)] > 0)
 
+    def mean_generator_loss(self) -> torch.Tensor:
+        """L_G over the clips of all ranks, float32 scalar, after `reduce_`; for steps in which G trains."""
+        return self._sums[6] / self._sums[5]
+
+    def dropped(self) -> torch.Tensor:
+        """How many clips of all ranks lost each frame to the generator, float32 (T,), after `reduce_`."""
+        return self._sums[len(_SUMS) + len(_FLAGS) :]
+
     def stop(self) -> bool:
         """Whether any rank was asked to stop."""
         return bool(self._sums[len(_SUMS) + 1] > 0)
@@ -72,6 +87,7 @@ class StepMetrics:
         if sums["generator_clips"]:
             means["generator_loss"] = sums["generator_loss"] / sums["generator_clips"]
             means["generator_gradient_norm"] = float(self.generator_gradient_norm)
+        means["decay"] = self.decay
         means["gradient_norm"] = float(self.gradient_norm)
         means["embedding_std"] = embedding_std(self.keys)
         means["effective_rank"] = effective_rank(self.keys)

@@ -15,7 +15,7 @@ from vmoco import storage, tracking
 from vmoco.config import PretrainSettings, RunSettings
 from vmoco.data.loader import check_fits
 from vmoco.data.manifest import Manifest
-from vmoco.model.decay import oldest_key_weight
+from vmoco.model.decay import decay_at, oldest_key_weight
 from vmoco.train.state import differences
 
 RECORD = "run.json"
@@ -129,9 +129,6 @@ def introduce(run: Run) -> list[str]:
     """What a person wants to read before the first step."""
     settings, counts = run.settings, run.manifest.counts
     moco, train = settings.moco, settings.train
-    oldest = oldest_key_weight(
-        moco.decay, queue_size=moco.queue_size, global_batch=train.global_batch, age_unit=moco.age_unit
-    )
     epoch = (counts["videos"] - counts["held_out"]) * settings.data.draws_per_video
     lines = [
         f"run {settings.run.name}: {'new' if run.is_new else 'resumed'}, folder {run.folder}",
@@ -140,7 +137,7 @@ def introduce(run: Run) -> list[str]:
         f"held out, hash {run.manifest.hash}",
         f"{train.steps} steps of {train.global_batch} clips, {train.steps * train.global_batch / epoch:.1f} epochs; "
         f"the generator drops {settings.num_dropped} of {settings.data.num_frames} frames from step "
-        f"{settings.generator_start}; the oldest of {moco.queue_size} keys weighs {oldest:.3f}",
+        f"{settings.generator_start}; the oldest of {moco.queue_size} keys weighs {_oldest_key(settings)}",
     ]
     if settings.num_micro_batches == 1:
         lines.append(
@@ -153,3 +150,20 @@ def introduce(run: Run) -> list[str]:
             "the query's own video never count, but a queue below an epoch is cheaper"
         )
     return lines
+
+
+def _oldest_key(settings: PretrainSettings) -> str:
+    """What the oldest key of a full queue weighs at the first and at the last step."""
+    moco, train = settings.moco, settings.train
+    first, last = (
+        oldest_key_weight(
+            decay_at(step, moco, total_steps=train.steps, difference=0.0),
+            queue_size=moco.queue_size,
+            global_batch=train.global_batch,
+            age_unit=moco.age_unit,
+        )
+        for step in (0, train.steps - 1)
+    )
+    if moco.decay_schedule == "adversarial":
+        return f"{first:.3f} at first, and less the more the generator's choice changes the embeddings"
+    return f"{first:.3f}" if moco.decay_schedule == "constant" else f"{first:.3f} at first and {last:.3f} at the end"

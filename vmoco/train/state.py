@@ -21,8 +21,9 @@ import vmoco
 from vmoco import storage
 from vmoco.config import PretrainSettings
 from vmoco.model.moco import VideoMoco
+from vmoco.train.optimizer import build_optimizer, slot_names
 
-VERSION = 1
+VERSION = 2
 TENSORS, SETTINGS, RECORD = "state.safetensors", "settings.json", "state.json"
 
 
@@ -71,6 +72,7 @@ class TrainState:
         query_optimizer: of the query encoder.
         generator_optimizer: of the generator.
         step: optimizer steps taken.
+        difference: float32 scalar, mean |q - q_real| of the last step over all clips; 0 before G starts.
     """
 
     def __init__(
@@ -84,23 +86,19 @@ class TrainState:
         self.settings = settings
         self.manifest_hash = manifest_hash
         self.moco = VideoMoco(settings, device=device, autocast_dtype=autocast_dtype)
-        train = settings.train
-        momentum, decay = train.sgd_momentum, train.weight_decay
-        self.query_optimizer = torch.optim.SGD(
-            self.moco.query.parameters(), lr=0.0, momentum=momentum, weight_decay=decay
-        )
-        self.generator_optimizer = torch.optim.SGD(
-            self.moco.generator.parameters(), lr=0.0, momentum=momentum, weight_decay=decay
-        )
+        self.query_optimizer = build_optimizer(self.moco.query.parameters(), settings.train, device=device)
+        self.generator_optimizer = build_optimizer(self.moco.generator.parameters(), settings.train, device=device)
         self.step = 0
+        # Kept, because the decay of the next step may follow from it (moco.decay-schedule adversarial).
+        self.difference = torch.zeros((), device=device)
 
     def zero_grad(self) -> None:
         self.query_optimizer.zero_grad(set_to_none=True)
         self.generator_optimizer.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor by name: query.*, key.*, generator.*, queue.*, optimizer.query.*, optimizer.generator.*."""
-        named: dict[str, torch.Tensor] = {}
+        """Every tensor by name: query.*, key.*, generator.*, queue.*, optimizer.*.*, difference."""
+        named: dict[str, torch.Tensor] = {"difference": self.difference}
         for part, holder in self._parts().items():
             named |= {f"{part}.{name}": tensor for name, tensor in holder.state_dict().items()}
         for part, optimizer in self._optimizers().items():
@@ -140,10 +138,17 @@ class TrainState:
                 f"checkpoint {folder} does not fit this run: missing {sorted(expected - found)[:3]}, "
                 f"unknown {sorted(found - expected)[:3]}"
             )
+        for name, mine in self.tensors().items():
+            if name in tensors and tensors[name].shape != mine.shape:
+                raise ValueError(
+                    f"checkpoint {folder} is of another network: {name} is {tuple(tensors[name].shape)}, this run's "
+                    f"{tuple(mine.shape)}: set model and generator as they were"
+                )
         for part, holder in self._parts().items():
             holder.load_state_dict(_below(part, tensors))
         for part, optimizer in self._optimizers().items():
             _load_optimizer(optimizer, _below(part, tensors))
+        self.difference.copy_(tensors["difference"])
         self.step = record.step
         return record
 
@@ -152,10 +157,9 @@ class TrainState:
         names = {name for name in self.tensors() if not name.startswith("optimizer.")}
         started = {"optimizer.query": 0, "optimizer.generator": self.settings.generator_start}
         for part, optimizer in self._optimizers().items():
-            # SGD makes a buffer for each parameter in its first step, and none without momentum.
-            if step > started[part] and self.settings.train.sgd_momentum > 0:
-                count = len(optimizer.param_groups[0]["params"])
-                names |= {f"{part}.{index}.momentum_buffer" for index in range(count)}
+            if step > started[part]:  # an optimizer makes its slots in its first step
+                indices = range(len(optimizer.param_groups[0]["params"]))
+                names |= {f"{part}.{index}.{slot}" for index in indices for slot in slot_names(self.settings.train)}
         return names
 
     def _parts(self) -> dict[str, Any]:

@@ -15,14 +15,15 @@ import torch
 from torch import nn
 
 from vmoco.config import PretrainSettings
-from vmoco.data.augment import augment
+from vmoco.data.augment import augment, to_pixels
 from vmoco.data.loader import RankBatch, View
-from vmoco.model.decay import key_weights
+from vmoco.model.decay import decay_at, key_weights
 from vmoco.model.generator import drop_frames, frame_fill, importance_gradient, keep_mask
 from vmoco.model.loss import adversarial_loss, contrast
 from vmoco.model.moco import running_statistics_kept
 from vmoco.train import distributed
 from vmoco.train.metrics import StepMetrics
+from vmoco.train.optimizer import take_step
 from vmoco.train.schedule import learning_rate
 from vmoco.train.state import TrainState
 
@@ -48,6 +49,10 @@ class TrainStep:
         self._state = state
         self._device = device
         self._moco = state.moco
+        if settings.train.compile:
+            # In place, so that names in the state stay; inside DDP, which compiles nothing itself.
+            for encoder in (state.moco.query, state.moco.key):
+                encoder.compile(dynamic=False)
         self._query = distributed.data_parallel(state.moco.query, device)
         self._generator = distributed.data_parallel(state.moco.generator, device)
 
@@ -70,22 +75,25 @@ class TrainStep:
 
         moco.update_key_encoder(settings.moco.momentum)
         keys = self._encode_keys(batch)
-        weights = key_weights(moco.queue.ages(batch.step, unit=settings.moco.age_unit), settings.moco.decay)
-        metrics = StepMetrics.zeros(self._device)
+        metrics = StepMetrics.zeros(self._device, num_frames=settings.data.num_frames)
+        metrics.decay = decay_at(
+            batch.step, settings.moco, total_steps=settings.train.steps, difference=float(state.difference)
+        )
+        weights = key_weights(moco.queue.ages(batch.step, unit=settings.moco.age_unit), metrics.decay)
         for micro, is_last in self._micro_batches(len(batch.clip_ids)):
             with self._gradients_reduced(is_last):
                 self._backward(batch, micro, keys=keys, weights=weights, metrics=metrics)
 
         metrics.add_flags(stop=stop_requested)
         bad_here = metrics.non_finite()
-        metrics.reduce_(
-            moco.query, moco.generator
-        )  # every rank waits here for all: whether to go on is decided together
+        # Every rank waits here for all: whether to go on is decided together.
+        metrics.reduce_(moco.query, moco.generator)
         if metrics.non_finite():
             self._raise_non_finite(batch, bad_here)
-        state.query_optimizer.step()
+        take_step(state.query_optimizer)
         if self._is_adversarial(batch.step):
-            state.generator_optimizer.step()
+            take_step(state.generator_optimizer)
+            state.difference.copy_(metrics.mean_generator_loss() / -settings.generator.strength)
         state.zero_grad()
         distributed.average_(moco.running_statistics())
         moco.queue.enqueue(keys, batch.video_ids.to(self._device), step=batch.step)
@@ -122,7 +130,9 @@ class TrainStep:
         # A clip counts the same wherever it is: 1 / G. DDP takes the mean over ranks, hence the number of ranks.
         weight = distributed.world_size() / settings.train.global_batch
 
-        queries = self._query(dropped)
+        # A compiled backward cannot leave out the weights: G's gradient would cost 2 units of encoder work and not 1.
+        with torch.compiler.set_stance("force_eager") if adversarial else contextlib.nullcontext():
+            queries = self._query(dropped)
         compared = contrast(
             queries,
             keys[batch.share][micro],
@@ -142,6 +152,7 @@ class TrainStep:
             estimator = settings.generator.estimator
             importance.backward(importance_gradient(pixels, clips, fill, estimator=estimator))
             metrics.add_generator(loss.detach())
+            metrics.add_dropped(keep_mask(importance, settings.num_dropped))
             dropped.requires_grad_(False)
         (compared.loss.sum() * weight).backward()
 
@@ -160,9 +171,17 @@ class TrainStep:
             return drop_frames(clips, keep_mask(importance, settings.num_dropped), fill), fill, importance
         return clips, fill, importance
 
+    @torch.no_grad()  # looks, and changes nothing: G has neither batch statistics nor randomness
+    def dropped_frames(self, batch: RankBatch, *, num_clips: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What G drops now from the first queries of a batch: uint8 (B, T, H, W, 3) frames, and bool (B, T)."""
+        clips = self._augmented(batch.query, slice(0, num_clips))
+        mask = keep_mask(self._moco.generator(clips), self._settings.num_dropped)
+        return to_pixels(clips), mask == 0
+
     def _augmented(self, view: View, micro: slice) -> torch.Tensor:
         part = View(view.frames[micro], view.draws[micro]).to(self._device)
-        return augment(part.frames, part.draws, size=self._settings.augment.size)
+        settings = self._settings.augment
+        return augment(part.frames, part.draws, size=settings.size, blurs=settings.blur_probability > 0)
 
     def _is_adversarial(self, step: int) -> bool:
         return step >= self._settings.generator_start

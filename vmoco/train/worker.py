@@ -18,6 +18,7 @@ from vmoco.data.manifest import Manifest
 from vmoco.job import is_user_error, root_cause
 from vmoco.tracking import Tracker
 from vmoco.train.channel import StopWatch
+from vmoco.train.determinism import require_determinism
 from vmoco.train.loop import train
 from vmoco.train.precision import autocast_dtype
 from vmoco.train.state import Record, TrainState
@@ -47,6 +48,8 @@ def _run(config: dict[str, Any]) -> None:
     settings = PretrainSettings.model_validate_json(config["settings"])
     torch.set_num_threads(settings.scaling.cpus_per_worker)
     device = ray.train.torch.get_device()
+    if settings.train.deterministic:
+        require_determinism(settings.model.backbone, device)
     manifest = Manifest.load(settings.data.uri)
     dtype, reason = autocast_dtype(settings.train.precision, device)
     state = TrainState(settings, manifest_hash=manifest.hash, device=device, autocast_dtype=dtype)
@@ -90,6 +93,10 @@ class RayHost:
     def track(self, numbers: dict[str, float], *, step: int) -> None:
         assert self._tracker is not None, "rank 0 tracks"
         self._tracker.metrics(numbers, step=step)
+
+    def document(self, name: str, content: str | bytes) -> None:
+        assert self._tracker is not None, "rank 0 tracks"
+        self._tracker.document(name, content)
 
     def resumed(self, record: Record) -> None:
         """Takes the list of kept checkpoints up again, up to the one that was resumed."""

@@ -1,0 +1,169 @@
+"""What does a full VideoMoCo step cost beside a supervised one? `python -m tests.benchmarks.step [--rounds N]`.
+
+Both train the same encoder in the same type and layout, r3d_18 and r2plus1d_18, 16x112x112, batch 2, 2 threads.
+The VideoMoCo step is `TrainStep` itself with generator, both losses, a full queue of 65,536 keys and both
+optimizers; augmentation is in neither. The two alternate and the median ratio of neighbours counts. bf16 is for the
+time alone: its weight gradients are wrong on CPUs (vmoco/train/precision.py). Peak memory is that of a process of
+its own which takes two fp32 steps, above what it held before. Units are FLOPs of the step over those of one forward.
+Ends with one JSON line: the fp32 ratios of time, the worse memory ratio, and everything else by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vmoco.config import DataSettings, GeneratorSettings, ModelSettings, PretrainSettings, TrainSettings
+from vmoco.data.loader import RankBatch, View
+from vmoco.model.moco import MocoEncoder
+from vmoco.train.state import TrainState
+from vmoco.train.step import TrainStep
+
+CPU = torch.device("cpu")
+SHAPE = (2, 3, 16, 112, 112)
+BACKBONES = ("r3d_18", "r2plus1d_18")
+
+
+class PlainStep(TrainStep):
+    """Takes clips that are augmented already."""
+
+    def _augmented(self, view: View, micro: slice) -> torch.Tensor:
+        return view.frames[micro]
+
+
+def random_clips() -> torch.Tensor:
+    return torch.randn(SHAPE).contiguous(memory_format=torch.channels_last_3d)
+
+
+def moco_step(backbone: str, dtype: torch.dtype | None) -> Callable[[], object]:
+    """A full step, adversarial from the first one, with a full queue."""
+    settings = PretrainSettings(
+        data=DataSettings(num_frames=SHAPE[2]),
+        model=ModelSettings.model_validate({"backbone": backbone}),
+        generator=GeneratorSettings(start_percent=0.0),
+        train=TrainSettings(steps=10**6, global_batch=SHAPE[0], micro_batch=SHAPE[0]),
+    )
+    state = TrainState(settings, manifest_hash="", device=CPU, autocast_dtype=dtype)
+    queue = state.moco.queue
+    queue.enqueue(F.normalize(torch.randn(queue.length, 128), dim=1), torch.arange(queue.length), step=0)
+    step = PlainStep(settings, state, CPU)
+    batch = RankBatch(
+        step=0,
+        query=View(random_clips(), torch.zeros(2, 1)),
+        key=View(random_clips(), torch.zeros(2, 1)),
+        random_importance=torch.rand(2, SHAPE[2]),
+        clip_ids=["a", "b"],
+        share=slice(0, 2),
+        clips_per_rank=[2],
+        key_order=torch.arange(2),
+        video_ids=torch.tensor([-2, -3]),
+    )
+    return lambda: step(replace(batch, step=state.step))
+
+
+def supervised_step(backbone: str, dtype: torch.dtype | None) -> Callable[[], object]:
+    """Forward, cross-entropy over 400 classes, backward, SGD: the same encoder and layout."""
+    encoder = MocoEncoder(backbone, embedding_dim=128, head="linear").backbone
+    model = nn.Sequential(encoder, nn.Linear(encoder.feature_dim, 400))
+    model = model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    clips, labels = random_clips(), torch.tensor([1, 2])
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            logits = model(clips)
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+STEPS = {"videomoco": moco_step, "supervised": supervised_step}
+
+
+def seconds_of(step: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def time_ratio(backbone: str, dtype: torch.dtype | None, rounds: int) -> tuple[float, dict[str, float]]:
+    """Median of the ratios of neighbours, and the median seconds of each."""
+    steps = {name: build(backbone, dtype) for name, build in STEPS.items()}
+    for step in steps.values():
+        step()  # the first one allocates
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            seconds[name].append(seconds_of(step))
+    ratios = [full / plain for full, plain in zip(seconds["videomoco"], seconds["supervised"], strict=True)]
+    return statistics.median(ratios), {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def units(backbone: str) -> dict[str, float]:
+    """FLOPs of each step, in forwards of the encoder."""
+    counts = {}
+    encoder = MocoEncoder(backbone, embedding_dim=128, head="linear")
+    clips = random_clips()
+
+    def forward() -> None:
+        with torch.no_grad():
+            encoder(clips)
+
+    for name, step in {"forward": forward, **{name: build(backbone, None) for name, build in STEPS.items()}}.items():
+        with FlopCounterMode(display=False) as counter:
+            step()
+        counts[name] = counter.get_total_flops()
+    return {name: counts[name] / counts["forward"] for name in STEPS}
+
+
+def peak_megabytes(name: str, backbone: str) -> float:
+    """Memory that two steps add at most, in this process."""
+    torch.set_num_threads(2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = STEPS[name](backbone, None)
+    step()
+    step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(2)
+    report: dict[str, dict[str, object]] = {}
+    for backbone in BACKBONES:
+        row: dict[str, object] = {"units": {name: round(value, 2) for name, value in units(backbone).items()}}
+        for label, dtype in (("fp32", None), ("bf16", torch.bfloat16)):
+            ratio, seconds = time_ratio(backbone, dtype, rounds)
+            row[label] = round(ratio, 3)
+            row[f"{label}_seconds"] = {name: round(value, 3) for name, value in seconds.items()}
+        megabytes = {}
+        for name in STEPS:  # each in a fresh process: the peak of a process never falls
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                megabytes[name] = pool.submit(peak_megabytes, name, backbone).result()
+        row["megabytes"] = {name: round(value) for name, value in megabytes.items()}
+        row["memory_ratio"] = round(megabytes["videomoco"] / megabytes["supervised"], 3)
+        report[backbone] = row
+        print(backbone, row, flush=True)
+    headline = {backbone: row["fp32"] for backbone, row in report.items()}
+    memory = max(float(str(row["memory_ratio"])) for row in report.values())
+    print(json.dumps(headline | {"memory_ratio": memory, "details": report}))
+
+
+if __name__ == "__main__":
+    main()

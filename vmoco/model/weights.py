@@ -1,0 +1,120 @@
+"""Weights of others in our networks: torchvision's video models, and checkpoints of the released VideoMoCo code.
+
+    backbone = build_backbone("r2plus1d_18")
+    load_torchvision(backbone, torchvision.models.video.R2Plus1D_18_Weights.KINETICS400_V1.get_state_dict())
+
+    encoder = MocoEncoder("r2plus1d_18", embedding_dim=128, head="linear")
+    load_released(encoder, read_checkpoint(Path("r2d_200.pth.tar")))
+
+Every key must have its place: what is missing, unknown or of another shape is refused by name, and nothing is
+loaded then. Only the classifier of a torchvision model is dropped. Weights know nothing of pixels: torchvision's
+expect them normalised as ours are, the released code's by the mean and deviation of ImageNet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vmoco.model.backbone import Backbone
+from vmoco.model.moco import MocoEncoder
+
+ENCODERS = {"query": "module.encoder_q.", "key": "module.encoder_k."}
+"""Prefixes of the two encoders in a checkpoint of the released code, which saved its DDP wrapper."""
+
+# torchvision names its classifier `fc` in the ResNets and `classifier` in S3D; the released code's `fc` is its head.
+_CLASSIFIERS = ("fc.", "classifier.")
+
+StateDict = Mapping[str, torch.Tensor]
+
+
+def load_torchvision(backbone: Backbone, state_dict: StateDict) -> None:
+    """Loads the state dict of torchvision's r3d_18, mc3_18, r2plus1d_18 or s3d; its classifier is dropped.
+
+    Args:
+        backbone: of the same architecture; changed in place.
+        state_dict: keys as torchvision names them, with or without the classifier.
+
+    Raises:
+        ValueError: it is of another architecture.
+    """
+    kept = {name: tensor for name, tensor in state_dict.items() if not name.startswith(_CLASSIFIERS)}
+    _load(backbone.trunk, kept, "the state dict does not fit this backbone")
+
+
+def load_released(encoder: MocoEncoder, checkpoint: Mapping[str, object], *, which: str = "query") -> None:
+    """Loads an encoder and its projection from a checkpoint of the released VideoMoCo code.
+
+    Args:
+        encoder: a torchvision ResNet of the same architecture, embedding width and head; changed in place.
+        checkpoint: what `read_checkpoint` returned: a dict with an entry `state_dict`, or that entry itself.
+        which: "query" or "key".
+
+    Raises:
+        ValueError: there is no such encoder in it, or it is of another architecture, width or head.
+    """
+    entry = checkpoint.get("state_dict", checkpoint)
+    if which not in ENCODERS:
+        raise ValueError(f"encoder {which!r} is not known: one of {', '.join(ENCODERS)}")
+    prefix = ENCODERS[which]
+    named = entry if isinstance(entry, Mapping) else {}
+    tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+    found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    if not found:
+        raise ValueError(
+            f"the checkpoint has no {prefix}*, its first keys are {_first(named)}: "
+            "a checkpoint of the released VideoMoCo code is needed"
+        )
+    renamed = {
+        f"head.{name.removeprefix('fc.')}" if name.startswith("fc.") else f"backbone.trunk.{name}": tensor
+        for name, tensor in found.items()
+    }
+    _load(encoder, renamed, "the checkpoint does not fit this encoder")
+
+
+def read_checkpoint(path: Path) -> dict[str, object]:
+    """Reads a foreign checkpoint without running anything in it, onto the CPU.
+
+    Raises:
+        ValueError: it is no file of torch, or holds more than tensors and plain values.
+    """
+    # weights_only: a pickle can run code, and this file comes from somebody else.
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"there is no checkpoint {path}") from None
+    except Exception as error:  # torch raises what its unpickler, its zip reader or the file system raise
+        raise ValueError(f"{path} cannot be read as weights ({str(error).splitlines()[0]})") from None
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, a dict of tensors is needed")
+    return checkpoint
+
+
+def _load(module: nn.Module, tensors: StateDict, what: str) -> None:
+    """Loads every tensor into its place, or raises a sentence with the first keys that have none."""
+    expected = module.state_dict()
+    # Old files lack the count of batches, which normalises nothing.
+    needed = {name for name in expected if not name.endswith("num_batches_tracked")}
+    shapes = [
+        f"{name} {tuple(tensor.shape)} where {tuple(expected[name].shape)} is needed"
+        for name, tensor in tensors.items()
+        if name in expected and tensor.shape != expected[name].shape
+    ]
+    problems = {
+        "missing": sorted(needed - set(tensors)),
+        "unknown": sorted(set(tensors) - set(expected)),
+        "of another shape": shapes,
+    }
+    said = [f"{kind} {_first(names)}" for kind, names in problems.items() if names]
+    if said:
+        raise ValueError(f"{what}: {'; '.join(said)}: build the architecture that the weights were trained with")
+    module.load_state_dict(tensors, strict=False)
+
+
+def _first(names: Mapping[str, object] | list[str]) -> str:
+    shown = list(names)[:3]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return (", ".join(shown) or "none") + more
