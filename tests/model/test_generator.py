@@ -34,6 +34,11 @@ def test_generator_has_a_memory_of_earlier_frames() -> None:
     before, after = (torch.log(generator(c))[0] for c in (clips, changed))
     # Scores up to the constant that softmax leaves open: differences of neighbours.
     assert not torch.isclose(before[5] - before[4], after[5] - after[4], atol=1e-7)
+    changed = clips.clone()
+    changed[:, :, 5] += 1
+    after = torch.log(generator(changed))[0]
+    torch.testing.assert_close(after[1:5] - after[:4], before[1:5] - before[:4])
+    assert not torch.isclose(before[5] - before[4], after[5] - after[4], atol=1e-7)
 
 
 def test_most_important_frames_are_dropped() -> None:
