@@ -168,6 +168,35 @@ def test_the_encoder_is_pulled_by_name_without_ray(service: Service, undisturbed
     assert "by mean colour alone" in result.stdout
 
 
+def test_a_finished_run_is_not_run_again(service: Service, undisturbed: str) -> None:
+    """The same command with its name starts nothing, registers nothing, and says where the encoder is."""
+    command = [
+        sys.executable,
+        "jobs/pretrain.py",
+        "tiny",
+        "--data.uri",
+        service.data,
+        "--run.name",
+        "undisturbed",
+        *RUN,
+    ]
+    result = subprocess.run(
+        [*command, "--train.steps", "48"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"VMOCO_HOME": str(service.home)},
+        cwd=ROOT,
+        timeout=60,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (
+        0,
+        "run undisturbed has ended before; its encoder is models:/tested@candidate\n",
+    ), result.stderr
+    tracker = MlflowClient(f"sqlite:///{service.home}/mlflow.db")
+    assert len(tracker.search_model_versions("name='tested'")) == 1
+
+
 def follow(job: subprocess.Popen[str], text: str) -> list[str]:
     """Reads a job's output until a line holds the text."""
     assert job.stdout is not None
