@@ -208,15 +208,24 @@ def follow(job: subprocess.Popen[str], text: str) -> list[str]:
     raise AssertionError(f"{text!r} never came:\n" + "".join(lines))
 
 
+def wait_for(path: Path, *, seconds: float) -> None:
+    """Waits until a file is there; looks often, because a job's lines reach its reader only about once a second."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} never came"
+        time.sleep(0.02)
+
+
 def test_a_killed_worker_changes_nothing(service: Service, undisturbed: str) -> None:
-    """kill -9 of a worker after step 20: the run restarts from step 16 and ends with the other run's very bytes."""
+    """kill -9 of a worker past step 32: the run restarts from a checkpoint and ends with the other run's very bytes."""
     job = service.pretrain("killed", "--train.steps", "48")
-    follow(job, "step 20/48")
+    wait_for(service.home / "runs" / "killed" / "step-00000032", seconds=120)
     workers = [line for line in processes.with_mark(str(service.home)) if "ray::RayTrainWorker" in line]
     assert len(workers) == 2, workers
     os.kill(int(workers[0].split()[0]), signal.SIGKILL)
     said = finished(job)
-    assert "from step 16" in said
+    # Killed so early, Ray may not know the newest checkpoint yet; it surely knows the one before.
+    assert re.findall(r"workers on .* from step (\d+)", said) in (["0", "16"], ["0", "32"]), said
     assert service.kept("killed")[-1]["sha256"] == service.kept("undisturbed")[-1]["sha256"]
 
 
