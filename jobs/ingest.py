@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 
-from vmoco.config import IngestSettings
+from vmoco.data.ingest_settings import IngestSettings
 from vmoco.job import connect, run_job
 
 

@@ -1,4 +1,4 @@
-"""Every setting of the service: frozen models, one docstring per field, which `--help` shows.
+"""Every setting of a pretraining run: frozen models, one docstring per field, which `--help` shows.
 
 A run is described by one `PretrainSettings`; its canonical JSON is saved, the same bytes, in the checkpoint, in
 MLflow and with the encoder. The content hash leaves out what does not change the numbers (where it runs, where it
@@ -13,7 +13,9 @@ import math
 from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
+
+from vmoco.settings import Settings
 
 Fill = Literal["mean", "zero"]
 AgeUnit = Literal["step", "key"]
@@ -24,64 +26,6 @@ BeforeStart = Literal["whole", "random"]
 Positives = Literal["same_clip", "two_clips"]
 Backbone = Literal["r3d_18", "r2plus1d_18", "mc3_18", "s3d", "r3d_nano", "r2plus1d_nano"]
 Precision = Literal["auto", "bf16", "fp32"]
-
-
-class Settings(BaseModel):
-    """A frozen group of settings that answers a bad value with one sentence."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            group = type(self).__name__.removesuffix("Settings").lower()
-            prefix = "" if group in ("ingest", "pretrain") else f"{group}."
-            raise ValueError("; ".join(_sentence(problem, prefix) for problem in error.errors())) from None
-
-    def canonical_json(self) -> str:
-        """The settings as JSON with sorted keys: equal settings give equal bytes."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1)
-
-
-def _sentence(problem: Any, prefix: str) -> str:
-    field = prefix + ".".join(str(part).replace("_", "-") for part in problem["loc"])
-    if problem["type"] == "value_error":  # raised by a check below: already a sentence
-        return str(problem["ctx"]["error"])
-    said = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{field} {problem['input']!r} is not allowed: {said}"
-
-
-class IngestSettings(Settings):
-    """Turns a folder of videos into a data set: Arrow shards, a manifest and a ledger of rejected videos."""
-
-    videos: str
-    """Folder or URI prefix (file://, s3://, gs://) that holds the videos; searched recursively."""
-    output: str
-    """Folder or URI of the data set; created if missing, continued if it was made with the same settings."""
-    num_frames: int = Field(16, ge=2)
-    """Frames of a stored clip."""
-    stride: int = Field(1, ge=1)
-    """Distance between two frames of a clip, in frames of the video."""
-    height: int = Field(128, ge=16)
-    """Height of a stored frame in pixels: frames are scaled to cover height x width, then centre-cropped."""
-    width: int = Field(171, ge=16)
-    """Width of a stored frame in pixels."""
-    max_clips_per_video: int = Field(32, ge=1)
-    """At most this many clips of one video, spread evenly over it."""
-    held_out_percent: float = Field(10.0, ge=0, le=90)
-    """Share of the videos kept from training: by a hash of the video's name, so it is stable when videos are added."""
-    max_rejected_percent: float = Field(50.0, ge=0, le=100)
-    """The job fails when more than this share of the videos is rejected."""
-    videos_per_shard: int = Field(4, ge=1)
-    """Videos whose clips share one shard file; one Ray task writes one shard."""
-    seconds_per_video: float = Field(600.0, gt=0)
-    """Time limit for decoding one video."""
-
-    def content(self) -> dict[str, Any]:
-        """The settings that decide the bytes of a data set; the others may change between two runs of ingest."""
-        names = ("num_frames", "stride", "height", "width", "max_clips_per_video", "held_out_percent")
-        return {name: getattr(self, name) for name in names}
 
 
 class RunSettings(Settings):

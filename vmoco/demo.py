@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from vmoco import storage
-from vmoco.config import IngestSettings
+from vmoco.data.ingest_settings import IngestSettings
 from vmoco.local import LocalCluster
 
 ENCODER = "models:/videomoco-demo@candidate"

@@ -118,8 +118,8 @@ def test_a_killed_run_is_finished_by_the_next(tmp_path: Path, ray_cluster: Any) 
     for number in range(1, 8):
         shutil.copy(video, tmp_path / f"in/{number}.mp4")
     chosen = settings(tmp_path, videos_per_shard=1, num_frames=16)
-    code = "import sys; from vmoco.config import IngestSettings; from vmoco.data.ingest import ingest; import ray; "
-    code += "ray.init(); ingest(IngestSettings.model_validate_json(sys.argv[1]))"
+    code = "import sys, ray; from vmoco.data.ingest_settings import IngestSettings; "
+    code += "from vmoco.data.ingest import ingest; ray.init(); ingest(IngestSettings.model_validate_json(sys.argv[1]))"
     environment = {**os.environ, **ray_cluster.environment, "RAY_ADDRESS": ray_cluster.gcs_address}
     root = str(Path(__file__).parents[2])
     run = subprocess.Popen(

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.data import videos
-from vmoco.config import IngestSettings
 from vmoco.data import shard_task, source, video
+from vmoco.data.ingest_settings import IngestSettings
 from vmoco.data.manifest import shard_uri
 from vmoco.data.shard import ShardReader, read_rows
 from vmoco.data.shard_task import is_held_out, make_shard, plan_shards

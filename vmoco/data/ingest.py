@@ -18,8 +18,8 @@ from typing import Any
 import pyarrow as pa
 
 from vmoco import storage
-from vmoco.config import IngestSettings
 from vmoco.data import ledger, source
+from vmoco.data.ingest_settings import IngestSettings
 from vmoco.data.ledger import Rejection
 from vmoco.data.manifest import FIELDS, NAME, SHARDS, Manifest, write_manifest
 from vmoco.data.shard_task import ShardPlan, frame_shape, make_shard, plan_shards

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from vmoco.config import IngestSettings
 from vmoco.data import shard, source, video
+from vmoco.data.ingest_settings import IngestSettings
 from vmoco.data.ledger import Rejection
 from vmoco.data.manifest import shard_uri
 from vmoco.seed import hash64
