@@ -18,20 +18,28 @@ HOMES = {
     "ray": {
         "vmoco.job",
         "vmoco.sweep",
-        "vmoco.data.ingest",
+        "vmoco.data.tasks",
         "vmoco.train.launch",
         "vmoco.train.worker",
         "vmoco.train.channel",
     },
     "mlflow": {"vmoco.tracking", "vmoco.registry"},
-    "av": {"vmoco.data.video"},
+    "av": {"vmoco.data.video", "vmoco.data.scale"},
     "faiss": {"vmoco.evaluate.knn"},
     "sklearn": {"vmoco.evaluate.probe"},
 }
 
 # From the ground up: a module imports from its own layer and from those below it.
 BASE = {"vmoco", "vmoco.settings", "vmoco.config", "vmoco.presets", "vmoco.storage", "vmoco.seed"}
-WORK = {"vmoco.data.ingest", "vmoco.data.footage", "vmoco.export", "vmoco.registry", "vmoco.tracking", "vmoco.report"}
+WORK = {
+    "vmoco.data.ingest",
+    "vmoco.data.tasks",
+    "vmoco.data.footage",
+    "vmoco.export",
+    "vmoco.registry",
+    "vmoco.tracking",
+    "vmoco.report",
+}
 WORK |= {"vmoco.job", "vmoco.job_server", "vmoco.local", "vmoco.sweep"}
 
 
