@@ -164,17 +164,20 @@ def test_parts_change_nothing(tmp_path: Path, ray_cluster: object) -> None:
     """Long videos in parts, or as a whole where parts fail, damaged ones too: the same clips, ledger and hash."""
     coding = {"g": "10", "keyint_min": "10", "sc_threshold": "0"}
     videos.write_video(tmp_path / "in/long.mp4", videos.images(200), options=coding)
-    # FFmpeg guesses the time stamps of H.264 in AVI, and guesses others after a seek.
+    # The times of H.264 in AVI are guessed; a picture that is refreshed bit by bit cannot be decoded from the middle.
     videos.write_video(tmp_path / "in/guessed.avi", videos.images(200), options={**coding, "bf": "2"})
+    refresh = {"x264-params": "intra-refresh=1:keyint=12:bframes=0:scenecut=0"}
+    videos.write_video(tmp_path / "in/refresh.mp4", videos.images(200), options=refresh)
     videos.corrupt(videos.write_video(tmp_path / "in/noise.mp4", videos.images(200), options=coding), end=0.45)
-    found = []
+    found, lines = [], []
     for seconds in (600, 2):
         chosen = settings(tmp_path, part_seconds=seconds, output=f"{tmp_path}/{seconds}", max_clips_per_video=20)
-        made = ingest(chosen, progress=quiet)
+        made = ingest(chosen, progress=lines.append)
         rejected = [(row.video_id, row.stage, row.reason) for row in ledger.read(made.uri)]
         found.append((made.hash, made.counts, rejected, made.table.select(["clip_id", "start_seconds", "fps"])))
     assert found[0] == found[1]
-    assert found[0][1]["videos"] == 2
+    assert found[0][1]["videos"] == 3
+    assert "ingest  2 long videos cannot be decoded in parts: each is decoded as a whole" in lines
     assert found[0][2] == [("noise.mp4", "decode", "decode-error")]
 
 

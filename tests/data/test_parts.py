@@ -58,6 +58,7 @@ def test_parts_outside_the_range_are_left_out() -> None:
 def test_what_cannot_be_split_is_not() -> None:
     """Without key frames, with frames before the first one, or not much longer than a part."""
     times = np.arange(0, 100_000, 40)
+    assert parts_of(times[:0], times[:0], ClipPlan(16), 10) == []
     assert parts_of(times, times[:0], ClipPlan(16), 10) == []
     assert parts_of(times, times[:1], ClipPlan(16), 10) == []
     assert parts_of(times, times[25::25], ClipPlan(16), 10) == []

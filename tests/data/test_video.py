@@ -205,15 +205,14 @@ PARTED = {
     "h264-open-gop.mkv": {"options": {"x264-params": "open-gop=1:keyint=12:bframes=3:scenecut=0"}},
     "hevc-open-gop.mp4": {"codec": "libx265", "options": {"x265-params": "open-gop=1:keyint=12:log-level=none"}},
     "vp9.webm": {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8", "g": "12"}},
-    "mpeg4.avi": {"codec": "mpeg4", "options": {"g": "12"}},
-    "mpeg2.mpg": {"codec": "mpeg2video", "options": {"g": "12", "bf": "2"}},
-    "h264.ts": {"options": {"g": "12", "sc_threshold": "0"}},
+    "mpeg4.mkv": {"codec": "mpeg4", "options": {"g": "12"}},
+    "mpeg2.mkv": {"codec": "mpeg2video", "options": {"g": "12", "bf": "2"}},
     "intra-refresh.mp4": {"options": {"x264-params": "intra-refresh=1:keyint=12:bframes=0:scenecut=0"}},
 }
 
 
 # Not everything can be decoded from the middle; that is found out, and not guessed.
-REFUSED = dict.fromkeys(["intra-refresh.mp4", "mpeg2.mpg", "h264.ts", "h264-open-gop.mkv"], "not-seekable")
+REFUSED = dict.fromkeys(["intra-refresh.mp4", "h264-open-gop.mkv"], "not-seekable")
 
 
 @pytest.mark.parametrize("name", PARTED)

@@ -51,8 +51,10 @@ def split(
         seconds: Length of a part.
         fps: Frames per second of the video.
     """
+    if len(keyframes) < 2 or keyframes[0] != times[0]:
+        return []
     total = float((times[-1] - times[0]) * time_base)
-    if total < 1.5 * seconds or len(keyframes) < 2 or keyframes[0] != times[0]:
+    if total < 1.5 * seconds:
         return []
     marks = times[0] + np.arange(0, total, seconds) / float(time_base)
     at = np.unique(np.searchsorted(keyframes, np.ceil(marks).astype(np.int64)))

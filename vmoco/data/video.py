@@ -27,6 +27,8 @@ from vmoco.data.scale import MAX_PIXELS, Scaler
 # Formats that are one file by themselves. Playlists (hls, concat, dash) are left out: a file of the user's could make
 # FFmpeg open other files or addresses.
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,h264,hevc,m4v,nut,gif,ivf"
+# Formats that keep the time at which each frame is shown. Elsewhere FFmpeg guesses, and guesses otherwise after a seek.
+_SEEKABLE = {"mov", "matroska"}
 # Formats whose header states how long they should be; elsewhere FFmpeg estimates the length from what is there.
 _DURATION_IN_HEADER = {"mov", "matroska", "flv", "asf"}
 
@@ -38,7 +40,7 @@ class Timeline:
     times: Int64Array
     """int64 (F,): time stamps of the frames in the order in which they are shown, in units of `time_base`."""
     keyframes: Int64Array
-    """Time stamps of frames at which decoding can begin; empty where time stamps are missing or not unique."""
+    """Time stamps of frames at which decoding can begin; empty where that cannot be known."""
     time_base: Fraction
     """Seconds."""
     fps: float
@@ -107,8 +109,7 @@ def cut_clips(source: Source, plan: ClipPlan, *, height: int, width: int, sink: 
         span = clip_span(num_frames=plan.num_frames, stride=plan.stride)
         rate = f" at {plan.fps:g} frames per second" if plan.fps else ""
         raise VideoError("clip", "too-few-frames", f"{len(times)} frames{ranged}, and a clip spans {span}{rate}")
-    firsts = indices[:, 0]
-    starts = times[firsts]
+    firsts, starts = indices[:, 0], times[indices[:, 0]]
     if ((np.diff(starts) < 0) | ((np.diff(starts) == 0) & (np.diff(firsts) > 0))).any():
         raise VideoError("clip", "bad-timestamps", "time stamps do not increase from clip to clip")
     return Cut(starts.tolist(), [float(at * time_base) for at in starts.tolist()], timeline.fps)
@@ -134,7 +135,9 @@ def _open(source: Source) -> Any:
     if not isinstance(source, str):
         source.seek(0)  # it is opened twice
     # ENOENT and the like were met when the file was read for its hash; here every failure is one of the format.
-    return av.open(source, mode="r", options={"format_whitelist": _FORMATS}, buffer_size=2**20)
+    # Titles are in whatever encoding; nobody reads them here.
+    options = {"format_whitelist": _FORMATS}
+    return av.open(source, mode="r", options=options, buffer_size=2**20, metadata_errors="replace")
 
 
 @contextlib.contextmanager
@@ -182,7 +185,8 @@ def _probe(container: Any) -> Timeline:
     width, height = stream.codec_context.width, stream.codec_context.height
     if width * height > MAX_PIXELS:
         raise VideoError("probe", "frame-too-large", f"{width} x {height}, and at most {MAX_PIXELS} pixels are decoded")
-    count, end, corrupt, seekable = 0, 0.0, False, True
+    count, end, corrupt = 0, 0.0, False
+    seekable = not _SEEKABLE.isdisjoint(container.format.name.split(","))
     times, keyframes = [], []
     for packet in container.demux():
         stamp = packet.pts if packet.pts is not None else packet.dts
