@@ -15,6 +15,7 @@ from vmoco.data.account import Account, Video
 from vmoco.data.frames import Encoding, encode
 from vmoco.data.manifest import Manifest, write_manifest
 from vmoco.data.shard import Clip, read_rows, write_shard
+from vmoco.data.video import cut_clips
 from vmoco.seed import hash64
 
 SETTINGS = {"num_frames": 10, "stride": 1, "height": 40, "width": 48, "max_clips_per_video": 4, "held_out_percent": 0.0}
@@ -80,6 +81,18 @@ def write_data_set(folder: Path, clips: list[Clip], *, encoding: Encoding = "raw
         shards=files,
         num_rejected=0,
     )
+
+
+def real_data_set(folder: Path, footage: Path, *, num_frames: int, height: int, width: int, max_clips: int) -> Manifest:
+    """The demo's footage as a data set: at most `max_clips` clips of each of its videos."""
+    clips = []
+    for path in sorted(path for path in footage.rglob("*") if path.is_file()):
+        cut = cut_clips(
+            str(path), num_frames=num_frames, stride=1, height=height, width=width, max_clips=max_clips, seconds=60
+        )
+        for pts, start, frames in zip(cut.start_pts, cut.start_seconds, cut.frames, strict=True):
+            clips.append(Clip(f"{hash64(path.name, pts):016x}", path.name, start, cut.fps, False, frames))
+    return write_data_set(folder, clips)
 
 
 def _clip(video: int, place: int, shape: tuple[int, int, int, int], *, held_out: bool) -> Clip:
