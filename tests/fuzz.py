@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from tests.data import videos
 from vmoco.data.scale import MAX_PIXELS, Scaler
+from vmoco.data.video import FORMATS
 
 SIZE, NUM_FRAMES, STRIDE = (24, 32), 8, 2
 MAX_CLIPS = 3
@@ -149,7 +150,9 @@ def decode_plainly(path: Path) -> Plain:
     frames: list[videos.Image] = []
     scaler = Scaler(height=SIZE[0], width=SIZE[1])
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        # The same formats, or FFmpeg takes what is left of one for another.
+        formats = {"format_whitelist": FORMATS}
+        with av.open(str(path), options=formats, metadata_errors="replace") as container:
             stream = container.streams.video[0]
             stream.thread_type = "NONE"
             stream.codec_context.thread_count = 1

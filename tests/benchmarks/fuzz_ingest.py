@@ -29,6 +29,7 @@ from vmoco.data.ingest import ingest
 from vmoco.data.ingest_settings import IngestSettings
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard import ShardReader
+from vmoco.job import connect
 
 # Reasons that do not come from decoding.
 BESIDE_DECODING = {"truncated", "too-few-frames", "bad-timestamps", "duplicate", "empty", "frame-too-large"}
@@ -123,13 +124,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--files", type=int, default=2000, help="mutated files, beside the hostile ones")
     files = parser.parse_args().files
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
-
-    ray.init(address="local", include_dashboard=False, object_store_memory=2**28, log_to_driver=False)
+    connect(worker_output=False)
     with tempfile.TemporaryDirectory(prefix="fuzz-ingest-") as folder:
         report = run(Path(folder), files)
-    ray.shutdown()
     print(json.dumps(report))
     if report["unaccounted"] or report["wrong"] or report["crashes"] or report["hangs"]:
         raise SystemExit(1)

@@ -81,6 +81,7 @@ class RangedFile(io.RawIOBase):
         self.name = uri
         self._filesystem, self._path = storage.filesystem(uri)
         self._num_bytes, self._at = num_bytes, 0
+        self._file: Any = None
 
     def readable(self) -> bool:
         return True
@@ -103,8 +104,10 @@ class RangedFile(io.RawIOBase):
             return b""
 
         def read() -> bytes:
-            with self._filesystem.open_input_file(self._path) as file:
-                return bytes(file.read_at(size, self._at))
+            file, self._file = self._file or self._filesystem.open_input_file(self._path), None
+            content = bytes(file.read_at(size, self._at))
+            self._file = file  # kept only after a success: a connection that failed once is opened anew
+            return content
 
         with _errors():
             content = storage.patiently(read)

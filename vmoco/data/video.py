@@ -26,7 +26,7 @@ from vmoco.data.scale import MAX_PIXELS, Scaler
 
 # Formats that are one file by themselves. Playlists (hls, concat, dash) are left out: a file of the user's could make
 # FFmpeg open other files or addresses.
-_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,h264,hevc,m4v,nut,gif,ivf"
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,h264,hevc,m4v,nut,gif,ivf"
 # Formats that keep the time at which each frame is shown. Elsewhere FFmpeg guesses, and guesses otherwise after a seek.
 _SEEKABLE = {"mov", "matroska"}
 # Formats whose header states how long they should be; elsewhere FFmpeg estimates the length from what is there.
@@ -136,7 +136,7 @@ def _open(source: Source) -> Any:
         source.seek(0)  # it is opened twice
     # ENOENT and the like were met when the file was read for its hash; here every failure is one of the format.
     # Titles are in whatever encoding; nobody reads them here.
-    options = {"format_whitelist": _FORMATS}
+    options = {"format_whitelist": FORMATS}
     return av.open(source, mode="r", options=options, buffer_size=2**20, metadata_errors="replace")
 
 
