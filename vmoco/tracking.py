@@ -8,6 +8,7 @@ there is one per process.
 from __future__ import annotations
 
 import collections
+import importlib.util
 import logging
 import os
 import tempfile
@@ -37,6 +38,11 @@ def client(uri: str | None = None) -> Any:
     """
     uri = uri or tracking_uri()
     if uri.startswith("sqlite:///"):
+        if importlib.util.find_spec("sqlalchemy") is None:
+            raise ValueError(
+                f"the tracker {uri} is a database, and this is the light install of vmoco, which reads none: set "
+                "MLFLOW_TRACKING_URI to an MLflow server, or pip install 'vmoco[cluster]'"
+            )
         _check_database(uri.removeprefix("sqlite:///"))
     # MLflow tries 7 times for minutes; a person waits for the first answer, and `Tracker` tries again by itself.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
