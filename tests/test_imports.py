@@ -19,6 +19,8 @@ HOMES = {
         "vmoco.job",
         "vmoco.sweep",
         "vmoco.data.ingest",
+        "vmoco.evaluate.embed",
+        "vmoco.evaluate.evaluate",
         "vmoco.train.launch",
         "vmoco.train.worker",
         "vmoco.train.channel",
@@ -26,14 +28,14 @@ HOMES = {
     "mlflow": {"vmoco.tracking", "vmoco.registry", "vmoco.encoder_program"},
     "av": {"vmoco.data.video"},
     "faiss": {"vmoco.evaluate.knn"},
-    "sklearn": {"vmoco.evaluate.probe"},
+    "sklearn": {"vmoco.evaluate.probe", "vmoco.evaluate.gallery"},
 }
 
 # From the ground up: a module imports from its own layer and from those below it.
 BASE = {"vmoco", "vmoco.settings", "vmoco.config", "vmoco.presets", "vmoco.storage", "vmoco.seed"}
 WORK = {"vmoco.data.ingest", "vmoco.data.footage", "vmoco.export", "vmoco.registry", "vmoco.tracking", "vmoco.report"}
 WORK |= {"vmoco.encoder", "vmoco.encoder_program", "vmoco.program", "vmoco.model_card", "vmoco.promotion"}
-WORK |= {"vmoco.lineage", "vmoco.publish"}
+WORK |= {"vmoco.lineage", "vmoco.publish", "vmoco.publish_options", "vmoco.foreign"}
 WORK |= {"vmoco.job", "vmoco.job_server", "vmoco.local", "vmoco.sweep"}
 
 

@@ -6,6 +6,7 @@ trained.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -141,6 +142,14 @@ class Encoder(nn.Module):
         """uint8 frames (B, T, H, W, 3) -> features float32 (B, feature_dim), with graph."""
         features: torch.Tensor = self.backbone(self.preprocess(frames))
         return features
+
+    def weights_hash(self) -> str:
+        """16 hex digits over the weights and how frames are prepared: equal ones give equal features."""
+        digest = hashlib.sha256(repr(self.preprocessing).encode())
+        for name, tensor in sorted(self.backbone.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:16]
 
     def stride(self, fps: float) -> int:
         """Distance of the frames that come nearest to the encoder's own frame rate, in frames of a video of `fps`."""
