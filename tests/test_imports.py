@@ -18,15 +18,15 @@ HOMES = {
     "ray": {
         "vmoco.job",
         "vmoco.sweep",
-        "vmoco.data.ingest",
         "vmoco.evaluate.embed",
         "vmoco.evaluate.evaluate",
+        "vmoco.data.tasks",
         "vmoco.train.launch",
         "vmoco.train.worker",
         "vmoco.train.channel",
     },
     "mlflow": {"vmoco.tracking", "vmoco.registry", "vmoco.encoder_program"},
-    "av": {"vmoco.data.video"},
+    "av": {"vmoco.data.video", "vmoco.data.scale"},
     "faiss": {"vmoco.evaluate.knn"},
     "sklearn": {"vmoco.evaluate.probe", "vmoco.evaluate.gallery"},
 }
@@ -35,7 +35,7 @@ HOMES = {
 BASE = {"vmoco", "vmoco.settings", "vmoco.config", "vmoco.presets", "vmoco.storage", "vmoco.seed"}
 WORK = {"vmoco.data.ingest", "vmoco.data.footage", "vmoco.export", "vmoco.registry", "vmoco.tracking", "vmoco.report"}
 WORK |= {"vmoco.encoder", "vmoco.encoder_program", "vmoco.program", "vmoco.model_card", "vmoco.promotion"}
-WORK |= {"vmoco.lineage", "vmoco.publish", "vmoco.publish_options", "vmoco.foreign"}
+WORK |= {"vmoco.lineage", "vmoco.publish", "vmoco.publish_options", "vmoco.foreign", "vmoco.data.tasks"}
 WORK |= {"vmoco.job", "vmoco.job_server", "vmoco.local", "vmoco.sweep"}
 
 

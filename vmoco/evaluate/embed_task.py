@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 
 from vmoco import storage
-from vmoco.data import source, video
-from vmoco.data.ledger import Rejection
+from vmoco.data import fetch, source
+from vmoco.data.decoder import Decoder
+from vmoco.data.ledger import Rejection, VideoError
 from vmoco.data.shard import ShardReader
 from vmoco.encoder import Encoder
 from vmoco.evaluate.colour import mean_colour, without_colour
@@ -59,6 +60,7 @@ class EmbedTask:
         if work.num_threads:
             torch.set_num_threads(work.num_threads)
         self._encoder = encoder.to(work.device).eval()
+        self._decoder = Decoder()  # its process starts with the first video
         self._work = work
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
@@ -103,36 +105,32 @@ class EmbedTask:
         return rows, torch.cat(parts).numpy()
 
     def _of_videos(self, plan: dict[str, Any], rejected: list[Rejection]) -> Iterator[tuple[dict[str, Any], Frames]]:
-        expected = self._encoder.preprocessing
         for name, num_bytes in plan["videos"]:
             found = source.Found(name, num_bytes)
             try:
-                content = source.read_video(plan["folder"], found)
-                stride = self._encoder.stride(video.probe(content.source).fps)
-                cut = video.cut_clips(
-                    content.source,
-                    num_frames=expected.num_frames,
-                    stride=stride,
-                    height=expected.size,
-                    width=expected.size,
-                    max_clips=self._work.max_clips_per_video,
-                    seconds=self._work.seconds_per_video,
-                )
-            except video.VideoError as error:
+                with fetch.local_copy(plan["folder"], found) as path:
+                    sha256 = fetch.file_sha256(path)
+                    cut = self._encoder.cut_video(
+                        path,
+                        decoder=self._decoder,
+                        max_clips=self._work.max_clips_per_video,
+                        seconds=self._work.seconds_per_video,
+                    )
+            except VideoError as error:
                 why = (error.stage, error.reason, error.message, error.transient)
-                rejected.append(Rejection(name, *why, num_bytes=num_bytes))
+                rejected.append(Rejection(name, *why, entry=found.entry))
                 continue
             for place, frames in enumerate(cut.frames):
                 yield (
                     {
-                        "clip_id": f"{hash64(name, cut.start_pts[place]):016x}",
+                        "clip_id": f"{hash64(name, cut.start_times[place]):016x}",
                         "video_id": name,
                         "start_seconds": cut.start_seconds[place],
-                        "clip_seconds": expected.num_frames * stride / cut.fps,
+                        "clip_seconds": cut.clip_seconds,
                         "held_out": False,
                         "source": name,
                         "row": place,
-                        "sha256": content.sha256,
+                        "sha256": sha256,
                     },
                     frames,
                 )

@@ -16,7 +16,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from vmoco import storage
-from vmoco.data import source, video
+from vmoco.data import fetch, source
+from vmoco.data.decoder import Decoder
+from vmoco.data.ledger import VideoError
 from vmoco.data.manifest import NAME, Manifest
 from vmoco.encoder import Encoder
 from vmoco.evaluate.embed_settings import EmbedSettings
@@ -174,7 +176,7 @@ def _thumbnails(clips: list[Clip], encoder: Encoder, settings: EmbedSettings) ->
             continue
         try:
             frames = _decoded(place, name, encoder, settings)
-        except video.VideoError as error:
+        except VideoError as error:
             raise ValueError(
                 f"video {name} has gone since it was embedded ({error}): run it with --no-gallery"
             ) from None
@@ -183,19 +185,19 @@ def _thumbnails(clips: list[Clip], encoder: Encoder, settings: EmbedSettings) ->
 
 
 def _decoded(folder: str, name: str, encoder: Encoder, settings: EmbedSettings) -> npt.NDArray[np.uint8]:
-    local = storage.local_path(folder)
-    content = source.InMemory(storage.read_bytes(storage.join(folder, name)), name) if local is None else local / name
-    opened = content if isinstance(content, source.InMemory) else str(content)
-    size = encoder.preprocessing.size
-    return video.cut_clips(
-        opened,
-        num_frames=encoder.preprocessing.num_frames,
-        stride=encoder.stride(video.probe(opened).fps),
-        height=size,
-        width=size,
-        max_clips=settings.max_clips_per_video,
-        seconds=settings.seconds_per_video,
-    ).frames
+    filesystem, path = storage.filesystem(storage.join(folder, name))
+    found = source.Found(name, filesystem.get_file_info(path).size or 0)
+    decoder = Decoder()
+    try:
+        with fetch.local_copy(folder, found) as path:
+            return encoder.cut_video(
+                path,
+                decoder=decoder,
+                max_clips=settings.max_clips_per_video,
+                seconds=settings.seconds_per_video,
+            ).frames
+    finally:
+        decoder.close()
 
 
 def _animated(frames: npt.NDArray[np.uint8]) -> str:
