@@ -41,7 +41,7 @@ def test_any_reader_of_parquet_reads_it(tmp_path: Path) -> None:
 
 def test_a_part_without_clips_accounts_for_its_videos(tmp_path: Path) -> None:
     """It reads back with its rejections, and adds nothing to the table."""
-    lost = Rejection("x.mp4", "probe", "truncated", "half of it", num_bytes=5)
+    lost = Rejection("x.mp4", "probe", "truncated", "half of it", entry="an entry")
     content = part_bytes([], np.zeros((0, 5), np.float32), rejected=[lost])
     storage.write_atomic(part_uri(str(tmp_path), "empty"), content)
     assert part_rejected(str(tmp_path), "empty") == [lost]
