@@ -74,7 +74,7 @@ def test_videos_are_embedded_once_and_none_disappears(ray_cluster: LocalCluster,
 @pytest.mark.cluster
 @pytest.mark.timeout(400)
 def test_an_encoder_is_evaluated_by_every_protocol(ray_cluster: LocalCluster, tmp_path: Path) -> None:
-    """Scores equal those of the plain functions in this process; two splits count together; references run too."""
+    """Scores equal those of the plain functions in this process; two splits count together."""
     manifest = labelled_data_set(tmp_path / "data", num_videos=48)
     encoder = encoder_of()
     settings = EvaluateSettings(
@@ -117,8 +117,6 @@ def test_an_encoder_is_evaluated_by_every_protocol(ray_cluster: LocalCluster, tm
     other = foreign.random_initialisation(encoder, seed=3)
     assert other.weights_hash() != encoder.weights_hash()
     assert other.weights_hash() == foreign.random_initialisation(encoder, seed=3).weights_hash()
-    (reference,) = evaluation.evaluate(other, evaluation.plan(frozen), frozen, show=quiet)
-    assert reference.evaluation_set == knn.evaluation_set
 
 
 def test_what_the_data_set_allows_is_planned(tmp_path: Path) -> None:
