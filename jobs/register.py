@@ -13,13 +13,13 @@ from typing import Annotated
 import tyro
 
 from vmoco import job
-from vmoco.publish import Options, publish_file, publish_run
+from vmoco.publish_options import Options
 
 
 def register(
     source: Annotated[str, tyro.conf.Positional],
     /,
-    options: tyro.conf.OmitArgPrefixes[Options],
+    options: Annotated[Options, tyro.conf.arg(name="")],
     step: int | None = None,
 ) -> None:
     """Registers an encoder.
@@ -29,6 +29,8 @@ def register(
         options: how.
         step: of the run's checkpoint; the last one when left out.
     """
+    from vmoco.publish import publish_file, publish_run
+
     if Path(source).is_file():
         if step is not None:
             raise ValueError(f"--step chooses a checkpoint of a run, and {source} is a file: leave it out")

@@ -12,13 +12,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from vmoco import job, lineage, promotion, registry
+from vmoco import job
 
 Word = Annotated[str, tyro.conf.Positional]
 
 
 def list_encoders() -> None:
     """Prints every registered version with its aliases and scores."""
+    from vmoco import promotion, registry
+
     found = registry.versions()
     for version in found:
         print(f"models:/{version.name}/{version.version}  {', '.join(sorted(version.aliases)) or '-'}")
@@ -28,9 +30,7 @@ def list_encoders() -> None:
         print("nothing is registered yet")
 
 
-def promote(
-    name: Word, version: str | None = None, protocol: str = promotion.LABEL_FREE, force: str | None = None
-) -> None:
+def promote(name: Word, version: str | None = None, protocol: str = "label-free", force: str | None = None) -> None:
     """Makes a version the champion, if it scores better on the same evaluation set.
 
     Args:
@@ -39,16 +39,16 @@ def promote(
         protocol: which score decides.
         force: moves it whatever the scores say; the reason is kept.
     """
+    from vmoco import promotion
+
     move = promotion.promote(name, version=version, protocol=protocol, force_reason=force)
     print(f"models:/{name}@champion is version {move.version} ({move.reason})")
 
 
 def rollback(name: Word) -> None:
-    """Makes the champion before the champion again.
+    """Makes the champion before the champion again."""
+    from vmoco import promotion
 
-    Args:
-        name: registered name.
-    """
     move = promotion.rollback(name)
     print(f"models:/{name}@champion is version {move.version} ({move.reason})")
 
@@ -59,6 +59,8 @@ def saw(video: Word) -> None:
     Args:
         video: its id in the manifest: the path below the folder that was ingested.
     """
+    from vmoco import lineage
+
     found = lineage.encoders_that_saw(video)
     for each in found.sightings:
         how = "held out from" if each.held_out else "trained on"

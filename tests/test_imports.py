@@ -18,6 +18,8 @@ HOMES = {
     "ray": {
         "vmoco.job",
         "vmoco.sweep",
+        "vmoco.evaluate.embed",
+        "vmoco.evaluate.evaluate",
         "vmoco.data.tasks",
         "vmoco.train.launch",
         "vmoco.train.worker",
@@ -27,7 +29,7 @@ HOMES = {
     "mlflow": {"vmoco.tracking", "vmoco.registry", "vmoco.encoder_program"},
     "av": {"vmoco.data.video", "vmoco.data.scale"},
     "faiss": {"vmoco.evaluate.knn"},
-    "sklearn": {"vmoco.evaluate.probe"},
+    "sklearn": {"vmoco.evaluate.probe", "vmoco.evaluate.gallery"},
 }
 
 # From the ground up: a module imports from its own layer and from those below it.
@@ -35,8 +37,7 @@ BASE = {"vmoco", "vmoco.settings", "vmoco.config", "vmoco.placement", "vmoco.pre
 BASE |= {"vmoco.transfer"}
 WORK = {"vmoco.data.ingest", "vmoco.data.footage", "vmoco.export", "vmoco.registry", "vmoco.tracking", "vmoco.report"}
 WORK |= {"vmoco.encoder", "vmoco.encoder_program", "vmoco.program", "vmoco.model_card", "vmoco.promotion"}
-WORK |= {"vmoco.lineage", "vmoco.publish", "vmoco.spool"}
-WORK |= {"vmoco.data.tasks"}
+WORK |= {"vmoco.lineage", "vmoco.publish", "vmoco.publish_options", "vmoco.foreign", "vmoco.spool", "vmoco.data.tasks"}
 WORK |= {"vmoco.job", "vmoco.job_server", "vmoco.local", "vmoco.sweep"}
 
 

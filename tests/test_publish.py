@@ -17,7 +17,8 @@ from tests.encoders import clips, tracked_run
 from vmoco import lineage, promotion, registry
 from vmoco.data.manifest import Manifest
 from vmoco.export import load_encoder
-from vmoco.publish import Options, publish_file, publish_run
+from vmoco.publish import publish_file, publish_run
+from vmoco.publish_options import Options
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,9 +6,10 @@ trained.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +20,15 @@ from torch import nn
 from vmoco.data.augment import PIXEL_MEAN, PIXEL_STD
 from vmoco.model.backbone import Backbone
 
+if TYPE_CHECKING:
+    from vmoco.data.decoder import Decoder
+
 Source = str | os.PathLike[str] | npt.NDArray[np.uint8] | torch.Tensor
 """A video file, or frames."""
 
-_MAX_CLIPS = 32
+MAX_CLIPS = 32
 """Of one video file; as many as ingest cuts by default."""
-_SECONDS_PER_VIDEO = 600.0
+SECONDS_PER_VIDEO = 600.0
 _S3D_FRAMES = 5  # S3D halves time three times, without padding at the last
 
 
@@ -49,6 +53,19 @@ class Preprocessing:
     def from_json(cls, values: dict[str, Any]) -> Preprocessing:
         """Reads `to_json` back."""
         return cls(**values | {"mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+
+@dataclass(frozen=True)
+class VideoClips:
+    """The clips of one video file."""
+
+    frames: npt.NDArray[np.uint8]
+    """(N, T, size, size, 3), RGB."""
+    start_times: list[int]
+    """Time stamp of the first frame of each, in the video's own unit."""
+    start_seconds: list[float]
+    clip_seconds: float
+    """From the first frame of a clip to the end of its last."""
 
 
 class Encoder(nn.Module):
@@ -142,29 +159,50 @@ class Encoder(nn.Module):
         features: torch.Tensor = self.backbone(self.preprocess(frames))
         return features
 
+    def weights_hash(self) -> str:
+        """16 hex digits over the weights and how frames are prepared: equal ones give equal features."""
+        digest = hashlib.sha256(repr(self.preprocessing).encode())
+        for name, tensor in sorted(self.backbone.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
     def stride(self, fps: float) -> int:
         """Distance of the frames that come nearest to the encoder's own frame rate, in frames of a video of `fps`."""
         return max(1, round(fps / self.preprocessing.fps))
 
-    def _decoded(self, path: str) -> npt.NDArray[np.uint8]:
+    def cut_video(
+        self, path: str, *, decoder: Decoder, max_clips: int = MAX_CLIPS, seconds: float = SECONDS_PER_VIDEO
+    ) -> VideoClips:
+        """The clips of a video file as this encoder sees them, decoded in the process of `decoder`.
+
+        Raises:
+            VideoError: the video is damaged, too short or too slow.
+        """
         from vmoco.data import video
         from vmoco.data.clips import ClipPlan
+
+        expected = self.preprocessing
+        size = (expected.size, expected.size)
+        stride = self.stride(video.probe(path).fps)
+        plan = ClipPlan(expected.num_frames, stride=stride, max_clips=max_clips)
+        cut = decoder.cut(
+            {"path": path}, plan, part=None, size=size, encoding="raw", quality=100, offset=0, seconds=seconds
+        )
+        stored = os.pread(decoder.scratch.fileno(), sum(cut["sizes"]), 0)
+        frames = np.frombuffer(stored, np.uint8).reshape(len(cut["sizes"]), expected.num_frames, *size, 3).copy()
+        return VideoClips(frames, cut["start_times"], cut["start_seconds"], expected.num_frames * stride / cut["fps"])
+
+    def _decoded(self, path: str) -> npt.NDArray[np.uint8]:
         from vmoco.data.decoder import Decoder
         from vmoco.data.ledger import VideoError
 
-        expected = self.preprocessing
         if not os.path.isfile(path):
             raise ValueError(f"there is no video file {path}")
-        size, decoder = (expected.size, expected.size), Decoder()
+        decoder = Decoder()
         try:
-            stride = self.stride(video.probe(path).fps)
-            plan = ClipPlan(expected.num_frames, stride=stride, max_clips=_MAX_CLIPS)
-            options: Any = {"part": None, "size": size, "encoding": "raw", "quality": 100, "offset": 0}
-            cut = decoder.cut({"path": path}, plan, **options, seconds=_SECONDS_PER_VIDEO)
-            stored = os.pread(decoder.scratch.fileno(), sum(cut["sizes"]), 0)
+            return self.cut_video(path, decoder=decoder).frames
         except VideoError as error:
             raise ValueError(f"video {path} gives no clips ({error})") from None
         finally:
             decoder.close()
-        shape = (len(cut["sizes"]), expected.num_frames, *size, 3)
-        return np.frombuffer(stored, np.uint8).reshape(shape).copy()

@@ -8,28 +8,19 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from vmoco import registry, storage, tracking
+from vmoco import foreign, registry, storage, tracking
 from vmoco.data.manifest import Manifest
-from vmoco.encoder import Preprocessing
 from vmoco.evaluate.score import TooFewVideosError, score_encoder
 from vmoco.export import add_scores, read_encoder, write_encoder, write_folder
-from vmoco.model import weights
-from vmoco.model.backbone import build_backbone
-from vmoco.model.moco import MocoEncoder
-from vmoco.promotion import LABEL_FREE, Score, record
+from vmoco.promotion import Score, label_free_score, record
+from vmoco.publish_options import Options
 from vmoco.registry import Registered
 from vmoco.train import state
 
 CHECKPOINTS = "checkpoints.json"  # `train.checkpoints` lists a run's kept checkpoints under this name
 
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-# What the weights were trained with: torchvision's recipes, and the released code.
-_TORCHVISION_CLIPS = {"s3d": Preprocessing(num_frames=16, fps=15.0, size=224)}
-_TORCHVISION_RESNETS = Preprocessing(num_frames=16, fps=15.0, size=112)
-_RELEASED = Preprocessing(num_frames=32, fps=25.0, size=112, **_IMAGENET)
 _ORIGIN = {
     "torchvision": {
         "description": "Kinetics-400, with its labels, by the authors of torchvision.",
@@ -42,22 +33,6 @@ _ORIGIN = {
         "of Kinetics stay with those who uploaded them",
     },
 }
-
-
-@dataclass(frozen=True)
-class Options:
-    """How an encoder is published."""
-
-    name: str
-    """Registered name."""
-    alias: str = registry.CANDIDATE
-    """A further alias of the version; it is the candidate in any case."""
-    onnx: bool = False
-    """Also write encoder.onnx, checked against the encoder."""
-    score: bool = True
-    """Score a run's encoder on the held-out videos of its data set, without labels."""
-    data_licence: str = ""
-    """Note on the videos that travels with the encoder."""
 
 
 def publish_run(
@@ -108,18 +83,8 @@ def publish_file(path: Path, options: Options) -> Registered:
         ValueError: it cannot be read as weights, or they are of no network that is known.
     """
     registry.check_alias(options.alias)
-    checkpoint = weights.read_checkpoint(path)
-    kind, name, width, head = weights.recognise(checkpoint)
-    if kind == "torchvision":
-        backbone = build_backbone(name)
-        entry = checkpoint.get("state_dict", checkpoint)
-        assert isinstance(entry, dict), "recognised"
-        weights.load_torchvision(backbone, entry)
-        preprocessing = _TORCHVISION_CLIPS.get(name, _TORCHVISION_RESNETS)
-    else:
-        encoder = MocoEncoder(name, embedding_dim=width, head=head)
-        weights.load_released(encoder, checkpoint)
-        backbone, preprocessing = encoder.backbone, _RELEASED
+    kind, encoder = foreign.read(path)
+    name = encoder.card["backbone"]
     sha256 = state.file_sha256(path)
     run_id = tracking.create_import(f"{kind}-{name}-{sha256[:8]}", tags={"vmoco.imported_sha256": sha256})
     data = dict(_ORIGIN[kind]) | ({"licence": options.data_licence} if options.data_licence else {})
@@ -131,7 +96,7 @@ def publish_file(path: Path, options: Options) -> Registered:
     }
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        write_folder(folder, backbone.eval(), name, preprocessing, lineage=lineage, onnx=options.onnx)
+        write_folder(folder, encoder.backbone, name, encoder.preprocessing, lineage=lineage, onnx=options.onnx)
         return _register(folder, run_id, options, [], text=f"{kind} weights of {path.name}")
 
 
@@ -183,13 +148,6 @@ def _scores(folder: Path, manifest: Manifest, show: Callable[[str], None]) -> li
         show(f"not scored: {error}")
         return []
     show(str(found))
-    score = Score(
-        protocol=LABEL_FREE,
-        evaluation_set=found.evaluation_set,
-        value=found.retrieval.value,
-        low=found.retrieval.low,
-        high=found.retrieval.high,
-        beside=f"mean colour {found.by_colour:.1%}, chance {found.chance:.1%}",
-    )
+    score = label_free_score(found)
     add_scores(folder, {score.protocol: score.row()})
     return [score]

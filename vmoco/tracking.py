@@ -7,6 +7,7 @@ a run id and never MLflow's current run, of which there is one per process.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import tempfile
@@ -32,6 +33,11 @@ def client(uri: str | None = None) -> Any:
     """
     uri = uri or tracking_uri()
     if uri.startswith("sqlite:///"):
+        if importlib.util.find_spec("sqlalchemy") is None:
+            raise ValueError(
+                f"the tracker {uri} is a database, and this is the light install of vmoco, which reads none: set "
+                "MLFLOW_TRACKING_URI to an MLflow server, or pip install 'vmoco[cluster]'"
+            )
         _check_database(uri.removeprefix("sqlite:///"))
     # MLflow tries 7 times for minutes; a person waits for the first answer, and a spool tries again by itself.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")

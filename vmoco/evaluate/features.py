@@ -1,9 +1,10 @@
-"""Features of the clips of a data set."""
+"""Features of the clips of a data set, and which frames of a stored clip an encoder sees."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,49 @@ from vmoco.encoder import Encoder
 from vmoco.evaluate.colour import mean_colour, without_colour
 
 Features = npt.NDArray[np.float32]
+Frames = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which frames of a stored clip an encoder sees: `num_frames` in its middle, `stride` apart."""
+
+    num_frames: int
+    stride: int
+    note: str = ""
+    """What a person should know: that the frame rate is not the encoder's own."""
+
+    def of(self, frames: Frames) -> Frames:
+        """A view of those frames of a clip (T, H, W, C)."""
+        span = (self.num_frames - 1) * self.stride + 1
+        start = (len(frames) - span) // 2
+        return frames[start : start + span : self.stride]
+
+
+def window(encoder: Encoder, manifest: Manifest) -> Window:
+    """The frames that come nearest to what an encoder was trained on.
+
+    Raises:
+        ValueError: the clips of the data set are too short for it.
+    """
+    expected, stored = encoder.preprocessing, manifest.frame_shape[0]
+    fps = float(np.median(manifest.table["fps"].to_numpy()))
+    if stored < expected.num_frames:
+        raise ValueError(
+            f"data set {manifest.uri} has clips of {stored} frames, this encoder was trained on {expected.num_frames}: "
+            f"make one with jobs/ingest.py --num-frames {expected.num_frames}"
+        )
+    stride = encoder.stride(fps)
+    while (expected.num_frames - 1) * stride + 1 > stored:
+        stride -= 1
+    note = ""
+    if not 2 / 3 < fps / stride / expected.fps < 3 / 2:
+        note = (
+            f"the encoder was trained at {expected.fps:.3g} frames per second and sees {fps / stride:.3g} here, "
+            f"because a stored clip has {stored} frames at {fps:.3g}: ingest with more frames, or another stride, for "
+            "a fair comparison"
+        )
+    return Window(expected.num_frames, stride, note)
 
 
 def clip_features(
@@ -27,7 +71,7 @@ def clip_features(
     colour: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Features:
-    """Features of clips by a frozen encoder.
+    """Features of clips by a frozen encoder, in this process.
 
     Args:
         encoder: in evaluation mode.
@@ -39,32 +83,45 @@ def clip_features(
 
     Returns:
         float32 (number of rows, feature_dim), unit rows.
+
+    Raises:
+        ValueError: the clips of the data set are too short for the encoder.
     """
-    parts: list[Features] = []
-    frames = _frames(manifest, rows, encoder.preprocessing.num_frames)
+    parts: list[torch.Tensor] = []
+    seen = window(encoder, manifest)
+    frames = map(seen.of, _frames(manifest, rows))
     if not colour:
         frames = map(without_colour, frames)
     started = said = time.monotonic()
     for first in range(0, rows.num_rows, batch_size):
         size = min(batch_size, rows.num_rows - first)
-        parts.append(encoder.embed(torch.from_numpy(np.stack([next(frames) for _ in range(size)]))).cpu().numpy())
+        parts.append(embed_batch(encoder, [next(frames) for _ in range(size)]))
         now, done = time.monotonic(), first + size
         if progress and now - said > 5:
             said, left = now, round((now - started) / done * (rows.num_rows - done))
             progress(f"features of {done}/{rows.num_rows} clips, {left // 60}:{left % 60:02d} left")
-    return np.concatenate(parts)
+    return torch.cat(parts).numpy()
+
+
+def embed_batch(encoder: Encoder, clips: Sequence[Frames]) -> torch.Tensor:
+    """Features of clips (T, H, W, 3), float32 (number of clips, feature_dim) on the CPU; heights and widths may differ.
+
+    Clips of different pictures are prepared one by one, and then go through the network together.
+    """
+    if len({frames.shape for frames in clips}) == 1:
+        return encoder.embed(np.stack(clips)).cpu()
+    with torch.inference_mode():
+        prepared = torch.cat([encoder.preprocess(torch.from_numpy(frames.copy())) for frames in clips])
+        return torch.nn.functional.normalize(encoder.backbone(prepared), dim=1).cpu()
 
 
 def mean_colours(manifest: Manifest, rows: pa.Table) -> Features:
     """What colour alone says of clips: their mean red, green and blue, float32 (number of rows, 3)."""
-    return np.stack([mean_colour(frames) for frames in _frames(manifest, rows, None)])
+    return np.stack([mean_colour(frames) for frames in _frames(manifest, rows)])
 
 
-def _frames(manifest: Manifest, rows: pa.Table, num_frames: int | None) -> Iterator[npt.NDArray[np.uint8]]:
-    """The middle `num_frames` frames of each clip, or all, uint8 (T, H, W, 3)."""
+def _frames(manifest: Manifest, rows: pa.Table) -> Iterator[Frames]:
+    """The frames of each clip without their padding, uint8 (T, H, W, 3)."""
     reader = ClipReader(manifest, rows, cache=cache_for(manifest))
-    for clip in range(rows.num_rows):
-        stored = reader.frames(clip)
-        length = min(num_frames or len(stored), len(stored))
-        start = (len(stored) - length) // 2
-        yield stored[start : start + length]
+    for clip, (height, width) in enumerate(zip(rows["height"].to_pylist(), rows["width"].to_pylist(), strict=True)):
+        yield reader.frames(clip)[:, :height, :width]

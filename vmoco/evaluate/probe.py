@@ -40,6 +40,17 @@ class Probe:
         predicted: Labels = self.model.predict(features)
         return predicted
 
+    def probabilities(self, features: Features) -> npt.NDArray[np.float64]:
+        """Share of each class in the order of `classes`, float64 (Q, number of classes)."""
+        shares: npt.NDArray[np.float64] = self.model.predict_proba(features)
+        return shares
+
+    @property
+    def classes(self) -> Labels:
+        """The classes that it knows, sorted."""
+        known: Labels = self.model[-1].classes_
+        return known
+
 
 def fit_probe(
     features: Features, labels: Labels, *, video_ids: Sequence[str], strengths: Sequence[float] = STRENGTHS

@@ -137,15 +137,7 @@ def score_encoder(
     Raises:
         ValueError: fewer than two held-out videos have two clips, or a feature is not finite.
     """
-    table = manifest.table.filter(manifest.table["held_out"])
-    pairs = choose_pairs(
-        table["video_id"].to_pylist(),
-        start_seconds=table["start_seconds"].to_numpy(),
-        clip_seconds=_clip_seconds(manifest, table),
-        max_videos=max_videos,
-        rounds=rounds,
-    )
-    rows = table.take(pa.array(np.unique(pairs)))
+    rows, evaluation_set = scored_clips(manifest, max_videos=max_videos, rounds=rounds)
     found = score(
         clip_features(encoder, manifest, rows, batch_size=batch_size, colour=False),
         video_ids=rows["video_id"].to_pylist(),
@@ -155,8 +147,26 @@ def score_encoder(
         max_videos=max_videos,
         rounds=rounds,
     )
+    return replace(found, evaluation_set=evaluation_set)
+
+
+def scored_clips(manifest: Manifest, *, max_videos: int = MAX_VIDEOS, rounds: int = ROUNDS) -> tuple[pa.Table, str]:
+    """The clips of a data set that the score needs: rows of its manifest, and the hash of the evaluation set.
+
+    Raises:
+        TooFewVideosError: fewer than two held-out videos have two clips that do not overlap.
+    """
+    table = manifest.table.filter(manifest.table["held_out"])
+    pairs = choose_pairs(
+        table["video_id"].to_pylist(),
+        start_seconds=table["start_seconds"].to_numpy(),
+        clip_seconds=_clip_seconds(manifest, table),
+        max_videos=max_videos,
+        rounds=rounds,
+    )
+    rows = table.take(pa.array(np.unique(pairs)))
     clips = "".join(rows["clip_id"].to_pylist()) + "".join(rows["sha256"].to_pylist())
-    return replace(found, evaluation_set=f"{hash64('label-free', clips, str(pairs.tolist())):016x}")
+    return rows, f"{hash64('label-free', clips, str(pairs.tolist())):016x}"
 
 
 def choose_pairs(

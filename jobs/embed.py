@@ -1,0 +1,52 @@
+"""Embeds videos, or a data set, with a pretrained encoder: a Parquet table, and a gallery to look at.
+
+On a cluster (paths must be visible from every node):
+
+    ray job submit --working-dir . -- python jobs/embed.py models:/NAME@champion --videos URI --output URI
+
+On this machine alone:
+
+    python jobs/embed.py models:/NAME@champion --videos ~/videos --output ~/embeddings
+
+Run it again to continue after an interruption or to add new videos. `gallery.html` opens in any browser.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Annotated
+
+import tyro
+
+from vmoco import job
+from vmoco.evaluate.embed_settings import EmbedSettings
+
+show = functools.partial(print, flush=True)
+
+
+def embed(
+    encoder: Annotated[str, tyro.conf.Positional], /, settings: Annotated[EmbedSettings, tyro.conf.arg(name="")]
+) -> None:
+    """Embeds videos.
+
+    Args:
+        encoder: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/encoder, or a folder.
+        settings: what, and how.
+    """
+    from vmoco import export
+    from vmoco.evaluate import embed as embedding
+    from vmoco.evaluate.gallery import write_gallery
+
+    loaded = export.load_encoder(encoder)
+    job.connect(worker_output=False)
+    made = embedding.embed(loaded, settings, show=show)
+    show(
+        f"{len(made.table)} clips in {settings.output}/parts, {loaded.feature_dim} numbers each; "
+        f"{made.num_rejected} videos rejected, {made.num_reused} parts were there"
+    )
+    if settings.gallery:
+        show(f"to look at: {write_gallery(made.table, loaded, settings, title=encoder)}")
+
+
+if __name__ == "__main__":
+    job.run_job(lambda: tyro.cli(embed, description=__doc__))

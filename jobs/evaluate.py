@@ -1,0 +1,69 @@
+"""Evaluates a pretrained encoder: without labels, by kNN, linear probe and retrieval, or fine-tuned.
+
+On a cluster:
+
+    ray job submit --working-dir . -- python jobs/evaluate.py models:/NAME@candidate --data URI --features URI
+
+On this machine alone:
+
+    python jobs/evaluate.py models:/NAME@candidate --data URI --reference
+    python jobs/evaluate.py models:/NAME@candidate --data URI --protocols finetune --splits 1 2 3
+
+The scores are noted with the registered version; `jobs/registry.py promote` goes by them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from vmoco import job
+from vmoco.evaluate.evaluate_settings import EvaluateSettings
+
+if TYPE_CHECKING:
+    from vmoco.promotion import Score
+
+show = functools.partial(print, flush=True)
+
+
+def evaluate(
+    encoder: Annotated[str, tyro.conf.Positional], /, settings: Annotated[EvaluateSettings, tyro.conf.arg(name="")]
+) -> None:
+    """Evaluates an encoder.
+
+    Args:
+        encoder: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/encoder, or a folder.
+        settings: how.
+    """
+    from vmoco import export, foreign, promotion
+    from vmoco.evaluate import evaluate as evaluation
+
+    planned = evaluation.plan(settings)
+    for note in planned.notes:
+        show(f"note: {note}")
+    loaded = export.load_encoder(encoder)
+    rows = {encoder: loaded}
+    if settings.reference:
+        rows["random initialisation"] = foreign.random_initialisation(loaded, seed=settings.seed)
+        try:
+            rows["torchvision, supervised"] = foreign.supervised(loaded.card["backbone"])
+        except ValueError as error:
+            show(f"note: no supervised reference: {error}")
+    job.connect(worker_output=False)
+    found: dict[str, list[Score]] = {}
+    for name, each in rows.items():
+        show(f"{name}:")
+        found[name] = evaluation.evaluate(each, planned, settings, show=show)
+    for name, scores in found.items():
+        show(f"\n{name}")
+        for score in scores:
+            show(f"    {score}; {score.beside}")
+    if settings.record and encoder.startswith("models:/"):
+        promotion.record(encoder, found[encoder])
+        show(f"\nnoted with {encoder}")
+
+
+if __name__ == "__main__":
+    job.run_job(lambda: tyro.cli(evaluate, description=__doc__))

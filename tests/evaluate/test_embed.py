@@ -1,0 +1,188 @@
+"""On a Ray cluster: embedding is complete and resumable, evaluation is distributed and says what it measured."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.models import video as torchvision_video
+
+from tests.data.videos import images, truncate, write_video
+from tests.dataset import make_data_set
+from tests.embeddings import labelled_data_set
+from tests.encoders import encoder_of, save_checkpoint, settings_for
+from vmoco import foreign, promotion, registry, tracking
+from vmoco.data import ledger
+from vmoco.evaluate import evaluate as evaluation
+from vmoco.evaluate.embed import embed
+from vmoco.evaluate.embed_settings import EmbedSettings
+from vmoco.evaluate.evaluate_settings import EvaluateSettings, FinetuneSettings
+from vmoco.evaluate.features import clip_features
+from vmoco.evaluate.knn import classify
+from vmoco.evaluate.score import score_encoder
+from vmoco.export import write_encoder
+from vmoco.local import LocalCluster
+
+
+def quiet(_: str) -> None:
+    """Takes a line and shows it to nobody."""
+
+
+@pytest.mark.cluster
+def test_videos_are_embedded_once_and_none_disappears(ray_cluster: LocalCluster, tmp_path: Path) -> None:
+    """Every clip of every good video, each bad one in the ledger; what is there is kept, what is lost made again."""
+    for name in range(5):
+        write_video(tmp_path / "videos" / f"{name}.mp4", images(20 + 8 * name))
+    truncate(write_video(tmp_path / "videos" / "cut.mp4", images(40)), 0.5)
+    encoder = encoder_of()
+    settings = EmbedSettings(
+        videos=str(tmp_path / "videos"), output=str(tmp_path / "table"), videos_per_part=2, batch_size=4
+    )
+    first = embed(encoder, settings, show=quiet)
+    counted = {name: len(encoder.clips(tmp_path / "videos" / f"{name}.mp4")) for name in range(5)}
+    videos = first.table.rows["video_id"].to_pylist()
+    assert {int(video[0]): videos.count(video) for video in videos} == counted
+    np.testing.assert_allclose(
+        first.table.features(np.array([video == "3.mp4" for video in videos])),
+        encoder.embed(tmp_path / "videos" / "3.mp4").numpy(),
+        atol=1e-6,
+    )
+    assert [row.video_id for row in ledger.read(settings.output)] == ["cut.mp4"]
+    assert (first.num_rejected, first.num_reused) == (1, 0)
+
+    parts = sorted((tmp_path / "table" / "parts").iterdir())
+    assert len(parts) == 3
+    kept = {path: path.stat().st_mtime_ns for path in parts[1:]}
+    parts[0].unlink()
+    again = embed(encoder, settings, show=quiet)
+    assert again.num_reused == 2
+    assert {path: path.stat().st_mtime_ns for path in parts[1:]} == kept
+    assert again.table.rows.equals(first.table.rows)
+    assert np.array_equal(again.table.features(), first.table.features())
+    assert [row.video_id for row in ledger.read(settings.output)] == ["cut.mp4"]
+
+    torch.nn.init.normal_(next(encoder.backbone.parameters()))
+    with pytest.raises(ValueError, match=r"the table in .* was made with weights \w+, not \w+: give another --output"):
+        embed(encoder, settings, show=quiet)
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(400)
+def test_an_encoder_is_evaluated_by_every_protocol(ray_cluster: LocalCluster, tmp_path: Path) -> None:
+    """Scores equal those of the plain functions in this process; two splits count together."""
+    manifest = labelled_data_set(tmp_path / "data", num_videos=48)
+    encoder = encoder_of()
+    settings = EvaluateSettings(
+        data=manifest.uri,
+        protocols=("label-free", "knn", "probe", "retrieval", "finetune"),
+        features=str(tmp_path / "features"),
+        k=5,
+        finetune=FinetuneSettings(epochs=1, batch_size=8),
+    )
+    planned = evaluation.plan(settings)
+    assert [split.name for split in planned.splits] == ["split 1", "split 2"]
+    scores = {score.protocol: score for score in evaluation.evaluate(encoder, planned, settings, show=quiet)}
+    assert list(scores) == [
+        "label-free",
+        "knn",
+        "probe",
+        *[f"retrieval-R@{k}" for k in (1, 5, 10, 20)],
+        "finetune",
+    ]
+    alone = score_encoder(encoder, manifest)
+    assert scores["label-free"].value == pytest.approx(alone.retrieval.value)
+    assert scores["label-free"].evaluation_set == alone.evaluation_set
+    features, right = clip_features(encoder, manifest, manifest.table), []
+    for split in planned.splits:
+        votes = classify(features[split.test], [features[split.train]], split.labels[split.train], k=5)
+        videos = split.video_ids[split.test]
+        for video in np.unique(videos):
+            truth = split.labels[split.video_ids == video][0]
+            right.append(votes[videos == video].sum(axis=0).argmax() == truth)
+    assert scores["knn"].value == pytest.approx(np.mean(right))
+    assert all(score.low <= score.value <= score.high for score in scores.values())
+
+    parts = sorted((tmp_path / "features").rglob("*.parquet"))
+    before = [path.stat().st_mtime_ns for path in parts]
+    frozen = settings.model_copy(update={"protocols": ("knn",)})
+    (knn,) = evaluation.evaluate(encoder, evaluation.plan(frozen), frozen, show=quiet)
+    assert knn == scores["knn"]
+    assert [path.stat().st_mtime_ns for path in parts] == before, "features are not computed twice"
+
+    other = foreign.random_initialisation(encoder, seed=3)
+    assert other.weights_hash() != encoder.weights_hash()
+    assert other.weights_hash() == foreign.random_initialisation(encoder, seed=3).weights_hash()
+
+
+def test_what_the_data_set_allows_is_planned(tmp_path: Path) -> None:
+    """Without labels the label-free score alone; a protocol that needs them is refused by name."""
+    labelled = labelled_data_set(tmp_path / "labelled")
+    assert evaluation.plan(EvaluateSettings(data=labelled.uri)).protocols == ("label-free", "knn", "probe", "retrieval")
+    bare = make_data_set(tmp_path / "bare", num_held_out=4)
+    planned = evaluation.plan(EvaluateSettings(data=bare.uri))
+    assert planned.protocols == ("label-free",)
+    assert "no labels" in planned.notes[0]
+    with pytest.raises(ValueError, match="probe needs labels"):
+        evaluation.plan(EvaluateSettings(data=bare.uri, protocols=("probe",)))
+    with pytest.raises(ValueError, match="the label-free score needs two such videos"):
+        evaluation.plan(EvaluateSettings(data=make_data_set(tmp_path / "none").uri))
+
+
+def test_torchvisions_supervised_weights_are_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From torch's own folder of downloads, at torchvision's preprocessing; where there are none, that is said."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    theirs = torchvision_video.r3d_18()
+    torch.save(theirs.state_dict(), folder / torchvision_video.R3D_18_Weights.KINETICS400_V1.url.rpartition("/")[2])
+    found = foreign.supervised("r3d_18")
+    assert torch.equal(found.backbone.trunk.stem[0].weight, theirs.stem[0].weight)
+    assert (found.preprocessing.num_frames, found.preprocessing.fps) == (16, 15.0)
+    with pytest.raises(ValueError, match="torchvision has no weights of r3d_nano, only of r3d_18"):
+        foreign.supervised("r3d_nano")
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(400)
+def test_the_jobs_evaluate_note_and_embed_a_registered_encoder(
+    ray_cluster: LocalCluster, tracker_home: Path, tmp_path: Path
+) -> None:
+    """From the command line: scores are printed beside those of the references, noted with the version, promoted by.
+
+    Then a data set becomes a table and a page.
+    """
+    manifest = labelled_data_set(tmp_path / "data")
+    save_checkpoint(tmp_path / "checkpoint", manifest)
+    write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", manifest=manifest)
+    run_id = tracking.create_run(settings_for(manifest), tags={})
+    registry.attach(tmp_path / "encoder", run_id=run_id)
+    registry.register(run_id, name="tested", alias="candidate")
+    uri = "models:/tested@candidate"
+
+    def job(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, **ray_cluster.environment, "RAY_ADDRESS": ray_cluster.gcs_address}
+        environment["VMOCO_HOME"] = str(tracker_home)
+        command = [sys.executable, f"jobs/{name}.py", uri, *words]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180, check=False)
+
+    evaluated = job("evaluate", "--data", manifest.uri, "--reference", "--k", "3")
+    assert evaluated.returncode == 0, evaluated.stderr
+    noted = {score.protocol: score for score in promotion.scores_of(registry.find_version(uri))}
+    assert {"label-free", "knn", "probe", "retrieval-R@1"} <= set(noted)
+    assert all(str(score) in evaluated.stdout for score in noted.values())
+    assert "\nrandom initialisation\n" in evaluated.stdout
+    assert "no supervised reference: torchvision has no weights of r3d_nano" in evaluated.stdout
+    assert promotion.promote("tested").version == "1"
+
+    embedded = job("embed", "--videos", manifest.uri, "--output", str(tmp_path / "table"), "--queries", "2")
+    assert embedded.returncode == 0, embedded.stderr
+    assert f"{manifest.table.num_rows} clips in {tmp_path}/table/parts" in embedded.stdout
+    assert (tmp_path / "table" / "gallery.html").exists()
+    refused = job("embed", "--videos", str(tmp_path / "nowhere"), "--output", str(tmp_path / "other"))
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/nowhere is not a folder")

@@ -1,0 +1,60 @@
+"""An encoder sees the frames of a stored clip that come nearest to what it was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.dataset import make_data_set
+from tests.encoders import clips, encoder_of
+from vmoco.data.shard import ShardReader
+from vmoco.evaluate.features import clip_features, embed_batch, window
+
+
+@pytest.mark.parametrize(
+    ("fps", "frames", "stride", "seen"),
+    [(25.0, 4, 1, [3, 4, 5, 6]), (12.5, 4, 2, [1, 3, 5, 7]), (8.0, 4, 3, [0, 3, 6, 9]), (50.0, 4, 1, [3, 4, 5, 6])],
+)
+def test_the_window_is_in_the_middle_at_the_encoders_rate(
+    tmp_path: Path, fps: float, frames: int, stride: int, seen: list[int]
+) -> None:
+    """Of ten stored frames at 25 per second, for encoders of several rates."""
+    found = window(encoder_of(num_frames=frames, fps=fps), make_data_set(tmp_path))
+    assert found.stride == stride
+    assert found.of(np.arange(10)).tolist() == seen
+    assert ("sees 25 here" in found.note) == (fps == 50.0), "half of its rate is said, a tenth off is not"
+
+
+def test_where_the_stride_does_not_fit_the_largest_is_taken_and_said(tmp_path: Path) -> None:
+    """Eight frames at 5 per second would need 36 stored ones; with ten, every frame is seen, five times too fast."""
+    found = window(encoder_of(num_frames=8, fps=5.0), make_data_set(tmp_path))
+    assert found.stride == 1
+    assert "trained at 5 frames per second and sees 25 here, because a stored clip has 10 frames" in found.note
+
+
+def test_clips_that_are_too_short_are_refused(tmp_path: Path) -> None:
+    """With the option of ingest that makes longer ones."""
+    with pytest.raises(ValueError, match=r"clips of 10 frames, this encoder was trained on 16: .*--num-frames 16"):
+        window(encoder_of(num_frames=16), make_data_set(tmp_path))
+
+
+@pytest.mark.parametrize("encoding", ["raw", "jpeg"])
+def test_features_are_those_of_the_stored_frames(tmp_path: Path, encoding: str) -> None:
+    """Row by row, whatever the batch: the encoder on the middle frames that the shard gives."""
+    manifest = make_data_set(tmp_path, num_videos=3, encoding=encoding)  # type: ignore[arg-type]
+    encoder = encoder_of()
+    found = clip_features(encoder, manifest, manifest.table, batch_size=4)
+    for at, row in enumerate(manifest.table.to_pylist()):
+        frames = ShardReader(manifest.shard_uri(row["shard"])).frames(row["row"])[1:9]
+        torch.testing.assert_close(torch.from_numpy(found[at : at + 1]), encoder.embed(frames))
+
+
+def test_pictures_of_different_shapes_share_a_batch() -> None:
+    """Each is cut and scaled by itself; the features are those of each alone."""
+    encoder = encoder_of()
+    mixed = [clips(1, height=height, width=width)[0].numpy() for height, width in ((40, 48), (60, 33), (32, 32))]
+    expected = torch.cat([encoder.embed(frames) for frames in mixed])
+    torch.testing.assert_close(embed_batch(encoder, mixed), expected)

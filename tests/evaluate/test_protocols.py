@@ -1,0 +1,84 @@
+"""The protocols on a table in parts answer as scikit-learn does on the same features, video by video."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.preprocessing import StandardScaler
+
+from tests.embeddings import table_of
+from vmoco.evaluate.evaluate_settings import EvaluateSettings
+from vmoco.evaluate.protocols import measure_knn, measure_probe, measure_retrieval, video_right
+from vmoco.evaluate.split import Split, find_splits
+from vmoco.evaluate.table import FeatureTable
+
+SETTINGS = EvaluateSettings(data="none", k=9)
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> tuple[FeatureTable, Split, np.ndarray]:
+    """160 clips of 4 classes, each of a video of its own; some are hard."""
+    random = np.random.default_rng(0)
+    classes = random.integers(0, 4, 160)
+    features = random.normal(size=(160, 12)) + random.normal(size=(4, 12))[classes] * 0.9
+    features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
+    table = table_of(tmp_path, features, [f"class {name}" for name in classes])
+    (split,) = find_splits(table.rows, protocol="knn")
+    return table, split, features
+
+
+def test_knn_is_scikit_learns(labelled: tuple[FeatureTable, Split, np.ndarray]) -> None:
+    """Right and wrong on the same videos."""
+    table, split, features = labelled
+    (found,) = measure_knn(table, split, SETTINGS)
+    model = KNeighborsClassifier(9, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+    model.fit(features[split.train], split.labels[split.train])
+    expected = model.predict(features[split.test]) == split.labels[split.test]
+    assert found.right.tolist() == expected.tolist()
+    assert 0.3 < found.right.mean() < 0.99, "neither trivial nor hopeless, so the comparison says something"
+
+
+def test_the_probe_is_scikit_learns(labelled: tuple[FeatureTable, Split, np.ndarray]) -> None:
+    """At the strength that it says it chose."""
+    table, split, features = labelled
+    (found,) = measure_probe(table, split, SETTINGS)
+    scaled = StandardScaler().fit(features[split.train])
+    model = LogisticRegression(C=float(found.detail.removeprefix("C ")), max_iter=5000)
+    model.fit(scaled.transform(features[split.train]), split.labels[split.train])
+    expected = model.predict(scaled.transform(features[split.test])) == split.labels[split.test]
+    assert np.mean(found.right == expected) > 0.97
+    assert 0.3 < found.right.mean() < 0.99
+
+
+def test_recall_is_by_the_plain_definition(labelled: tuple[FeatureTable, Split, np.ndarray]) -> None:
+    """A training video of the class among the k nearest, k by k, by scikit-learn's neighbours."""
+    table, split, features = labelled
+    found = {each.protocol: each.right for each in measure_retrieval(table, split, SETTINGS)}
+    assert list(found) == [f"retrieval-R@{k}" for k in (1, 5, 10, 20, 50)]
+    neighbours = NearestNeighbors(n_neighbors=50, metric="cosine").fit(features[split.train])
+    _, rows = neighbours.kneighbors(features[split.test])
+    labels = split.labels[split.train][rows]
+    for k in (1, 5, 10, 20, 50):
+        expected = [truth in near[:k] for truth, near in zip(split.labels[split.test], labels, strict=True)]
+        assert found[f"retrieval-R@{k}"].tolist() == expected
+
+
+def test_a_video_is_answered_by_the_mean_of_its_clips() -> None:
+    """Two clips that lean one way are outvoted by one that is sure."""
+    videos = np.array(["b", "a", "b", "b"], dtype=object)
+    split = Split("s", np.zeros(4, bool), np.ones(4, bool), np.array([1, 0, 1, 1]), ("x", "y"), videos)
+    shares = np.array([[0.6, 0.4], [0.9, 0.1], [0.6, 0.4], [0.0, 1.0]])
+    right, names = video_right(shares, np.arange(2), videos=videos, split=split)
+    assert (right.tolist(), names.tolist()) == ([1.0, 1.0], ["a", "b"])
+
+
+def test_a_large_training_part_is_thinned_evenly(labelled: tuple[FeatureTable, Split, np.ndarray]) -> None:
+    """With a bound on the clips in memory the probe still answers every test video."""
+    table, split, _ = labelled
+    (found,) = measure_probe(table, split, SETTINGS.model_copy(update={"max_probe_clips": 40}))
+    assert len(found.right) == split.test.sum()
+    assert found.right.mean() > 0.3

@@ -1,0 +1,74 @@
+"""A table in many parts reads as one, block by block, and parts account for what was rejected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.embeddings import embedded, labelled_data_set, table_of
+from tests.encoders import encoder_of
+from vmoco import storage
+from vmoco.data.ledger import Rejection
+from vmoco.evaluate.features import clip_features
+from vmoco.evaluate.table import FeatureTable, part_bytes, part_rejected, part_uri
+
+
+def test_blocks_are_the_chosen_rows_in_order(tmp_path: Path) -> None:
+    """Whatever is chosen, and again on the second pass; a block is never longer than a part."""
+    features = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+    table = table_of(tmp_path, features, ["a"] * 40)
+    chosen = np.random.default_rng(1).random(40) < 0.4
+    blocks = table.blocks(chosen)
+    for _ in range(2):
+        assert max(map(len, blocks)) <= 7
+        assert np.array_equal(np.concatenate(list(blocks)), features[chosen])
+    assert np.array_equal(table.features(), features)
+    assert table.strings("video_id")[3] == "v00003"
+    assert np.array_equal(table.colours()[0], [1, 2, 3])
+
+
+def test_any_reader_of_parquet_reads_it(tmp_path: Path) -> None:
+    """Arrow's own types alone: lists of floats, strings, numbers."""
+    table_of(tmp_path, np.eye(4, dtype=np.float32), ["a", "b", None, "c"])  # type: ignore[list-item]
+    (path,) = (tmp_path / "parts").glob("*.parquet")
+    read = pq.read_table(path).to_pydict()
+    assert read["feature"][2] == [0, 0, 1, 0]
+    assert read["label"] == ["a", "b", None, "c"]
+
+
+def test_a_part_without_clips_accounts_for_its_videos(tmp_path: Path) -> None:
+    """It reads back with its rejections, and adds nothing to the table."""
+    lost = Rejection("x.mp4", "probe", "truncated", "half of it", entry="an entry")
+    content = part_bytes([], np.zeros((0, 5), np.float32), rejected=[lost])
+    storage.write_atomic(part_uri(str(tmp_path), "empty"), content)
+    assert part_rejected(str(tmp_path), "empty") == [lost]
+    assert part_rejected(str(tmp_path), "none") is None
+    features = np.ones((3, 5), np.float32)
+    table_of(tmp_path, features, ["a"] * 3)
+    both = FeatureTable(str(tmp_path))
+    assert np.array_equal(both.features(), features)
+
+
+def test_no_table_is_said(tmp_path: Path) -> None:
+    """With the job that makes one."""
+    with pytest.raises(ValueError, match=r"there is no table of embeddings in .*jobs/embed.py"):
+        FeatureTable(str(tmp_path))
+
+
+def test_the_task_writes_what_the_encoder_gives(tmp_path: Path) -> None:
+    """Features, labels, splits and times of a data set, in the order of its shards, in batches of another size."""
+    manifest = labelled_data_set(tmp_path / "data", num_videos=5)
+    table = embedded(encoder_of(), manifest, tmp_path / "table", batch_size=3)
+    assert (
+        table.rows["clip_id"].to_pylist()
+        == manifest.table.sort_by([("shard", "ascending"), ("row", "ascending")])["clip_id"].to_pylist()
+    )
+    order = [manifest.table["clip_id"].to_pylist().index(clip) for clip in table.rows["clip_id"].to_pylist()]
+    expected = clip_features(encoder_of(), manifest, manifest.table)[order]
+    np.testing.assert_allclose(table.features(), expected, atol=1e-6)
+    assert table.rows["label"].to_pylist() == [manifest.table["label"][at].as_py() for at in order]
+    assert set(table.rows["split_1"].to_pylist()) == {"train", "test"}
+    assert set(table.rows["clip_seconds"].to_pylist()) == {0.4}

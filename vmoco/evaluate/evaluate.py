@@ -1,0 +1,221 @@
+"""Evaluates encoders on a data set: features by the pool of `embed`, then one Ray task per protocol and split.
+
+What is given back are means over videos with their intervals; over several splits all their test videos count, and a
+video that is tested in two splits is one video to the bootstrap.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vmoco import storage
+from vmoco.data.manifest import Manifest
+from vmoco.encoder import Encoder
+from vmoco.evaluate import score as label_free
+from vmoco.evaluate.bootstrap import estimate
+from vmoco.evaluate.embed import run_items, shard_items
+from vmoco.evaluate.embed_task import Work
+from vmoco.evaluate.evaluate_settings import EvaluateSettings, Protocol
+from vmoco.evaluate.features import Window, window
+from vmoco.evaluate.finetune import finetune
+from vmoco.evaluate.protocols import MEASURES, Measured
+from vmoco.evaluate.split import Split, find_splits
+from vmoco.evaluate.table import SPLITS, FeatureTable
+from vmoco.promotion import Score, label_free_score
+from vmoco.seed import hash64
+
+LABEL_FREE: Protocol = "label-free"
+FROZEN: tuple[Protocol, ...] = ("knn", "probe", "retrieval")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is evaluated, checked before any work."""
+
+    manifest: Manifest
+    protocols: tuple[Protocol, ...]
+    splits: tuple[Split, ...]
+    """Over the rows of the manifest's table; empty where no protocol needs labels."""
+    notes: tuple[str, ...]
+    """What a person should know of what is left out."""
+
+
+def plan(settings: EvaluateSettings) -> Plan:
+    """Checks what can be measured on the data set.
+
+    Raises:
+        ValueError: a protocol that was asked for cannot be measured there.
+    """
+    manifest = Manifest.load(storage.require_absolute(settings.data, "--data"))
+    notes: list[str] = []
+    protocols: list[Protocol] = list(settings.protocols)
+    labelled = manifest.table["label"].null_count < manifest.table.num_rows
+    if not protocols:
+        protocols = [LABEL_FREE, *(FROZEN if labelled else ())]
+        try:
+            label_free.scored_clips(manifest)
+        except label_free.TooFewVideosError as error:
+            if not labelled:
+                raise
+            protocols.remove(LABEL_FREE)
+            notes.append(f"{LABEL_FREE} is left out: {error}")
+        if not labelled:
+            notes.append("the data set has no labels, so only the label-free score is measured")
+    elif LABEL_FREE in protocols:
+        label_free.scored_clips(manifest)
+    needy = [protocol for protocol in protocols if protocol != LABEL_FREE]
+    splits = find_splits(manifest.table, settings.splits, protocol=needy[0]) if needy else []
+    return Plan(manifest, tuple(dict.fromkeys(protocols)), tuple(splits), tuple(notes))
+
+
+def evaluate(
+    encoder: Encoder, planned: Plan, settings: EvaluateSettings, *, show: Callable[[str], None] = print
+) -> list[Score]:
+    """Measures an encoder; needs an initialised Ray.
+
+    Raises:
+        ValueError: the encoder does not fit the data set, or a worker met what a person has to mend.
+    """
+    seen = window(encoder, planned.manifest)
+    if seen.note:
+        show(f"warning: {seen.note}")
+    scores = []
+    if LABEL_FREE in planned.protocols:
+        scores.append(_label_free(encoder, planned, seen, settings, show))
+    frozen = [protocol for protocol in planned.protocols if protocol in FROZEN]
+    tasks: list[Any] = []
+    if frozen:
+        used = np.any([split.train | split.test for split in planned.splits], axis=0)
+        table_uri, parts = _embedded(encoder, planned.manifest, pa.array(used), seen, settings, show, colour=True)
+        tasks += [
+            _remote(settings, gpu=False).remote(_measure, protocol, table_uri, parts, index, settings)
+            for protocol in frozen
+            for index in range(len(planned.splits))
+        ]
+    if "finetune" in planned.protocols:
+        tasks += [
+            _remote(settings, gpu=settings.use_gpu).remote(_finetune, encoder, planned.manifest, split, seen, settings)
+            for split in planned.splits
+        ]
+    return scores + _scores(_results(tasks), planned, settings)
+
+
+def _label_free(
+    encoder: Encoder, planned: Plan, seen: Window, settings: EvaluateSettings, show: Callable[[str], None]
+) -> Score:
+    manifest = planned.manifest
+    rows, evaluation_set = label_free.scored_clips(manifest)
+    chosen = pc.is_in(manifest.table["clip_id"], value_set=rows["clip_id"].combine_chunks())
+    table_uri, parts = _embedded(encoder, manifest, chosen, seen, settings, show, colour=False)
+    table = FeatureTable(table_uri, parts)
+    found = label_free.score(
+        table.features(),
+        video_ids=table.rows["video_id"].to_pylist(),
+        start_seconds=table.rows["start_seconds"].to_numpy(),
+        clip_seconds=table.rows["clip_seconds"].to_numpy(),
+        colours=table.colours(),
+    )
+    show(str(found))
+    return label_free_score(replace(found, evaluation_set=evaluation_set))
+
+
+def _embedded(
+    encoder: Encoder,
+    manifest: Manifest,
+    chosen: Any,
+    seen: Window,
+    settings: EvaluateSettings,
+    show: Callable[[str], None],
+    *,
+    colour: bool,
+) -> tuple[str, list[str]]:
+    """The table of features of the chosen clips, from an earlier evaluation where there is one."""
+    place = storage.require_absolute(settings.features or storage.join(storage.home(), "features"), "--features")
+    name = f"{manifest.hash}-{encoder.weights_hash()}-stride{seen.stride}{'' if colour else '-grey'}"
+    output = storage.join(place, name)
+    items = shard_items(manifest, chosen)
+    work = Work(output=output, window=seen, batch_size=settings.batch_size, colour=colour)
+    run_items(items, encoder, work, settings, show=show)
+    return output, [item["part"] for item in items]
+
+
+def _remote(settings: EvaluateSettings, *, gpu: bool) -> Any:
+    import ray
+
+    @ray.remote(num_cpus=settings.cpus_per_worker, num_gpus=1 if gpu else 0)
+    def call(function: Callable[..., Any], *words: Any) -> tuple[Any, str]:
+        # As a value: an exception in a task would come back with Ray's stack around it.
+        try:
+            return function(*words), ""
+        except ValueError as error:
+            return None, str(error)
+
+    return call
+
+
+def _results(tasks: Sequence[Any]) -> list[tuple[int, Measured]]:
+    import ray
+
+    results = []
+    for found, error in ray.get(list(tasks)):
+        if error:
+            raise ValueError(error)
+        results += found
+    return results
+
+
+def _measure(
+    protocol: str, table_uri: str, parts: list[str], index: int, settings: EvaluateSettings
+) -> list[tuple[int, Measured]]:
+    """Runs in a Ray task: one protocol on one split."""
+    table = FeatureTable(table_uri, parts)
+    split = find_splits(table.rows, settings.splits, protocol=protocol)[index]
+    return [(index, measured) for measured in MEASURES[protocol](table, split, settings)]
+
+
+def _finetune(
+    encoder: Encoder, manifest: Manifest, split: Split, seen: Window, settings: EvaluateSettings
+) -> list[tuple[int, Measured]]:
+    """Runs in a Ray task: fine-tuning on one split."""
+    import torch
+
+    if not settings.use_gpu:
+        torch.set_num_threads(settings.cpus_per_worker)
+    device = "cuda" if settings.use_gpu else "cpu"
+    return [(0, finetune(encoder, manifest, split, settings.finetune, window=seen, seed=settings.seed, device=device))]
+
+
+def _scores(results: list[tuple[int, Measured]], planned: Plan, settings: EvaluateSettings) -> list[Score]:
+    """One score for each protocol, over all splits."""
+    by_protocol: dict[str, list[Measured]] = {}
+    for _, measured in results:
+        by_protocol.setdefault(measured.protocol, []).append(measured)
+    scores = []
+    for protocol, measured_on in by_protocol.items():
+        found = estimate(
+            np.concatenate([each.right for each in measured_on]), np.concatenate([each.videos for each in measured_on])
+        )
+        details = sorted({each.detail for each in measured_on if each.detail})
+        beside = "; ".join([f"chance {planned.splits[0].chance:.1%}", *details])
+        evaluation_set = _evaluation_set(protocol, planned, settings)
+        scores.append(Score(protocol, evaluation_set, found.value, found.low, found.high, beside))
+    return scores
+
+
+def _evaluation_set(protocol: str, planned: Plan, settings: EvaluateSettings) -> str:
+    """Hash of the clips, their labels and splits, and of what was set for the protocol."""
+    table = planned.manifest.table.select(["clip_id", "sha256", "label", *SPLITS, "held_out"])
+    how = {
+        "knn": [settings.k, settings.temperature],
+        "probe": [settings.max_probe_clips],
+        "finetune": [settings.finetune.model_dump(mode="json"), settings.seed],
+    }
+    names = [split.name for split in planned.splits]
+    return f"{hash64(protocol, json.dumps([names, how.get(protocol)]), json.dumps(table.to_pydict())):016x}"

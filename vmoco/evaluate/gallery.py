@@ -1,0 +1,256 @@
+"""gallery.html: clips with their nearest clips as moving thumbnails, and a map of all clips. One file, no network.
+
+Thumbnails are read again from where the clips came from, for the few that are shown: the table holds no pixels.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from vmoco import storage
+from vmoco.data import fetch, source
+from vmoco.data.decoder import Decoder
+from vmoco.data.ledger import VideoError
+from vmoco.data.manifest import NAME, Manifest
+from vmoco.encoder import Encoder
+from vmoco.evaluate.embed_settings import EmbedSettings
+from vmoco.evaluate.embed_task import local_shard
+from vmoco.evaluate.knn import nearest
+from vmoco.evaluate.table import Blocks, FeatureTable
+from vmoco.seed import hash64
+
+PAGE = "gallery.html"
+_SHOWN = 6
+"""Nearest clips of each query."""
+_MAPPED = 1500
+"""Clips on the map, spread evenly over all."""
+_HEIGHT, _FRAMES = 96, 8
+"""Pixels and frames of a thumbnail."""
+
+Features = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1080px; padding: 0 1rem; }
+h1 { font-size: 1.35rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
+.row { display: flex; gap: .6rem; padding: .7rem 0; border-top: 1px solid var(--line); align-items: flex-start; }
+figure { margin: 0; width: 132px; } figure.query { margin-right: 1rem; }
+img { height: 96px; width: 128px; object-fit: cover; border-radius: 4px; border: 2px solid transparent; }
+.query img { border-color: #3b82f6; } .same img { border-color: #22a06b; }
+figcaption { font-size: .74rem; overflow-wrap: anywhere; }
+svg { width: 100%; height: auto; border: 1px solid var(--line); border-radius: 6px; }
+circle { fill-opacity: .75; } .key { display: inline-block; width: .8em; height: .8em; border-radius: 50%; }
+"""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip of the table, as the page names it."""
+
+    row: int
+    video_id: str
+    start_seconds: float
+    source: str
+    place: int
+    label: str | None
+
+
+def write_gallery(table: FeatureTable, encoder: Encoder, settings: EmbedSettings, *, title: str) -> str:
+    """Writes the page beside the table; returns its URI.
+
+    Args:
+        table: of embeddings.
+        encoder: that made them.
+        settings: where the clips came from, and how many queries are shown.
+        title: name of the encoder.
+    """
+    chosen, found, cosines = _nearest(table, settings.queries)
+    clips = {int(row): _clip(table, int(row)) for row in np.unique(np.concatenate([chosen, found.ravel()]))}
+    pictures = dict(_thumbnails(list(clips.values()), encoder, settings))
+    rows = [
+        _row(clips[int(query)], [clips[int(row)] for row in near], cosine, pictures)
+        for query, near, cosine in zip(chosen, found, cosines, strict=True)
+    ]
+    head = html.escape(title)
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{head}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>
+<h1>{head}</h1>
+<p>{len(table)} clips of {len(set(table.strings("video_id")))} videos in {html.escape(settings.videos)}.</p>
+<h2>Nearest clips</h2>
+<p>On the left a clip, beside it those that are nearest by the cosine of their features, the mean of all clips taken
+off. Green: of the same video, which mean colour alone often finds too.</p>
+{"".join(rows)}
+<h2>Map</h2>
+{_map(table)}
+</body></html>
+"""
+    uri = storage.join(storage.absolute_uri(settings.output), PAGE)
+    storage.write_atomic(uri, page.encode())
+    return uri
+
+
+class _Centred:
+    """Blocks of unit features without their common mean."""
+
+    def __init__(self, blocks: Blocks, mean: npt.NDArray[np.float64]) -> None:
+        self._blocks, self._mean = blocks, mean
+
+    def __iter__(self) -> Iterator[Features]:
+        for block in self._blocks:
+            yield _unit(block - self._mean)
+
+
+def _unit(features: npt.NDArray[np.floating]) -> Features:
+    norms = np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-9)
+    return np.ascontiguousarray(features / norms, np.float32)
+
+
+def _nearest(table: FeatureTable, num_queries: int) -> tuple[Rows, Rows, Features]:
+    """Rows of the queries, of the nearest other clips of each, and their cosines."""
+    mean = sum(block.sum(axis=0, dtype=np.float64) for block in table.blocks()) / len(table)
+    queries = _queries(table.strings("video_id"), num_queries)
+    mask = np.zeros(len(table), bool)
+    mask[queries] = True
+    features = _unit(table.features(mask) - mean)
+    count = min(_SHOWN, len(table) - 1)
+    cosines, rows = nearest(features, _Centred(table.blocks(), mean), k=count + 1)
+    others = rows != queries[:, None]  # the clip itself is the nearest of all, unless another is equal to it
+    others &= np.cumsum(others, axis=1) <= count
+    others[:, -1] |= others.sum(axis=1) < count
+    return queries, rows[others].reshape(len(queries), count), cosines[others].reshape(len(queries), count)
+
+
+def _queries(videos: npt.NDArray[np.object_], count: int) -> Rows:
+    """Sorted rows: one clip of as many videos as are wanted, by a fixed draw; more of each where they are too few."""
+    drawn = sorted(range(len(videos)), key=lambda row: hash64("gallery", str(videos[row]), row))
+    turn: dict[str, int] = {}
+    order = []
+    for row in drawn:
+        turn[videos[row]] = turn.get(videos[row], -1) + 1
+        order.append((turn[videos[row]], hash64("gallery video", str(videos[row])), row))
+    return np.array(sorted(row for _, _, row in sorted(order)[:count]), np.int64)
+
+
+def _clip(table: FeatureTable, row: int) -> Clip:
+    names = ("video_id", "start_seconds", "source", "row", "label")
+    return Clip(row, *(table.rows[name][row].as_py() for name in names))
+
+
+def _row(query: Clip, near: list[Clip], cosines: Features, pictures: dict[int, str]) -> str:
+    def figure(clip: Clip, kind: str, said: str) -> str:
+        name = html.escape(f"{clip.video_id} @ {clip.start_seconds:.1f} s")
+        label = f"<br>{html.escape(clip.label)}" if clip.label else ""
+        return (
+            f'<figure class="{kind}"><img src="{pictures[clip.row]}" alt="{name}">'
+            f"<figcaption>{said}{name}{label}</figcaption></figure>"
+        )
+
+    shown = [figure(query, "query", "")]
+    for clip, cosine in zip(near, cosines, strict=True):
+        shown.append(figure(clip, "same" if clip.video_id == query.video_id else "other", f"<b>{cosine:.2f}</b> "))
+    return f'<div class="row">{"".join(shown)}</div>\n'
+
+
+def _thumbnails(clips: list[Clip], encoder: Encoder, settings: EmbedSettings) -> Iterator[tuple[int, str]]:
+    """Moving pictures of clips as data URIs, by row of the table; each shard or video is opened once."""
+    place = storage.absolute_uri(settings.videos)
+    manifest = Manifest.load(place) if storage.exists(storage.join(place, NAME)) else None
+    by_source: dict[str, list[Clip]] = {}
+    for clip in clips:
+        by_source.setdefault(clip.source, []).append(clip)
+    for name, members in by_source.items():
+        if manifest is not None:
+            with local_shard(manifest.shard_uri(name)) as reader:
+                for clip in members:
+                    yield clip.row, _animated(reader.frames(clip.place))
+            continue
+        try:
+            frames = _decoded(place, name, encoder, settings)
+        except VideoError as error:
+            raise ValueError(
+                f"video {name} has gone since it was embedded ({error}): run it with --no-gallery"
+            ) from None
+        for clip in members:
+            yield clip.row, _animated(frames[clip.place])
+
+
+def _decoded(folder: str, name: str, encoder: Encoder, settings: EmbedSettings) -> npt.NDArray[np.uint8]:
+    filesystem, path = storage.filesystem(storage.join(folder, name))
+    found = source.Found(name, filesystem.get_file_info(path).size or 0)
+    decoder = Decoder()
+    try:
+        with fetch.local_copy(folder, found) as path:
+            return encoder.cut_video(
+                path,
+                decoder=decoder,
+                max_clips=settings.max_clips_per_video,
+                seconds=settings.seconds_per_video,
+            ).frames
+    finally:
+        decoder.close()
+
+
+def _animated(frames: npt.NDArray[np.uint8]) -> str:
+    height, width = frames.shape[1:3]
+    size = (max(1, round(width * _HEIGHT / height)), _HEIGHT)
+    chosen = frames[np.linspace(0, len(frames) - 1, min(_FRAMES, len(frames))).round().astype(int)]
+    images = [Image.fromarray(frame).resize(size) for frame in chosen]
+    file = io.BytesIO()
+    images[0].save(file, "WEBP", save_all=True, append_images=images[1:], duration=120, loop=0, quality=60)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _map(table: FeatureTable) -> str:
+    """All clips, or as many as fit, in two dimensions by t-SNE, coloured by label or by video."""
+    rows = np.unique(np.linspace(0, len(table) - 1, min(_MAPPED, len(table))).round().astype(np.int64))
+    mask = np.zeros(len(table), bool)
+    mask[rows] = True
+    at = flatten(table.features(mask))
+    labels = table.strings("label")[rows]
+    by_label = any(label is not None for label in labels)
+    names = labels if by_label else table.strings("video_id")[rows]
+    videos, starts = table.strings("video_id")[rows], table.rows["start_seconds"].to_numpy()[rows]
+    keys = sorted({str(name) for name in names})
+    # Golden angle: neighbours in the list, and any few of them, differ in hue.
+    colours = {key: f"hsl({place * 137.5 % 360:.0f} 70% {(45, 60)[place % 2]}%)" for place, key in enumerate(keys)}
+    points = [
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colours[str(name)]}"><title>'
+        f"{html.escape(f'{video_id} @ {start:.1f} s')}{html.escape(f', {name}' if by_label else '')}</title></circle>"
+        for (x, y), name, video_id, start in zip(at, names, videos, starts, strict=True)
+    ]
+    shown = [f'<span class="key" style="background:{colours[key]}"></span> {html.escape(key)}' for key in keys[:20]]
+    more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
+    kind = "label" if by_label else "video"
+    return (
+        f"<p>{len(rows)} clips by t-SNE of their features: near is alike, far says little. Colour is the {kind}: "
+        f'{" &ensp; ".join(shown)}{more}.</p>\n<svg viewBox="-10 -10 1020 620" role="img" '
+        f'aria-label="map of the clips">{"".join(points)}</svg>'
+    )
+
+
+def flatten(features: Features) -> npt.NDArray[np.float64]:
+    """Places of features (N, D) in two dimensions, float64 (N, 2): x in 0 to 1000, y in 0 to 600."""
+    if len(features) < 8:  # too few for neighbourhoods: two directions of largest spread
+        apart = features - features.mean(axis=0)
+        left, values, _ = np.linalg.svd(apart, full_matrices=False)
+        at = np.zeros((len(features), 2))
+        at[:, : min(2, len(values))] = (left * values)[:, :2]
+    else:
+        from sklearn.manifold import TSNE
+
+        perplexity = min(30.0, (len(features) - 1) / 3)
+        seed = hash64("gallery map") % 2**32
+        at = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(features).astype(np.float64)
+    at -= at.min(axis=0)
+    scaled: npt.NDArray[np.float64] = at / np.maximum(at.max(axis=0), 1e-9) * (1000, 600)
+    return scaled

@@ -1,0 +1,134 @@
+"""The protocols that need labels, on a table of features of a frozen encoder. Knows nothing of Ray.
+
+All answer for whole videos: what is said of the clips of a video is averaged first. Features are read block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vmoco.evaluate import knn
+from vmoco.evaluate.evaluate_settings import EvaluateSettings
+from vmoco.evaluate.probe import fit_probe
+from vmoco.evaluate.split import Split
+from vmoco.evaluate.table import FeatureTable
+
+Features = npt.NDArray[np.float32]
+
+RECALL_AT = (1, 5, 10, 20, 50)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a protocol measured on the test videos of one split."""
+
+    protocol: str
+    right: npt.NDArray[np.float64]
+    """(V,), 1 where a video was answered right."""
+    videos: npt.NDArray[np.object_]
+    """(V,)."""
+    detail: str = ""
+    """What was chosen on the way."""
+
+
+def measure_knn(table: FeatureTable, split: Split, settings: EvaluateSettings) -> list[Measured]:
+    """Accuracy of the nearest neighbours' vote (`knn.classify`)."""
+    train = table.blocks(split.train)
+    shares = [
+        knn.classify(queries, train, split.labels[split.train], k=settings.k, temperature=settings.temperature)
+        for queries in _chunks(table.blocks(split.test), knn.QUERIES)
+    ]
+    votes = np.concatenate(shares)
+    known = np.arange(votes.shape[1])
+    return [_accuracy("knn", votes, known, split, f"k {settings.k}, temperature {settings.temperature:g}")]
+
+
+def measure_probe(table: FeatureTable, split: Split, settings: EvaluateSettings) -> list[Measured]:
+    """Accuracy of a linear classifier (`probe.fit_probe`)."""
+    rows = np.flatnonzero(split.train)
+    if len(rows) > settings.max_probe_clips:
+        rows = rows[np.linspace(0, len(rows) - 1, settings.max_probe_clips).astype(np.int64)]
+    chosen = np.zeros(len(split.train), bool)
+    chosen[rows] = True
+    probe = fit_probe(table.features(chosen), split.labels[chosen], video_ids=list(split.video_ids[chosen]))
+    shares = [probe.probabilities(block) for block in table.blocks(split.test)]
+    return [_accuracy("probe", np.concatenate(shares), probe.classes, split, f"C {probe.strength:g}")]
+
+
+def measure_retrieval(table: FeatureTable, split: Split, settings: EvaluateSettings) -> list[Measured]:
+    """R@k: is a training video of the same class among the k nearest of a test video, by the mean of their clips?"""
+    gallery, gallery_videos = _video_features(table.blocks(split.train), split.video_ids[split.train])
+    queries, videos = _video_features(table.blocks(split.test), split.video_ids[split.test])
+    label_of = dict(zip(split.video_ids, split.labels, strict=True))
+    gallery_labels = np.array([label_of[video] for video in gallery_videos])
+    labels = np.array([label_of[video] for video in videos])
+    _, rows = knn.nearest(queries, [gallery], k=min(max(RECALL_AT), len(gallery)))
+    hits = gallery_labels[rows] == labels[:, None]
+    return [
+        Measured(f"retrieval-R@{k}", hits[:, :k].any(axis=1).astype(np.float64), videos)
+        for k in RECALL_AT
+        if k <= len(gallery)
+    ]
+
+
+MEASURES = {"knn": measure_knn, "probe": measure_probe, "retrieval": measure_retrieval}
+
+
+def video_right(
+    shares: npt.NDArray[np.float64], classes: npt.NDArray[np.int64], *, videos: npt.NDArray[np.object_], split: Split
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.object_]]:
+    """Which videos are classified right by the mean over their clips.
+
+    Args:
+        shares: (number of clips, C), of each class.
+        classes: (C,), which class a column is.
+        videos: video of each clip.
+        split: knows the labels.
+
+    Returns:
+        1 or 0 for each video, and the videos, sorted.
+    """
+    names, members = np.unique(videos, return_inverse=True)
+    sums = np.zeros((len(names), shares.shape[1]))
+    np.add.at(sums, members, shares)
+    label_of = dict(zip(split.video_ids, split.labels, strict=True))
+    truth = np.array([label_of[name] for name in names])
+    return (classes[sums.argmax(axis=1)] == truth).astype(np.float64), names
+
+
+def _accuracy(
+    protocol: str, shares: npt.NDArray[np.float64], classes: npt.NDArray[np.int64], split: Split, detail: str
+) -> Measured:
+    right, videos = video_right(shares, classes, videos=split.video_ids[split.test], split=split)
+    return Measured(protocol, right, videos, detail)
+
+
+def _video_features(
+    blocks: Iterable[Features], videos: npt.NDArray[np.object_]
+) -> tuple[Features, npt.NDArray[np.object_]]:
+    """Unit mean of the features of each video, float32 (V, D), and the videos, sorted."""
+    names, members = np.unique(videos, return_inverse=True)
+    sums, first = None, 0
+    for block in blocks:
+        sums = np.zeros((len(names), block.shape[1])) if sums is None else sums
+        np.add.at(sums, members[first : first + len(block)], block)
+        first += len(block)
+    assert sums is not None, "a split has clips"
+    unit = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
+    return np.ascontiguousarray(unit, np.float32), names
+
+
+def _chunks(blocks: Iterable[Features], size: int) -> Iterator[Features]:
+    """The same rows in blocks of about `size`: every one of them goes through the whole gallery."""
+    held: list[Features] = []
+    for block in blocks:
+        held.append(block)
+        if sum(map(len, held)) >= size:
+            yield np.concatenate(held)
+            held = []
+    if held:
+        yield np.concatenate(held)

@@ -1,0 +1,153 @@
+"""A table of embeddings: Parquet files in one folder, each written whole by one task, read block by block.
+
+Only Arrow's own types, so anything that reads Parquet reads it. What describes the clips is held in memory (some 200
+bytes each), the features never all at once.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vmoco import storage
+from vmoco.data.ledger import Rejection
+
+PARTS = "parts"
+SPLITS = ("split_1", "split_2", "split_3")
+
+FIELDS = [
+    pa.field("clip_id", pa.string(), nullable=False),
+    pa.field("video_id", pa.string(), nullable=False),
+    pa.field("start_seconds", pa.float64(), nullable=False),
+    pa.field("clip_seconds", pa.float64(), nullable=False),
+    pa.field("label", pa.string()),
+    *[pa.field(name, pa.string()) for name in SPLITS],
+    pa.field("held_out", pa.bool_(), nullable=False),
+    pa.field("source", pa.string(), nullable=False),  # shard, or video
+    pa.field("row", pa.int32(), nullable=False),  # of the shard; number of the clip in the video
+    pa.field("sha256", pa.string(), nullable=False),  # of the clip's frames as they are stored
+    pa.field("colour", pa.list_(pa.float32(), 3), nullable=False),  # mean red, green, blue, 0 to 255
+]
+_REJECTED = b"vmoco.rejected"
+FEATURE = "feature"
+
+Features = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
+
+
+def part_bytes(
+    rows: list[dict[str, Any]], features: Features, *, rejected: list[Rejection] | None = None
+) -> memoryview:
+    """A part as the content of a Parquet file.
+
+    Args:
+        rows: one per clip, the fields of FIELDS.
+        features: float32 (number of rows, D).
+        rejected: videos that gave no clips, so that the part accounts for them too.
+    """
+    table = pa.Table.from_pylist(rows, schema=pa.schema(FIELDS))
+    width = features.shape[1]
+    flat = pa.array(np.ascontiguousarray(features, np.float32).reshape(-1))
+    column = pa.FixedSizeListArray.from_arrays(flat, width)
+    table = table.append_column(pa.field(FEATURE, pa.list_(pa.float32(), width), nullable=False), column)
+    account = json.dumps([rejection.to_json() for rejection in rejected or []])
+    table = table.replace_schema_metadata({_REJECTED: account})
+    sink = pa.BufferOutputStream()
+    # Features are noise to a compressor; the few columns beside them are small.
+    pq.write_table(table, sink, compression="zstd", use_dictionary=["video_id", "label", "source"])
+    return memoryview(sink.getvalue())
+
+
+def part_uri(folder: str, name: str) -> str:
+    """Where a part of the table in `folder` lies."""
+    return storage.join(folder, PARTS, f"{name}.parquet")
+
+
+def part_rejected(folder: str, name: str) -> list[Rejection] | None:
+    """The videos that a part accounts for and that gave no clips; None where there is no such part."""
+    uri = part_uri(folder, name)
+    if not storage.exists(uri):
+        return None
+    metadata = pq.read_schema(_open(uri)).metadata or {}
+    return [Rejection(**row) for row in json.loads(metadata.get(_REJECTED, b"[]"))]
+
+
+class FeatureTable:
+    """The table in a folder, or those parts of it that are named.
+
+    Args:
+        folder: of the table.
+        parts: names of the parts that count, in order; all that are there when left out.
+
+    Attributes:
+        rows: pyarrow table of FIELDS, one row per clip, part after part.
+
+    Raises:
+        ValueError: there is none.
+    """
+
+    def __init__(self, folder: str, parts: list[str] | None = None) -> None:
+        place = storage.join(folder, PARTS)
+        if parts is None:
+            names = storage.list_files(place, recursive=False) if storage.exists(place) else []
+            parts = [name.removesuffix(".parquet") for name in names if name.endswith(".parquet")]
+        if not parts:
+            raise ValueError(f"there is no table of embeddings in {folder}: make one with jobs/embed.py")
+        self._uris = [part_uri(folder, name) for name in parts]
+        names = [field.name for field in FIELDS]
+        tables = [pq.read_table(_open(uri), columns=names) for uri in self._uris]
+        self._ends = np.cumsum([table.num_rows for table in tables])
+        self.rows = pa.concat_tables(tables).combine_chunks()
+
+    def __len__(self) -> int:
+        """Number of clips."""
+        return int(self.rows.num_rows)
+
+    def strings(self, name: str) -> npt.NDArray[np.object_]:
+        """A column of FIELDS as Python strings, None where there is none."""
+        return np.asarray(self.rows[name].to_pylist(), dtype=object)
+
+    def colours(self) -> Features:
+        """Mean colour of each clip, float32 (N, 3)."""
+        return _dense(self.rows["colour"])
+
+    def blocks(self, chosen: npt.NDArray[np.bool_] | None = None) -> Blocks:
+        """The features of the chosen rows, one block per part; can be gone through again and again."""
+        return Blocks(self._uris, self._ends, np.ones(len(self), bool) if chosen is None else chosen)
+
+    def features(self, chosen: npt.NDArray[np.bool_] | None = None) -> Features:
+        """All features of the chosen rows at once, float32 (number of them, D)."""
+        return np.concatenate(list(self.blocks(chosen)))
+
+
+class Blocks:
+    """Iterates over features without holding more than one part."""
+
+    def __init__(self, uris: list[str], ends: Rows, chosen: npt.NDArray[np.bool_]) -> None:
+        self._uris, self._ends, self._chosen = uris, ends, chosen
+
+    def __iter__(self) -> Iterator[Features]:
+        first = 0
+        for uri, end in zip(self._uris, self._ends, strict=True):
+            mask = self._chosen[first:end]
+            first = end
+            if mask.any():
+                yield _dense(pq.read_table(_open(uri), columns=[FEATURE])[FEATURE])[mask]
+
+
+def _dense(column: pa.ChunkedArray) -> Features:
+    parts = [chunk.flatten().to_numpy().reshape(len(chunk), chunk.type.list_size) for chunk in column.chunks]
+    dense: Features = np.concatenate(parts)
+    return dense
+
+
+def _open(uri: str) -> Any:
+    local = storage.local_path(uri)
+    return pa.memory_map(str(local)) if local is not None else io.BytesIO(storage.read_bytes(uri))

@@ -1,0 +1,74 @@
+"""Encoders of others, with the preprocessing that they were trained with: torchvision's, and the released VideoMoCo's.
+
+Also random initialisation, which is nobody's: what an encoder has to be better than.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from vmoco.encoder import Encoder, Preprocessing
+from vmoco.model import weights
+from vmoco.model.backbone import build_backbone
+from vmoco.model.moco import MocoEncoder
+from vmoco.seed import hash64
+
+# torchvision's recipes: 16 frames at 15 per second; S3D at twice the size (its own clips are longer).
+_RESNETS = Preprocessing(num_frames=16, fps=15.0, size=112)
+_S3D = Preprocessing(num_frames=16, fps=15.0, size=224)
+# The released code: 32 consecutive frames of videos of about 25 per second, normalised as ImageNet.
+_RELEASED = Preprocessing(num_frames=32, fps=25.0, size=112, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+def read(path: Path) -> tuple[str, Encoder]:
+    """Reads weights of torchvision or of the released code from a local file; whose they are is told by their keys.
+
+    Returns:
+        "torchvision" or "released", and the encoder.
+
+    Raises:
+        ValueError: it cannot be read as weights, or they are of no network that is known.
+    """
+    checkpoint = weights.read_checkpoint(path)
+    kind, name, width, head = weights.recognise(checkpoint)
+    if kind == "torchvision":
+        entry = checkpoint.get("state_dict", checkpoint)
+        assert isinstance(entry, dict), "recognised"
+        return kind, _torchvision(name, entry)
+    released = MocoEncoder(name, embedding_dim=width, head=head)
+    weights.load_released(released, checkpoint)
+    return kind, Encoder(released.backbone, _RELEASED, {"backbone": name}).eval()
+
+
+def supervised(name: str) -> Encoder:
+    """torchvision's encoder of that architecture, trained on Kinetics-400 with labels; fetched once per machine.
+
+    Raises:
+        ValueError: torchvision has none, or it cannot be fetched.
+    """
+    if name not in weights.TORCHVISION:
+        raise ValueError(f"torchvision has no weights of {name}, only of {', '.join(weights.TORCHVISION)}")
+    from torchvision.models import get_model_weights
+
+    found = get_model_weights(name)["KINETICS400_V1"]
+    try:
+        return _torchvision(name, found.get_state_dict(progress=False))
+    except (OSError, RuntimeError) as error:  # no network, or a file that is not what its name says
+        place = f"{torch.hub.get_dir()}/checkpoints/{found.url.rpartition('/')[2]}"
+        raise ValueError(f"torchvision's weights cannot be fetched ({error}): put them at {place}") from None
+
+
+def random_initialisation(encoder: Encoder, *, seed: int) -> Encoder:
+    """An encoder of the same architecture and preprocessing that has learned nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(hash64("random initialisation", seed) % 2**63)
+        name = encoder.card["backbone"]
+        return Encoder(build_backbone(name), encoder.preprocessing, {"backbone": name}).eval()
+
+
+def _torchvision(name: str, state_dict: weights.StateDict) -> Encoder:
+    backbone = build_backbone(name)
+    weights.load_torchvision(backbone, state_dict)
+    return Encoder(backbone, _S3D if name == "s3d" else _RESNETS, {"backbone": name}).eval()
