@@ -30,7 +30,7 @@ HOMES = {
 # From the ground up: a module imports from its own layer and from those below it.
 BASE = {"vmoco", "vmoco.settings", "vmoco.config", "vmoco.presets", "vmoco.storage", "vmoco.seed"}
 WORK = {"vmoco.data.ingest", "vmoco.data.footage", "vmoco.export", "vmoco.registry", "vmoco.tracking", "vmoco.report"}
-WORK |= {"vmoco.job", "vmoco.job_server", "vmoco.local", "vmoco.sweep"}
+WORK |= {"vmoco.job", "vmoco.job_server", "vmoco.local", "vmoco.sweep", "vmoco.services"}
 
 
 def name_of(path: Path) -> str:
