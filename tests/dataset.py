@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -10,8 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from vmoco.data.account import Account, Video
+from vmoco.data.frames import Encoding, encode
 from vmoco.data.manifest import Manifest, write_manifest
-from vmoco.data.shard import Account, Clip, Video, read_rows, write_shard
+from vmoco.data.shard import Clip, read_rows, write_shard
+from vmoco.data.video import cut_clips
 from vmoco.seed import hash64
 
 SETTINGS = {"num_frames": 10, "stride": 1, "height": 40, "width": 48, "max_clips_per_video": 4, "held_out_percent": 0.0}
@@ -26,6 +30,7 @@ def make_data_set(
     height: int = 40,
     width: int = 48,
     num_held_out: int = 0,
+    encoding: Encoding = "raw",
 ) -> Manifest:
     """Two shards of clips in which a square of the video's own colour moves over noise; the last are held out."""
     shape = (num_frames, height, width, 3)
@@ -34,26 +39,32 @@ def make_data_set(
         for video in range(num_videos)
         for place in range(clips_per_video)
     ]
-    return write_data_set(folder, clips)
+    return write_data_set(folder, clips, encoding=encoding)
 
 
-def write_data_set(folder: Path, clips: list[Clip]) -> Manifest:
-    """Writes clips, all of one shape, as a data set of two shards; clips of a video stand together."""
-    shape = clips[0].frames.shape
+def write_data_set(folder: Path, clips: list[Clip], *, encoding: Encoding = "raw") -> Manifest:
+    """Writes clips, all of one shape, as a data set of two shards; clips of a video stand together.
+
+    `stored` of each clip is its frames, uint8 (T, H, W, 3); they are encoded here.
+    """
+    shape = np.asarray(clips[0].stored).shape
     settings = SETTINGS | {"num_frames": shape[0], "height": shape[1], "width": shape[2]}
     names = list(dict.fromkeys(clip.video_id for clip in clips))
-    tables = []
+    if encoding == "jpeg":
+        clips = [replace(clip, stored=encode(np.asarray(clip.stored), encoding, quality=92)) for clip in clips]
+    tables, files = [], {}
     for shard, members in enumerate(np.array_split(np.arange(len(names)), 2)):
         videos = tuple(Video(names[v], 1000, f"{v:064d}") for v in members)
-        account = Account(settings=settings, frame_shape=shape, videos=videos)
+        account = Account(settings=settings, frame_shape=shape, videos=videos, encoding=encoding)
         uri = str(folder / "shards" / f"{shard:04d}.arrow")
         kept = {video.video_id for video in videos}
-        write_shard(uri, [clip for clip in clips if clip.video_id in kept], account=account)
+        _, files[f"{shard:04d}"] = write_shard(uri, [clip for clip in clips if clip.video_id in kept], account=account)
         table = read_rows(uri).table
         count = table.num_rows
         columns = {
             "shard": pa.array([f"{shard:04d}"] * count),
             "row": pa.array(range(count), pa.int32()),
+            "entry": pa.array([""] * count),
             "video_bytes": pa.array([1000] * count),
             "video_sha256": pa.array(["0" * 64] * count),
         }
@@ -65,9 +76,22 @@ def write_data_set(folder: Path, clips: list[Clip]) -> Manifest:
         pa.concat_tables(tables),
         settings=settings,
         frame_shape=shape,
-        shards=["0000", "0001"],
+        encoding=encoding,
+        shards=files,
         num_rejected=0,
     )
+
+
+def real_data_set(folder: Path, footage: Path, *, num_frames: int, height: int, width: int, max_clips: int) -> Manifest:
+    """The demo's footage as a data set: at most `max_clips` clips of each of its videos."""
+    clips = []
+    for path in sorted(path for path in footage.rglob("*") if path.is_file()):
+        cut = cut_clips(
+            str(path), num_frames=num_frames, stride=1, height=height, width=width, max_clips=max_clips, seconds=60
+        )
+        for pts, start, frames in zip(cut.start_pts, cut.start_seconds, cut.frames, strict=True):
+            clips.append(Clip(f"{hash64(path.name, pts):016x}", path.name, start, cut.fps, False, frames))
+    return write_data_set(folder, clips)
 
 
 def _clip(video: int, place: int, shape: tuple[int, int, int, int], *, held_out: bool) -> Clip:

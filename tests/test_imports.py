@@ -25,6 +25,8 @@ HOMES = {
     },
     "mlflow": {"vmoco.tracking", "vmoco.registry"},
     "av": {"vmoco.data.video"},
+    "faiss": {"vmoco.evaluate.knn"},
+    "sklearn": {"vmoco.evaluate.probe"},
 }
 
 # From the ground up: a module imports from its own layer and from those below it.

@@ -5,6 +5,7 @@ The VideoMoCo step is `TrainStep` itself with generator, both losses, a full que
 optimizers; augmentation is in neither. The two alternate and the median ratio of neighbours counts. bf16 is for the
 time alone: its weight gradients are wrong on CPUs (vmoco/train/precision.py). Peak memory is that of a process of
 its own which takes two fp32 steps, above what it held before. Units are FLOPs of the step over those of one forward.
+The generator's share is its forward and backward alone over the whole fp32 step.
 Ends with one JSON line: the fp32 ratios of time, the worse memory ratio, and everything else by name.
 """
 
@@ -29,6 +30,7 @@ from torch.utils.flop_counter import flop_registry
 
 from vmoco.config import DataSettings, GeneratorSettings, ModelSettings, PretrainSettings, TrainSettings
 from vmoco.data.loader import RankBatch, View
+from vmoco.model.generator import Generator
 from vmoco.model.moco import MocoEncoder
 from vmoco.train.state import TrainState
 from vmoco.train.step import TrainStep
@@ -96,6 +98,13 @@ def supervised_step(backbone: str, dtype: torch.dtype | None) -> Callable[[], ob
     return step
 
 
+def generator_step() -> Callable[[], object]:
+    """Forward and backward of G, as in a full step."""
+    generator, clips = Generator(GeneratorSettings()), random_clips()
+    gradient = torch.randn(SHAPE[0], SHAPE[2])
+    return lambda: generator(clips).backward(gradient)
+
+
 STEPS = {"videomoco": moco_step, "supervised": supervised_step}
 
 
@@ -107,7 +116,7 @@ def seconds_of(step: Callable[[], object]) -> float:
 
 def time_ratio(backbone: str, dtype: torch.dtype | None, rounds: int) -> tuple[float, dict[str, float]]:
     """Median of the ratios of neighbours, and the median seconds of each."""
-    steps = {name: build(backbone, dtype) for name, build in STEPS.items()}
+    steps = {name: build(backbone, dtype) for name, build in STEPS.items()} | {"generator": generator_step()}
     for step in steps.values():
         step()  # the first one allocates
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -169,6 +178,8 @@ def main() -> None:
             ratio, seconds = time_ratio(backbone, dtype, rounds)
             row[label] = round(ratio, 3)
             row[f"{label}_seconds"] = {name: round(value, 3) for name, value in seconds.items()}
+            if dtype is None:
+                row["generator_share"] = round(seconds["generator"] / seconds["videomoco"], 4)
         megabytes = {}
         for name in STEPS:  # each in a fresh process: the peak of a process never falls
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

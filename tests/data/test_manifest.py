@@ -12,6 +12,7 @@ import pytest
 
 from vmoco.data import manifest
 from vmoco.data.manifest import FIELDS, NAME, Manifest, write_manifest
+from vmoco.data.shard import ShardFile
 
 ROWS: list[dict[str, Any]] = [
     {"clip_id": "03", "video_id": "b", "start_seconds": 0.5, "held_out": True, "shard": "s1", "row": 0},
@@ -22,7 +23,8 @@ SETTINGS = {"num_frames": 4, "height": 8}
 
 
 def rows(**changes: Any) -> pa.Table:
-    constant = {"fps": 25.0, "label": None, "video_bytes": 7, "video_sha256": "v"}
+    constant: dict[str, Any] = {"fps": 25.0, "height": 8, "width": 8, "offset": 64, "num_bytes": 768}
+    constant |= {"entry": "e", "video_bytes": 7, "video_sha256": "v"}
     full = [{**constant, **row, "sha256": f"pixels of {row['clip_id']}", **changes} for row in ROWS]
     return pa.Table.from_pylist(full, schema=pa.schema(FIELDS))
 
@@ -32,8 +34,9 @@ def write(folder: Path, table: pa.Table | None = None, shards: tuple[str, ...] =
     for name in shards:
         (folder / manifest.SHARDS / f"{name}.arrow").touch()
     table = rows() if table is None else table
+    files = {name: ShardFile(9, f"hash of {name}") for name in shards}
     return write_manifest(
-        str(folder), table, settings=SETTINGS, frame_shape=(4, 8, 8, 3), shards=shards, num_rejected=5
+        str(folder), table, settings=SETTINGS, frame_shape=(4, 8, 8, 3), encoding="jpeg", shards=files, num_rejected=5
     )
 
 
@@ -46,7 +49,8 @@ def test_what_is_written_is_loaded(tmp_path: Path) -> None:
     assert loaded.settings == SETTINGS
     assert loaded.frame_shape == (4, 8, 8, 3)
     assert loaded.counts == {"videos": 2, "clips": 3, "rejected": 5, "held_out": 1}
-    assert loaded.shards == ("s0", "s1", "s2")
+    assert loaded.shards == {name: ShardFile(9, f"hash of {name}") for name in ("s0", "s1", "s2")}
+    assert loaded.encoding == "jpeg"
 
 
 def test_rows_are_sorted(tmp_path: Path) -> None:
@@ -88,7 +92,7 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
     write(tmp_path)
     table = pq.read_table(tmp_path / NAME)
     pq.write_table(table.replace_schema_metadata({"vmoco": '{"version": 7}'}), tmp_path / NAME)
-    with pytest.raises(ValueError, match=r"has schema version 7, this vmoco reads version 1: use the vmoco"):
+    with pytest.raises(ValueError, match=r"has schema version 7, this vmoco reads version 2: use the vmoco"):
         Manifest.load(str(tmp_path))
     pq.write_table(table.replace_schema_metadata(None), tmp_path / NAME)
     with pytest.raises(ValueError, match=r"has schema version None"):

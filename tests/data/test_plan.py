@@ -13,6 +13,7 @@ from tests.dataset import make_data_set
 from vmoco.data.loader import Loader
 from vmoco.data.manifest import Manifest, write_manifest
 from vmoco.data.plan import Draws, Plan
+from vmoco.data.shard import ShardFile
 from vmoco.presets import PRESETS
 from vmoco.seed import hash64
 
@@ -191,7 +192,8 @@ def test_another_layout_changes_no_draw(tmp_path) -> None:
         table,
         settings=manifest.settings,
         frame_shape=manifest.frame_shape,
-        shards=["7", "8", "9"],
+        encoding=manifest.encoding,
+        shards=dict.fromkeys("789", ShardFile(0, "")),
         num_rejected=0,
     )
     assert again.table["shard"].to_pylist() != manifest.table["shard"].to_pylist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -13,10 +14,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from vmoco.data import shard
+from vmoco.data.account import Account, Video
+from vmoco.data.frames import decode, encode
 from vmoco.data.ledger import Rejection
-from vmoco.data.shard import Account, Clip, ShardReader, Video, read_rows, read_rows_from, write_shard
+from vmoco.data.shard import Clip, ShardFile, ShardReader, read_file, read_rows, read_rows_from, write_shard
 
 SHAPE = (4, 6, 10, 3)
 ACCOUNT = Account(
@@ -36,7 +40,9 @@ def clips(count: int = 5, *, shape: tuple[int, ...] = SHAPE) -> list[Clip]:
             start_seconds=number / 3,
             fps=25.0,
             held_out=number % 2 == 1,
-            frames=rng.integers(0, 256, shape, np.uint8),
+            stored=rng.integers(0, 256, shape, np.uint8),
+            height=5 if number == 3 else None,
+            splits=("train", None, "test") if number == 2 else (None, None, None),
             label="dance" if number == 2 else None,
         )
         for number in range(count)
@@ -51,7 +57,7 @@ def test_frames_are_what_was_written(tmp_path: Path) -> None:
         assert len(reader) == 5
         assert reader.frame_shape == SHAPE
         for row, clip in enumerate(clips()):
-            np.testing.assert_array_equal(reader.frames(row), clip.frames)
+            np.testing.assert_array_equal(reader.frames(row), clip.stored)
 
 
 def test_frames_are_views_of_the_file(tmp_path: Path) -> None:
@@ -63,7 +69,7 @@ def test_frames_are_views_of_the_file(tmp_path: Path) -> None:
         views = [reader.frames(row) for row in range(5)]
         assert pa.total_allocated_bytes() == before
     assert not any(view.flags.owndata or view.flags.writeable for view in views)
-    np.testing.assert_array_equal(views[4], clips()[4].frames)
+    np.testing.assert_array_equal(views[4], clips()[4].stored)
 
 
 def test_a_clip_is_one_range_of_the_file(tmp_path: Path) -> None:
@@ -71,21 +77,78 @@ def test_a_clip_is_one_range_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "s.arrow"
     write_shard(str(path), clips(), account=ACCOUNT)
     content = path.read_bytes()
-    places = [content.index(clip.frames.tobytes()) for clip in clips()]
+    places = [content.index(clip.stored.tobytes()) for clip in clips()]
     assert places == sorted(places)
+
+
+JPEG = dataclasses.replace(ACCOUNT, encoding="jpeg")
+
+
+def jpegs() -> list[Clip]:
+    """The clips, smooth enough for JPEG, encoded."""
+    ramp = np.linspace(0, 200, 4 * 6 * 10 * 3).reshape(SHAPE).astype(np.uint8)
+    return [
+        dataclasses.replace(clip, stored=encode(ramp + row, "jpeg", quality=80 + row))
+        for row, clip in enumerate(clips())
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["raw", "jpeg"])
+def test_the_range_of_a_row_is_its_stored_clip(tmp_path: Path, encoding: str) -> None:
+    """The bytes at (offset, num_bytes) are those that were handed over, have the row's hash, and decode alone."""
+    path, account = tmp_path / "s.arrow", ACCOUNT if encoding == "raw" else JPEG
+    made = clips() if encoding == "raw" else jpegs()
+    rows, file = write_shard(str(path), made, account=account)
+    content = path.read_bytes()
+    assert file == read_file(str(path)) == ShardFile(len(content), hashlib.sha256(content).hexdigest())
+    with ShardReader(str(path)) as reader:
+        assert reader.encoding == encoding
+        for number, (row, clip) in enumerate(zip(rows, made, strict=True)):
+            stored = content[row["offset"] : row["offset"] + row["num_bytes"]]
+            assert stored == bytes(clip.stored)
+            assert row["sha256"] == hashlib.sha256(stored).hexdigest()
+            np.testing.assert_array_equal(decode(stored, account.encoding, SHAPE), reader.frames(number))
+
+
+def test_jpegs_are_what_pillow_decodes(tmp_path: Path) -> None:
+    """Any Arrow reader finds one JPEG file per frame, and the reader gives the pixels that Pillow finds in it."""
+    path = str(tmp_path / "s.arrow")
+    write_shard(path, jpegs(), account=JPEG)
+    images = pa.ipc.open_file(path).read_all()["frames"].to_pylist()
+    with ShardReader(path) as reader:
+        for row in range(5):
+            expected = np.stack([np.asarray(Image.open(io.BytesIO(image))) for image in images[row]])
+            np.testing.assert_array_equal(reader.frames(row), expected)
+
+
+def test_a_damaged_jpeg_is_named(tmp_path: Path) -> None:
+    """The error has the row and the shard, and what to run."""
+    path = tmp_path / "s.arrow"
+    rows, _ = write_shard(str(path), jpegs(), account=JPEG)
+    content = bytearray(path.read_bytes())
+    start = rows[3]["offset"] + 24
+    assert content[start : start + 2] == b"\xff\xd8"
+    content[start : start + 2] = b"no"
+    path.write_bytes(content)
+    with ShardReader(str(path)) as reader:
+        reader.frames(2)
+        with pytest.raises(ValueError, match=r"clip 3 of shard .*s.arrow is damaged \(frame 0 is no whole JPEG"):
+            reader.frames(3)
 
 
 def test_rows_and_account_are_what_was_written(tmp_path: Path) -> None:
     """The rows without pixels, the rejected videos and the settings come back; hashes are those of the pixels."""
     path = str(tmp_path / "s.arrow")
-    rows = write_shard(path, clips(), account=ACCOUNT)
+    rows, _ = write_shard(path, clips(), account=ACCOUNT)
     there = read_rows(path)
     assert there.account == ACCOUNT
     assert there.table.to_pylist() == rows
     for row, clip in zip(rows, clips(), strict=True):
-        assert row["sha256"] == hashlib.sha256(clip.frames.tobytes()).hexdigest()
+        assert row["sha256"] == hashlib.sha256(clip.stored.tobytes()).hexdigest()
         for name in ("clip_id", "video_id", "start_seconds", "fps", "label", "held_out"):
             assert row[name] == getattr(clip, name)
+        assert (row["split_1"], row["split_2"], row["split_3"]) == clip.splits
+        assert (row["height"], row["width"]) == (clip.height or 6, 10)
 
 
 def test_a_shard_without_clips_still_accounts_for_its_videos(tmp_path: Path) -> None:
@@ -146,7 +209,7 @@ def test_a_plain_arrow_reader_opens_it(tmp_path: Path) -> None:
         "print(frames.shape, int(frames.sum()), 'ray' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
-    total = sum(int(clip.frames.sum()) for clip in clips())
+    total = sum(int(clip.stored.sum()) for clip in clips())
     assert done.stdout.strip() == f"{(5, *SHAPE)} {total} False"
 
 
@@ -169,5 +232,5 @@ def test_what_is_no_shard_is_refused(tmp_path: Path, read: type) -> None:
     newer = json.dumps({"version": 99})
     with pa.ipc.new_file(str(path), pa.schema([("x", pa.int8())], metadata={shard.METADATA_KEY: newer})):
         pass
-    with pytest.raises(ValueError, match=r"has schema version 99, this vmoco reads version 1: use the vmoco"):
+    with pytest.raises(ValueError, match=r"has schema version 99, this vmoco reads version 2: use the vmoco"):
         read(str(path))

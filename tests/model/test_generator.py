@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from tests.dataset import real_clips
+from tests.dropping import estimates, true_effects
 from vmoco.config import GeneratorSettings
 from vmoco.data.augment import normalise
-from vmoco.model.generator import Generator, drop_frames, frame_fill, importance_gradient, keep_mask
-from vmoco.model.loss import adversarial_loss
-from vmoco.model.moco import MocoEncoder, running_statistics_kept
+from vmoco.model.generator import Generator, drop_frames, frame_fill, keep_mask
+from vmoco.model.moco import MocoEncoder
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 20, 28), (1, 3, 16, 64, 64)])
@@ -58,22 +57,6 @@ def test_dropped_frames_are_filled(fill: str) -> None:
     torch.testing.assert_close(dropped[:, :, 1], expected[..., None, None].expand(1, 3, 4, 4))
 
 
-def true_effects(encoder: nn.Module, clips: torch.Tensor, mask: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """Change of G's loss when one kept frame of one clip is dropped as well: (B, T), NaN where dropped already."""
-    fill = frame_fill(clips, "mean")
-
-    def loss(mask: torch.Tensor) -> torch.Tensor:
-        return adversarial_loss(encoder(drop_frames(clips, mask, fill)), whole, strength=1.0).sum()
-
-    effects = torch.full_like(mask, float("nan"))
-    before = loss(mask)
-    for clip, frame in torch.nonzero(mask).tolist():
-        fewer = mask.clone()
-        fewer[clip, frame] = 0
-        effects[clip, frame] = loss(fewer) - before
-    return effects
-
-
 def test_gradient_agrees_with_the_true_effect_of_dropping(footage: Path) -> None:
     """On real footage, on most frames the gradient has the sign of what dropping the frame really does to G's loss.
 
@@ -87,20 +70,12 @@ def test_gradient_agrees_with_the_true_effect_of_dropping(footage: Path) -> None
         torch.manual_seed(seed)
         encoder = MocoEncoder("r3d_nano", embedding_dim=128, head="linear").train()
         mask = keep_mask(torch.rand(8, 16), 4)
-        fill = frame_fill(clips, "mean")
-        with running_statistics_kept(encoder):
-            with torch.no_grad():
-                whole = encoder(clips)
-                effects = true_effects(encoder, clips, mask, whole)
-            dropped = drop_frames(clips, mask, fill).requires_grad_()
-            loss = adversarial_loss(encoder(dropped), whole, strength=1.0).sum()
-        (pixels,) = torch.autograd.grad(loss, dropped)
+        effects = true_effects(encoder, clips, mask)
         effects = effects - effects.nanmean(dim=1, keepdim=True)
         kept = mask > 0
-        for estimator, found in agreements.items():
-            gradient = importance_gradient(pixels, clips, fill, estimator=estimator)
+        for estimator, gradient in estimates(encoder, clips, mask).items():
             gradient = gradient - gradient.where(kept, torch.nan).nanmean(dim=1, keepdim=True)
-            found.append(gradient[kept].sign() == effects[kept].sign())
+            agreements[estimator].append(gradient[kept].sign() == effects[kept].sign())
     share = {estimator: torch.cat(found).float().mean().item() for estimator, found in agreements.items()}
     # 96 frames: a coin stays below 0.65 in all but 1 of 700 trials.
     assert share["mask"] > 0.65, share

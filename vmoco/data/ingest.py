@@ -22,6 +22,7 @@ from vmoco.data import ledger, source
 from vmoco.data.ingest_settings import IngestSettings
 from vmoco.data.ledger import Rejection
 from vmoco.data.manifest import FIELDS, NAME, SHARDS, Manifest, write_manifest
+from vmoco.data.shard import ShardFile
 from vmoco.data.shard_task import ShardPlan, frame_shape, make_shard, plan_shards
 
 
@@ -57,9 +58,10 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
     _remove_leftovers(output, plans)
 
     report = _Progress(progress, num_videos=len(new), num_changed=sum(found.video_id in known for found in new))
-    rows, rejected = [], []
+    rows, rejected, files = [], [], dict(previous.shards) if previous else {}
     for made in _run(plans, videos=videos, output=output, settings=settings):
         rows += made["rows"]
+        files[made["shard"]] = ShardFile(**made["file"])
         rejected += [Rejection(**{**row, "shard": made["shard"]}) for row in made["rejected"]]
         report.add(made)
     report.finish()
@@ -77,7 +79,8 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
             table,
             settings=settings.content(),
             frame_shape=frame_shape(settings),
-            shards=[*(previous.shards if previous else ()), *(plan.name for plan in plans)],
+            encoding=settings.encoding,
+            shards=files,
             num_rejected=len(whole_ledger),
         )
     _check_rejected(manifest.counts["videos"] if table.num_rows else 0, whole_ledger, output, settings)

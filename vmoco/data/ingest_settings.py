@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -24,6 +24,10 @@ class IngestSettings(Settings):
     """Height of a stored frame in pixels: frames are scaled to cover height x width, then centre-cropped."""
     width: int = Field(171, ge=16)
     """Width of a stored frame in pixels."""
+    encoding: Literal["raw", "jpeg"] = "raw"
+    """How frames are stored: raw is read by memory map, jpeg is about 11 times smaller and decoded when it is read."""
+    jpeg_quality: int = Field(92, ge=1, le=100)
+    """Quality of JPEG frames."""
     max_clips_per_video: int = Field(32, ge=1)
     """At most this many clips of one video, spread evenly over it."""
     held_out_percent: float = Field(10.0, ge=0, le=90)
@@ -37,5 +41,6 @@ class IngestSettings(Settings):
 
     def content(self) -> dict[str, Any]:
         """The settings that decide the bytes of a data set; the others may change between two runs of ingest."""
-        names = ("num_frames", "stride", "height", "width", "max_clips_per_video", "held_out_percent")
+        names = ["num_frames", "stride", "height", "width", "max_clips_per_video", "held_out_percent", "encoding"]
+        names += ["jpeg_quality"] if self.encoding == "jpeg" else []
         return {name: getattr(self, name) for name in names}

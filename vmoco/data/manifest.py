@@ -2,7 +2,7 @@
 
 A folder is a data set only if its manifest is there; shards without one are an ingest that has not finished. The hash
 covers what the clips hold (names and pixels) and not how they are spread over shards, so two data sets with the same
-clips have the same hash.
+clips have the same hash. Schema version and row fields are those of shards (`account.VERSION`, `shard.ROW_FIELDS`).
 """
 
 from __future__ import annotations
@@ -11,32 +11,27 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vmoco import storage
-from vmoco.data.shard import METADATA_KEY, ROW_FIELDS
+from vmoco.data.account import VERSION
+from vmoco.data.frames import Encoding, Shape
+from vmoco.data.shard import METADATA_KEY, ROW_FIELDS, ShardFile
 
-VERSION = 1
 NAME = "manifest.parquet"
 SHARDS = "shards"
 """Folder of the shards in a data set; `<name>.arrow` in it."""
 
-_ROW = {field.name: field for field in ROW_FIELDS}
 FIELDS = [
-    _ROW["clip_id"],
-    _ROW["video_id"],
+    *ROW_FIELDS,
     pa.field("shard", pa.string(), nullable=False),  # name without folder and suffix
     pa.field("row", pa.int32(), nullable=False),  # record batch in the shard
-    _ROW["start_seconds"],
-    _ROW["fps"],
-    _ROW["label"],
-    _ROW["held_out"],
-    _ROW["sha256"],
-    pa.field("video_bytes", pa.int64(), nullable=False),  # a file of another size is another video
+    pa.field("entry", pa.string(), nullable=False),  # hash of what the list of videos said of the video
+    pa.field("video_bytes", pa.int64(), nullable=False),
     pa.field("video_sha256", pa.string(), nullable=False),  # of the video file
 ]
 
@@ -53,12 +48,14 @@ class Manifest:
     """`IngestSettings.content()` of the ingest that made it."""
     hash: str
     """16 hex digits over the sorted (clip_id, sha256) pairs."""
-    frame_shape: tuple[int, int, int, int]
+    frame_shape: Shape
     """(T, H, W, C) of every clip."""
+    encoding: Encoding
+    """How the frames of every clip are stored."""
     counts: dict[str, int]
     """Accepted `videos`, their `clips`, `rejected` videos, and those `held_out` of the accepted videos."""
-    shards: tuple[str, ...]
-    """Names of all shards that it accounts for, sorted; a shard whose videos were all rejected has no row."""
+    shards: dict[str, ShardFile]
+    """All shards that it accounts for, by name; a shard whose videos were all rejected has no row."""
 
     def shard_uri(self, name: str) -> str:
         """Where the shard of that name lies."""
@@ -96,8 +93,9 @@ class Manifest:
             settings=about["settings"],
             hash=about["hash"],
             frame_shape=tuple(about["frame_shape"]),
+            encoding=about["encoding"],
             counts=about["counts"],
-            shards=tuple(about["shards"]),
+            shards={name: ShardFile(**file) for name, file in about["shards"].items()},
         )
 
 
@@ -117,8 +115,9 @@ def write_manifest(
     table: pa.Table,
     *,
     settings: dict[str, Any],
-    frame_shape: tuple[int, int, int, int],
-    shards: Iterable[str],
+    frame_shape: Shape,
+    encoding: Encoding,
+    shards: Mapping[str, ShardFile],
     num_rejected: int,
 ) -> Manifest:
     """Writes the manifest of the data set at `uri`: this is the moment at which the data set exists, or has grown.
@@ -139,21 +138,23 @@ def write_manifest(
         settings=dict(settings),
         hash=content_hash(table),
         frame_shape=frame_shape,
+        encoding=encoding,
         counts={
             "videos": len(table["video_id"].unique()),
             "clips": table.num_rows,
             "rejected": num_rejected,
             "held_out": len(held_out["video_id"].unique()),
         },
-        shards=tuple(sorted(set(shards))),
+        shards=dict(sorted(shards.items())),
     )
     about = {
         "version": VERSION,
         "settings": manifest.settings,
         "hash": manifest.hash,
         "frame_shape": manifest.frame_shape,
+        "encoding": manifest.encoding,
         "counts": manifest.counts,
-        "shards": manifest.shards,
+        "shards": {name: dataclasses.asdict(file) for name, file in manifest.shards.items()},
     }
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(about, sort_keys=True)}), sink)
@@ -161,7 +162,7 @@ def write_manifest(
     return manifest
 
 
-def _check_shards(uri: str, names: list[str]) -> None:
+def _check_shards(uri: str, names: Iterable[str]) -> None:
     wanted = {f"{name}.arrow" for name in names}
     folder = storage.join(uri, SHARDS)
     there = set(storage.list_files(folder, recursive=False)) if storage.exists(folder) else set()

@@ -1,137 +1,172 @@
-"""A shard: one Arrow IPC file of clips, read by memory map.
+"""A shard: one Arrow IPC file of clips, read by memory map or clip by clip by ranges.
 
-Uncompressed, and one record batch per clip: so a clip is one contiguous range of the file, row i is record batch i,
-and a reader touches nothing but what it asks for. Only Arrow's own types, so any Arrow reader opens it. The schema
-metadata accounts for every video that went in, also for those that gave no clip: a manifest can be rebuilt from shards.
+Uncompressed, and one record batch per clip: so the frames of a clip are one contiguous range of the file, row i is
+record batch i, and a reader touches nothing but what it asks for. Only Arrow's own types, so any Arrow reader opens it.
+
+Schema, version 2. The metadata key `vmoco` of the schema holds the `Account` as JSON. Each row is a clip: ROW_FIELDS,
+then `frames`:
+
+    raw    fixed_shape_tensor<uint8>[T, H, W, C]      the range (offset, num_bytes) is the pixels
+    jpeg   list<binary>, T items, each a JPEG file    the range is Arrow's offsets of the items, and the items
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import io
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from vmoco import storage
-from vmoco.data.ledger import Rejection
+from vmoco.data import frames as storing
+from vmoco.data.account import Account
+from vmoco.data.frames import Encoding, Frames, Shape
 
-VERSION = 1
 METADATA_KEY = b"vmoco"
-
-Frames = npt.NDArray[np.uint8]
 
 ROW_FIELDS = [
     pa.field("clip_id", pa.string(), nullable=False),  # 16 hex digits
     pa.field("video_id", pa.string(), nullable=False),
     pa.field("start_seconds", pa.float64(), nullable=False),  # time stamp of the first frame in its video
-    pa.field("fps", pa.float64(), nullable=False),  # stored frames per second of video: its rate divided by the stride
+    pa.field("fps", pa.float64(), nullable=False),  # stored frames per second of video
+    pa.field("height", pa.int32(), nullable=False),  # of the picture in the stored frame, from its top left corner
+    pa.field("width", pa.int32(), nullable=False),
     pa.field("label", pa.string()),
+    pa.field("split_1", pa.string()),  # `train`, `test`, `validate`: what the official split files say
+    pa.field("split_2", pa.string()),
+    pa.field("split_3", pa.string()),
     pa.field("held_out", pa.bool_(), nullable=False),
-    pa.field("sha256", pa.string(), nullable=False),  # of the frames' bytes
+    pa.field("offset", pa.int64(), nullable=False),  # byte of the shard where the stored frames begin
+    pa.field("num_bytes", pa.int64(), nullable=False),  # of the stored frames
+    pa.field("sha256", pa.string(), nullable=False),  # of the stored frames
 ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """One clip: its row and its pixels. `frames` is uint8 (T, H, W, C), RGB."""
+    """One clip: its row, and its frames as `frames.encode` stores them."""
 
     clip_id: str
     video_id: str
     start_seconds: float
     fps: float
     held_out: bool
-    frames: Frames
+    stored: storing.Stored | Frames
+    """The bytes; for raw clips also the frames themselves."""
+    height: int | None = None
+    """Of the picture in the frame, from its top left corner; None where it fills the frame."""
+    width: int | None = None
     label: str | None = None
+    splits: tuple[str | None, str | None, str | None] = (None, None, None)
 
 
 @dataclasses.dataclass(frozen=True)
-class Video:
-    """A video that a shard accounts for, as it was when it was read."""
+class ShardFile:
+    """A shard as a file."""
 
-    video_id: str
     num_bytes: int
     sha256: str
-    """Hash of the file; empty where it could not be read."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Account:
-    """Which videos went into a shard, with which settings, and which of them were rejected."""
-
-    settings: dict[str, Any]
-    """`IngestSettings.content()`."""
-    frame_shape: tuple[int, int, int, int]
-    """(T, H, W, C) of every clip."""
-    videos: tuple[Video, ...]
-    """All of them, in the order in which they were planned."""
-    rejected: tuple[Rejection, ...] = ()
-
-    def to_json(self) -> str:
-        """The account as canonical JSON: equal accounts give equal bytes."""
-        return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str | bytes, *, uri: str) -> Account:
-        """Reads `to_json` back.
-
-        Raises:
-            ValueError: it is of another version.
-        """
-        values = json.loads(text)
-        version = values.pop("version", None)
-        if version != VERSION:
-            raise ValueError(
-                f"shard {uri} has schema version {version}, this vmoco reads version {VERSION}: "
-                "use the vmoco that made it, or run jobs/ingest.py again into another folder"
-            )
-        return cls(
-            settings=values["settings"],
-            frame_shape=tuple(values["frame_shape"]),
-            videos=tuple(Video(**video) for video in values["videos"]),
-            rejected=tuple(Rejection(**rejection) for rejection in values["rejected"]),
-        )
-
-
-def write_shard(uri: str, clips: Iterable[Clip], *, account: Account) -> list[dict[str, Any]]:
+def write_shard(uri: str, clips: Iterable[Clip], *, account: Account) -> tuple[list[dict[str, Any]], ShardFile]:
     """Writes a shard that is never visible half-written, one clip in memory at a time.
 
     Returns:
-        The rows without their pixels, in the order of the file.
+        The rows without their pixels, in the order of the file, and the size and hash of the file.
 
     Raises:
         ValueError: the place cannot be written.
     """
-    tensor = pa.fixed_shape_tensor(pa.uint8(), account.frame_shape)
-    fields = [*ROW_FIELDS, pa.field("frames", tensor, nullable=False)]
-    schema = pa.schema(fields, metadata={METADATA_KEY: account.to_json().encode()})
+    frames = pa.field("frames", _frames_type(account), nullable=False)
+    schema = pa.schema([*ROW_FIELDS, frames], metadata={METADATA_KEY: account.to_json().encode()})
     options = pa.ipc.IpcWriteOptions(compression=None, use_threads=False)
     rows = []
-    with storage.open_atomic(uri) as file, pa.ipc.new_file(file, schema, options=options) as writer:
-        for clip in clips:
-            assert clip.frames.shape == account.frame_shape, (clip.frames.shape, account.frame_shape)
-            assert clip.frames.dtype == np.uint8, clip.frames.dtype
-            pixels = np.ascontiguousarray(clip.frames).reshape(-1)
-            row = {
-                "clip_id": clip.clip_id,
-                "video_id": clip.video_id,
-                "start_seconds": clip.start_seconds,
-                "fps": clip.fps,
-                "label": clip.label,
-                "held_out": clip.held_out,
-                "sha256": hashlib.sha256(pixels.data).hexdigest(),
-            }
-            stored = pa.FixedSizeListArray.from_arrays(pa.array(pixels), pixels.size)
-            columns = [pa.array([row[field.name]], field.type) for field in ROW_FIELDS]
-            frames = pa.ExtensionArray.from_storage(tensor, stored)
-            writer.write_batch(pa.record_batch([*columns, frames], schema=schema))
-            rows.append(row)
-    return rows
+    with storage.open_atomic(uri) as plain:
+        file = _Hashing(plain)
+        with pa.ipc.new_file(pa.PythonFile(file, mode="w"), schema, options=options) as writer:
+            end = _header_bytes(schema, options)
+            for clip in clips:
+                row = _row(clip, account.frame_shape)
+                column = _column(clip, account)
+                # The place of the frames is a field of the row, so it must be known before: a message has the same
+                # size whatever the numbers in it, and the frames are its last buffer.
+                batch = _batch(row, column, schema)
+                end += pa.ipc.get_record_batch_size(batch)
+                row["offset"] = end - (row["num_bytes"] + 7) // 8 * 8
+                writer.write_batch(_batch(row, column, schema))
+                assert file.num_bytes == end, (file.num_bytes, end)
+                rows.append(row)
+    return rows, ShardFile(file.num_bytes, file.sha256.hexdigest())
+
+
+class _Hashing(io.RawIOBase):
+    """Writes to a file, and hashes what is written; closing it leaves the file open."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.num_bytes = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        self.sha256.update(content)
+        self.num_bytes += memoryview(content).nbytes
+        return self._file.write(content)
+
+
+def _frames_type(account: Account) -> pa.DataType:
+    if account.encoding == "raw":
+        return pa.fixed_shape_tensor(pa.uint8(), account.frame_shape)
+    return pa.list_(pa.field("item", pa.binary(), nullable=False))
+
+
+def _row(clip: Clip, shape: Shape) -> dict[str, Any]:
+    row = {field.name: getattr(clip, field.name, None) for field in ROW_FIELDS}
+    row |= {f"split_{number}": split for number, split in enumerate(clip.splits, start=1)}
+    row |= {"height": clip.height or shape[1], "width": clip.width or shape[2]}
+    stored = _bytes(clip)
+    return row | {"offset": 0, "num_bytes": stored.nbytes, "sha256": hashlib.sha256(stored).hexdigest()}
+
+
+def _bytes(clip: Clip) -> memoryview:
+    stored: Any = clip.stored  # mypy does not know that arrays are buffers
+    return memoryview(stored).cast("B")
+
+
+def _column(clip: Clip, account: Account) -> pa.Array:
+    column_type, stored = _frames_type(account), _bytes(clip)
+    if account.encoding == "raw":
+        pixels = storing.decode(stored, "raw", account.frame_shape).reshape(-1)
+        storage_array = pa.FixedSizeListArray.from_arrays(pa.array(pixels), pixels.size)
+        return pa.ExtensionArray.from_storage(column_type, storage_array)
+    num_frames = account.frame_shape[0]
+    images = storing.unpack(stored, num_frames=num_frames)
+    ends = np.cumsum([0, *map(len, images)], dtype=np.int32)
+    data = pa.py_buffer(stored[stored.nbytes - int(ends[-1]) :])
+    values = pa.Array.from_buffers(pa.binary(), num_frames, [None, pa.py_buffer(ends), data])
+    offsets = pa.py_buffer(np.array([0, num_frames], np.int32))
+    return pa.Array.from_buffers(column_type, 1, [None, offsets], children=[values])
+
+
+def _batch(row: dict[str, Any], column: pa.Array, schema: pa.Schema) -> pa.RecordBatch:
+    columns = [pa.array([row[field.name]], field.type) for field in ROW_FIELDS]
+    return pa.record_batch([*columns, column], schema=schema)
+
+
+def _header_bytes(schema: pa.Schema, options: pa.ipc.IpcWriteOptions) -> int:
+    """Size of what stands before the first batch."""
+    sink = io.BytesIO()
+    empty = pa.record_batch([pa.nulls(0, field.type) for field in schema], schema=schema)
+    with pa.ipc.new_file(sink, schema, options=options) as writer:
+        writer.write_batch(empty)
+        return sink.tell() - pa.ipc.get_record_batch_size(empty)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +200,26 @@ def read_rows_from(file: pa.NativeFile, *, uri: str) -> ShardRows:
     return ShardRows(pa.Table.from_batches(batches, schema=pa.schema(ROW_FIELDS)), account)
 
 
+def read_file(uri: str) -> ShardFile:
+    """The size and hash of a shard, by reading all of it.
+
+    Raises:
+        ValueError: the shard is missing.
+    """
+    filesystem, path = storage.filesystem(uri)
+    digest, size = hashlib.sha256(), 0
+    try:
+        with filesystem.open_input_stream(path) as file:
+            while chunk := file.read(2**22):
+                digest.update(chunk)
+                size += len(chunk)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(_missing(uri)) from None
+    return ShardFile(size, digest.hexdigest())
+
+
 class ShardReader:
-    """Memory-maps a shard on this machine's disk. Frames are views of the map: they are read when they are touched."""
+    """Memory-maps a shard on this machine's disk; a clip is read when it is asked for."""
 
     def __init__(self, path: str) -> None:
         """Opens the shard; reads its schema only.
@@ -181,6 +234,7 @@ class ShardReader:
             self._map = pa.memory_map(str(local))
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(_missing(path)) from None
+        self._path = path
         self._reader = _open(self._map, uri=path)
         self.account = _account(self._reader, uri=path)
         self._column = self._reader.schema.get_field_index("frames")
@@ -202,16 +256,31 @@ class ShardReader:
         self._map.close()
 
     @property
-    def frame_shape(self) -> tuple[int, int, int, int]:
+    def frame_shape(self) -> Shape:
         """(T, H, W, C) of every clip."""
         return self.account.frame_shape
 
+    @property
+    def encoding(self) -> Encoding:
+        """How the frames are stored."""
+        return self.account.encoding
+
     def frames(self, row: int) -> Frames:
-        """The pixels of clip `row`: a read-only uint8 view (T, H, W, C) of the file, not a copy."""
+        """The pixels of clip `row`, uint8 (T, H, W, C): a read-only view of a raw shard, decoded from a JPEG one.
+
+        Raises:
+            ValueError: a JPEG is damaged.
+        """
         assert 0 <= row < len(self), (row, len(self))
-        pixels = self._reader.get_batch(row).column(self._column).storage.flatten()
-        view: Frames = pixels.to_numpy(zero_copy_only=True).reshape(self.frame_shape)
-        return view
+        column = self._reader.get_batch(row).column(self._column)
+        if self.encoding == "raw":
+            view: Frames = column.storage.flatten().to_numpy(zero_copy_only=True).reshape(self.frame_shape)
+            return view
+        images = [memoryview(image.as_buffer()) for image in column.values]
+        try:
+            return storing.decode_images(images, self.frame_shape)
+        except ValueError as error:
+            raise ValueError(f"clip {row} of shard {self._path} is damaged ({error}): run jobs/check.py data") from None
 
 
 def _open(file: pa.NativeFile, *, uri: str, included_fields: list[int] | None = None) -> pa.ipc.RecordBatchFileReader:

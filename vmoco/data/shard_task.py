@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from vmoco.data import frames as storing
 from vmoco.data import shard, source, video
+from vmoco.data.account import VERSION, Account, Video
 from vmoco.data.ingest_settings import IngestSettings
 from vmoco.data.ledger import Rejection
 from vmoco.data.manifest import shard_uri
@@ -36,7 +38,7 @@ def plan_shards(videos: list[source.Found], *, content: dict[str, Any], videos_p
     plans = []
     for first in range(0, len(videos), videos_per_shard):
         group = tuple(videos[first : first + videos_per_shard])
-        named = [shard.VERSION, content, [[found.video_id, found.num_bytes] for found in group]]
+        named = [VERSION, content, [[found.video_id, found.num_bytes] for found in group]]
         digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
         plans.append(ShardPlan(digest[:16], group))
     return plans
@@ -67,7 +69,7 @@ def make_shard(plan: ShardPlan, *, videos: str, output: str, settings: IngestSet
     try:
         there = shard.read_rows(uri)
         if not any(rejection.transient for rejection in there.account.rejected):
-            return _made(plan.name, there.table.to_pylist(), there.account, reused=True)
+            return _made(plan.name, there.table.to_pylist(), shard.read_file(uri), there.account, reused=True)
     except ValueError:
         pass  # missing, or damaged: it is made anew and replaced
     cuts: list[tuple[source.Found, video.Cut]] = []
@@ -81,10 +83,12 @@ def make_shard(plan: ShardPlan, *, videos: str, output: str, settings: IngestSet
         except video.VideoError as error:
             why = (error.stage, error.reason, error.message, error.transient)
             rejected.append(Rejection(found.video_id, *why, num_bytes=found.num_bytes))
-        read.append(shard.Video(found.video_id, found.num_bytes, digest))
-    account = shard.Account(settings.content(), frame_shape(settings), tuple(read), tuple(rejected))
-    rows = shard.write_shard(uri, _clips(cuts, settings), account=account)
-    return _made(plan.name, rows, account, reused=False)
+        read.append(Video(found.video_id, found.num_bytes, digest))
+    account = Account(
+        settings.content(), frame_shape(settings), tuple(read), tuple(rejected), encoding=settings.encoding
+    )
+    rows, file = shard.write_shard(uri, _clips(cuts, settings), account=account)
+    return _made(plan.name, rows, file, account, reused=False)
 
 
 def _cut(content: source.Content, settings: IngestSettings) -> video.Cut:
@@ -106,7 +110,7 @@ def _cut(content: source.Content, settings: IngestSettings) -> video.Cut:
         raise video.VideoError("decode", "unexpected-error", said, transient=True) from error
 
 
-def _on_disk(shape: tuple[int, ...]) -> shard.Frames:
+def _on_disk(shape: tuple[int, ...]) -> storing.Frames:
     """An array in a nameless temporary file."""
     size = int(np.prod(shape))
     if not size:
@@ -125,14 +129,25 @@ def _clips(cuts: list[tuple[source.Found, video.Cut]], settings: IngestSettings)
                 start_seconds=seconds,
                 fps=cut.fps / settings.stride,
                 held_out=is_held_out(found.video_id, settings.held_out_percent),
-                frames=frames,
+                stored=storing.encode(frames, settings.encoding, quality=settings.jpeg_quality),
+                height=settings.height,
+                width=settings.width,
             )
 
 
-def _made(name: str, rows: list[dict[str, Any]], account: shard.Account, *, reused: bool) -> dict[str, Any]:
+def _made(
+    name: str, rows: list[dict[str, Any]], file: shard.ShardFile, account: Account, *, reused: bool
+) -> dict[str, Any]:
     videos = {read.video_id: read for read in account.videos}
     for number, row in enumerate(rows):
         read = videos[row["video_id"]]
-        row |= {"shard": name, "row": number, "video_bytes": read.num_bytes, "video_sha256": read.sha256}
+        row |= {"shard": name, "row": number, "entry": "", "video_bytes": read.num_bytes, "video_sha256": read.sha256}
     rejected = [rejection.to_json() for rejection in account.rejected]
-    return {"shard": name, "rows": rows, "rejected": rejected, "num_videos": len(videos), "reused": reused}
+    return {
+        "shard": name,
+        "file": dataclasses.asdict(file),
+        "rows": rows,
+        "rejected": rejected,
+        "num_videos": len(videos),
+        "reused": reused,
+    }

@@ -21,8 +21,8 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from vmoco.data.clips import clip_span, start_indices
+from vmoco.data.frames import Frames
 from vmoco.data.ledger import Stage
-from vmoco.data.shard import Frames
 
 MAX_PIXELS = 8192 * 4352
 """Largest frame, decoded or scaled: a damaged header may promise any size, and one frame must fit in memory."""

@@ -12,6 +12,7 @@ import torch
 
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard import ShardReader
+from vmoco.evaluate.colour import mean_colour, without_colour
 from vmoco.export import Encoder
 
 Features = npt.NDArray[np.float32]
@@ -23,6 +24,7 @@ def clip_features(
     rows: pa.Table,
     *,
     batch_size: int = 16,
+    colour: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Features:
     """Features of clips by a frozen encoder.
@@ -32,6 +34,7 @@ def clip_features(
         manifest: data set of the clips.
         rows: rows of its table, in the order of the result.
         batch_size: clips in one forward.
+        colour: False shows the encoder the clips `without_colour`.
         progress: takes a line every few seconds.
 
     Returns:
@@ -39,6 +42,8 @@ def clip_features(
     """
     parts: list[Features] = []
     frames = _frames(manifest, rows, encoder.preprocessing.num_frames)
+    if not colour:
+        frames = map(without_colour, frames)
     started = said = time.monotonic()
     for first in range(0, rows.num_rows, batch_size):
         size = min(batch_size, rows.num_rows - first)
@@ -52,8 +57,7 @@ def clip_features(
 
 def mean_colours(manifest: Manifest, rows: pa.Table) -> Features:
     """What colour alone says of clips: their mean red, green and blue, float32 (number of rows, 3)."""
-    means = [frames.mean(axis=(0, 1, 2), dtype=np.float64) for frames in _frames(manifest, rows, None)]
-    return np.stack(means).astype(np.float32)
+    return np.stack([mean_colour(frames) for frames in _frames(manifest, rows, None)])
 
 
 def _frames(manifest: Manifest, rows: pa.Table, num_frames: int | None) -> Iterator[npt.NDArray[np.uint8]]:

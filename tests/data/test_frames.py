@@ -1,0 +1,53 @@
+"""How the frames of a clip are stored."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vmoco.data.frames import Frames, decode, encode, pack, unpack
+
+SHAPE = (5, 24, 32, 3)
+
+
+def gradient() -> Frames:
+    y, x = np.mgrid[0:24, 0:32]
+    return np.stack([np.stack([x * 7, y * 9, np.full_like(x, 40 * t)], axis=-1) for t in range(5)]).astype(np.uint8)
+
+
+def test_raw_is_the_pixels_and_no_copy() -> None:
+    """The stored bytes are the pixels in order, and decoding is a view of them."""
+    stored = encode(gradient(), "raw", quality=1)
+    assert stored == gradient().tobytes()
+    assert not decode(stored, "raw", SHAPE).flags.owndata
+    np.testing.assert_array_equal(decode(stored, "raw", SHAPE), gradient())
+
+
+def test_jpeg_is_near_and_nearer_with_quality() -> None:
+    """At quality 95 the pixels are within 3 of 255 on average, at 30 further; equal frames give equal bytes."""
+    errors = []
+    for quality in (95, 30):
+        stored = encode(gradient(), "jpeg", quality=quality)
+        assert stored == encode(gradient(), "jpeg", quality=quality)
+        errors.append(np.abs(decode(stored, "jpeg", SHAPE).astype(int) - gradient()).mean())
+    assert errors[0] < 3 < errors[1] + 2
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 7])
+def test_images_come_back_in_order(num_frames: int) -> None:
+    """What is packed is unpacked, whatever the sizes."""
+    images = [bytes([number]) * (number * 3 + 1) for number in range(num_frames)]
+    assert [bytes(image) for image in unpack(pack(images), num_frames=num_frames)] == images
+
+
+def test_what_is_no_clip_is_refused() -> None:
+    """Another size, a wrong table, another shape: a ValueError that says so."""
+    raw, jpeg = encode(gradient(), "raw", quality=1), encode(gradient(), "jpeg", quality=90)
+    with pytest.raises(ValueError, match="11519 bytes are not a raw clip of 5x24x32x3"):
+        decode(raw[1:], "raw", SHAPE)
+    for damaged in (jpeg[:10], jpeg[:-1], b"\1" + jpeg[1:], jpeg + b"x"):
+        with pytest.raises(ValueError, match=r"bytes are too few|table of its frames"):
+            decode(damaged, "jpeg", SHAPE)
+    with pytest.raises(ValueError, match=r"frame 0 is \(24, 32, 3\), and should be \(24, 30, 3\)"):
+        decode(jpeg, "jpeg", (5, 24, 30, 3))

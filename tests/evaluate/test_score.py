@@ -1,0 +1,140 @@
+"""The label-free score knows an encoder that has learned something from one that sees colours, guesses or collapsed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.dataset import make_data_set, write_data_set
+from vmoco.data.shard import Clip
+from vmoco.evaluate.score import LabelFreeScore, choose_pairs, effective_rank, score, score_encoder
+from vmoco.export import Encoder, Preprocessing
+from vmoco.model.backbone import build_backbone
+from vmoco.train import metrics
+
+VIDEOS, CLIPS = 60, 6
+
+
+def scored(features: np.ndarray, colours: np.ndarray | None = None) -> LabelFreeScore:
+    return score(
+        features.astype(np.float32),
+        video_ids=[f"v{video:03d}" for video in range(VIDEOS) for _ in range(CLIPS)],
+        start_seconds=np.tile(np.arange(CLIPS) * 0.64, VIDEOS),
+        clip_seconds=0.64,
+        colours=np.zeros((VIDEOS * CLIPS, 3), np.float32) if colours is None else colours.astype(np.float32),
+    )
+
+
+def noise(seed: int, width: int = 32) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(VIDEOS * CLIPS, width))
+
+
+def of_the_video(seed: int, width: int = 32) -> np.ndarray:
+    return np.repeat(np.random.default_rng(seed).normal(size=(VIDEOS, width)), CLIPS, axis=0)
+
+
+def test_it_rises_with_what_features_know_of_the_video() -> None:
+    """Chance without, in order in between, 100 % with no noise; a large common part and the scale do not matter."""
+    shares = [scored(of_the_video(0) * known + noise(1)).retrieval.value for known in (0, 0.3, 0.6, 5)]
+    assert shares == sorted(shares)
+    assert shares[0] < 0.06
+    assert shares[-1] == 1
+    assert scored((of_the_video(0) * 0.6 + noise(1)) * 7 + 1000).retrieval.value == pytest.approx(shares[2], abs=0.01)
+
+
+def test_chance_is_what_guessing_reaches() -> None:
+    """Over 20 sets of random features the mean is one over the number of videos, and the interval contains it."""
+    found = [scored(noise(seed)) for seed in range(20)]
+    assert found[0].chance == 1 / VIDEOS
+    assert np.mean([one.retrieval.value for one in found]) == pytest.approx(1 / VIDEOS, abs=0.004)
+    assert sum(one.retrieval.low <= one.chance <= one.retrieval.high for one in found) >= 15
+
+
+def test_a_collapsed_encoder_reaches_chance() -> None:
+    """Equal features share the hit among all; one direction is left."""
+    found = scored(np.ones((VIDEOS * CLIPS, 8)))
+    assert found.retrieval.value == pytest.approx(1 / VIDEOS, abs=1e-6)
+    assert found.effective_rank == 1
+
+
+def test_colour_alone_is_said_beside() -> None:
+    """Colours that tell the videos apart stand beside features that do not."""
+    colours = of_the_video(2, 3) * 40 + 128 + noise(3, 3)
+    found = scored(noise(4), colours)
+    assert found.by_colour > 0.8
+    assert found.retrieval.value < 0.06
+    assert f"mean colour alone {found.by_colour:.1%}" in str(found)
+
+
+@pytest.mark.parametrize("shape", [(40, 100), (300, 16)])
+def test_effective_rank_is_that_of_the_singular_values(shape: tuple[int, int]) -> None:
+    """Against the singular value decomposition that training tracks; k equal directions count as k."""
+    features = np.random.default_rng(0).normal(size=shape) * np.linspace(0.1, 2, shape[1])
+    assert effective_rank(features) == pytest.approx(metrics.effective_rank(torch.from_numpy(features)), rel=1e-4)
+    assert effective_rank(np.vstack([np.eye(5), -np.eye(5)])) == pytest.approx(5)
+
+
+def test_pairs_are_of_one_video_and_disjoint_in_time() -> None:
+    """Every pair lies half a video apart; clips that overlap, and videos of one clip, take no part."""
+    videos = ["a"] * 7 + ["b"] * 2 + ["overlapping"] * 3 + ["single"]
+    starts = np.array([0, 1, 2, 3, 4, 5, 6, 0, 1, 0, 0.3, 0.6, 0], float)
+    pairs = choose_pairs(videos, start_seconds=starts, clip_seconds=1.0, rounds=3)
+    assert pairs.shape == (3, 2, 2)
+    assert {tuple(pair) for pair in pairs[:, 0]} == {(0, 4), (1, 5), (2, 6)}
+    assert {tuple(pair) for pair in pairs[:, 1]} == {(7, 8)}
+
+
+def test_a_large_set_is_bounded_by_a_fixed_draw() -> None:
+    """At most so many videos, the same ones each time, and rows of no others are read."""
+    videos = [f"v{video:05d}" for video in range(3000) for _ in range(2)]
+    starts = np.tile([0.0, 1.0], 3000)
+    pairs = choose_pairs(videos, start_seconds=starts, clip_seconds=1.0, max_videos=50)
+    assert pairs.shape == (1, 50, 2)
+    assert np.array_equal(pairs, choose_pairs(videos, start_seconds=starts, clip_seconds=1.0, max_videos=50))
+    features = np.full((6000, 4), np.nan, np.float32)
+    features[pairs.ravel()] = np.random.default_rng(0).normal(size=(pairs.size, 4))
+    colours = np.zeros((6000, 3), np.float32)
+    found = score(features, video_ids=videos, start_seconds=starts, clip_seconds=1.0, colours=colours, max_videos=50)
+    assert found.num_videos == 50
+
+
+def test_what_cannot_be_scored_is_said() -> None:
+    """Too few videos, with what to change; a feature that is not a number."""
+    with pytest.raises(ValueError, match=r"1 of 2 held-out videos have two clips .*--held-out-percent"):
+        choose_pairs(["a", "a", "b"], start_seconds=[0.0, 1.0, 0.0], clip_seconds=1.0)
+    with pytest.raises(ValueError, match="a feature is not finite"):
+        scored(np.full((VIDEOS * CLIPS, 2), np.nan))
+
+
+def encoder() -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(build_backbone("r3d_nano"), Preprocessing(num_frames=8, fps=25.0, size=32), {}).eval()
+
+
+def test_an_encoder_cannot_win_by_colour(tmp_path: Path) -> None:
+    """Videos that differ in nothing but a tint: mean colour finds them all, the encoder is at chance."""
+    random = np.random.default_rng(0)
+    clips = []
+    for video in range(16):
+        tint = random.uniform(0.3, 1, 3)
+        for place in range(2):
+            frames = random.integers(100, 250, (8, 32, 40, 1)) * tint
+            clips.append(
+                Clip(f"{video:08d}{place:08d}", f"v{video:02d}", place * 1.0, 25.0, True, frames.astype(np.uint8))
+            )
+    found = score_encoder(encoder(), write_data_set(tmp_path, clips))
+    assert found.by_colour > 0.9
+    assert found.retrieval.low <= found.chance < 0.2
+    assert found.retrieval.value < found.by_colour / 2
+
+
+def test_an_encoder_is_scored_on_held_out_videos_only(tmp_path: Path) -> None:
+    """The number of videos and clips is theirs, and the score is repeatable."""
+    manifest = make_data_set(tmp_path, num_videos=12, clips_per_video=4, num_held_out=5)
+    found = score_encoder(encoder(), manifest)
+    assert (found.num_videos, found.num_clips) == (5, 20)
+    assert found == score_encoder(encoder(), manifest)
+    assert set(found.numbers()) >= {"retrieval", "retrieval_by_colour", "effective_rank"}

@@ -1,0 +1,233 @@
+"""The score that needs no labels: does an encoder find another moment of the same video, other than by its colours?
+
+For each held-out video, one clip of its first half is looked up among one clip of the second half of every video, and
+the other way round; chance is one over the number of videos. Clips of one video share their colours, so the encoder
+sees them without (`colour.without_colour`), and what mean colour alone would reach stands beside the score. Contrastive
+losses are no such score: they are not comparable between settings of the decay or of the frames that are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from vmoco.data.manifest import Manifest
+from vmoco.evaluate.bootstrap import Estimate, estimate
+from vmoco.evaluate.features import Features, clip_features, mean_colours
+from vmoco.export import Encoder
+from vmoco.seed import hash64, permutation
+
+MAX_VIDEOS = 2000
+"""Videos that take part: bounds the work (8 clips of each are embedded) and the memory (some 50 MB)."""
+ROUNDS = 4
+"""Pairs of clips of each video, where it has so many."""
+
+Index = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LabelFreeScore:
+    """How well an encoder tells videos apart, without labels."""
+
+    retrieval: Estimate
+    """Share of clips whose nearest clip of another time is of the same video, seen without colour."""
+    by_colour: float
+    """The same by the mean colour of the clips as they are, and nothing else."""
+    chance: float
+    """The same by guessing."""
+    effective_rank: float
+    """Directions that the features use, e to the entropy of their singular values; 1 is a collapse."""
+    num_videos: int
+    num_clips: int
+
+    def numbers(self) -> dict[str, float]:
+        """What is tracked, by name; `retrieval` is the score that chooses between encoders."""
+        return {
+            "retrieval": self.retrieval.value,
+            "retrieval_low": self.retrieval.low,
+            "retrieval_high": self.retrieval.high,
+            "retrieval_by_colour": self.by_colour,
+            "retrieval_by_chance": self.chance,
+            "effective_rank": self.effective_rank,
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"same video at another time {self.retrieval} without colour, mean colour alone {self.by_colour:.1%}, "
+            f"chance {self.chance:.1%}, of {self.num_videos} videos; effective rank {self.effective_rank:.1f}"
+        )
+
+
+def score(
+    features: Features,
+    *,
+    video_ids: Sequence[str],
+    start_seconds: npt.ArrayLike,
+    clip_seconds: npt.ArrayLike,
+    colours: Features,
+    max_videos: int = MAX_VIDEOS,
+    rounds: int = ROUNDS,
+) -> LabelFreeScore:
+    """Scores features of clips; those that take part are chosen by `choose_pairs`.
+
+    Args:
+        features: float32 (N, D), of clips without colour; may be a memory map, only chosen rows are read.
+        video_ids: video of each clip.
+        start_seconds: (N,), time of the first frame of each clip in its video.
+        clip_seconds: (N,) or one number, how long a clip is.
+        colours: float32 (N, 3), mean colour of each clip as it is.
+        max_videos: at most so many videos take part.
+        rounds: at most so many pairs of clips of each.
+
+    Raises:
+        ValueError: fewer than two videos have two clips that do not overlap in time, or a feature is not finite.
+    """
+    pairs = choose_pairs(
+        video_ids, start_seconds=start_seconds, clip_seconds=clip_seconds, max_videos=max_videos, rounds=rounds
+    )
+    rows, places = np.unique(pairs, return_inverse=True)
+    places = places.reshape(pairs.shape)
+    chosen, hues = np.asarray(features[rows], np.float64), np.asarray(colours[rows], np.float64)
+    if not np.isfinite(chosen).all():
+        raise ValueError("a feature is not finite: the encoder is broken, so it has no score")
+    # Features behind a ReLU share a large positive part, beside which all cosines are near 1.
+    apart = chosen - chosen.mean(axis=0)
+    apart /= np.maximum(np.linalg.norm(apart, axis=1, keepdims=True), 1e-9)
+    found = [_found(apart[a] @ apart[b].T) for a, b in _both_ways(places)]
+    by_colour = [_found(-_squared_distances(hues[a], hues[b])) for a, b in _both_ways(places)]
+    num_videos = pairs.shape[1]
+    return LabelFreeScore(
+        retrieval=estimate(np.concatenate(found), np.tile(np.arange(num_videos), len(found))),
+        by_colour=float(np.mean(by_colour)),
+        chance=1 / num_videos,
+        effective_rank=effective_rank(chosen),
+        num_videos=num_videos,
+        num_clips=len(rows),
+    )
+
+
+def score_encoder(
+    encoder: Encoder,
+    manifest: Manifest,
+    *,
+    max_videos: int = MAX_VIDEOS,
+    rounds: int = ROUNDS,
+    batch_size: int = 16,
+) -> LabelFreeScore:
+    """Scores an encoder on the held-out videos of a data set; only the clips that take part are read and embedded.
+
+    Args:
+        encoder: in evaluation mode.
+        manifest: data set; its shards are on this machine's disk.
+        max_videos: at most so many videos take part.
+        rounds: at most so many pairs of clips of each.
+        batch_size: clips in one forward.
+
+    Raises:
+        ValueError: fewer than two held-out videos have two clips, or a feature is not finite.
+    """
+    table = manifest.table.filter(manifest.table["held_out"])
+    pairs = choose_pairs(
+        table["video_id"].to_pylist(),
+        start_seconds=table["start_seconds"].to_numpy(),
+        clip_seconds=_clip_seconds(manifest, table),
+        max_videos=max_videos,
+        rounds=rounds,
+    )
+    rows = table.take(pa.array(np.unique(pairs)))
+    return score(
+        clip_features(encoder, manifest, rows, batch_size=batch_size, colour=False),
+        video_ids=rows["video_id"].to_pylist(),
+        start_seconds=rows["start_seconds"].to_numpy(),
+        clip_seconds=_clip_seconds(manifest, rows),
+        colours=mean_colours(manifest, rows),
+        max_videos=max_videos,
+        rounds=rounds,
+    )
+
+
+def choose_pairs(
+    video_ids: Sequence[str],
+    *,
+    start_seconds: npt.ArrayLike,
+    clip_seconds: npt.ArrayLike,
+    max_videos: int = MAX_VIDEOS,
+    rounds: int = ROUNDS,
+) -> Index:
+    """Pairs of clips of one video, half a video apart, that do not overlap in time.
+
+    Returns:
+        int64 (R, V, 2): in each round one pair of each of V videos, as rows of the arguments. A video with fewer
+        pairs than rounds gives them again. The videos are sorted by name; beyond `max_videos` a fixed draw decides.
+
+    Raises:
+        ValueError: fewer than two videos have such a pair.
+    """
+    names, members = np.unique(np.asarray(video_ids, dtype=object), return_inverse=True)
+    starts = np.asarray(start_seconds, np.float64)
+    lengths = np.broadcast_to(np.asarray(clip_seconds, np.float64), starts.shape)
+    order = np.lexsort((starts, members))
+    bounds = np.searchsorted(members[order], np.arange(len(names) + 1))
+    pairs_of: list[Index] = []
+    for video in range(len(names)):
+        clips = order[bounds[video] : bounds[video + 1]]
+        half = len(clips) // 2
+        early, late = clips[:half], clips[len(clips) - half :]
+        # A hair below the length: neighbours that touch are disjoint, whatever the last digit of their times.
+        apart = starts[late] - starts[early] >= lengths[early] * (1 - 1e-3)
+        pairs_of.append(np.stack([early, late], axis=1)[apart])
+    fit = np.flatnonzero([len(pairs) > 0 for pairs in pairs_of])
+    if len(fit) < 2:
+        raise ValueError(
+            f"{len(fit)} of {len(names)} held-out videos have two clips that do not overlap in time, and the "
+            "label-free score needs two such videos: hold more videos out (--held-out-percent of jobs/ingest.py), or "
+            "cut more clips of each (--max-clips-per-video)"
+        )
+    fit = np.sort(fit[permutation(len(fit), hash64("score videos"))[:max_videos]])
+    count = min(rounds, max(len(pairs_of[video]) for video in fit))
+    return np.stack([[_spread(pairs_of[video], count)[place] for video in fit] for place in range(count)])
+
+
+def effective_rank(features: npt.ArrayLike) -> float:
+    """Directions that features (N, D) use: e to the entropy of their singular values (Roy and Vetterli, 2007)."""
+    apart = np.asarray(features, np.float64)
+    apart = apart - apart.mean(axis=0)
+    # Through the smaller of the two products: N may be large, and only the values are needed.
+    product = apart.T @ apart if apart.shape[0] > apart.shape[1] else apart @ apart.T
+    values = np.sqrt(np.maximum(np.linalg.eigvalsh(product), 0))
+    if values.sum() < 1e-9:
+        return 1.0
+    shares = values[values > values.max() * 1e-7] / values.sum()  # below are the roots of rounding errors
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def _spread(pairs: Index, count: int) -> Index:
+    """`count` of the pairs, evenly spread, or all of them over and over."""
+    if len(pairs) < count:
+        return pairs[np.arange(count) % len(pairs)]
+    return pairs[np.linspace(0, len(pairs) - 1, count).round().astype(np.int64)]
+
+
+def _both_ways(places: Index) -> list[tuple[Index, Index]]:
+    return [way for pair in places for way in ((pair[:, 0], pair[:, 1]), (pair[:, 1], pair[:, 0]))]
+
+
+def _found(similarity: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """For each row of (V, V), 1 where the diagonal is the largest; shared where several are equal."""
+    best = similarity >= similarity.max(axis=1, keepdims=True)
+    share: npt.NDArray[np.float64] = np.diagonal(best) / best.sum(axis=1)
+    return share
+
+
+def _squared_distances(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    distances: npt.NDArray[np.float64] = (a**2).sum(axis=1)[:, None] - 2 * a @ b.T + (b**2).sum(axis=1)
+    return distances
+
+
+def _clip_seconds(manifest: Manifest, rows: pa.Table) -> npt.NDArray[np.float64]:
+    seconds: npt.NDArray[np.float64] = manifest.frame_shape[0] / rows["fps"].to_numpy()
+    return seconds
