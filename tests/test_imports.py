@@ -18,6 +18,7 @@ HOMES = {
     "ray": {
         "vmoco.job",
         "vmoco.sweep",
+        "vmoco.cluster_check",
         "vmoco.data.ingest",
         "vmoco.train.launch",
         "vmoco.train.worker",
@@ -33,6 +34,7 @@ HOMES = {
 BASE = {"vmoco", "vmoco.settings", "vmoco.config", "vmoco.presets", "vmoco.storage", "vmoco.seed"}
 WORK = {"vmoco.data.ingest", "vmoco.data.footage", "vmoco.export", "vmoco.registry", "vmoco.tracking", "vmoco.report"}
 WORK |= {"vmoco.job", "vmoco.job_server", "vmoco.local", "vmoco.sweep", "vmoco.services"}
+WORK |= {"vmoco.cluster_check", "vmoco.node_report"}
 
 
 def name_of(path: Path) -> str:

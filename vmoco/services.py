@@ -73,9 +73,9 @@ def make_tracker_user(tracker: str, *, admin_password: str, user: str, password:
 
 
 def _refused(tracker: str, user: str, error: OSError, said: str) -> str:
-    if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403):
+    if isinstance(error, urllib.error.HTTPError) and error.code == 401:
         return f"the tracker {tracker} does not take the password of its user admin: check TRACKER_ADMIN_PASSWORD"
-    return f"the tracker {tracker} does not make user {user!r}: {error} {said}".rstrip()
+    return f"the tracker {tracker} does not make user {user!r}: {error} {' '.join(said.split())[:300]}".rstrip()
 
 
 def _ask(tracker: str, method: str, path: str, body: dict[str, str], admin_password: str) -> Any:

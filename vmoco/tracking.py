@@ -13,6 +13,7 @@ import os
 import tempfile
 import threading
 import time
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,18 @@ _BATCH = 500  # points in one request; MLflow takes at most 1,000
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or a database in $VMOCO_HOME (~/.vmoco)."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.join(storage.home(), 'mlflow.db')}"
+    """MLFLOW_TRACKING_URI, or a database in $VMOCO_HOME (~/.vmoco).
+
+    Raises:
+        ValueError: it carries a password: the URI is shown to people and kept with runs.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.join(storage.home(), 'mlflow.db')}"
+    if urllib.parse.urlsplit(uri).password:
+        raise ValueError(
+            "MLFLOW_TRACKING_URI carries a password, which would show in logs: take it out and set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (PGUSER and PGPASSWORD for a PostgreSQL URI)"
+        )
+    return uri
 
 
 def client(uri: str | None = None) -> Any:

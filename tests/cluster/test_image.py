@@ -74,7 +74,7 @@ def test_every_image_runs_as_nobody_and_answers_for_its_health() -> None:
     [
         # pip finds every package of the lock file in the environment of the tests and downloads none.
         pytest.param({"PYTHONPATH": "/packages"}, id="packages-of-the-tests"),
-        pytest.param({"TORCH_INDEX": ""}, id="everything-anew", marks=[pytest.mark.slow, pytest.mark.timeout(1500)]),
+        pytest.param({"PIP_NO_INPUT": "1"}, id="everything-anew", marks=[pytest.mark.slow, pytest.mark.timeout(1500)]),
     ],
 )
 @pytest.mark.parametrize("target", ["cpu"])
