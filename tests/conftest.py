@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,24 @@ def vmoco_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("VMOCO_HOME", str(home))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return home
+
+
+@pytest.fixture(scope="session")
+def empty_tracker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new tracking database: MLflow takes seconds to make one."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("tracker") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def tracker_home(vmoco_home: Path, empty_tracker: Path) -> Path:
+    """$VMOCO_HOME with a tracking database that is ready and empty."""
+    vmoco_home.mkdir()
+    shutil.copy(empty_tracker, vmoco_home / "mlflow.db")
+    return vmoco_home
 
 
 @pytest.fixture(scope="session")

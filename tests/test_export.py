@@ -1,119 +1,122 @@
-"""An encoder that is pulled gives the features of the one that was registered, and a changed one is refused."""
+"""An encoder that is read gives the features of the one that was written, and a changed one is refused."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
-import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from tests.dataset import make_data_set
-from vmoco import export, registry, tracking
-from vmoco.data.augment import PIXEL_MEAN, PIXEL_STD
+from tests.encoders import clips, save_checkpoint
+from vmoco import export
 from vmoco.data.manifest import Manifest
-from vmoco.presets import PRESETS
-from vmoco.train.state import TrainState
+from vmoco.train.state import TrainState, file_sha256
 
-SETTINGS = PRESETS["tiny"][1]
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return make_data_set(tmp_path_factory.mktemp("data"), num_held_out=3)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> tuple[Path, TrainState]:
+    """An encoder's folder, and the state that it was taken from."""
+    place = tmp_path_factory.mktemp("written")
+    state = save_checkpoint(place / "checkpoint", manifest)
+    export.write_encoder(place / "checkpoint", place / "encoder", manifest=manifest, data_licence="mine, CC0")
+    return place / "encoder", state
 
 
 @pytest.fixture
-def manifest(tmp_path: Path) -> Manifest:
-    return make_data_set(tmp_path / "data")
+def folder(written: tuple[Path, TrainState], tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(written[0], tmp_path / "encoder"))
 
 
-@pytest.fixture
-def state(manifest: Manifest) -> TrainState:
-    return TrainState(SETTINGS, manifest_hash=manifest.hash, device=torch.device("cpu"))
-
-
-@pytest.fixture
-def exported(tmp_path: Path, manifest: Manifest, state: TrainState) -> Path:
-    checkpoint = tmp_path / "checkpoint"
-    checkpoint.mkdir()
-    state.save(checkpoint, run_id="a run")
-    export.write_encoder(checkpoint, tmp_path / "encoder", manifest=manifest)
-    return tmp_path / "encoder"
-
-
-def clips() -> torch.Tensor:
-    return torch.randint(0, 256, (3, 8, 40, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-
-
-def test_features_are_those_of_the_query_encoder(exported: Path, state: TrainState) -> None:
+def test_features_are_those_of_the_query_encoder(written: tuple[Path, TrainState]) -> None:
     """Bit for bit, at the same preprocessing: weights and running statistics are the query encoder's."""
-    encoder = export.load_encoder(str(exported))
-    backbone = state.moco.query.backbone.eval()
+    encoder = export.load_encoder(str(written[0]))
+    backbone = written[1].moco.query.backbone.eval()
     with torch.inference_mode():
         expected = torch.nn.functional.normalize(backbone(encoder.preprocess(clips())), dim=1)
     assert torch.equal(encoder.embed(clips()), expected)
-    assert encoder.embed(clips()).shape == (3, encoder.feature_dim)
 
 
-def test_preprocessing_is_a_centre_crop_and_kinetics_normalisation(exported: Path) -> None:
-    """Where no scaling is needed, against plain numpy: the middle square of each frame, (pixel / 255 - mean) / std."""
-    encoder = export.load_encoder(str(exported))
-    frames = clips()[:, :, 4:36, :, :]  # 32 high, as the encoder wants; 48 wide
-    found = encoder.preprocess(frames).numpy()
-    square = frames.numpy()[:, :, :, 8:40].astype(np.float64) / 255
-    expected = ((square - np.array(PIXEL_MEAN)) / np.array(PIXEL_STD)).transpose(0, 4, 1, 2, 3)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "wrong", [torch.zeros(1, 8, 40, 48, 3), torch.zeros(8, 40, 48, 3, dtype=torch.uint8)], ids=["float", "4-D"]
-)
-def test_other_clips_are_refused(exported: Path, wrong: torch.Tensor) -> None:
-    """The sentence says what came and what is needed."""
-    with pytest.raises(ValueError, match=r"frames are torch.* uint8 \(clips, frames, height, width, 3\)"):
-        export.load_encoder(str(exported)).embed(wrong)
-
-
-def test_changed_weights_are_refused(exported: Path) -> None:
-    """One byte of the weights, or no weights at all."""
-    path = exported / export.WEIGHTS
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"is damaged or was changed"):
-        export.load_encoder(str(exported))
-    path.unlink()
-    with pytest.raises(ValueError, match=r"has no encoder.safetensors"):
-        export.load_encoder(str(exported))
-
-
-def test_the_card_says_where_it_comes_from(exported: Path, manifest: Manifest) -> None:
-    """Data set with its hash and counts, run, step, preprocessing with frames per second, versions."""
-    card = json.loads((exported / export.CARD).read_text())
-    assert card["data"] == {"manifest_hash": manifest.hash, "uri": manifest.uri, "counts": manifest.counts}
+def test_the_card_says_where_it_comes_from(written: tuple[Path, TrainState], manifest: Manifest) -> None:
+    """Data set with hash, counts and licence, run, step, preprocessing with frame rate, versions, commit, hashes."""
+    card = json.loads((written[0] / export.CARD).read_text())
+    assert card["data"] == {
+        "manifest_hash": manifest.hash,
+        "uri": manifest.uri,
+        "counts": manifest.counts,
+        "licence": "mine, CC0",
+    }
     assert (card["run_id"], card["step"]) == ("a run", 0)
     assert card["preprocessing"]["fps"] == 25.0
-    assert set(card["versions"]) == {"vmoco", "torch"}
+    assert {"vmoco", "torch", "torchvision", "safetensors"} <= set(card["versions"])
+    assert "git_commit" in card
+    others = {path.name for path in written[0].iterdir()} - {export.CARD}
+    assert card["files"] == {name: file_sha256(written[0] / name) for name in others}
+    assert others == {"encoder.safetensors", "settings.json", "videos.parquet", "program.pt2"}
 
 
-def test_encoders_are_pulled_by_alias_and_version(exported: Path, vmoco_home: Path) -> None:
-    """A second version takes the alias over, the first stays under its number; both give the exported features.
+def test_the_commit_is_that_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 hex digits, with a mark where files were changed; an image names its own."""
+    commit = export.git_commit()
+    if commit is not None:  # else the sources are not a checkout
+        assert len(commit.removesuffix("+changes")) == 40
+    monkeypatch.setenv("VMOCO_COMMIT", "abc")
+    assert export.git_commit() == "abc"
 
-    An unknown name, and an unknown alias, list what there is.
-    """
-    with pytest.raises(ValueError, match=r"nothing is registered there yet"):
-        export.load_encoder("models:/tested@candidate")
-    run_id = tracking.create_run(SETTINGS, tags={})
-    registry.attach(exported, run_id=run_id)
-    for version in ("1", "2"):
-        registered = registry.register(run_id, name="tested", alias="candidate")
-        assert (registered.version, registered.uri) == (version, "models:/tested@candidate")
-    expected = export.load_encoder(str(exported)).embed(clips())
-    for uri in ("models:/tested@candidate", "models:/tested/1", f"runs:/{run_id}/encoder"):
-        assert torch.equal(export.load_encoder(uri).embed(clips()), expected)
-    with pytest.raises(ValueError, match=r"there are tested \(candidate\)"):
-        export.load_encoder("models:/tested@champion")
-    code = (
-        "import sys, vmoco; vmoco.load_encoder('models:/tested@candidate'); "
-        "assert not {'ray', 'av'} & set(sys.modules), 'a pull needs neither'"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+def test_the_videos_travel_with_it(written: tuple[Path, TrainState], manifest: Manifest) -> None:
+    """One row per video, sorted, with what was held out."""
+    table = pq.read_table(written[0] / export.VIDEOS)
+    assert table["video_id"].to_pylist() == [f"video-{video:03d}" for video in range(12)]
+    assert table["held_out"].to_pylist() == [False] * 9 + [True] * 3
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "empty"])
+def test_changed_weights_are_refused(folder: Path, how: str) -> None:
+    """One bit, half of the file, all of it."""
+    path = folder / export.WEIGHTS
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes({"flipped": content, "truncated": content[: len(content) // 2], "empty": b""}[how])
+    with pytest.raises(ValueError, match=r"is damaged or was changed"):
+        export.load_encoder(str(folder))
+
+
+def test_weights_changed_together_with_the_card_are_refused(folder: Path) -> None:
+    """Who changes both is found out by the record of the registry, which is kept elsewhere."""
+    record = file_sha256(folder / export.CARD)
+    export.read_encoder(folder, "mine", sha256=record)
+    other = bytearray((folder / export.WEIGHTS).read_bytes())
+    other[-1] ^= 1
+    (folder / export.WEIGHTS).write_bytes(other)
+    card = json.loads((folder / export.CARD).read_text())
+    card["files"][export.WEIGHTS] = file_sha256(folder / export.WEIGHTS)
+    (folder / export.CARD).write_text(json.dumps(card))
+    export.read_encoder(folder, "mine")  # consistent in itself
+    with pytest.raises(ValueError, match=r"mine is damaged or was changed: its encoder.json is not the one that was"):
+        export.read_encoder(folder, "mine", sha256=record)
+
+
+def test_what_is_no_encoder_is_said(folder: Path, tmp_path: Path) -> None:
+    """No folder, no card, no weights, a card that is cut off, and one of another version."""
+    for place in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(ValueError, match=r"is not an encoder of vmoco: it has no encoder.json"):
+            export.load_encoder(str(place))
+    (folder / export.WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=r"has no encoder.safetensors"):
+        export.load_encoder(str(folder))
+    (folder / export.CARD).write_text('{"version": 1}')
+    with pytest.raises(ValueError, match=r"is of version 1, this vmoco reads version 2"):
+        export.load_encoder(str(folder))
+    (folder / export.CARD).write_text('{"version": ')
+    with pytest.raises(ValueError, match=r"its encoder.json is no JSON"):
+        export.load_encoder(str(folder))

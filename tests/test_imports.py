@@ -24,7 +24,7 @@ HOMES = {
         "vmoco.train.worker",
         "vmoco.train.channel",
     },
-    "mlflow": {"vmoco.tracking", "vmoco.registry"},
+    "mlflow": {"vmoco.tracking", "vmoco.registry", "vmoco.encoder_program"},
     "av": {"vmoco.data.video"},
     "faiss": {"vmoco.evaluate.knn"},
     "sklearn": {"vmoco.evaluate.probe"},
@@ -33,8 +33,10 @@ HOMES = {
 # From the ground up: a module imports from its own layer and from those below it.
 BASE = {"vmoco", "vmoco.settings", "vmoco.config", "vmoco.presets", "vmoco.storage", "vmoco.seed"}
 WORK = {"vmoco.data.ingest", "vmoco.data.footage", "vmoco.export", "vmoco.registry", "vmoco.tracking", "vmoco.report"}
-WORK |= {"vmoco.job", "vmoco.job_server", "vmoco.local", "vmoco.sweep", "vmoco.services"}
-WORK |= {"vmoco.cluster_check", "vmoco.node_report"}
+WORK |= {"vmoco.encoder", "vmoco.encoder_program", "vmoco.program", "vmoco.model_card", "vmoco.promotion"}
+WORK |= {"vmoco.lineage", "vmoco.publish"}
+WORK |= {"vmoco.job", "vmoco.job_server", "vmoco.local", "vmoco.sweep"}
+WORK |= {"vmoco.services", "vmoco.cluster_check", "vmoco.node_report"}
 
 
 def name_of(path: Path) -> str:

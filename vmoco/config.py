@@ -195,6 +195,8 @@ class TrackingSettings(Settings):
     """Name under which the finished encoder is registered."""
     alias: str = "candidate"
     """Alias given to the registered version."""
+    data_licence: str = ""
+    """What the videos may be used for, and whose they are: a note that travels with the encoder."""
 
 
 class PretrainSettings(Settings):
@@ -240,6 +242,11 @@ class PretrainSettings(Settings):
             raise ValueError(
                 f"model.backbone s3d needs data.num-frames 5 and augment.size 17 or more, not "
                 f"{self.data.num_frames} and {self.augment.size}: raise them, or take another backbone"
+            )
+        if self.tracking.alias == "champion":
+            raise ValueError(
+                "tracking.alias 'champion' is not given by a run, because it moves only to an encoder that scores "
+                "better: leave it out, and run jobs/registry.py promote NAME afterwards"
             )
         if train.warmup_steps >= train.steps:
             raise ValueError(f"train.warmup-steps {train.warmup_steps} must be below train.steps {train.steps}")

@@ -1,154 +1,152 @@
-"""The encoder as a thing of its own: a folder of safetensors and JSON that any process can load, without Ray.
+"""The encoder as a thing of its own: a folder that any process can load, without Ray.
 
     encoder.safetensors   weights of the backbone
-    encoder.json          preprocessing, lineage, and the SHA-256 of the weights
+    encoder.json          the card: preprocessing, lineage, and the SHA-256 of every other file of this list
     settings.json         the resolved settings of the run, the same bytes as in its checkpoint and in MLflow
+    videos.parquet        which videos it was trained on, and which were held out
+    program.pt2           the same network for whoever has no vmoco (`vmoco/encoder_program.py`)
 
-Nothing in it can run code. `load_encoder` refuses weights whose hash is not the recorded one.
+`load_encoder` reads safetensors and JSON alone, so nothing in the folder can run code, and only files whose hash is
+the recorded one: the card holds the files' hashes, the registry the card's.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
+import os
+import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load, save_file
 
-import vmoco
 from vmoco import storage
-from vmoco.data.augment import PIXEL_MEAN, PIXEL_STD
 from vmoco.data.manifest import Manifest
+from vmoco.encoder import Encoder, Preprocessing
+from vmoco.encoder_program import CARD, PROGRAM
 from vmoco.model.backbone import Backbone, build_backbone
+from vmoco.program import ONNX, write_onnx, write_program
 from vmoco.train import state
 
-VERSION = 1
-WEIGHTS, CARD = "encoder.safetensors", "encoder.json"
+__all__ = ["Encoder", "Preprocessing", "load_encoder", "read_encoder", "write_encoder", "write_folder"]
+
+VERSION = 2
+WEIGHTS, VIDEOS = "encoder.safetensors", "videos.parquet"
+VIDEO_FIELDS = pa.schema([("video_id", pa.string()), ("held_out", pa.bool_())])
+
+NO_LICENCE = (
+    "not recorded: whoever uses this encoder asks whoever made the data set what its videos may be used for "
+    "(--tracking.data-licence records it)"
+)
+_PACKAGES = ("vmoco", "torch", "torchvision", "numpy", "safetensors", "pyarrow", "av", "mlflow", "ray")
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """What an encoder expects of a clip."""
-
-    num_frames: int
-    """T it was trained with; other lengths are accepted."""
-    fps: float
-    """Frames per second of its training clips (their median)."""
-    size: int
-    """Height and width in pixels; frames are centre-cropped to a square and scaled to it."""
-    mean: tuple[float, float, float] = PIXEL_MEAN
-    std: tuple[float, float, float] = PIXEL_STD
-
-
-class Encoder(nn.Module):
-    """A pretrained encoder with its preprocessing.
-
-    Attributes:
-        backbone: the network, for fine-tuning: normalised float (B, 3, T, H, W) -> (B, feature_dim).
-        preprocessing: what `forward` does to frames first.
-        card: where it comes from.
-    """
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self, backbone: Backbone, preprocessing: Preprocessing, card: dict[str, Any]) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.preprocessing = preprocessing
-        self.card = card
-        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(preprocessing.std).view(3, 1, 1, 1), persistent=False)
-
-    @property
-    def feature_dim(self) -> int:
-        """Width of a feature."""
-        return self.backbone.feature_dim
-
-    def preprocess(self, frames: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, T, H, W, 3) -> normalised float32 (B, 3, T, size, size).
-
-        Raises:
-            ValueError: frames of another shape or type.
-        """
-        if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[-1] != 3:
-            raise ValueError(
-                f"frames are {frames.dtype} {tuple(frames.shape)}: "
-                "uint8 (clips, frames, height, width, 3), RGB, is needed"
-            )
-        size, side = self.preprocessing.size, min(frames.shape[2:4])
-        top, left = (frames.shape[2] - side) // 2, (frames.shape[3] - side) // 2
-        square = frames[:, :, top : top + side, left : left + side].permute(0, 1, 4, 2, 3)
-        pixels = square.flatten(0, 1).to(self.mean.device).float() / 255
-        scaled = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-        clips = scaled.unflatten(0, frames.shape[:2]).transpose(1, 2)
-        return (clips - self.mean) / self.std
-
-    @torch.inference_mode()
-    def embed(self, frames: torch.Tensor) -> torch.Tensor:
-        """Features of clips, float32 (B, feature_dim), unit rows; uint8 frames (B, T, H, W, 3), RGB.
-
-        Features of unit length, because they are compared by cosine. Fine-tuning uses `forward`.
-
-        Raises:
-            ValueError: frames of another shape or type.
-        """
-        return F.normalize(self(frames), dim=1)
-
-    def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        """uint8 frames (B, T, H, W, 3) -> features float32 (B, feature_dim), with graph."""
-        features: torch.Tensor = self.backbone(self.preprocess(frames))
-        return features
-
-
-def write_encoder(checkpoint: Path, folder: Path, *, manifest: Manifest) -> dict[str, Any]:
+def write_encoder(
+    checkpoint: Path, folder: Path, *, manifest: Manifest, onnx: bool = False, data_licence: str = ""
+) -> dict[str, Any]:
     """Takes the query encoder's backbone out of a checkpoint.
 
     Args:
         checkpoint: folder that `TrainState.save` wrote.
-        folder: receives the encoder's three files.
+        folder: receives the encoder's files.
         manifest: data set that it was trained on.
+        onnx: also write encoder.onnx.
+        data_licence: note on the videos; that of the run's settings when left out.
 
     Returns:
         The card: what encoder.json says.
 
     Raises:
-        ValueError: the checkpoint is damaged or none.
+        ValueError: the checkpoint is damaged or none, or ONNX is not installed.
     """
     record = state.Record.read(checkpoint)
     assert record.manifest_hash == manifest.hash, "an encoder's lineage names the data that it was trained on"
     settings = state.read_settings(checkpoint)
     prefix = "query.backbone."
     tensors = state.read_tensors(checkpoint, record)
-    weights = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / WEIGHTS)
-    (folder / state.SETTINGS).write_bytes((checkpoint / state.SETTINGS).read_bytes())
+    backbone = build_backbone(settings.model.backbone)
+    backbone.load_state_dict(
+        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    )
     preprocessing = Preprocessing(
         num_frames=settings.data.num_frames,
         fps=float(np.median(manifest.table["fps"].to_numpy())) / settings.data.stride,
         size=settings.augment.size,
     )
-    card = {
-        "version": VERSION,
-        "backbone": settings.model.backbone,
-        "feature_dim": build_backbone(settings.model.backbone).feature_dim,
-        "preprocessing": asdict(preprocessing),
+    lineage = {
         "step": record.step,
         "run_id": record.run_id,
         "settings_hash": record.settings_hash,
-        "data": {"manifest_hash": record.manifest_hash, "uri": manifest.uri, "counts": manifest.counts},
-        "sha256": state.file_sha256(folder / WEIGHTS),
-        "versions": {"vmoco": vmoco.__version__, "torch": torch.__version__},
+        "checkpoint_sha256": record.sha256,
+        "data": {
+            "manifest_hash": record.manifest_hash,
+            "uri": manifest.uri,
+            "counts": manifest.counts,
+            "licence": data_licence or settings.tracking.data_licence or NO_LICENCE,
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / state.SETTINGS).write_bytes((checkpoint / state.SETTINGS).read_bytes())
+    pq.write_table(_videos(manifest), folder / VIDEOS, compression="zstd")
+    return write_folder(folder, backbone, settings.model.backbone, preprocessing, lineage=lineage, onnx=onnx)
+
+
+def write_folder(
+    folder: Path,
+    backbone: Backbone,
+    backbone_name: str,
+    preprocessing: Preprocessing,
+    *,
+    lineage: dict[str, Any],
+    onnx: bool = False,
+) -> dict[str, Any]:
+    """Writes weights, program and, last, the card, which accounts for every file in the folder.
+
+    Args:
+        folder: exists; what the encoder brings along is in it already.
+        backbone: its weights.
+        backbone_name: for `build_backbone`.
+        preprocessing: of the encoder.
+        lineage: where it comes from: entries of the card.
+        onnx: also write encoder.onnx.
+
+    Returns:
+        The card.
+
+    Raises:
+        ValueError: ONNX is not installed.
+    """
+    save_file({name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}, folder / WEIGHTS)
+    encoder = Encoder(backbone, preprocessing, {"backbone": backbone_name}).eval()
+    write_program(encoder, folder)
+    if onnx:
+        write_onnx(encoder, folder)
+    names = (WEIGHTS, state.SETTINGS, VIDEOS, PROGRAM, ONNX)
+    card = {
+        "version": VERSION,
+        "backbone": backbone_name,
+        "feature_dim": backbone.feature_dim,
+        "preprocessing": preprocessing.to_json(),
+        **lineage,
+        "git_commit": git_commit(),
+        "versions": _versions(),
+        "files": {name: state.file_sha256(folder / name) for name in names if (folder / name).exists()},
     }
     storage.write_atomic(str(folder / CARD), json.dumps(card, indent=1, sort_keys=True).encode())
     return card
+
+
+def add_scores(folder: Path, scores: dict[str, dict[str, Any]]) -> None:
+    """Notes scores in the card of an encoder that is not registered yet, by protocol."""
+    card = json.loads((folder / CARD).read_text())
+    storage.write_atomic(str(folder / CARD), json.dumps(card | {"scores": scores}, indent=1, sort_keys=True).encode())
 
 
 def load_encoder(uri: str) -> Encoder:
@@ -158,30 +156,91 @@ def load_encoder(uri: str) -> Encoder:
         uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/ID/encoder`, or a folder that `write_encoder` wrote.
 
     Raises:
-        ValueError: there is none, it is damaged, or of another version.
+        ValueError: there is none, it is damaged or was changed, or it is of another version.
     """
     if uri.startswith(("models:/", "runs:/")):
         from vmoco import registry
 
         with tempfile.TemporaryDirectory() as folder:
-            registry.fetch(uri, Path(folder))
-            return _read_encoder(Path(folder), uri)
-    return _read_encoder(Path(uri), uri)
+            sha256 = registry.fetch(uri, Path(folder), names=(CARD, WEIGHTS))
+            return read_encoder(Path(folder), uri, sha256=sha256)
+    return read_encoder(Path(uri), uri)
 
 
-def _read_encoder(folder: Path, uri: str) -> Encoder:
-    try:
-        card = json.loads((folder / CARD).read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{uri} is not an encoder of vmoco: it has no {CARD}") from None
+def read_encoder(folder: Path, uri: str, *, sha256: str | None = None) -> Encoder:
+    """Reads an encoder from a folder.
+
+    Args:
+        folder: with card and weights.
+        uri: its name in errors.
+        sha256: of its card, as the registry recorded it; None for a folder of one's own, which has no other record.
+
+    Raises:
+        ValueError: as for `load_encoder`.
+    """
+    content = read_card(folder, uri, sha256=sha256)
+    card = json.loads(content)
     if card.get("version") != VERSION:
         raise ValueError(f"encoder {uri} is of version {card.get('version')}, this vmoco reads version {VERSION}")
-    if not (folder / WEIGHTS).exists():
-        raise ValueError(f"encoder {uri} is damaged: it has no {WEIGHTS}")
-    if state.file_sha256(folder / WEIGHTS) != card["sha256"]:
+    try:
+        weights = (folder / WEIGHTS).read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"encoder {uri} is damaged: it has no {WEIGHTS}") from None
+    if hashlib.sha256(weights).hexdigest() != card["files"].get(WEIGHTS):
         raise ValueError(f"encoder {uri} is damaged or was changed: its weights do not have the hash that {CARD} says")
     backbone = build_backbone(card["backbone"])
-    backbone.load_state_dict(load_file(folder / WEIGHTS))
-    wanted = card["preprocessing"]
-    preprocessing = Preprocessing(**wanted | {"mean": tuple(wanted["mean"]), "std": tuple(wanted["std"])})
-    return Encoder(backbone, preprocessing, card).eval()
+    backbone.load_state_dict(load(weights))  # the very bytes that were checked
+    return Encoder(backbone, Preprocessing.from_json(card["preprocessing"]), card).eval()
+
+
+def read_card(folder: Path, uri: str, *, sha256: str | None) -> bytes:
+    """The bytes of a card, checked against the registry's record of it, where there is one.
+
+    Raises:
+        ValueError: there is none, or it is another.
+    """
+    try:
+        content = (folder / CARD).read_bytes()
+        json.loads(content)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{uri} is not an encoder of vmoco: it has no {CARD}") from None
+    except ValueError:
+        raise ValueError(f"encoder {uri} is damaged: its {CARD} is no JSON") from None
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"encoder {uri} is damaged or was changed: its {CARD} is not the one that was registered")
+    return content
+
+
+def git_commit() -> str | None:
+    """The commit of vmoco's own sources, `+changes` where they differ from it; None outside a git checkout.
+
+    VMOCO_COMMIT overrides it, for images and working directories that travel without .git.
+    """
+    if told := os.environ.get("VMOCO_COMMIT"):
+        return told
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit, changes = (
+            subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):  # no git here, or a checkout of another user
+        return None
+    return f"{commit}+changes" if changes else commit
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions | {"torch": torch.__version__}  # with its build
+
+
+def _videos(manifest: Manifest) -> pa.Table:
+    grouped = manifest.table.group_by("video_id").aggregate([("held_out", "max")]).sort_by("video_id")
+    return grouped.rename_columns({"held_out_max": "held_out"}).select(VIDEO_FIELDS.names).cast(VIDEO_FIELDS)

@@ -91,6 +91,23 @@ def create_run(settings: PretrainSettings, *, tags: Mapping[str, str]) -> str:
     return str(run.info.run_id)
 
 
+def create_import(name: str, *, tags: Mapping[str, str]) -> str:
+    """Creates the MLflow run that stands for weights of others, and returns its id: it holds them as its artifacts.
+
+    Raises:
+        ValueError: the tracker cannot be used.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        tracker = client()
+        run = tracker.create_run(_experiment(tracker, "vmoco-imports"), run_name=name, tags=dict(tags))
+        tracker.set_terminated(run.info.run_id, "FINISHED")
+    except MlflowException as error:
+        raise ValueError(f"the tracker {tracking_uri()} cannot be used: {error}") from error
+    return str(run.info.run_id)
+
+
 def _experiment(tracker: Any, name: str) -> str:
     found = tracker.get_experiment_by_name(name)
     if found is not None:

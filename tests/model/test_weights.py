@@ -13,7 +13,7 @@ from torchvision.models import video as torchvision_video
 
 from vmoco.model.backbone import build_backbone
 from vmoco.model.moco import MocoEncoder
-from vmoco.model.weights import load_released, load_torchvision, read_checkpoint
+from vmoco.model.weights import load_released, load_torchvision, read_checkpoint, recognise
 
 BUILDERS = {name: getattr(torchvision_video, name) for name in ("r3d_18", "mc3_18", "r2plus1d_18", "s3d")}
 
@@ -121,6 +121,26 @@ def test_what_is_no_such_checkpoint_is_refused() -> None:
         load_released(encoder, BUILDERS["r3d_18"]().state_dict())
     with pytest.raises(ValueError, match=r"encoder 'both' is not known: one of query, key"):
         load_released(encoder, {}, which="both")
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_weights_are_recognised_by_their_keys(name: str) -> None:
+    """Of each of torchvision's networks, with and without its classifier; of the released code, with its head."""
+    theirs = BUILDERS[name]().state_dict()
+    bare = {key: tensor for key, tensor in theirs.items() if not key.startswith(("fc.", "classifier."))}
+    assert recognise(theirs) == recognise(bare) == recognise({"state_dict": theirs}) == ("torchvision", name, 0, "")
+    if name != "s3d":
+        for mlp in (False, True):
+            expected = ("released", name, 16, "mlp" if mlp else "linear")
+            assert recognise(released(name, mlp=mlp)[0]) == expected
+
+
+def test_other_weights_are_not_recognised() -> None:
+    """A lost key, a key too many, nothing at all: the sentence shows what keys there are."""
+    theirs = BUILDERS["r3d_18"]().state_dict()
+    for wrong in ({k: v for k, v in theirs.items() if k != "stem.0.weight"}, theirs | {"more": torch.zeros(1)}, {}):
+        with pytest.raises(ValueError, match=r"of no network that is known, their first keys are"):
+            recognise(wrong)
 
 
 class Trap:

@@ -12,8 +12,8 @@ import torch
 
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard import ShardReader
+from vmoco.encoder import Encoder
 from vmoco.evaluate.colour import mean_colour, without_colour
-from vmoco.export import Encoder
 
 Features = npt.NDArray[np.float32]
 

@@ -9,22 +9,27 @@ losses are no such score: they are not comparable between settings of the decay 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from vmoco.data.manifest import Manifest
+from vmoco.encoder import Encoder
 from vmoco.evaluate.bootstrap import Estimate, estimate
 from vmoco.evaluate.features import Features, clip_features, mean_colours
-from vmoco.export import Encoder
 from vmoco.seed import hash64, permutation
 
 MAX_VIDEOS = 2000
 """Videos that take part: bounds the work (8 clips of each are embedded) and the memory (some 50 MB)."""
 ROUNDS = 4
 """Pairs of clips of each video, where it has so many."""
+
+
+class TooFewVideosError(ValueError):
+    """A data set has too few held-out videos for the score."""
+
 
 Index = npt.NDArray[np.int64]
 
@@ -43,6 +48,8 @@ class LabelFreeScore:
     """Directions that the features use, e to the entropy of their singular values; 1 is a collapse."""
     num_videos: int
     num_clips: int
+    evaluation_set: str = ""
+    """Hash of the clips and of how they were paired: scores compare only where it is equal."""
 
     def numbers(self) -> dict[str, float]:
         """What is tracked, by name; `retrieval` is the score that chooses between encoders."""
@@ -139,7 +146,7 @@ def score_encoder(
         rounds=rounds,
     )
     rows = table.take(pa.array(np.unique(pairs)))
-    return score(
+    found = score(
         clip_features(encoder, manifest, rows, batch_size=batch_size, colour=False),
         video_ids=rows["video_id"].to_pylist(),
         start_seconds=rows["start_seconds"].to_numpy(),
@@ -148,6 +155,8 @@ def score_encoder(
         max_videos=max_videos,
         rounds=rounds,
     )
+    clips = "".join(rows["clip_id"].to_pylist()) + "".join(rows["sha256"].to_pylist())
+    return replace(found, evaluation_set=f"{hash64('label-free', clips, str(pairs.tolist())):016x}")
 
 
 def choose_pairs(
@@ -165,7 +174,7 @@ def choose_pairs(
         pairs than rounds gives them again. The videos are sorted by name; beyond `max_videos` a fixed draw decides.
 
     Raises:
-        ValueError: fewer than two videos have such a pair.
+        TooFewVideosError: fewer than two videos have such a pair.
     """
     names, members = np.unique(np.asarray(video_ids, dtype=object), return_inverse=True)
     starts = np.asarray(start_seconds, np.float64)
@@ -182,7 +191,7 @@ def choose_pairs(
         pairs_of.append(np.stack([early, late], axis=1)[apart])
     fit = np.flatnonzero([len(pairs) > 0 for pairs in pairs_of])
     if len(fit) < 2:
-        raise ValueError(
+        raise TooFewVideosError(
             f"{len(fit)} of {len(names)} held-out videos have two clips that do not overlap in time, and the "
             "label-free score needs two such videos: hold more videos out (--held-out-percent of jobs/ingest.py), or "
             "cut more clips of each (--max-clips-per-video)"

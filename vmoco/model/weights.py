@@ -19,11 +19,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vmoco.model.backbone import Backbone
+from vmoco.model.backbone import Backbone, build_backbone
 from vmoco.model.moco import MocoEncoder
 
 ENCODERS = {"query": "module.encoder_q.", "key": "module.encoder_k."}
 """Prefixes of the two encoders in a checkpoint of the released code, which saved its DDP wrapper."""
+
+TORCHVISION = ("r3d_18", "mc3_18", "r2plus1d_18", "s3d")
+"""Backbones that torchvision has weights of."""
 
 # torchvision names its classifier `fc` in the ResNets and `classifier` in S3D; the released code's `fc` is its head.
 _CLASSIFIERS = ("fc.", "classifier.")
@@ -73,6 +76,42 @@ def load_released(encoder: MocoEncoder, checkpoint: Mapping[str, object], *, whi
         for name, tensor in found.items()
     }
     _load(encoder, renamed, "the checkpoint does not fit this encoder")
+
+
+def recognise(checkpoint: Mapping[str, object]) -> tuple[str, str, int, str]:
+    """Whose weights these are, and of which network, by their keys and shapes.
+
+    Args:
+        checkpoint: what `read_checkpoint` returned.
+
+    Returns:
+        Format ("torchvision" or "released"), name of the backbone, embedding width (0 for torchvision) and head
+        ("linear" or "mlp"; empty for torchvision).
+
+    Raises:
+        ValueError: they are of none of the networks that are known.
+    """
+    entry = checkpoint.get("state_dict", checkpoint)
+    named = entry if isinstance(entry, Mapping) else {}
+    shapes = {name: tuple(value.shape) for name, value in named.items() if isinstance(value, torch.Tensor)}
+    prefix = ENCODERS["query"]
+    released = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+    kept = {name: shape for name, shape in (released or shapes).items() if not name.startswith(_CLASSIFIERS)}
+    for name in TORCHVISION:
+        with torch.device("meta"):  # only names and shapes are looked at
+            expected = build_backbone(name).trunk.state_dict()
+        needed = {key for key in expected if not key.endswith("num_batches_tracked")}
+        if needed <= set(kept) <= set(expected) and all(kept[key] == tuple(expected[key].shape) for key in needed):
+            if not released:
+                return "torchvision", name, 0, ""
+            head = "mlp" if "fc.2.weight" in released else "linear"
+            width = released.get("fc.2.weight" if head == "mlp" else "fc.weight")
+            if width is not None:
+                return "released", name, width[0], head
+    raise ValueError(
+        f"the weights are of no network that is known, their first keys are {_first(named)}: torchvision's "
+        f"{', '.join(TORCHVISION)}, or a checkpoint of the released VideoMoCo code of one of its ResNets, is needed"
+    )
 
 
 def read_checkpoint(path: Path) -> dict[str, object]:

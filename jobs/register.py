@@ -1,0 +1,42 @@
+"""Registers an encoder: of a run, of one of its kept checkpoints, or somebody else's weights from a local file.
+
+    python jobs/register.py RUN --name NAME                      # the last checkpoint of a run (its name or MLflow id)
+    python jobs/register.py RUN --name NAME --step 4000          # any checkpoint that was kept
+    python jobs/register.py r2plus1d_18-91a641e6.pth --name kinetics-r2plus1d     # torchvision's, or VideoMoCo's
+
+The new version is the candidate. `jobs/registry.py` makes it the champion, where it scores better. Needs no Ray.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from vmoco import job
+from vmoco.publish import Options, publish_file, publish_run
+
+
+def register(
+    source: Annotated[str, tyro.conf.Positional],
+    /,
+    options: tyro.conf.OmitArgPrefixes[Options],
+    step: int | None = None,
+) -> None:
+    """Registers an encoder.
+
+    Args:
+        source: name or MLflow id of a run, or a local file of weights.
+        options: how.
+        step: of the run's checkpoint; the last one when left out.
+    """
+    if Path(source).is_file():
+        if step is not None:
+            raise ValueError(f"--step chooses a checkpoint of a run, and {source} is a file: leave it out")
+        registered = publish_file(Path(source), options)
+    else:
+        registered = publish_run(source, options, step=step)
+    print(f"registered version {registered.version} as {registered.uri}")
+
+
+if __name__ == "__main__":
+    job.run_job(lambda: tyro.cli(register, description=__doc__))

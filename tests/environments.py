@@ -1,0 +1,57 @@
+"""Fresh virtual environments that hold a few installed packages with what they require, and nothing else.
+
+The packages are linked from the environment of the tests, those that the metadata of the roots ask for: to install
+torch anew would take minutes and gigabytes, and show no more.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+
+def requirements(roots: Iterable[str], *, extras: Iterable[str] = ()) -> set[str]:
+    """Names of the distributions that the roots (requirements as pip takes them) need here, themselves included."""
+    found: dict[str, set[str]] = {}
+    todo = [Requirement(root) for root in roots]
+    while todo:
+        wanted = todo.pop()
+        name = canonicalize_name(wanted.name)
+        new = (set(wanted.extras) | {""}) - found.get(name, set())
+        if not new:
+            continue
+        found.setdefault(name, set()).update(new)
+        for line in importlib.metadata.requires(name) or []:
+            requirement = Requirement(line)
+            if any(requirement.marker is None or requirement.marker.evaluate({"extra": extra}) for extra in new):
+                todo.append(requirement)
+    return set(found)
+
+
+def light_environment(folder: Path, *roots: str, without: Iterable[str] = ()) -> Path:
+    """Makes the environment; returns its Python.
+
+    Args:
+        folder: of the environment.
+        roots: requirements, such as "torch" or "vmoco[cluster]".
+        without: distributions that must not be among what the roots need.
+    """
+    names = requirements(roots)
+    assert not names & {canonicalize_name(name) for name in without}, "the roots need what they should not"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = folder / "lib" / version / "site-packages"
+    for name in names:
+        distribution = importlib.metadata.distribution(name)
+        root = Path(str(distribution.locate_file("")))
+        tops = {file.parts[0] for file in distribution.files or [] if file.parts[0] not in ("..", "__pycache__")}
+        for top in tops:
+            if not (packages / top).is_symlink():  # several distributions may share a folder
+                (packages / top).symlink_to(root / top)
+    return folder / "bin" / "python"

@@ -1,0 +1,87 @@
+"""An encoder takes a path, an array or a tensor, and prepares frames itself; what it cannot take, it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.data.videos import images, truncate, write_video
+from tests.encoders import clips, encoder_of
+from vmoco.data.augment import PIXEL_MEAN, PIXEL_STD
+from vmoco.data.video import cut_clips
+
+
+def test_preprocessing_is_a_centre_crop_and_kinetics_normalisation() -> None:
+    """Where no scaling is needed, against plain numpy: the middle square of each frame, (pixel / 255 - mean) / std."""
+    frames = clips(height=32)  # as high as the encoder wants; 48 wide
+    found = encoder_of().preprocess(frames).numpy()
+    square = frames.numpy()[:, :, :, 8:40].astype(np.float64) / 255
+    expected = ((square - np.array(PIXEL_MEAN)) / np.array(PIXEL_STD)).transpose(0, 4, 1, 2, 3)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_tensor_an_array_and_one_clip_give_the_same() -> None:
+    """Also an array that cannot be written, one with strides turned round, and a clip without the first dimension."""
+    encoder = encoder_of()
+    expected = encoder.embed(clips())
+    assert expected.shape == (3, encoder.feature_dim)
+    torch.testing.assert_close(expected.norm(dim=1), torch.ones(3))
+    locked = clips().numpy()
+    locked.flags.writeable = False
+    for source in (clips().numpy(), locked, np.ascontiguousarray(locked[..., ::-1])[..., ::-1]):
+        assert torch.equal(encoder.embed(source), expected)
+    torch.testing.assert_close(encoder.embed(clips()[1]), expected[1:2])
+    torch.testing.assert_close(encoder.embed(clips().numpy()[1]), expected[1:2])
+
+
+def test_a_video_gives_its_clips_at_the_encoders_rate(tmp_path: Path) -> None:
+    """A path at 50 frames per second, for an encoder of 25: every second frame, as ingest would have cut them."""
+    path = write_video(tmp_path / "a video.mp4", images(70), fps=50)
+    encoder = encoder_of()
+    cut = cut_clips(str(path), num_frames=8, stride=2, height=32, width=32, max_clips=32, seconds=60)
+    assert len(cut.frames) == 4, "70 frames hold four clips of 15"
+    assert torch.equal(encoder.embed(path), encoder.embed(cut.frames))
+    assert torch.equal(encoder.embed(str(path)), encoder.embed(cut.frames))
+
+
+def test_a_video_that_gives_no_clips_is_said(tmp_path: Path) -> None:
+    """Missing, cut off, and too short."""
+    encoder = encoder_of()
+    with pytest.raises(ValueError, match=r"there is no video file .*none.mp4"):
+        encoder.embed(tmp_path / "none.mp4")
+    with pytest.raises(ValueError, match=r"gives no clips \(clip: too-few-frames: 5 frames"):
+        encoder.embed(write_video(tmp_path / "short.mp4", images(5)))
+    with pytest.raises(ValueError, match="gives no clips"):
+        encoder.embed(truncate(write_video(tmp_path / "cut.mp4", images(40)), 0.5))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.zeros(1, 8, 40, 48, 3),
+        torch.zeros(40, 48, 3, dtype=torch.uint8),
+        torch.zeros(1, 3, 8, 40, 48, dtype=torch.uint8),
+        torch.zeros(0, 8, 40, 48, 3, dtype=torch.uint8),
+        np.zeros((8, 40, 48, 3)),
+    ],
+    ids=["float", "one frame", "channels first", "no clip", "float array"],
+)
+def test_other_frames_are_refused(wrong: torch.Tensor) -> None:
+    """The sentence says what came and what is needed."""
+    with pytest.raises(ValueError, match=r"frames are .*(float|uint8).*: .*uint8"):
+        encoder_of().embed(wrong)
+
+
+def test_what_is_no_frames_at_all_is_refused() -> None:
+    """Its type is named."""
+    with pytest.raises(ValueError, match="frames are list: a path, or uint8 frames"):
+        encoder_of().embed([1, 2])  # type: ignore[arg-type]
+
+
+def test_s3d_says_how_many_frames_it_needs() -> None:
+    """Instead of an error from the middle of the network."""
+    with pytest.raises(ValueError, match="clips have 4 frames, this s3d needs 5 or more"):
+        encoder_of("s3d", size=32).embed(clips(num_frames=4))

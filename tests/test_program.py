@@ -1,0 +1,42 @@
+"""The exported programs compute what the encoder computes, whatever the batch and the size of the frames."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.encoders import clips, encoder_of
+from vmoco import program
+
+
+@pytest.mark.parametrize(("name", "size"), [("r3d_nano", 32), pytest.param("s3d", 40, marks=pytest.mark.slow)])
+def test_torch_export_is_bitwise_the_encoder(tmp_path: Path, name: str, size: int) -> None:
+    """Also for one clip, for frames of exactly the size, larger and smaller ones: difference 0."""
+    encoder = encoder_of(name, size=size)
+    archive = torch.export.load(str(program.write_program(encoder, tmp_path))).module()
+    for count, side in ((1, size), (3, 2 * size), (2, size // 2)):
+        frames = clips(count, height=side, width=side)
+        assert torch.equal(archive(frames), encoder.embed(frames)), (count, side)
+
+
+def test_a_program_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison looks at what was written, and not at what was meant."""
+    encoder = encoder_of()
+    monkeypatch.setattr(encoder, "embed", lambda source: torch.zeros(len(source), encoder.feature_dim))
+    with pytest.raises(RuntimeError, match="the exported program differs from the encoder by"):
+        program.write_program(encoder, tmp_path)
+
+
+def test_onnx_is_numerically_the_encoder(tmp_path: Path) -> None:
+    """By ONNX Runtime, for other batches and sizes than those of the export, within 1e-4."""
+    import onnxruntime
+
+    encoder = encoder_of("r2plus1d_nano")
+    session = onnxruntime.InferenceSession(str(program.write_onnx(encoder, tmp_path)))
+    for count, side in ((1, 32), (3, 64)):
+        frames = clips(count, height=side, width=side)
+        found = session.run(None, {"clips": frames.numpy()})[0]
+        np.testing.assert_allclose(found, encoder.embed(frames).numpy(), atol=program.ONNX_TOLERANCE)

@@ -1,0 +1,142 @@
+"""Runs, their kept checkpoints and files of others become registered encoders; which of them saw a video is known."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import video as torchvision_video
+
+from tests.dataset import make_data_set
+from tests.encoders import clips, tracked_run
+from vmoco import lineage, promotion, registry
+from vmoco.data.manifest import Manifest
+from vmoco.export import load_encoder
+from vmoco.publish import Options, publish_file, publish_run
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return make_data_set(tmp_path_factory.mktemp("data"), num_held_out=4)
+
+
+@pytest.fixture(scope="module")
+def other_manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return make_data_set(tmp_path_factory.mktemp("other"), num_videos=6)
+
+
+def job(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"jobs/{name}.py", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, check=False)
+
+
+def test_any_kept_checkpoint_of_a_run_becomes_an_encoder(
+    manifest: Manifest, tracker_home: Path, tmp_path: Path
+) -> None:
+    """By name and step, scored on the held-out videos; the last one without a step. What is not there is listed."""
+    run_id = tracked_run(tmp_path, manifest, steps=(10, 20))
+    said: list[str] = []
+    first = publish_run("a-run", Options(name="tested"), step=10, show=said.append)
+    last = publish_run(run_id, Options(name="tested", score=False))
+    encoders = [load_encoder(f"models:/tested/{registered.version}") for registered in (first, last)]
+    assert [encoder.card["step"] for encoder in encoders] == [10, 20]
+    assert not torch.equal(encoders[0].embed(clips()), encoders[1].embed(clips()))
+    scored, unscored = (registry.find_version(f"models:/tested/{each.version}") for each in (first, last))
+    (score,) = promotion.scores_of(scored)
+    assert score.protocol == "label-free"
+    assert f"{score.value:.1%}" in said[0]
+    assert promotion.scores_of(unscored) == []
+    card = Path(scored.source, "README.md").read_text()
+    assert f"| label-free | {score.value:.1%} |" in card
+    with pytest.raises(ValueError, match=r"has no checkpoint of step 15: it has kept those of step 10, 20"):
+        publish_run("a-run", Options(name="tested"), step=15)
+    with pytest.raises(ValueError, match=r"run 'none' is not in .*the newest there are a-run"):
+        publish_run("none", Options(name="tested"))
+
+
+def test_a_checkpoint_that_is_gone_or_changed_is_said(manifest: Manifest, tracker_home: Path, tmp_path: Path) -> None:
+    """One whose files were replaced since they were tracked, and one whose files are gone; nothing is registered."""
+    tracked_run(tmp_path, manifest, steps=(10, 20))
+    record = tmp_path / "a-run" / "step-00000010" / "state.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"sha256": "0" * 64}))
+    with pytest.raises(ValueError, match="is not the one that was tracked"):
+        publish_run("a-run", Options(name="tested"), step=10)
+    (tmp_path / "a-run" / "step-00000020" / "state.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"is gone: it has no state.safetensors"):
+        publish_run("a-run", Options(name="tested"))
+    assert registry.versions() == []
+
+
+def test_which_encoders_saw_a_video(
+    manifest: Manifest, other_manifest: Manifest, tracker_home: Path, tmp_path: Path
+) -> None:
+    """Of two data sets and an import: those that trained on it, that held it out, and those that nobody knows of."""
+    for name, data in (("one", manifest), ("two", other_manifest)):
+        tracked_run(tmp_path, data, name=name)
+        publish_run(name, Options(name=name, score=False))
+    torch.save(torchvision_video.r3d_18().state_dict(), tmp_path / "theirs.pth")
+    publish_file(tmp_path / "theirs.pth", Options(name="theirs"))
+    found = lineage.encoders_that_saw("video-002")
+    assert [(each.uri, each.held_out) for each in found.sightings] == [
+        ("models:/one/1", False),
+        ("models:/two/1", False),
+    ]
+    assert found.unknown == ("models:/theirs/1",)
+    held_out = lineage.encoders_that_saw("video-011")
+    assert [(each.uri, each.held_out) for each in held_out.sightings] == [("models:/one/1", True)]
+    assert lineage.encoders_that_saw("none").sightings == ()
+    printed = job("registry", "saw", "video-011").stdout
+    assert f"models:/one/1  candidate  held out from in data {manifest.hash}" in printed
+    assert "not known of models:/theirs/1: imported weights" in printed
+
+
+def features_of(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """What a torchvision ResNet hands to its classifier."""
+    model.fc = nn.Identity()
+    with torch.no_grad():
+        return torch.nn.functional.normalize(model.eval()(inputs), dim=1)
+
+
+def test_weights_of_torchvision_by_one_command(tracker_home: Path, tmp_path: Path) -> None:
+    """From a file with torchvision's exact keys: its features, at its own preprocessing, by the job."""
+    theirs = torchvision_video.r3d_18()
+    torch.save(theirs.state_dict(), tmp_path / "r3d_18-b3b3357e.pth")
+    ended = job("register", str(tmp_path / "r3d_18-b3b3357e.pth"), "--name", "kinetics")
+    assert ended.stdout.endswith("registered version 1 as models:/kinetics@candidate\n"), ended.stderr
+    encoder = load_encoder("models:/kinetics@candidate")
+    frames = clips(num_frames=4, height=112, width=112)
+    assert torch.equal(encoder.embed(frames), features_of(theirs, encoder.preprocess(frames)))
+    assert (encoder.preprocessing.num_frames, encoder.preprocessing.fps) == (16, 15.0)
+    assert encoder.card["imported"]["format"] == "torchvision"
+
+
+def test_weights_of_the_released_code(tracker_home: Path, tmp_path: Path) -> None:
+    """From a checkpoint with the released code's exact keys: the query encoder, normalised by ImageNet's mean."""
+    query, key = (torchvision_video.r3d_18(num_classes=16) for _ in range(2))
+    tensors = {"module.queue": torch.randn(16, 32), "module.queue_ptr": torch.zeros(1)}
+    for side, encoder in (("encoder_q", query), ("encoder_k", key)):
+        tensors |= {f"module.{side}.{name}": value for name, value in encoder.state_dict().items()}
+    torch.save({"epoch": 200, "arch": "r3d_18", "state_dict": tensors}, tmp_path / "checkpoint.pth.tar")
+    publish_file(tmp_path / "checkpoint.pth.tar", Options(name="released", data_licence="ask them"))
+    pulled = load_encoder("models:/released@candidate")
+    frames = clips(num_frames=4, height=112, width=112)
+    assert torch.equal(pulled.embed(frames), features_of(query, pulled.preprocess(frames)))
+    assert pulled.preprocessing.mean == (0.485, 0.456, 0.406)
+    assert pulled.card["data"]["licence"] == "ask them"
+
+
+def test_a_file_that_is_no_such_weights_is_said(tracker_home: Path, tmp_path: Path) -> None:
+    """Of another network, and with a flag that makes no sense; in one line, and nothing is registered."""
+    torch.save(torchvision_video.mvit_v1_b().state_dict(), tmp_path / "mvit.pth")
+    with pytest.raises(ValueError, match=r"of no network that is known, their first keys are .*torchvision's r3d_18"):
+        publish_file(tmp_path / "mvit.pth", Options(name="other"))
+    ended = job("register", str(tmp_path / "mvit.pth"), "--name", "other", "--step", "3")
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("error: --step chooses a checkpoint of a run")

@@ -1,0 +1,138 @@
+"""A registered encoder is pulled by name, by MLflow without vmoco too, and nothing that was changed is opened."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.dataset import make_data_set
+from tests.encoders import clips, save_checkpoint, settings_for
+from tests.environments import light_environment
+from vmoco import export, registry, tracking
+from vmoco.data.manifest import Manifest
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return make_data_set(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> Path:
+    place = tmp_path_factory.mktemp("written")
+    save_checkpoint(place / "checkpoint", manifest)
+    export.write_encoder(place / "checkpoint", place / "encoder", manifest=manifest)
+    return place / "encoder"
+
+
+def register(folder: Path, manifest: Manifest, name: str = "tested") -> tuple[str, registry.Registered]:
+    run_id = tracking.create_run(settings_for(manifest), tags={})
+    registry.attach(folder, run_id=run_id)
+    return run_id, registry.register(run_id, name=name, alias="candidate")
+
+
+def stored(name: str = "tested") -> Path:
+    """Where MLflow keeps the files of the candidate."""
+    client = tracking.client()
+    return Path(client.get_model_version_by_alias(name, "candidate").source)
+
+
+def test_encoders_are_pulled_by_alias_and_version(folder: Path, manifest: Manifest, tracker_home: Path) -> None:
+    """A second version takes the alias over, the first stays under its number; both give the exported features.
+
+    An unknown name, and an unknown alias, list what there is.
+    """
+    with pytest.raises(ValueError, match=r"nothing is registered there yet"):
+        export.load_encoder("models:/tested@candidate")
+    run_id, first = register(folder, manifest)
+    second = registry.register(run_id, name="tested", alias="staging")
+    assert (first.version, second.version, second.uri) == ("1", "2", "models:/tested@staging")
+    assert registry.find_version("models:/tested@candidate").version == 2, "every new version is the candidate"
+    expected = export.load_encoder(str(folder)).embed(clips())
+    for uri in ("models:/tested@candidate", "models:/tested/1", f"runs:/{run_id}/encoder"):
+        assert torch.equal(export.load_encoder(uri).embed(clips()), expected)
+    with pytest.raises(ValueError, match=r"there are tested \(candidate, staging\)"):
+        export.load_encoder("models:/tested@champion")
+    with pytest.raises(ValueError, match=r"cannot be fetched .*"):
+        export.load_encoder("runs:/0123456789abcdef0123456789abcdef/encoder")
+    code = (
+        "import sys, vmoco; vmoco.load_encoder('models:/tested@candidate'); "
+        "assert not {'ray', 'av', 'sklearn'} & set(sys.modules), 'a pull needs none of them'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
+def test_the_champion_is_not_given_away(folder: Path, manifest: Manifest, tracker_home: Path) -> None:
+    """Registration refuses the alias, and says how it is earned."""
+    with pytest.raises(ValueError, match=r"alias 'champion' is not given at registration.*jobs/registry.py promote"):
+        registry.register("no run", name="tested", alias="champion")
+
+
+def test_a_changed_registered_encoder_is_refused(folder: Path, manifest: Manifest, tracker_home: Path) -> None:
+    """Weights with a card that fits them again: the registry's record of the card is in its database."""
+    register(folder, manifest)
+    place = stored()
+    (place / export.WEIGHTS).write_bytes(b"other weights")
+    card = json.loads((place / export.CARD).read_text())
+    card["files"][export.WEIGHTS] = export.state.file_sha256(place / export.WEIGHTS)
+    (place / export.CARD).write_text(json.dumps(card))
+    with pytest.raises(ValueError, match=r"its encoder.json is not the one that was registered"):
+        export.load_encoder("models:/tested@candidate")
+    (place / export.CARD).unlink()
+    with pytest.raises(ValueError, match=r"models:/tested@candidate cannot be fetched"):
+        export.load_encoder("models:/tested@candidate")
+
+
+def test_a_version_holds_a_model_card_with_plots(folder: Path, manifest: Manifest, tracker_home: Path) -> None:
+    """Markdown with origin, use, data and licence, and a picture of each tracked metric."""
+    run_id = tracking.create_run(settings_for(manifest), tags={})
+    tracker = tracking.Tracker(tracking.tracking_uri(), run_id)
+    for step in range(4):
+        tracker.metrics({"loss": 4.0 - step}, step=step)
+    assert tracker.close() == ""
+    copied = Path(shutil.copytree(folder, tracker_home / "copy"))
+    registry.attach(copied, run_id=run_id)
+    registry.register(run_id, name="tested", alias="candidate")
+    text = (stored() / "README.md").read_text()
+    for said in ("12 videos", manifest.hash, "Licence of the videos: not recorded", "loss 1", "(plots/loss.png)"):
+        assert said in text
+    assert (stored() / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+PULL = """
+import sys, warnings
+import mlflow, numpy as np
+model = mlflow.pyfunc.load_model("models:/tested@candidate")
+clips = np.load(sys.argv[1])
+np.save(sys.argv[2], model.predict(clips))
+assert not {"vmoco", "ray", "torchvision"} & set(sys.modules), "torch and MLflow are enough"
+try:
+    model.predict(clips[:, :4])
+except Exception as error:
+    print("refused", error)
+"""
+
+
+@pytest.mark.timeout(300)
+def test_mlflow_alone_gives_the_same_features(
+    folder: Path, manifest: Manifest, tracker_home: Path, tmp_path: Path
+) -> None:
+    """In an environment that has torch and MLflow, without vmoco and Ray: raw clips give the same bits."""
+    register(folder, manifest)
+    python = light_environment(tmp_path / "environment", "torch", "mlflow", without=("ray", "vmoco", "torchvision"))
+    frames = clips()
+    np.save(tmp_path / "clips.npy", frames.numpy())
+    command = [str(python), "-c", PULL, str(tmp_path / "clips.npy"), str(tmp_path / "features.npy")]
+    threads = str(torch.get_num_threads())  # another number may add up in another order
+    environment = {"MLFLOW_TRACKING_URI": tracking.tracking_uri(), "OMP_NUM_THREADS": threads, "PATH": "/usr/bin:/bin"}
+    pulled = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
+    assert pulled.returncode == 0, pulled.stderr
+    assert "refused" in pulled.stdout
+    assert np.array_equal(np.load(tmp_path / "features.npy"), export.load_encoder(str(folder)).embed(frames).numpy())

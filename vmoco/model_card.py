@@ -1,0 +1,135 @@
+"""The model card: README.md with plots, written into an encoder's folder for people."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+README, PLOTS = "README.md", "plots"
+
+Histories = Mapping[str, Sequence[tuple[int, float]]]
+
+
+def write(folder: Path, card: Mapping[str, Any], *, histories: Histories) -> None:
+    """Writes README.md and plots/*.png.
+
+    Args:
+        folder: of the encoder.
+        card: what encoder.json says.
+        histories: (step, value) of each tracked metric that is drawn.
+    """
+    drawn = _draw(folder / PLOTS, histories)
+    sections = [
+        f"# A video encoder: {card['backbone']}, {card['feature_dim']} features",
+        _origin(card),
+        _usage(card),
+        _data(card),
+        _scores(card),
+        _training(drawn, histories),
+        _versions(card),
+    ]
+    (folder / README).write_text("\n\n".join(section for section in sections if section) + "\n")
+
+
+def _origin(card: Mapping[str, Any]) -> str:
+    if imported := card.get("imported"):
+        return (
+            f"Weights from the file `{imported['file']}` ({imported['format']}), not trained by vmoco; SHA-256 of the "
+            f"file `{imported['sha256']}`."
+        )
+    return (
+        f"Pretrained without labels (VideoMoCo, Pan et al., CVPR 2021) by vmoco, {card['step']} steps; MLflow run "
+        f"`{card['run_id']}`, settings `{card['settings_hash']}`: all of them are in `settings.json`."
+    )
+
+
+def _usage(card: Mapping[str, Any]) -> str:
+    expected = card["preprocessing"]
+    return textwrap.dedent(
+        f"""\
+        ## To use it
+
+            import vmoco
+            encoder = vmoco.load_encoder("models:/NAME@ALIAS")      # reads safetensors and JSON alone
+            features = encoder.embed("video.mp4")                   # or uint8 frames (T, H, W, 3), RGB
+
+        Without vmoco, with torch and MLflow alone (this runs the code that lies beside it):
+
+            model = mlflow.pyfunc.load_model("models:/NAME@ALIAS")
+            features = model.predict(clips)                         # uint8 (B, {expected["num_frames"]}, H, W, 3), RGB
+
+        It expects clips of {expected["num_frames"]} frames at about {expected["fps"]:.4g} frames per second. Frames of
+        any size are cut to their middle square, scaled to {expected["size"]} pixels, and normalised by mean
+        {_numbers(expected["mean"])} and deviation {_numbers(expected["std"])}. Features have unit length: compare them
+        by cosine."""
+    )
+
+
+def _data(card: Mapping[str, Any]) -> str:
+    data = card["data"]
+    lines = ["## What it was trained on"]
+    if counts := data.get("counts"):
+        lines.append(
+            f"{counts['clips']} clips of {counts['videos']} videos, of which {counts['held_out']} were held out; "
+            f"manifest `{data['manifest_hash']}` of `{data['uri']}`. Their names are in `videos.parquet`."
+        )
+    if said := data.get("description"):
+        lines.append(said)
+    lines.append(f"Licence of the videos: {data['licence']}.")
+    return "\n\n".join(lines)
+
+
+def _scores(card: Mapping[str, Any]) -> str:
+    scores = card.get("scores") or {}
+    if not scores:
+        return (
+            "## Scores\n\nNone when it was registered. `jobs/evaluate.py` adds them to the registered version, whose "
+            "tags in MLflow have the latest."
+        )
+    lines = ["## Scores", "", "| protocol | score | 95 % interval over videos | beside it | evaluation set |"]
+    lines.append("|---|---|---|---|---|")
+    for protocol, row in scores.items():
+        lines.append(
+            f"| {protocol} | {row['value']:.1%} | {row['low']:.1%} to {row['high']:.1%} | {row['beside']} | "
+            f"`{row['set']}` |"
+        )
+    return "\n".join(lines)
+
+
+def _training(drawn: Sequence[str], histories: Histories) -> str:
+    if not drawn:
+        return ""
+    last = ", ".join(f"{name} {histories[name][-1][1]:.4g}" for name in drawn)
+    return "## Training\n\nAt the end: " + last + ".\n\n" + "\n".join(f"![{n}]({PLOTS}/{n}.png)" for n in drawn)
+
+
+def _versions(card: Mapping[str, Any]) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in card["versions"].items())
+    return f"## Made with\n\nCommit {card['git_commit'] or 'not known'} of vmoco; {packages}."
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _draw(folder: Path, histories: Histories) -> list[str]:
+    """One picture per metric with at least two points; returns the names of those drawn."""
+    drawn = [name for name, points in histories.items() if len(points) > 1]
+    if not drawn:
+        return []
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    folder.mkdir(exist_ok=True)
+    for name in drawn:
+        figure = Figure(figsize=(5, 2.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        points = sorted(histories[name])
+        axes.plot([step for step, _ in points], [value for _, value in points], linewidth=1)
+        axes.set(xlabel="step", title=name.replace("_", " "))
+        axes.grid(alpha=0.3)
+        figure.savefig(folder / f"{name}.png", dpi=100)
+    return drawn
