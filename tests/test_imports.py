@@ -22,6 +22,7 @@ HOMES = {
         "vmoco.data.ingest",
         "vmoco.train.launch",
         "vmoco.train.worker",
+        "vmoco.train.gauges",
         "vmoco.train.channel",
     },
     "mlflow": {"vmoco.tracking", "vmoco.registry", "vmoco.encoder_program"},

@@ -19,6 +19,7 @@ from vmoco.job import is_user_error, root_cause
 from vmoco.tracking import Tracker
 from vmoco.train.channel import StopWatch
 from vmoco.train.determinism import require_determinism
+from vmoco.train.gauges import Gauges
 from vmoco.train.loop import train
 from vmoco.train.precision import autocast_dtype
 from vmoco.train.state import Record, TrainState
@@ -82,6 +83,7 @@ class RayHost:
         self._config = config
         self._stop = StopWatch(config["channel"])
         self._tracker = Tracker(config["tracking_uri"], config["run_id"]) if self.is_first else None
+        self._gauges = Gauges(settings.run.name or "")
         self._kept: list[dict[str, Any]] = []
 
     def stop_requested(self) -> bool:
@@ -93,6 +95,7 @@ class RayHost:
     def track(self, numbers: dict[str, float], *, step: int) -> None:
         assert self._tracker is not None, "rank 0 tracks"
         self._tracker.metrics(numbers, step=step)
+        self._gauges.show(numbers, step=step)
 
     def document(self, name: str, content: str | bytes) -> None:
         assert self._tracker is not None, "rank 0 tracks"
