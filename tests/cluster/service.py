@@ -93,6 +93,10 @@ class Service:
         self.start_node(host, f"--address={self.hosts['head'].address}:6379 --num-cpus=2")
         return host
 
+    def cut(self, name: str) -> None:
+        """Pulls the cable of a host."""
+        self._network.cut(self.hosts[name])
+
     def start_node(self, host: Host, flags: str) -> None:
         """`ray start`, with what lies in the host's own copy of the secrets."""
         for name in ("node.env", "token", "ca.crt", "ca.key"):
@@ -122,11 +126,13 @@ class Service:
 
     def submit(self, *entrypoint: str, timeout: float = 240) -> tuple[int, str]:
         """Submits a job from outside, through the door, as a person would; exit code and output."""
-        outside = self.hosts["outside"]
-        command = (
-            f"{BIN}/ray job submit --verify {outside.folder}/ca.crt --working-dir {ROOT} -- {' '.join(entrypoint)}"
-        )
-        return outside.attempt(f"source {outside.folder}/client.env; {command}", timeout=timeout)
+        return self.hosts["outside"].attempt(self.submission(*entrypoint), timeout=timeout)
+
+    def submission(self, *entrypoint: str) -> str:
+        """The script that `outside` runs to submit a job and follow it."""
+        folder = self.hosts["outside"].folder
+        submit = f"{BIN}/ray job submit --verify {folder}/ca.crt --working-dir {ROOT}"
+        return f"source {folder}/client.env; exec {submit} -- {' '.join(entrypoint)}"
 
     def _start_database(self, host: Host) -> None:
         data = host.folder / "database"
