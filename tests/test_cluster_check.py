@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,3 +120,22 @@ def test_a_gpu_preset_on_a_cpu_cluster_is_answered(
     assert "problem: preset paper wants 8 GPUs and the cluster has none: add GPU nodes" in said
     assert f"data.uri: {tmp_path}/none is not there" in said
     assert os.listdir(tmp_path) == []
+
+
+def test_a_missing_token_is_answered(tmp_path: Path) -> None:
+    """A job that has no token for the cluster of RAY_ADDRESS says so in its last line, and where the token belongs."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token", "RAY_ADDRESS": "127.0.0.1:1"}
+    done = subprocess.run(
+        [sys.executable, "jobs/check.py", "cluster", "tiny", "--run.storage", str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: cannot connect to the Ray cluster at RAY_ADDRESS 127.0.0.1:1: Token authentication")
+    assert "no authentication token was found" in last
+    assert "RAY_AUTH_TOKEN_PATH" in last

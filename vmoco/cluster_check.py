@@ -159,8 +159,11 @@ def _ask_all(places: dict[str, str]) -> tuple[list[NodeReport], list[str]]:
 def _with_unseen(reports: list[NodeReport], place: str, probe: str) -> list[NodeReport]:
     """Adds to each report that its file in run.storage cannot be seen from here; removes the files."""
     folder = storage.join(place, probe)
-    seen = set(storage.list_files(folder)) if storage.exists(folder) else set()
-    storage.delete_folder(folder)
+    try:
+        seen = set(storage.list_files(folder)) if storage.exists(folder) else set()
+        storage.delete_folder(folder)
+    except OSError:  # the driver may not look there either: each node has said why itself
+        seen = set()
     unseen = (
         f"what it writes to {place} is not seen from the driver's node: a path of one machine's own disk will not do "
         "for several nodes; give a shared folder, s3:// or gs://"
