@@ -1,14 +1,21 @@
-"""Asks, before a run begins, whether it can go well:
+"""Checks what jobs are given, before they run for hours.
+
+    python jobs/check.py data URI        a data set: every checksum, the counts, and that every clip can be decoded
+
+It reads everything once, repairs nothing, names what is wrong, and then ends with exit code 1. Large data sets on a
+store are checked where the store is near:
+
+    ray job submit --working-dir . -- python jobs/check.py data s3://bucket/set
+
+A cluster is asked on it, with the words and flags of jobs/pretrain.py (`cluster PRESET --help` lists them), in under a
+minute: versions, GPUs, clock, shared memory, storage and tracker of each node, and how long the run would take.
 
     ray job submit --working-dir . -- python jobs/check.py cluster PRESET --run.storage URI --data.uri URI
-
-`cluster` takes the words and flags of jobs/pretrain.py and asks every node in under a minute: versions, GPUs, clock,
-shared memory, storage, tracker; then how long the run would take and what memory it needs. `cluster PRESET --help`
-lists the flags. It changes nothing, and exits with 1 where there is a problem.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, TypeAlias
 
 import tyro
@@ -20,29 +27,48 @@ from vmoco.presets import PRESETS
 Preset: TypeAlias = tyro.extras.subcommand_type_from_defaults(  # type: ignore[valid-type]
     {name: settings for name, (_, settings) in PRESETS.items()}, {name: about for name, (about, _) in PRESETS.items()}
 )
+show = functools.partial(print, flush=True)
+
+
+def data(uri: Annotated[str, tyro.conf.Positional], /) -> None:
+    """Checks a data set: every checksum, the counts, and that every clip can be decoded.
+
+    Args:
+        uri: Folder or URI (file://, s3://, gs://) of the data set.
+    """
+    from vmoco import storage
+    from vmoco.data.check import check
+
+    uri = storage.require_absolute(uri, "URI")
+    findings = check(uri, progress=show)
+    for finding in findings:
+        show(finding)
+    if findings:
+        raise ValueError(
+            f"{len(findings)} things are wrong with data set {uri}, named above: bring back what was written, or "
+            "remove its manifest and run jobs/ingest.py again, which makes anew only shards that are not whole"
+        )
+    show(f"data set {uri} is whole")
 
 
 def cluster(settings: Annotated[Preset, tyro.conf.arg(name="")]) -> None:
-    """Whether the cluster can carry a run.
-
-    Args:
-        settings: of the run.
-    """
+    """Asks a cluster whether it can carry a run, and how long that would take."""
     job.connect(worker_output=False)
     from vmoco.cluster_check import check_cluster  # not before: Ray reads how to authenticate when it is imported
 
     assert isinstance(settings, PretrainSettings)
-    problems = check_cluster(settings, show=lambda line: print(line, flush=True))
+    problems = check_cluster(settings, show=show)
     for problem in problems:
-        print(f"problem: {problem}", flush=True)
+        show(f"problem: {problem}")
     if problems:
         raise ValueError(f"the cluster cannot carry this run: {len(problems)} problems, the first: {problems[0]}")
-    print("the cluster can carry this run", flush=True)
+    show("the cluster can carry this run")
 
 
 def main() -> None:
-    """Parses the first word and asks what it stands for."""
+    """Parses which check is asked for, and runs it."""
     app = tyro.extras.SubcommandApp()
+    app.command(data)
     app.command(cluster)
     app.cli(description=__doc__, config=(tyro.conf.OmitSubcommandPrefixes,))
 

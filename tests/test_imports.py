@@ -19,14 +19,14 @@ HOMES = {
         "vmoco.job",
         "vmoco.sweep",
         "vmoco.cluster_check",
-        "vmoco.data.ingest",
+        "vmoco.data.tasks",
         "vmoco.train.launch",
         "vmoco.train.worker",
         "vmoco.train.gauges",
         "vmoco.train.channel",
     },
     "mlflow": {"vmoco.tracking", "vmoco.registry", "vmoco.encoder_program"},
-    "av": {"vmoco.data.video"},
+    "av": {"vmoco.data.video", "vmoco.data.scale"},
     "faiss": {"vmoco.evaluate.knn"},
     "sklearn": {"vmoco.evaluate.probe"},
 }
@@ -36,6 +36,7 @@ BASE = {"vmoco", "vmoco.settings", "vmoco.config", "vmoco.presets", "vmoco.stora
 WORK = {"vmoco.data.ingest", "vmoco.data.footage", "vmoco.export", "vmoco.registry", "vmoco.tracking", "vmoco.report"}
 WORK |= {"vmoco.encoder", "vmoco.encoder_program", "vmoco.program", "vmoco.model_card", "vmoco.promotion"}
 WORK |= {"vmoco.lineage", "vmoco.publish"}
+WORK |= {"vmoco.data.tasks"}
 WORK |= {"vmoco.job", "vmoco.job_server", "vmoco.local", "vmoco.sweep"}
 WORK |= {"vmoco.services", "vmoco.cluster_check", "vmoco.node_report"}
 
