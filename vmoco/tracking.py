@@ -51,6 +51,9 @@ def client(uri: str | None = None) -> Any:
         _check_database(uri.removeprefix("sqlite:///"))
     # MLflow tries 7 times for minutes; a person waits for the first answer, and `Tracker` tries again by itself.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    # Files through the server: by default MLflow sends its clients to the store itself, which few of them may reach.
+    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
     from mlflow import MlflowClient  # 4 s: only where something is tracked
 
     logging.getLogger("alembic").setLevel(logging.WARNING)  # creating the database writes a line per table
