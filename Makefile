@@ -32,7 +32,8 @@ format: $(INSTALLED) ## rewrites the sources in the one format
 	$(BIN)/ruff format .
 
 lock: $(INSTALLED) ## pins what pyproject.toml asks for in requirements.lock; pins that still fit stay
-	$(BIN)/pip-compile --quiet --extra cluster --extra onnx --extra dev --strip-extras --allow-unsafe --no-emit-index-url --no-emit-find-links \
+	$(BIN)/pip-compile --quiet --extra cluster --extra onnx --extra services --extra dev --strip-extras --allow-unsafe \
+		--no-emit-index-url --no-emit-find-links \
 		--no-emit-trusted-host --output-file requirements.lock pyproject.toml
 
 clean: ## removes the virtual environment and all caches of the tools

@@ -6,16 +6,28 @@ It reads everything once, repairs nothing, names what is wrong, and then ends wi
 store are checked where the store is near:
 
     ray job submit --working-dir . -- python jobs/check.py data s3://bucket/set
+
+A cluster is asked on it, with the words and flags of jobs/pretrain.py (`cluster PRESET --help` lists them), in under a
+minute: versions, GPUs, clock, shared memory, storage and tracker of each node, and how long the run would take.
+
+    ray job submit --working-dir . -- python jobs/check.py cluster PRESET --run.storage URI --data.uri URI
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import tyro
 
-from vmoco.job import run_job
+from vmoco import job
+from vmoco.config import PretrainSettings
+from vmoco.presets import PRESETS
+
+Preset: TypeAlias = tyro.extras.subcommand_type_from_defaults(  # type: ignore[valid-type]
+    {name: settings for name, (_, settings) in PRESETS.items()}, {name: about for name, (about, _) in PRESETS.items()}
+)
+show = functools.partial(print, flush=True)
 
 
 def data(uri: Annotated[str, tyro.conf.Positional], /) -> None:
@@ -28,21 +40,38 @@ def data(uri: Annotated[str, tyro.conf.Positional], /) -> None:
     from vmoco.data.check import check
 
     uri = storage.require_absolute(uri, "URI")
-    findings = check(uri, progress=functools.partial(print, flush=True))
+    findings = check(uri, progress=show)
     for finding in findings:
-        print(finding, flush=True)
+        show(finding)
     if findings:
         raise ValueError(
             f"{len(findings)} things are wrong with data set {uri}, named above: bring back what was written, or "
             "remove its manifest and run jobs/ingest.py again, which makes anew only shards that are not whole"
         )
-    print(f"data set {uri} is whole", flush=True)
+    show(f"data set {uri} is whole")
+
+
+def cluster(settings: Annotated[Preset, tyro.conf.arg(name="")]) -> None:
+    """Asks a cluster whether it can carry a run, and how long that would take."""
+    job.connect(worker_output=False)
+    from vmoco.cluster_check import check_cluster  # not before: Ray reads how to authenticate when it is imported
+
+    assert isinstance(settings, PretrainSettings)
+    problems = check_cluster(settings, show=show)
+    for problem in problems:
+        show(f"problem: {problem}")
+    if problems:
+        raise ValueError(f"the cluster cannot carry this run: {len(problems)} problems, the first: {problems[0]}")
+    show("the cluster can carry this run")
 
 
 def main() -> None:
     """Parses which check is asked for, and runs it."""
-    tyro.extras.subcommand_cli_from_dict({"data": data}, description=__doc__)
+    app = tyro.extras.SubcommandApp()
+    app.command(data)
+    app.command(cluster)
+    app.cli(description=__doc__, config=(tyro.conf.OmitSubcommandPrefixes,))
 
 
 if __name__ == "__main__":
-    run_job(main)
+    job.run_job(main)

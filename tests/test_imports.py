@@ -20,9 +20,11 @@ HOMES = {
         "vmoco.sweep",
         "vmoco.evaluate.embed",
         "vmoco.evaluate.evaluate",
+        "vmoco.cluster_check",
         "vmoco.data.tasks",
         "vmoco.train.launch",
         "vmoco.train.worker",
+        "vmoco.train.gauges",
         "vmoco.train.channel",
         "vmoco.train.evaluation",
     },
@@ -39,6 +41,7 @@ WORK = {"vmoco.data.ingest", "vmoco.data.footage", "vmoco.export", "vmoco.regist
 WORK |= {"vmoco.encoder", "vmoco.encoder_program", "vmoco.program", "vmoco.model_card", "vmoco.promotion"}
 WORK |= {"vmoco.lineage", "vmoco.publish", "vmoco.publish_options", "vmoco.foreign", "vmoco.spool", "vmoco.data.tasks"}
 WORK |= {"vmoco.job", "vmoco.job_server", "vmoco.local", "vmoco.sweep"}
+WORK |= {"vmoco.services", "vmoco.cluster_check", "vmoco.node_report"}
 
 
 def name_of(path: Path) -> str:

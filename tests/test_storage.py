@@ -189,3 +189,15 @@ def test_unwritable_place_shows_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=rf"{tmp_path}/file cannot be written \(.+\): check the path"):
         storage.check_writable(str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["s3://AKIAHIDDEN:hidden@bucket/data", "s3://bucket/data?access_key=hidden&secret_key=hidden", "gs://h:i@b/x"],
+)
+def test_a_uri_with_a_key_in_it_is_refused_without_repeating_it(uri: str) -> None:
+    """The sentence says where keys belong, and holds neither key nor URI."""
+    with pytest.raises(ValueError, match=r"carries a key, .*AWS_ACCESS_KEY_ID .*draw a new one") as raised:
+        storage.absolute_uri(uri)
+    assert "hidden" not in str(raised.value).lower()
+    assert storage.absolute_uri("s3://bucket/a@b") == "s3://bucket/a@b"

@@ -157,7 +157,7 @@ def connect(*, dashboard: bool = False, worker_output: bool = True) -> str | Non
     if address:
         try:
             context = ray.init(address=address, logging_level=logging.WARNING, log_to_driver=worker_output)
-        except (ConnectionError, RuntimeError) as error:
+        except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
             raise ValueError(
                 f"cannot connect to the Ray cluster at RAY_ADDRESS {address}: {_sentence(error)}. "
                 "Check the address and RAY_AUTH_TOKEN_PATH, or unset RAY_ADDRESS to run on this machine alone"

@@ -52,7 +52,7 @@ def absolute_uri(uri: str) -> str:
     """Makes a relative local path absolute and leaves every other URI as it is.
 
     Raises:
-        ValueError: empty, or of a scheme that is not known.
+        ValueError: empty, of a scheme that is not known, or with a key in it.
     """
     if not uri:
         raise ValueError("the location is empty: give a path or a URI (file://, s3://, gs://)")
@@ -61,6 +61,14 @@ def absolute_uri(uri: str) -> str:
     scheme = uri.split("://", 1)[0]
     if scheme not in ("file", "s3", "gs", "gcs"):
         raise ValueError(f"{uri!r} has the scheme {scheme!r}: a path, file://, s3:// or gs:// is allowed")
+    parts = urllib.parse.urlsplit(uri)
+    if "@" in parts.netloc or {"access_key", "secret_key"} & urllib.parse.parse_qs(parts.query).keys():
+        # Without the URI itself: this sentence is kept in logs too.
+        raise ValueError(
+            f"a URI of scheme {scheme} carries a key, which would stay in logs, with the job and in the tracker: put "
+            "it into the environment of the nodes (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "GOOGLE_APPLICATION_CREDENTIALS), and draw a new one, because this one has been seen"
+        )
     return uri
 
 

@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import tempfile
+import urllib.parse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,18 @@ from vmoco.spool import Document, Points, Spool
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or a database in $VMOCO_HOME (~/.vmoco)."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.join(storage.home(), 'mlflow.db')}"
+    """MLFLOW_TRACKING_URI, or a database in $VMOCO_HOME (~/.vmoco).
+
+    Raises:
+        ValueError: it carries a password: the URI is shown to people and kept with runs.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.join(storage.home(), 'mlflow.db')}"
+    if urllib.parse.urlsplit(uri).password:
+        raise ValueError(
+            "MLFLOW_TRACKING_URI carries a password, which would show in logs: take it out and set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (PGUSER and PGPASSWORD for a PostgreSQL URI)"
+        )
+    return uri
 
 
 def client(uri: str | None = None) -> Any:
@@ -41,6 +52,9 @@ def client(uri: str | None = None) -> Any:
         _check_database(uri.removeprefix("sqlite:///"))
     # MLflow tries 7 times for minutes; a person waits for the first answer, and a spool tries again by itself.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    # Files through the server: by default MLflow sends its clients to the store itself, which few of them may reach.
+    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
     from mlflow import MlflowClient  # 4 s: only where something is tracked
 
     logging.getLogger("alembic").setLevel(logging.WARNING)  # creating the database writes a line per table

@@ -7,9 +7,10 @@ import torch
 from torchvision.models import video
 
 from tests.train.test_step import CPU, changed
+from vmoco.model.cost import step_cost
 from vmoco.presets import PRESETS
 from vmoco.train import utilisation
-from vmoco.train.utilisation import Utilisation, forward_flops
+from vmoco.train.utilisation import Utilisation
 
 SETTINGS = changed(PRESETS["paper"][1], data={"num_frames": 16}, scaling={"num_workers": 1})
 
@@ -24,7 +25,7 @@ SETTINGS = changed(PRESETS["paper"][1], data={"num_frames": 16}, scaling={"num_w
 )
 def test_a_forward_costs_what_torchvision_says(backbone: str, weights: video.R3D_18_Weights) -> None:
     """Torchvision lists billions of multiply-adds of a clip of 16x112x112; one is two operations here."""
-    counted = forward_flops(changed(SETTINGS, model={"backbone": backbone}))
+    counted = step_cost(changed(SETTINGS, model={"backbone": backbone}), bf16=False).forward_flops
     assert counted == pytest.approx(2e9 * weights.meta["_ops"], rel=0.01)
 
 
@@ -32,7 +33,7 @@ def test_the_share_is_operations_over_time_and_peak(monkeypatch: pytest.MonkeyPa
     """4 forwards of each clip before the generator starts and 6 after, on a device of 1e12 operations a second."""
     monkeypatch.setattr(utilisation, "_peak_flops", lambda device, dtype: 1e12)
     found = Utilisation(SETTINGS, CPU, None)
-    one = forward_flops(SETTINGS) * SETTINGS.train.global_batch / 1e12
+    one = step_cost(SETTINGS, bf16=False).forward_flops * SETTINGS.train.global_batch / 1e12
     start = SETTINGS.generator_start
     assert found.share(start - 1, seconds=8.0) == pytest.approx(4 * one / 8)
     assert found.share(start, seconds=8.0) == pytest.approx(6 * one / 8)

@@ -11,10 +11,9 @@ from __future__ import annotations
 import time
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from vmoco.config import PretrainSettings
-from vmoco.model.moco import MocoEncoder
+from vmoco.model.cost import step_cost
 from vmoco.train import distributed
 
 _SIZES = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrix product: milliseconds on either
@@ -32,7 +31,7 @@ class Utilisation:
 
     def __init__(self, settings: PretrainSettings, device: torch.device, dtype: torch.dtype | None) -> None:
         self._settings = settings
-        self._forward = forward_flops(settings)
+        self._forward = step_cost(settings, bf16=False).forward_flops
         self._peak = _peak_flops(device, dtype or torch.float32)
 
     def share(self, step: int, seconds: float) -> float:
@@ -46,17 +45,6 @@ class Utilisation:
         forwards = 6 if step >= settings.generator_start else 4
         clips = settings.train.global_batch / distributed.world_size()
         return clips * forwards * self._forward / (seconds * self._peak)
-
-
-def forward_flops(settings: PretrainSettings) -> float:
-    """Floating-point operations of one forward of the encoder with one clip; a product and its sum are two."""
-    with torch.device("meta"):  # shapes alone: no memory, no time
-        model = settings.model
-        encoder = MocoEncoder(model.backbone, embedding_dim=model.embedding_dim, head=model.head)
-        clips = torch.empty(2, 3, settings.data.num_frames, settings.augment.size, settings.augment.size)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():  # counted, not learned from
-            encoder.head(encoder.backbone(clips))  # autocast knows no such device
-    return counter.get_total_flops() / len(clips)
 
 
 def _peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -19,6 +19,7 @@ from vmoco.train.channel import StopWatch
 from vmoco.train.checkpoints import LIST, Checkpoints, Kept, list_text
 from vmoco.train.determinism import require_determinism
 from vmoco.train.evaluation import SCORE, Evaluator
+from vmoco.train.gauges import Gauges
 from vmoco.train.lease import Fence
 from vmoco.train.loop import train
 from vmoco.train.precision import autocast_dtype
@@ -103,6 +104,7 @@ class RayHost:
         self._settings = settings
         self._config = config
         self._stop = StopWatch(config["channel"])
+        self._gauges = Gauges(settings.run.name or "")
         self._preempted = False
         self._score: dict[str, float] = {}
         self._counts = {"checkpoints_damaged": 0, "checkpoints_failed": 0, "evaluations_failed": 0}
@@ -169,7 +171,9 @@ class RayHost:
         if self._spool is None or self._system is None:
             return
         counts = self._counts if self.is_first else {}
-        self._spool.points(numbers | counts | self._system.numbers(), step=step)
+        numbers = numbers | counts | self._system.numbers()
+        self._spool.points(numbers, step=step)
+        self._gauges.show(numbers, step=step)
 
     def document(self, name: str, content: str | bytes) -> None:
         assert self._spool is not None, "rank 0 tracks"

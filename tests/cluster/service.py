@@ -1,0 +1,229 @@
+"""A whole service on several hosts, started as cluster/README.md says for bare machines.
+
+Hosts: `services` (PostgreSQL, MLflow server, S3 store, door), `head`, workers, and `outside`, which only submits. Every
+secret is what docker/secrets.sh draws, each host has its own copy of the files that it needs, and the store enforces
+the policies of cluster/machines/policies.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.cluster.hosts import Host, Network, wait_until
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+# The ports that cluster/machines/*.yaml names, so that a firewall can know them.
+PORTS = (
+    "--node-manager-port=6380 --object-manager-port=6381 --runtime-env-agent-port=6382 "
+    "--dashboard-agent-grpc-port=6383 --metrics-export-port=8080 "
+    "--min-worker-port=20000 --max-worker-port=20999 --object-store-memory=100000000"
+)
+
+# Users of the store: an administrator for the setup, and one for each policy. Prints name, key and secret.
+STORE_USERS = """
+import boto3, json, pathlib, sys
+iam = boto3.client("iam", "us-east-1", endpoint_url=sys.argv[1], aws_access_key_id="none", aws_secret_access_key="none")
+everything = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}
+for name in ("admin", "nodes", "tracker"):
+    file = pathlib.Path(sys.argv[2], f"{name}.json")
+    iam.create_user(UserName=name)
+    policy = json.loads(file.read_text()) if file.exists() else everything
+    # For deleting several objects at once moto, unlike AWS, wants the right on the bucket and not on what is in it.
+    bucket = policy["Statement"][0]["Resource"]
+    policy["Statement"].append({"Effect": "Allow", "Action": "s3:DeleteObject", "Resource": bucket})
+    iam.put_user_policy(UserName=name, PolicyName=name, PolicyDocument=json.dumps(policy))
+    key = iam.create_access_key(UserName=name)["AccessKey"]
+    print(name, key["AccessKeyId"], key["SecretAccessKey"])
+"""
+
+
+def postgres_folder() -> Path | None:
+    """Where PostgreSQL's server programs are; Debian keeps them off the path."""
+    if found := shutil.which("initdb"):
+        return Path(found).parent
+    places = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    return places[-1].parent if places else None
+
+
+class Service:
+    """The running service.
+
+    Attributes:
+        hosts: by name.
+        secrets: folder that docker/secrets.sh wrote.
+        store_keys: environment of each user of the store.
+    """
+
+    def __init__(self, folder: Path, network: Network) -> None:
+        self._folder = folder
+        self._network = network
+        self.hosts = network.hosts
+        self.secrets = folder / "secrets"
+        self.store_keys: dict[str, dict[str, str]] = {}
+
+    def start(self, workers: tuple[str, ...]) -> None:
+        """Starts everything; returns when head and workers are one cluster."""
+        services, head, outside = (self._network.add(name) for name in ("services", "head", "outside"))
+        drawn = {"DOOR_NAMES": services.address}
+        outside.run(f"{ROOT}/docker/secrets.sh machines {self.secrets}", environment=drawn)
+        for name in ("client.env", "token", "ca.crt"):
+            shutil.copy2(self.secrets / name, outside.folder)
+        self._start_database(services)
+        self._start_store(services)
+        self._start_tracker(services)
+        self._start_door(services, head)
+        self._setup(services)
+        self.start_node(head, f"--head --port=6379 --dashboard-host={head.address} --dashboard-port=8265 --num-cpus=0")
+        for name in workers:
+            self.add_worker(name)
+        self.wait_for_nodes(1 + len(workers))
+
+    def add_worker(self, name: str) -> Host:
+        """One more host that joins the cluster."""
+        host = self._network.add(name)
+        self.start_node(host, f"--address={self.hosts['head'].address}:6379 --num-cpus=2")
+        return host
+
+    def cut(self, name: str) -> None:
+        """Pulls the cable of a host."""
+        self._network.cut(self.hosts[name])
+
+    def start_node(self, host: Host, flags: str) -> None:
+        """`ray start`, with what lies in the host's own copy of the secrets."""
+        for name in ("node.env", "token", "ca.crt", "ca.key"):
+            shutil.copy2(self.secrets / name, host.folder)
+        store = self.store_keys["nodes"] | {"GLOO_SOCKET_IFNAME": "eth0", "PATH": f"{BIN}:{os.environ['PATH']}"}
+        host.start(
+            f"source {host.folder}/node.env; exec {ROOT}/docker/node.sh ray start --block {flags} {PORTS} "
+            f"--node-ip-address={host.address} --temp-dir={host.folder}/ray",
+            log="ray.log",
+            environment=store,
+        )
+        if "--head" in flags:
+            ready = host.folder / "ray/ray_current_cluster"
+            wait_until(ready.exists, what="the head is up", seconds=120, blame=lambda: host.said("ray.log"))
+
+    def wait_for_nodes(self, number: int) -> None:
+        """Waits until so many nodes are alive."""
+        head = self.hosts["head"]
+        count = "import ray; ray.init(address='auto', logging_level=50); print(sum(n['Alive'] for n in ray.nodes()))"
+
+        def complete() -> bool:
+            code, said = head.attempt(f'source {head.folder}/node.env; {BIN}/python -c "{count}"', environment=auto)
+            return code == 0 and said.split()[-1] == str(number)
+
+        auto = {"RAY_ADDRESS": f"{head.address}:6379"}
+        wait_until(complete, what=f"{number} nodes", seconds=120, blame=lambda: head.said("ray.log"))
+
+    def submit(self, *entrypoint: str, timeout: float = 240) -> tuple[int, str]:
+        """Submits a job from outside, through the door, as a person would; exit code and output."""
+        return self.hosts["outside"].attempt(self.submission(*entrypoint), timeout=timeout)
+
+    def submission(self, *entrypoint: str) -> str:
+        """The script that `outside` runs to submit a job and follow it."""
+        folder = self.hosts["outside"].folder
+        submit = f"{BIN}/ray job submit --verify {folder}/ca.crt --working-dir {ROOT}"
+        return f"source {folder}/client.env; exec {submit} -- {' '.join(entrypoint)}"
+
+    def _start_database(self, host: Host) -> None:
+        data = host.folder / "database"
+        user = pwd.getpwnam("postgres")
+        data.mkdir()
+        os.chown(data, user.pw_uid, user.pw_gid)
+        as_postgres = f"setpriv --reuid=postgres --regid=postgres --clear-groups {postgres_folder()}/"
+        code, said = host.attempt(
+            f"source {self.secrets}/tracker.env; umask 077; cd {data}; printf %s $PGPASSWORD >../password; "
+            f"chown postgres ../password; {as_postgres}initdb --pgdata={data} --username=mlflow --auth=scram-sha-256 "
+            "--no-sync --pwfile=../password; rm ../password"
+        )
+        assert code == 0, said
+        with open(data / "pg_hba.conf", "a") as rules:
+            rules.write(f"host all mlflow {host.address}/32 scram-sha-256\n")
+        host.start(
+            f"cd {data}; exec {as_postgres}postgres -D {data} -c listen_addresses={host.address} "
+            f"-c unix_socket_directories={data} -c fsync=off",
+            log="database.log",
+        )
+        ready = f"source {self.secrets}/tracker.env; createdb --host={host.address} --maintenance-db=template1 mlflow"
+        wait_until(
+            lambda: host.attempt(ready)[0] == 0,
+            what="the database is up",
+            seconds=60,
+            blame=lambda: host.said("database.log") + host.attempt(ready)[1],
+        )
+
+    def _start_store(self, host: Host) -> None:
+        # After the 9 requests that make its users, moto asks for a signature and obeys the policies.
+        host.start(
+            f"exec {BIN}/moto_server -H {host.address} -p 8333",
+            log="store.log",
+            environment={"INITIAL_NO_AUTH_ACTION_COUNT": "9"},
+        )
+        url = f"http://{host.address}:8333"
+        ask = f"{BIN}/python -c \"import socket; socket.create_connection(('{host.address}', 8333), 1)\""
+        wait_until(lambda: host.attempt(ask)[0] == 0, what="the store is up", seconds=60)
+        (host.folder / "users.py").write_text(STORE_USERS)
+        for line in host.run(f"{BIN}/python users.py {url} {ROOT}/cluster/machines/policies").splitlines():
+            name, key, secret = line.split()
+            self.store_keys[name] = {
+                "AWS_ENDPOINT_URL": url,
+                "AWS_REGION": "us-east-1",
+                "AWS_ACCESS_KEY_ID": key,
+                "AWS_SECRET_ACCESS_KEY": secret,
+            }
+
+    def _start_tracker(self, host: Host) -> None:
+        config = f"MLFLOW_AUTH_CONFIG_PATH={ROOT}/docker/mlflow-auth.ini"
+        host.start(
+            f"source {self.secrets}/tracker.env; export PGHOST={host.address} {config}; exec {BIN}/mlflow server "
+            "--host 127.0.0.1 --port 5000 --workers 1 --app-name basic-auth "
+            "--backend-store-uri postgresql+psycopg:///mlflow --artifacts-destination s3://mlflow",
+            log="tracker.log",
+            environment=self.store_keys["tracker"],
+        )
+        ask = f"{BIN}/python -c \"import urllib.request as u; u.urlopen('http://127.0.0.1:5000/health')\""
+        wait_until(
+            lambda: host.attempt(ask)[0] == 0,
+            what="the tracker is up",
+            seconds=150,
+            blame=lambda: host.said("tracker.log"),
+        )
+
+    def _start_door(self, host: Host, head: Host) -> None:
+        host.start(
+            f"source {self.secrets}/tracker.env; export JOB_SERVER={head.address}:8265; "
+            f"exec {BIN}/caddy run --adapter caddyfile --config {ROOT}/docker/Caddyfile",
+            log="door.log",
+            environment={"HOME": str(host.folder)},
+        )
+
+    def _setup(self, host: Host) -> None:
+        host.run(
+            f"source {self.secrets}/tracker.env; cd {ROOT}; "
+            f"{BIN}/python jobs/setup.py --buckets vmoco mlflow --tracker http://127.0.0.1:5000",
+            environment=self.store_keys["admin"],
+        )
+
+
+@contextmanager
+def running(*workers: str) -> Iterator[Service]:
+    """A service with workers of these names; all of it is gone afterwards."""
+    # Short, because sockets lie below it, and open, because PostgreSQL runs as another user.
+    folder = Path(tempfile.mkdtemp(prefix="vmoco-", dir="/tmp"))
+    folder.chmod(0o711)
+    try:
+        with Network(folder) as network:
+            service = Service(folder, network)
+            service.start(workers)
+            yield service
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

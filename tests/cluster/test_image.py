@@ -1,0 +1,91 @@
+"""The image: its recipe is clean, its context is small and without secrets, and its steps build what runs as nobody."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pip
+import pytest
+
+from tests.cluster import dockerfile
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = ROOT / "docker/Dockerfile"
+BIN = Path(sys.executable).parent
+CI_NEEDS_IT = "building needs root (overlay mounts)"
+
+# In the result: who runs, that the packages fit together, that vmoco is the installed one, and that a job starts.
+PROOF = """
+id -u; stat -c %U /data /certificates
+python -c 'import vmoco; print(vmoco.__file__)'
+python jobs/pretrain.py tiny 2>&1 | tail -1
+RAY_USE_TLS=1 RAY_TLS_CA_CERT=/nowhere docker/node.sh true 2>&1 || true
+"""
+
+
+def context(place: Path) -> Path:
+    """What .dockerignore lets into the build: everything is out but what it names with `!`."""
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert lines[0] == "*"
+    for name in (line[1:] for line in lines if line.startswith("!")):
+        source, to = ROOT / name, place / name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, to, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(source, to)
+    return place
+
+
+def test_the_recipe_is_clean() -> None:
+    """hadolint has nothing to say."""
+    said = subprocess.run([BIN / "hadolint", DOCKERFILE], capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stdout) == (0, "")
+
+
+def test_the_context_is_small_and_holds_no_secret(tmp_path: Path) -> None:
+    """Under 2 MB, every source of a COPY is in it, and what docker/secrets.sh writes is not."""
+    folder = context(tmp_path)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 2_000_000
+    assert not [path for path in files if path.suffix in (".env", ".key", ".crt") or path.name in (".env", "token")]
+    for stage in dockerfile.parse(DOCKERFILE).values():
+        for instruction, rest in stage.steps:
+            if instruction == "COPY" and not rest.startswith("--from="):
+                assert all((folder / source).exists() for source in rest.split()[:-1]), rest
+
+
+def test_every_image_runs_as_nobody_and_answers_for_its_health() -> None:
+    """Both targets come from the stage that has a user, a health check and the entry point that makes certificates."""
+    stages = dockerfile.parse(DOCKERFILE)
+    steps = dict(stages["node"].steps)
+    assert steps["USER"] == "1000"
+    assert "HEALTHCHECK" in steps
+    assert steps["ENTRYPOINT"] == '["/vmoco/docker/node.sh"]'
+    assert {stages[target].parent for target in ("cpu", "gpu")} == {"node"}
+    assert next(reversed(stages)) == "cpu", "a build without --target gives the last stage"
+
+
+def test_its_steps_build_it(tmp_path: Path) -> None:
+    """Run one after the other over a clean root, the steps give an image in which a job starts, as user 1000.
+
+    pip sees the packages of this environment as well, so it compares each with the lock file and downloads none.
+    """
+    if os.geteuid() != 0 and not os.environ.get("CI"):
+        pytest.skip(CI_NEEDS_IT)
+    folder, work = context(tmp_path / "context"), tmp_path / "work"
+    work.mkdir()
+    for path in (tmp_path, *tmp_path.parents[:2]):
+        path.chmod(path.stat().st_mode | 0o011)  # user 1000 passes through them
+    packages = {"PYTHONPATH": str(Path(pip.__file__).parents[1])}
+    said = dockerfile.build(
+        DOCKERFILE, target="cpu", context=folder, work=work, arguments=packages, command=PROOF
+    ).splitlines()
+    assert said[:3] == ["1000", "vmoco", "vmoco"]
+    assert said[3].startswith("/opt/vmoco/lib/python3")
+    assert said[4] == "error: data.uri is missing: give --data.uri the data set that jobs/ingest.py made"
+    assert said[5] == "error: RAY_USE_TLS is 1 and RAY_TLS_CA_KEY is not set: set it to the path of its file"

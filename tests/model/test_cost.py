@@ -1,0 +1,65 @@
+"""Costs by shapes agree with what plain counting gives, and grow as they must."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.train.test_step import changed
+from vmoco.model.backbone import build_backbone
+from vmoco.model.cost import step_cost
+from vmoco.presets import PRESETS
+
+
+def test_arithmetic_is_that_of_the_layers() -> None:
+    """Two operations for each product of each convolution and of the head, counted layer by layer on a real forward."""
+    settings = PRESETS["tiny"][1]
+    flops = 0
+
+    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal flops
+        if isinstance(module, nn.Conv3d):
+            flops += 2 * output[0].numel() * module.in_channels * torch.tensor(module.kernel_size).prod().item()
+
+    backbone = build_backbone(settings.model.backbone)
+    for module in backbone.modules():
+        module.register_forward_hook(count)
+    backbone(torch.zeros(2, 3, settings.data.num_frames, settings.augment.size, settings.augment.size))
+    head = 2 * backbone.feature_dim * settings.model.embedding_dim
+    cost = step_cost(settings, bf16=False)
+    assert cost.forward_flops == flops + head
+    assert cost.flops_before == 4 * 8 * cost.forward_flops
+    assert cost.run_flops(settings) == (10 * 4 + 10 * 6) * 8 * cost.forward_flops
+
+
+def test_memory_is_that_of_what_autograd_keeps() -> None:
+    """Activations are the bytes that a real forward keeps, each storage once; bf16 halves them."""
+    settings = PRESETS["tiny"][1]
+    kept: dict[int, int] = {}
+    alive = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    backbone = build_backbone(settings.model.backbone)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in backbone.parameters()}
+    shape = (2, 3, settings.data.num_frames, settings.augment.size, settings.augment.size)
+    with torch.autograd.graph.saved_tensors_hooks(note, note):
+        backbone(torch.zeros(shape))
+    expected = sum(size for place, size in kept.items() if place not in weights) / 2
+    cost = step_cost(settings, bf16=False)
+    assert cost.activation_bytes == pytest.approx(expected, rel=0.05)
+    assert step_cost(settings, bf16=True).activation_bytes == cost.activation_bytes // 2
+
+
+def test_the_network_carries_twice_the_gradients() -> None:
+    """One rank sends nothing; of many each sends nearly twice the gradients in an all-reduce, as a ring does."""
+    settings = PRESETS["demo"][1]
+    alone = step_cost(changed(settings, scaling={"num_workers": 1}), bf16=False)
+    assert (alone.gradient_bytes, alone.key_bytes) == (0, 0)
+    pair = step_cost(settings, bf16=False)
+    assert pair.gradient_bytes == 4 * pair.num_parameters
+    assert pair.key_bytes == 16 // 2 * 4 * 128

@@ -1,0 +1,141 @@
+"""What differs or fails on a cluster is a sentence with the node, the value and what to do; a good cluster has none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.train.test_step import changed
+from vmoco.cluster_check import estimate, find_problems
+from vmoco.local import LocalCluster
+from vmoco.node_report import NodeReport
+from vmoco.presets import PRESETS
+from vmoco.train.speed import Speed
+
+ROOT = Path(__file__).parents[1]
+SERVER = "https://door:5443"
+VERSIONS = {"python": "3.11.7", "ray": "2.60.0", "torch": "2.14.1", "vmoco": "aaaa"}
+GOOD = NodeReport(
+    address="192.0.2.10",
+    versions=VERSIONS,
+    num_cpus=8,
+    memory_bytes=2**35,
+    gpus=(),
+    clock=1000.0,
+    asked=1000.1,
+    shared_memory_bytes=2**32,
+)
+OTHER = replace(GOOD, address="192.0.2.11", clock=1000.5, asked=1000.5)
+
+
+def test_equal_nodes_have_no_problem() -> None:
+    """Nodes that agree, with a server as tracker, give no sentence; one node may use a database file."""
+    settings = PRESETS["tiny"][1]
+    assert find_problems(settings, [GOOD, OTHER], tracker=SERVER) == []
+    assert find_problems(settings, [GOOD], tracker="sqlite:////home/mlflow.db") == []
+
+
+@pytest.mark.parametrize(
+    ("node", "tracker", "said"),
+    [
+        (
+            {"versions": VERSIONS | {"torch": "2.13.0"}},
+            SERVER,
+            "node 192.0.2.11 has torch 2.13.0, node 192.0.2.10 has 2.14.1: install requirements.lock on both",
+        ),
+        (
+            {"versions": VERSIONS | {"vmoco": "bbbb"}},
+            SERVER,
+            "node 192.0.2.11 has vmoco bbbb, node 192.0.2.10 has aaaa",
+        ),
+        ({"clock": 1090.0}, SERVER, "the clock of node 192.0.2.11 is +90 s beside that of 192.0.2.10: let chrony"),
+        (
+            {"shared_memory_bytes": 64 * 2**20},
+            SERVER,
+            "node 192.0.2.11 has 64 MiB of /dev/shm, Ray's object store wants",
+        ),
+        (
+            {"problems": {"data.uri": "s3://vmoco/data is not there"}},
+            SERVER,
+            "node 192.0.2.11: data.uri: s3://vmoco/data is not there",
+        ),
+        (
+            {},
+            "sqlite:////home/mlflow.db",
+            "is a file of one machine and the cluster has 2 nodes: set MLFLOW_TRACKING_URI",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_node_is_one_sentence(node: dict[str, object], tracker: str, said: str) -> None:
+    """One problem, named with the node, the value, and what to do."""
+    (problem,) = find_problems(PRESETS["tiny"][1], [GOOD, replace(OTHER, **node)], tracker=tracker)  # type: ignore[arg-type]
+    assert said in problem
+    assert "\n" not in problem
+
+
+def test_time_follows_the_measured_speed_and_memory_the_smallest_gpu() -> None:
+    """Twice the speed is half the time; a GPU that is too small is named with what to lower."""
+    settings = PRESETS["paper"][1]
+    slow, _ = estimate(settings, Speed(40e12, bf16=True), gpu_bytes=80 * 2**30)
+    fast, _ = estimate(settings, Speed(80e12, bf16=True), gpu_bytes=80 * 2**30)
+    # 187,500 steps of 256 clips, half of them with 4 forwards and half with 6, of 162 GFLOP each, on 8 workers.
+    hours = 187_500 * 256 * 5 * 162.1e9 / 8 / 40e12 / 3600
+    assert f"about {hours / 24:.0f} days" in slow[-1] or f"about {hours:.1f} hours" in slow[-1]
+    assert slow[-1] != fast[-1]
+    _, problems = estimate(settings, None, gpu_bytes=8 * 2**30)
+    assert len(problems) == 1
+    assert "the smallest GPU has 8.0: lower train.micro-batch 32" in problems[0]
+    _, problems = estimate(changed(settings, train={"micro_batch": 8}), None, gpu_bytes=8 * 2**30)
+    assert problems == []
+
+
+@pytest.mark.cluster
+def test_a_real_cluster_is_checked(
+    local_cluster: LocalCluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One node that can carry `tiny` says so, with a measured time; it leaves nothing in the storage."""
+    place = tmp_path / "runs"
+    flags = ["--run.storage", str(place), "--scaling.num-workers", "2"]
+    assert local_cluster.submit(["python", "jobs/check.py", "cluster", "tiny", *flags], ROOT) == 0
+    said = capfd.readouterr().out
+    assert "storage and tracker reached" in said
+    assert "time: about 0.0 hours for 20 steps on 2 workers" in said
+    assert "the cluster can carry this run" in said
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.cluster
+def test_a_gpu_preset_on_a_cpu_cluster_is_answered(
+    local_cluster: LocalCluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A preset for GPUs, on a cluster without, ends with exit code 1 and says what to do."""
+    flags = ["--run.storage", str(tmp_path), "--data.uri", str(tmp_path / "none")]
+    assert local_cluster.submit(["python", "jobs/check.py", "cluster", "paper", *flags], ROOT) == 1
+    said = capfd.readouterr().out
+    assert "problem: preset paper wants 8 GPUs and the cluster has none: add GPU nodes" in said
+    assert f"data.uri: {tmp_path}/none is not there" in said
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_missing_token_is_answered(tmp_path: Path) -> None:
+    """A job that has no token for the cluster of RAY_ADDRESS says so in its last line, and where the token belongs."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token", "RAY_ADDRESS": "127.0.0.1:1"}
+    done = subprocess.run(
+        [sys.executable, "jobs/check.py", "cluster", "tiny", "--run.storage", str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: cannot connect to the Ray cluster at RAY_ADDRESS 127.0.0.1:1: Token authentication")
+    assert "no authentication token was found" in last
+    assert "RAY_AUTH_TOKEN_PATH" in last

@@ -1,0 +1,86 @@
+"""What training an encoder costs, by shapes alone: arithmetic, memory, network. Nothing is computed.
+
+Costs are counted in forwards of the encoder. A step needs 4 before the generator starts (query 1, its backward 2, key
+1) and 6 after (q_real 1, the gradient of the pixels 1). The generator, augmentation and loss are left out: they are
+small beside the encoders, so a real step is somewhat slower.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vmoco.config import PretrainSettings
+from vmoco.model.moco import MocoEncoder
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one step of a run costs, over all ranks unless said otherwise."""
+
+    forward_flops: float
+    """Of one forward of the encoder with one clip; a product and its sum are two."""
+    num_parameters: int
+    """Of one encoder with its head."""
+    activation_bytes: int
+    """Kept for the backward of one clip, in the precision of the run."""
+    flops_before: float
+    """Of a step before the generator starts."""
+    flops_after: float
+    """Of a step with the generator."""
+    rank_bytes: int
+    """Memory of a rank: two encoders, gradients, optimizer, queue, and the activations of one micro-batch."""
+    gradient_bytes: int
+    """What each rank sends in an all-reduce of the gradients, as a ring does it: twice, but for its own share."""
+    key_bytes: int
+    """What each rank receives of other ranks' keys."""
+
+    def run_flops(self, settings: PretrainSettings) -> float:
+        """Arithmetic of the whole run."""
+        before = settings.generator_start
+        return before * self.flops_before + (settings.train.steps - before) * self.flops_after
+
+
+def step_cost(settings: PretrainSettings, *, bf16: bool) -> StepCost:
+    """Counts what a step of a run costs.
+
+    Args:
+        settings: of the run.
+        bf16: whether the encoders run in bfloat16; parameters and optimizer stay float32.
+    """
+    model, train, moco = settings.model, settings.train, settings.moco
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        # By storage: a tensor that two operations keep is there once.
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        kept.append(tensor)
+        return tensor
+
+    kept: list[torch.Tensor] = []  # so that no storage is freed and its address used again
+    with torch.device("meta"):
+        encoder = MocoEncoder(model.backbone, embedding_dim=model.embedding_dim, head=model.head)
+        clips = torch.empty(2, 3, settings.data.num_frames, settings.augment.size, settings.augment.size)
+        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, note):
+            encoder.head(encoder.backbone(clips))  # not through its own forward: autocast knows no device of shapes
+    parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    weights = {parameter.untyped_storage()._cdata for parameter in encoder.parameters()}
+    activations = sum(size for storage, size in saved.items() if storage not in weights) // len(clips)
+    activations = activations // 2 if bf16 else activations
+    forward = counter.get_total_flops() / len(clips)
+    ranks = settings.scaling.num_workers
+    optimizer = 2 if train.optimizer == "adamw" else 1
+    queue = moco.queue_size * (4 * model.embedding_dim + 16)  # with age and video id of each key
+    share = (ranks - 1) / ranks
+    return StepCost(
+        forward_flops=forward,
+        num_parameters=parameters,
+        activation_bytes=activations,
+        flops_before=4 * forward * train.global_batch,
+        flops_after=6 * forward * train.global_batch,
+        rank_bytes=4 * parameters * (3 + optimizer) + queue + activations * train.micro_batch,
+        gradient_bytes=round(2 * share * 4 * parameters),
+        key_bytes=round(share * train.global_batch * 4 * model.embedding_dim),
+    )

@@ -1,0 +1,90 @@
+"""What a new store and a new tracker need before the first job: buckets, and a user for the nodes.
+
+Secrets come from the environment and never from a flag, because flags are seen by everybody on a machine and are kept
+with a submitted job.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow.fs as pafs
+
+
+def make_buckets(names: Sequence[str]) -> list[str]:
+    """Makes the S3 buckets that are missing, at AWS_ENDPOINT_URL or in AWS itself.
+
+    Returns:
+        The names of those made.
+
+    Raises:
+        ValueError: the store cannot be reached, or does not let this key make buckets.
+    """
+    made = []
+    for name in names:
+        try:
+            # By URI: only so does Arrow look at AWS_ENDPOINT_URL.
+            store, _ = pafs.FileSystem.from_uri(f"s3://{name}?allow_bucket_creation=true")
+            if store.get_file_info(name).type == pafs.FileType.NotFound:
+                store.create_dir(name)
+                made.append(name)
+        except OSError as error:
+            where = os.environ.get("AWS_ENDPOINT_URL", "AWS")
+            raise ValueError(
+                f"bucket {name!r} cannot be made in {where}: {error}. Check the address, and that AWS_ACCESS_KEY_ID is "
+                "a key that may make buckets"
+            ) from error
+    return made
+
+
+def make_tracker_user(tracker: str, *, admin_password: str, user: str, password: str) -> None:
+    """Makes a user of an MLflow server with authentication, or gives an existing one this password.
+
+    The user is no administrator: it reads everything, and changes what it made itself.
+
+    Args:
+        tracker: URL of the server.
+        admin_password: of the user `admin`.
+        user: name of the user.
+        password: MLflow wants at least 12 characters.
+
+    Raises:
+        ValueError: the server cannot be reached, or refuses.
+    """
+    body = {"username": user, "password": password}
+    try:
+        _ask(tracker, "POST", "users/create", body, admin_password)
+    except urllib.error.HTTPError as error:
+        said = error.read().decode(errors="replace")
+        if "RESOURCE_ALREADY_EXISTS" not in said:
+            raise ValueError(_refused(tracker, user, error, said)) from error
+        try:
+            _ask(tracker, "PATCH", "users/update-password", body, admin_password)
+        except OSError as again:
+            raise ValueError(_refused(tracker, user, again, "")) from again
+    except OSError as error:
+        raise ValueError(f"the tracker {tracker} cannot be reached ({error}): check its address") from error
+
+
+def _refused(tracker: str, user: str, error: OSError, said: str) -> str:
+    if isinstance(error, urllib.error.HTTPError) and error.code == 401:
+        return f"the tracker {tracker} does not take the password of its user admin: check TRACKER_ADMIN_PASSWORD"
+    return f"the tracker {tracker} does not make user {user!r}: {error} {' '.join(said.split())[:300]}".rstrip()
+
+
+def _ask(tracker: str, method: str, path: str, body: dict[str, str], admin_password: str) -> Any:
+    word = base64.b64encode(f"admin:{admin_password}".encode()).decode()
+    request = urllib.request.Request(
+        f"{tracker.rstrip('/')}/api/2.0/mlflow/{path}",
+        method=method,
+        data=json.dumps(body).encode(),
+        headers={"Authorization": f"Basic {word}", "Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer) if answer.headers.get_content_type() == "application/json" else None
