@@ -79,6 +79,8 @@ class AugmentSettings(Settings):
     """Share of clips blurred by a Gaussian of 0.1 to 2 pixels (MoCo v1: none; v2: 0.5)."""
     flip_probability: float = Field(0.5, ge=0, le=1)
     """Share of clips mirrored left to right; 0 where left and right have a meaning."""
+    standardise: bool = False
+    """Normalise each clip by its own mean and deviation, not Kinetics': light and contrast tell no clips apart then."""
 
 
 class ModelSettings(Settings):

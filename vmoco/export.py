@@ -79,6 +79,7 @@ def write_encoder(
         num_frames=settings.data.num_frames,
         fps=float(np.median(manifest.table["fps"].to_numpy())) / settings.data.stride,
         size=settings.augment.size,
+        standardise=settings.augment.standardise,
     )
     lineage = {
         "step": record.step,

@@ -25,11 +25,11 @@ from vmoco.train import state
 
 CHECKPOINTS = "checkpoints.json"  # `train.worker` lists a run's kept checkpoints under this name
 
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # What the weights were trained with: torchvision's recipes, and the released code.
 _TORCHVISION_CLIPS = {"s3d": Preprocessing(num_frames=16, fps=15.0, size=224)}
 _TORCHVISION_RESNETS = Preprocessing(num_frames=16, fps=15.0, size=112)
-_RELEASED = Preprocessing(num_frames=32, fps=25.0, size=112, **_IMAGENET)
+_RELEASED = Preprocessing(num_frames=32, fps=25.0, size=112, mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
 _ORIGIN = {
     "torchvision": {
         "description": "Kinetics-400, with its labels, by the authors of torchvision.",
