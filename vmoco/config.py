@@ -111,6 +111,8 @@ class GeneratorSettings(Settings):
     """Learning rate of the generator at a global batch of 32; scaled linearly with the batch."""
     estimator: Estimator = "mask"
     """Gradient of the choice of frames: of the keep mask itself, or the pixel sum of the released code, to compare."""
+    relative: bool = False
+    """Judge a frame against the same place of the other clips in its micro-batch: places alone count nothing then."""
     hidden_channels: int = Field(16, ge=1)
     """Channels of the recurrent state."""
     frame_size: int = Field(32, ge=8)
