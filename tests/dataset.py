@@ -65,6 +65,7 @@ def write_data_set(folder: Path, clips: list[Clip], *, encoding: Encoding = "raw
             "shard": pa.array([f"{shard:04d}"] * count),
             "row": pa.array(range(count), pa.int32()),
             "entry": pa.array([""] * count),
+            "range": pa.nulls(count, pa.string()),
             "video_bytes": pa.array([1000] * count),
             "video_sha256": pa.array(["0" * 64] * count),
         }

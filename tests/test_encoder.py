@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.videos import images, truncate, write_video
+from tests.data.videos import Kept, images, truncate, write_video
 from tests.encoders import clips, encoder_of
 from vmoco.data.augment import PIXEL_MEAN, PIXEL_STD
+from vmoco.data.clips import ClipPlan
 from vmoco.data.video import cut_clips
 from vmoco.encoder import Encoder, Preprocessing
 
@@ -55,10 +56,12 @@ def test_a_video_gives_its_clips_at_the_encoders_rate(tmp_path: Path) -> None:
     """A path at 50 frames per second, for an encoder of 25: every second frame, as ingest would have cut them."""
     path = write_video(tmp_path / "a video.mp4", images(70), fps=50)
     encoder = encoder_of()
-    cut = cut_clips(str(path), num_frames=8, stride=2, height=32, width=32, max_clips=32, seconds=60)
-    assert len(cut.frames) == 4, "70 frames hold four clips of 15"
-    assert torch.equal(encoder.embed(path), encoder.embed(cut.frames))
-    assert torch.equal(encoder.embed(str(path)), encoder.embed(cut.frames))
+    kept = Kept()
+    cut_clips(str(path), ClipPlan(8, stride=2, max_clips=32), height=32, width=32, sink=kept)
+    assert len(kept.clips) == 4, "70 frames hold four clips of 15"
+    frames = np.stack(kept.clips)
+    assert torch.equal(encoder.embed(path), encoder.embed(frames))
+    assert torch.equal(encoder.embed(str(path)), encoder.embed(frames))
 
 
 def test_a_video_that_gives_no_clips_is_said(tmp_path: Path) -> None:

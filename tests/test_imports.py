@@ -18,13 +18,13 @@ HOMES = {
     "ray": {
         "vmoco.job",
         "vmoco.sweep",
-        "vmoco.data.ingest",
+        "vmoco.data.tasks",
         "vmoco.train.launch",
         "vmoco.train.worker",
         "vmoco.train.channel",
     },
     "mlflow": {"vmoco.tracking", "vmoco.registry", "vmoco.encoder_program"},
-    "av": {"vmoco.data.video"},
+    "av": {"vmoco.data.video", "vmoco.data.scale"},
     "faiss": {"vmoco.evaluate.knn"},
     "sklearn": {"vmoco.evaluate.probe"},
 }
@@ -34,6 +34,7 @@ BASE = {"vmoco", "vmoco.settings", "vmoco.config", "vmoco.presets", "vmoco.stora
 WORK = {"vmoco.data.ingest", "vmoco.data.footage", "vmoco.export", "vmoco.registry", "vmoco.tracking", "vmoco.report"}
 WORK |= {"vmoco.encoder", "vmoco.encoder_program", "vmoco.program", "vmoco.model_card", "vmoco.promotion"}
 WORK |= {"vmoco.lineage", "vmoco.publish"}
+WORK |= {"vmoco.data.tasks"}
 WORK |= {"vmoco.job", "vmoco.job_server", "vmoco.local", "vmoco.sweep"}
 
 

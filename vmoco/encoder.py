@@ -152,20 +152,23 @@ class Encoder(nn.Module):
 
     def _decoded(self, path: str) -> npt.NDArray[np.uint8]:
         from vmoco.data import video
+        from vmoco.data.clips import ClipPlan
+        from vmoco.data.decoder import Decoder
+        from vmoco.data.ledger import VideoError
 
         expected = self.preprocessing
         if not os.path.isfile(path):
             raise ValueError(f"there is no video file {path}")
+        size, decoder = (expected.size, expected.size), Decoder()
         try:
-            cut = video.cut_clips(
-                path,
-                num_frames=expected.num_frames,
-                stride=self.stride(video.probe(path).fps),
-                height=expected.size,
-                width=expected.size,
-                max_clips=_MAX_CLIPS,
-                seconds=_SECONDS_PER_VIDEO,
-            )
-        except video.VideoError as error:
+            stride = self.stride(video.probe(path).fps)
+            plan = ClipPlan(expected.num_frames, stride=stride, max_clips=_MAX_CLIPS)
+            options: Any = {"part": None, "size": size, "encoding": "raw", "quality": 100, "offset": 0}
+            cut = decoder.cut({"path": path}, plan, **options, seconds=_SECONDS_PER_VIDEO)
+            stored = os.pread(decoder.scratch.fileno(), sum(cut["sizes"]), 0)
+        except VideoError as error:
             raise ValueError(f"video {path} gives no clips ({error})") from None
-        return cut.frames
+        finally:
+            decoder.close()
+        shape = (len(cut["sizes"]), expected.num_frames, *size, 3)
+        return np.frombuffer(stored, np.uint8).reshape(shape).copy()

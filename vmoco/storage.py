@@ -8,16 +8,44 @@ complete.
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import shutil
 import tempfile
+import time
 import urllib.parse
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import pyarrow.fs as pafs
+
+_WAITS_SECONDS = (0.5, 2.0, 8.0)
+_FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+_REFUSED = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "Not Found")  # in the messages of object stores
+Result = TypeVar("Result")
+
+
+def patiently(action: Callable[[], Result]) -> Result:
+    """Tries again, with growing waits, what a store refuses for the moment: a 500, a time-out, a lost connection.
+
+    `action` starts from the beginning each time. What will not change (no such file, no permission) is raised at once.
+
+    Raises:
+        OSError: of the last try.
+    """
+    for seconds in _WAITS_SECONDS:
+        try:
+            return action()
+        except _FINAL:
+            raise
+        except OSError as error:
+            if error.errno == errno.ENOSPC or any(sign in str(error) for sign in _REFUSED):
+                raise
+            time.sleep(seconds)
+    return action()
 
 
 def absolute_uri(uri: str) -> str:
@@ -73,8 +101,12 @@ def read_bytes(uri: str) -> bytes:
         FileNotFoundError: it is not there.
     """
     found, path = filesystem(uri)
-    with found.open_input_stream(path) as stream:
-        return bytes(stream.read())
+
+    def read() -> bytes:
+        with found.open_input_stream(path) as stream:
+            return bytes(stream.read())
+
+    return read() if isinstance(found, pafs.LocalFileSystem) else patiently(read)
 
 
 def write_atomic(uri: str, content: bytes | memoryview) -> None:
@@ -88,10 +120,15 @@ def write_atomic(uri: str, content: bytes | memoryview) -> None:
         if isinstance(found, pafs.LocalFileSystem):
             _write_local(Path(path), content)
         else:
-            with found.open_output_stream(path) as stream:
-                stream.write(content)
+            patiently(lambda: _upload(found, path, io.BytesIO(content)))
     except OSError as error:
         raise ValueError(f"cannot write {uri}: {error.strerror or error}") from error
+
+
+def _upload(target: pafs.FileSystem, path: str, file: BinaryIO) -> None:
+    file.seek(0)
+    with target.open_output_stream(path) as stream:
+        shutil.copyfileobj(file, stream, length=2**22)
 
 
 def _write_local(path: Path, content: bytes | memoryview) -> None:
@@ -116,6 +153,13 @@ def _open_local(path: Path) -> Iterator[BinaryIO]:
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def delete_folder(uri: str) -> None:
+    """Removes a folder and what is in it, if it is there."""
+    found, path = filesystem(uri)
+    if found.get_file_info(path).type == pafs.FileType.Directory:
+        found.delete_dir(path)
 
 
 def list_files(uri: str, *, recursive: bool = True) -> list[str]:
@@ -172,9 +216,7 @@ def open_atomic(uri: str) -> Iterator[BinaryIO]:
         else:
             with tempfile.TemporaryFile() as file:
                 yield file
-                file.seek(0)
-                with found.open_output_stream(path) as stream:
-                    shutil.copyfileobj(file, stream, length=2**22)
+                patiently(lambda: _upload(found, path, file))
     except OSError as error:
         raise ValueError(f"cannot write {uri}: {error.strerror or error}") from error
 

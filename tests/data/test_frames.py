@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from tests.dataset import make_data_set
 from vmoco.data.frames import Frames, decode, encode, pack, unpack
+from vmoco.data.loader import Loader
+from vmoco.presets import PRESETS
 
 SHAPE = (5, 24, 32, 3)
 
@@ -51,3 +56,16 @@ def test_what_is_no_clip_is_refused() -> None:
             decode(damaged, "jpeg", SHAPE)
     with pytest.raises(ValueError, match=r"frame 0 is \(24, 32, 3\), and should be \(24, 30, 3\)"):
         decode(jpeg, "jpeg", (5, 24, 30, 3))
+
+
+def test_the_loader_reads_both(tmp_path: Path) -> None:
+    """The same batches from a raw and from a JPEG data set: the same clips and windows, pixels as JPEG left them."""
+    raw = Loader(make_data_set(tmp_path / "raw"), PRESETS["tiny"][1], rank=0, world_size=1).batch(3)
+    manifest = make_data_set(tmp_path / "jpeg", encoding="jpeg")
+    jpeg = Loader(manifest, PRESETS["tiny"][1], rank=0, world_size=1).batch(3)
+    assert jpeg.clip_ids == raw.clip_ids
+    difference = (jpeg.query.frames.int() - raw.query.frames.int()).abs().float()
+    assert 0 < difference.mean() < 16  # noise is the worst that JPEG can be given
+    assert (jpeg.query.draws == raw.query.draws).all()
+    stored = sum(manifest.table["num_bytes"].to_pylist())
+    assert stored < 0.7 * sum(make_data_set(tmp_path / "again").table["num_bytes"].to_pylist())

@@ -13,16 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.data import videos
-from tests.data.test_shard_task import settings
+from tests.data.test_shard_task import probed, settings
 from vmoco import storage
-from vmoco.data import ledger
-from vmoco.data.ingest import _Progress, ingest
+from vmoco.data import contact_sheet, ledger
+from vmoco.data.decoder import Decoder
+from vmoco.data.ingest import ingest
+from vmoco.data.ingest_settings import IngestSettings
 from vmoco.data.manifest import NAME, Manifest
+from vmoco.data.progress import Progress
 from vmoco.data.shard import ShardReader
 from vmoco.data.shard_task import is_held_out, make_shard, plan_shards
-from vmoco.data.source import list_videos
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.cluster
 
@@ -32,6 +37,12 @@ def make_videos(folder: Path, *names: str) -> None:
         # AVI keeps no time stamps, so FFmpeg guesses those of H.264, and late by some frames.
         codec = "mpeg4" if name.endswith(".avi") else "libx264"
         videos.write_video(folder / name, videos.images(20 + number), codec=codec)
+
+
+def flags(chosen: IngestSettings) -> list[str]:
+    """The settings as flags of the job."""
+    changed = chosen.model_dump(exclude_defaults=True)
+    return [word for name, value in changed.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def shards(folder: Path) -> dict[str, bytes]:
@@ -65,7 +76,11 @@ def test_every_video_is_in_the_manifest_or_in_the_ledger(tmp_path: Path, ray_clu
             frames = reader.frames(row["row"])
         first = round(row["start_seconds"] * 25)
         assert [videos.number_of(frame) for frame in frames] == list(range(first, first + 4))
-    assert re.fullmatch(r"ingest  videos 5/5  rejected 2  clips 9  [\d.]+ clips/s  0:00 left", lines[-1])
+    assert re.fullmatch(r"ingest  looked at 5/5 videos  rejected 2  clips 9  [\d.]+ clips/s  0:00 left", lines[-3])
+    assert re.fullmatch(r"ingest  cut 3/3 videos  rejected 0  clips 9  [\d.]+ clips/s  0:00 left", lines[-2])
+    assert lines[-1] == (f"ingest  rejected 3: cannot-open 1, empty 1, not-a-file 1; see {tmp_path}/out/ledger.jsonl")
+    assert Image.open(tmp_path / "out" / contact_sheet.NAME).size[0] > 400
+    assert not (tmp_path / "out/probes").exists()
 
 
 def test_bytes_do_not_depend_on_the_parallelism(tmp_path: Path, ray_cluster: object) -> None:
@@ -73,9 +88,10 @@ def test_bytes_do_not_depend_on_the_parallelism(tmp_path: Path, ray_cluster: obj
     make_videos(tmp_path / "in", *(f"{number}.mp4" for number in range(5)))
     chosen = settings(tmp_path, videos_per_shard=1)
     ingest(chosen, progress=quiet)
-    found = list(list_videos(chosen.videos).videos)
-    for plan in plan_shards(found, content=chosen.content(), videos_per_shard=1):
-        make_shard(plan, videos=chosen.videos, output=str(tmp_path / "plain"), settings=chosen)
+    plain, decoder = str(tmp_path / "plain"), Decoder()
+    for plan in plan_shards(probed(chosen, decoder), chosen):
+        make_shard(plan, root=chosen.videos, output=plain, settings=chosen, decoder=decoder)
+    decoder.close()
     assert shards(tmp_path / "out") == shards(tmp_path / "plain")
 
 
@@ -90,7 +106,7 @@ def test_running_again_does_nothing_and_adding_appends(tmp_path: Path, ray_clust
     assert lines == [f"ingest  nothing new: all 3 videos are accounted for in {tmp_path}/out"]
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
-    make_videos(tmp_path / "in", "a.mp4")
+    videos.write_video(tmp_path / "in/a.mp4", videos.images(25))
     second = ingest(settings(tmp_path, videos_per_shard=1), progress=quiet)
     assert second.counts == {"videos": 3, "clips": 9, "rejected": 1, "held_out": 0}
     old = [path for path in before if path.suffix == ".arrow"]
@@ -112,25 +128,18 @@ def test_a_changed_video_replaces_its_clips(tmp_path: Path, ray_cluster: object)
     assert [row.video_id for row in ledger.read(str(tmp_path / "out"))] == ["b.mp4"]
 
 
-def test_a_killed_run_is_finished_by_the_next(tmp_path: Path, ray_cluster: Any) -> None:
-    """kill -9 in the middle leaves no data set; the same command then gives the bytes of an undisturbed run."""
+def test_a_killed_job_is_finished_by_the_next(tmp_path: Path, ray_cluster: Any) -> None:
+    """kill -9 of the job in the middle leaves no data set; the same command then gives an undisturbed run's bytes."""
     video = videos.write_video(tmp_path / "in/0.mp4", videos.images(200, height=240, width=320))
     for number in range(1, 8):
-        shutil.copy(video, tmp_path / f"in/{number}.mp4")
+        # Something behind the end, so that no two files are the same.
+        (tmp_path / f"in/{number}.mp4").write_bytes(video.read_bytes() + bytes([0, 0, 0, 9, *b"free", number]))
     chosen = settings(tmp_path, videos_per_shard=1, num_frames=16)
-    code = "import sys, ray; from vmoco.data.ingest_settings import IngestSettings; "
-    code += "from vmoco.data.ingest import ingest; ray.init(); ingest(IngestSettings.model_validate_json(sys.argv[1]))"
+    command = [sys.executable, "jobs/ingest.py", *flags(chosen)]
     environment = {**os.environ, **ray_cluster.environment, "RAY_ADDRESS": ray_cluster.gcs_address}
-    root = str(Path(__file__).parents[2])
-    run = subprocess.Popen(
-        [sys.executable, "-c", code, chosen.model_dump_json()],
-        env=environment,
-        cwd=root,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    run = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 90
         while not list((tmp_path / "out/shards").glob("*.arrow")):
             assert run.poll() is None
             assert time.monotonic() < end
@@ -151,12 +160,54 @@ def test_a_killed_run_is_finished_by_the_next(tmp_path: Path, ray_cluster: Any) 
     assert (tmp_path / "out" / NAME).read_bytes() == (tmp_path / "other" / NAME).read_bytes()
 
 
+def test_parts_change_nothing(tmp_path: Path, ray_cluster: object) -> None:
+    """Long videos in parts, or as a whole where parts fail, damaged ones too: the same clips, ledger and hash."""
+    coding = {"g": "10", "keyint_min": "10", "sc_threshold": "0"}
+    videos.write_video(tmp_path / "in/long.mp4", videos.images(200), options=coding)
+    # The times of H.264 in AVI are guessed; a picture that is refreshed bit by bit cannot be decoded from the middle.
+    videos.write_video(tmp_path / "in/guessed.avi", videos.images(200), options={**coding, "bf": "2"})
+    refresh = {"x264-params": "intra-refresh=1:keyint=12:bframes=0:scenecut=0"}
+    videos.write_video(tmp_path / "in/refresh.mp4", videos.images(200), options=refresh)
+    videos.corrupt(videos.write_video(tmp_path / "in/noise.mp4", videos.images(200), options=coding), end=0.45)
+    found, lines = [], []
+    for seconds in (600, 2):
+        chosen = settings(tmp_path, part_seconds=seconds, output=f"{tmp_path}/{seconds}", max_clips_per_video=20)
+        made = ingest(chosen, progress=lines.append)
+        rejected = [(row.video_id, row.stage, row.reason) for row in ledger.read(made.uri)]
+        found.append((made.hash, made.counts, rejected, made.table.select(["clip_id", "start_seconds", "fps"])))
+    assert found[0] == found[1]
+    assert found[0][1]["videos"] == 3
+    assert "ingest  2 long videos cannot be decoded in parts: each is decoded as a whole" in lines
+    assert found[0][2] == [("noise.mp4", "decode", "decode-error")]
+
+
+def test_duplicates_are_in_the_ledger(tmp_path: Path, ray_cluster: object) -> None:
+    """Of equal contents the first name is kept, also against what is there already; `keep` takes them all."""
+    make_videos(tmp_path / "in", "b.mp4", "c.mp4")
+    shutil.copy(tmp_path / "in/b.mp4", tmp_path / "in/d.mp4")
+    ingest(settings(tmp_path), progress=quiet)
+    shutil.copy(tmp_path / "in/b.mp4", tmp_path / "in/a.mp4")
+    manifest = ingest(settings(tmp_path), progress=quiet)
+    assert set(manifest.table["video_id"].to_pylist()) == {"b.mp4", "c.mp4"}
+    rows = [(row.video_id, row.reason, row.message) for row in ledger.read(manifest.uri)]
+    assert rows == [(name, "duplicate", "the same content as b.mp4") for name in ("a.mp4", "d.mp4")]
+    # When the first one changes, the others are no duplicates any more.
+    videos.write_video(tmp_path / "in/b.mp4", videos.images(50))
+    manifest = ingest(settings(tmp_path), progress=quiet)
+    assert set(manifest.table["video_id"].to_pylist()) == {"a.mp4", "b.mp4", "c.mp4"}
+    assert [(row.video_id, row.message) for row in ledger.read(manifest.uri)] == [
+        ("d.mp4", "the same content as a.mp4")
+    ]
+    kept = ingest(settings(tmp_path, duplicates="keep", output=str(tmp_path / "all")), progress=quiet)
+    assert kept.counts["videos"] == 4
+
+
 def test_a_kill_between_ledger_and_manifest_is_harmless(tmp_path: Path, ray_cluster: object) -> None:
     """Ledger rows of shards that no manifest names are forgotten, so the next run plans as an undisturbed one would."""
     make_videos(tmp_path / "in", "a.mp4", "b.mp4")
     ingest(settings(tmp_path), progress=quiet)
     committed = (tmp_path / "out" / NAME).read_bytes()
-    make_videos(tmp_path / "in", "d.mp4")
+    videos.write_video(tmp_path / "in/d.mp4", videos.images(25))
     (tmp_path / "in/c.mp4").write_text("no video")
     grown = ingest(settings(tmp_path), progress=quiet)
     after = shards(tmp_path / "out")
@@ -169,7 +220,7 @@ def test_other_settings_are_refused(tmp_path: Path, ray_cluster: object) -> None
     """An output of other settings is not touched; the error names the option and both values."""
     make_videos(tmp_path / "in", "a.mp4")
     ingest(settings(tmp_path), progress=quiet)
-    make_videos(tmp_path / "in", "b.mp4")
+    videos.write_video(tmp_path / "in/b.mp4", videos.images(25))
     with pytest.raises(ValueError, match=r"was made with --num-frames 4, not 8: use --num-frames 4 to continue it"):
         ingest(settings(tmp_path, num_frames=8), progress=quiet)
     assert Manifest.load(str(tmp_path / "out")).counts["videos"] == 1
@@ -183,7 +234,7 @@ def test_all_rejected_is_an_error_without_a_data_set(tmp_path: Path, ray_cluster
         (tmp_path / "in" / name).write_text("no video")
     (tmp_path / "in/c.mp4").touch()
     for _ in range(2):
-        said = rf"3 of 3 videos were rejected, 2 of them as cannot-open: see {tmp_path}/out/ledger.jsonl"
+        said = rf"3 of 3 videos were rejected \(cannot-open 2, empty 1\): see {tmp_path}/out/ledger.jsonl"
         with pytest.raises(ValueError, match=said):
             ingest(settings(tmp_path), progress=quiet)
         assert not (tmp_path / "out" / NAME).exists()
@@ -196,7 +247,7 @@ def test_too_many_rejected_is_an_error_that_keeps_the_clips(tmp_path: Path, ray_
     for name in ("b.mp4", "c.mp4"):
         (tmp_path / "in" / name).write_text("no video")
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"2 of 3 videos were rejected, .*; the clips of the others are kept"):
+        with pytest.raises(ValueError, match=r"2 of 3 videos were rejected .*; the clips of the others are kept"):
             ingest(settings(tmp_path), progress=quiet)
     assert ingest(settings(tmp_path, max_rejected_percent=67), progress=quiet).counts["videos"] == 1
 
@@ -224,13 +275,13 @@ def test_progress_is_printed_at_most_once_a_second(monkeypatch: pytest.MonkeyPat
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     lines: list[str] = []
-    report = _Progress(lines.append, num_videos=130, num_changed=0)
-    report.add({"num_videos": 10, "rows": [0] * 90, "rejected": [], "reused": True})
+    report = Progress(lines.append, "cut", total=1300, num_videos=130)
+    report.add(100, videos=10, rejected=0, clips=90, reused=True)
     for _ in range(5):
         now[0] += 0.4
-        report.add({"num_videos": 1, "rows": [0] * 4, "rejected": [0], "reused": False})
-    report.finish()
+        report.add(10, videos=1, rejected=1, clips=4)
+    report.print()
     assert lines == [
-        "ingest  videos 13/130  rejected 3  clips 102  10.0 clips/s  0:46 left",
-        "ingest  videos 15/130  rejected 5  clips 110  10.0 clips/s  0:46 left",
+        "ingest  cut 13/130 videos  rejected 3  clips 102  10.0 clips/s  0:46 left",
+        "ingest  cut 15/130 videos  rejected 5  clips 110  10.0 clips/s  0:46 left",
     ]

@@ -10,8 +10,8 @@ from vmoco.data import ledger
 from vmoco.data.ledger import Rejection
 
 ROWS = [
-    Rejection('b\nquote" 🎞.mp4', "decode", "decode-error", "Invalid data", num_bytes=7, shard="00"),
-    Rejection("a.mp4", "probe", "truncated", "it ends", num_bytes=5, shard="01"),
+    Rejection('b\nquote" 🎞.mp4', "decode", "decode-error", "Invalid data", entry="07", shard="00"),
+    Rejection("a.mp4", "probe", "truncated", "it ends", entry="05", shard="01"),
     Rejection("c.mp4", "read", "missing", "gone", transient=True),
     Rejection("d.mp4", "probe", "truncated", "it ends"),
 ]
@@ -38,7 +38,7 @@ def test_a_damaged_ledger_says_which_line(tmp_path: Path) -> None:
         ledger.read(str(tmp_path))
 
 
-def test_most_common_reason() -> None:
-    """The reason with most videos is found; of equals, the first in the alphabet."""
-    assert ledger.most_common_reason(ROWS) == ("truncated", 2)
-    assert ledger.most_common_reason(ROWS[:3]) == ("decode-error", 1)
+def test_totals() -> None:
+    """Every reason with its count: the most frequent first, of equals the first in the alphabet."""
+    assert ledger.totals(ROWS) == "truncated 2, decode-error 1, missing 1"
+    assert ledger.totals([]) == ""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +12,13 @@ import numpy as np
 import pytest
 
 from tests.data import videos
-from vmoco.data import shard_task, source, video
+from vmoco.data.decoder import Decoder
 from vmoco.data.ingest_settings import IngestSettings
+from vmoco.data.ledger import VideoError
 from vmoco.data.manifest import shard_uri
+from vmoco.data.probe_task import Probed, probe_videos
 from vmoco.data.shard import ShardReader, read_rows
-from vmoco.data.shard_task import is_held_out, make_shard, plan_shards
+from vmoco.data.shard_task import ShardPlan, is_held_out, make_shard, plan_shards
 from vmoco.data.source import Found, list_videos
 
 
@@ -23,16 +28,30 @@ def settings(root: Path, **changes: Any) -> IngestSettings:
         "height": 24,
         "width": 32,
         "max_clips_per_video": 3,
+        "part_seconds": 600,
         "held_out_percent": 0,
     }
     return IngestSettings(**{"videos": str(root / "in"), "output": str(root / "out"), **values, **changes})
 
 
-def make(chosen: IngestSettings) -> dict[str, Any]:
-    """All videos in one shard."""
+@pytest.fixture(scope="module")
+def decoder() -> Iterator[Decoder]:
+    made = Decoder()
+    yield made
+    made.close()
+
+
+def probed(chosen: IngestSettings, decoder: Decoder) -> list[Probed]:
+    """All videos, looked at."""
     found = list(list_videos(chosen.videos).videos)
-    (plan,) = plan_shards(found, content=chosen.content(), videos_per_shard=99)
-    return make_shard(plan, videos=chosen.videos, output=chosen.output, settings=chosen)
+    return probe_videos(found, root=chosen.videos, output=chosen.output, settings=chosen, decoder=decoder)
+
+
+def make(chosen: IngestSettings, decoder: Decoder) -> dict[str, Any]:
+    """All videos in one shard, those that are none too."""
+    good = [Probed(found, "hash") for found in list_videos(chosen.videos).videos]
+    (plan,) = plan_shards(good, chosen)
+    return make_shard(plan, root=chosen.videos, output=chosen.output, settings=chosen, decoder=decoder)
 
 
 @pytest.fixture
@@ -43,9 +62,9 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_shard_holds_the_clips_and_accounts_for_all_videos(root: Path) -> None:
+def test_a_shard_holds_the_clips_and_accounts_for_all_videos(root: Path, decoder: Decoder) -> None:
     """Clips are in the order of the videos, each with the right frames; the broken video is in the account."""
-    made = make(settings(root, stride=2))
+    made = make(settings(root, stride=2), decoder)
     assert [(row["video_id"], row["row"]) for row in made["rows"]] == [("a.mp4", i) for i in range(3)] + [("c.avi", 3)]
     assert [(row["video_id"], row["reason"]) for row in made["rejected"]] == [("b.mp4", "cannot-open")]
     assert len({row["clip_id"] for row in made["rows"]}) == 4
@@ -56,75 +75,132 @@ def test_a_shard_holds_the_clips_and_accounts_for_all_videos(root: Path) -> None
     assert made["rows"][0]["fps"] == pytest.approx(12.5)
 
 
-def test_a_shard_that_is_there_is_reused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_that_is_there_is_reused(root: Path, monkeypatch: pytest.MonkeyPatch, decoder: Decoder) -> None:
     """A second call decodes nothing and returns the same rows; a damaged shard is made again."""
-    first = make(settings(root))
+    first = make(settings(root), decoder)
     path = Path(shard_uri(str(root / "out"), first["shard"]))
     whole = path.read_bytes()
-    path.write_bytes(whole[:-3])
-    assert make(settings(root)) == first
-    assert path.read_bytes() == whole
-    monkeypatch.setattr(video, "cut_clips", None)
-    assert make(settings(root)) == first | {"reused": True}
+    flipped = bytearray(whole)
+    flipped[first["rows"][1]["offset"] + 7] ^= 1
+    for damaged in (whole[:-3], bytes(flipped)):
+        path.write_bytes(damaged)
+        assert make(settings(root), decoder) == first
+        assert path.read_bytes() == whole
+    monkeypatch.setattr(decoder, "cut", None)
+    assert make(settings(root), decoder) == first | {"reused": True}
 
 
-def test_what_was_transient_is_tried_again(root: Path) -> None:
+def hurry(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, action: str) -> None:
+    """From now on every video takes too long."""
+
+    def late(*_: Any, **__: Any) -> None:
+        raise VideoError("decode", "timeout", "not done", transient=True)
+
+    monkeypatch.setattr(decoder, action, late)
+
+
+def test_what_was_transient_is_tried_again(root: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard with a video that ran out of time is made anew, and then equals one that never had the trouble."""
-    hurried = make(settings(root, seconds_per_video=1e-9))
-    assert {row["reason"] for row in hurried["rejected"]} == {"timeout", "cannot-open"}
+    with monkeypatch.context() as patch:
+        hurry(decoder, patch, "cut")
+        hurried = make(settings(root), decoder)
+    assert {row["reason"] for row in hurried["rejected"]} == {"timeout"}
     assert hurried["rows"] == []
-    made = make(settings(root))
+    made = make(settings(root), decoder)
     assert made["shard"] == hurried["shard"]
     assert len(made["rows"]) == 6
-    elsewhere = make(settings(root, output=str(root / "undisturbed")))
+    elsewhere = make(settings(root, output=str(root / "undisturbed")), decoder)
     left, right = (Path(shard_uri(str(root / name), made["shard"])) for name in ("out", "undisturbed"))
     assert left.read_bytes() == right.read_bytes()
     assert made == elsewhere
 
 
-def test_a_strange_failure_rejects_one_video(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error that nobody foresaw is in the ledger with its name, and the other videos are cut."""
-    honest = video.cut_clips
-
-    def failing(place: Any, **options: Any) -> video.Cut:
-        if str(place).endswith("a.mp4"):
-            raise ZeroDivisionError("strange")
-        return honest(place, **options)
-
-    monkeypatch.setattr(video, "cut_clips", failing)
-    made = make(settings(root))
-    (strange,) = [row for row in made["rejected"] if row["video_id"] == "a.mp4"]
-    assert (strange["reason"], strange["message"]) == ("unexpected-error", "ZeroDivisionError: strange")
-    assert strange["transient"]
-    assert {row["video_id"] for row in made["rows"]} == {"c.avi"}
-
-
-def test_a_file_that_vanished_is_transient(root: Path) -> None:
+def test_a_file_that_vanished_is_transient(root: Path, decoder: Decoder) -> None:
     """A video removed between listing and reading is in the ledger, to be tried again."""
     chosen = settings(root)
-    (plan,) = plan_shards([Found("gone.mp4", 5)], content=chosen.content(), videos_per_shard=1)
-    made = make_shard(plan, videos=chosen.videos, output=chosen.output, settings=chosen)
+    (plan,) = plan_shards([Probed(Found("gone.mp4", 5))], chosen)
+    made = make_shard(plan, root=chosen.videos, output=chosen.output, settings=chosen, decoder=decoder)
     assert [(row["reason"], row["transient"]) for row in made["rejected"]] == [("missing", True)]
 
 
-def test_a_place_that_cannot_be_written_is_an_error(root: Path) -> None:
+def test_a_place_that_cannot_be_written_is_an_error(root: Path, decoder: Decoder) -> None:
     """The error is a sentence, not a rejected video."""
     (root / "out").touch()
     with pytest.raises(ValueError, match=r"cannot write .*\.arrow: "):
-        make(settings(root))
+        make(settings(root), decoder)
 
 
-def test_the_name_of_a_shard_follows_from_what_goes_in() -> None:
-    """Other videos, sizes or settings give another name; groups are consecutive."""
-    found = [Found(f"{number}.mp4", number) for number in range(5)]
-    plans = plan_shards(found, content={"num_frames": 4}, videos_per_shard=2)
-    assert [[video.num_bytes for video in plan.videos] for plan in plans] == [[0, 1], [2, 3], [4]]
+def test_the_name_of_a_shard_follows_from_what_goes_in(tmp_path: Path) -> None:
+    """Other videos, sizes, labels, contents or settings give another name; plans survive their way as text."""
+    chosen = settings(tmp_path, videos_per_shard=2)
+    videos = [Probed(Found(f"{number}.mp4", number), f"hash {number}", 1) for number in range(5)]
+    plans = plan_shards(videos, chosen)
+    assert [[unit.found.num_bytes for unit in plan.units] for plan in plans] == [[0, 1], [2, 3], [4]]
     names = {plan.name for plan in plans}
-    names |= {plan_shards(found[:1], content={"num_frames": 4}, videos_per_shard=2)[0].name}
-    names |= {plan_shards(found, content={"num_frames": 5}, videos_per_shard=2)[0].name}
-    names |= {plan_shards([source.Found("0.mp4", 9), found[1]], content={"num_frames": 4}, videos_per_shard=2)[0].name}
-    assert len(names) == 6
-    assert plan_shards(found[:2], content={"num_frames": 4}, videos_per_shard=9)[0].name == plans[0].name
+    for changed in (
+        plan_shards(videos[:1], chosen),
+        plan_shards(videos[:2], settings(tmp_path, num_frames=5)),
+        plan_shards([Probed(Found("0.mp4", 9), "hash 0", 1), videos[1]], chosen),
+        plan_shards([Probed(Found("0.mp4", 0, label="x"), "hash 0", 1), videos[1]], chosen),
+        plan_shards([Probed(Found("0.mp4", 0), "another", 1), videos[1]], chosen),
+    ):
+        names.add(changed[0].name)
+    assert len(names) == 8
+    assert plan_shards(videos[:2], settings(tmp_path, videos_per_shard=9))[0].name == plans[0].name
+    assert [ShardPlan.from_json(plan.to_json()) for plan in plans] == plans
+
+
+def test_shards_come_near_the_size_that_is_aimed_at(tmp_path: Path) -> None:
+    """Neighbours share a shard until the next one would make it too large; a video that is too large has its own."""
+    clip_bytes = 4 * 512 * 512 * 3
+    chosen = settings(tmp_path, height=512, width=512, shard_megabytes=12)  # four clips
+    counts = [1, 2, 1, 1, 9, 3, 1, 4]
+    plans = plan_shards([Probed(Found(f"{n}.mp4", n), "", count) for n, count in enumerate(counts)], chosen)
+    assert clip_bytes * 4 == 12 * 2**20
+    groups = [[counts[unit.found.num_bytes] for unit in plan.units] for plan in plans]
+    assert groups == [[1, 2, 1], [1], [9], [3, 1], [4]]
+
+
+def test_a_long_video_is_the_same_in_parts(root: Path, decoder: Decoder) -> None:
+    """Cut in parts, spread over shards, a video gives the clips, times and pixels that it gives as a whole."""
+    coding = {"g": "10", "bf": "2", "keyint_min": "10", "sc_threshold": "0"}
+    videos.write_video(root / "in/long.mp4", videos.images(250), options=coding)
+    found = {}
+    for seconds in (600, 1):
+        chosen = settings(
+            root, part_seconds=seconds, videos_per_shard=1, max_clips_per_video=20, output=f"{root}/{seconds}"
+        )
+        (long,) = [each for each in probed(chosen, decoder) if each.found.video_id == "long.mp4"]
+        assert len(long.parts) == (10 if seconds == 1 else 0)
+        plans = plan_shards([long], chosen)
+        made = [
+            make_shard(plan, root=chosen.videos, output=chosen.output, settings=chosen, decoder=decoder)
+            for plan in plans
+        ]
+        assert len(made) == (10 if seconds == 1 else 1)
+        rows = [row for each in made for row in each["rows"]]
+        found[seconds] = [[row[name] for name in ("clip_id", "start_seconds", "fps", "sha256")] for row in rows]
+    assert len(found[600]) == 20
+    assert sorted(found[1]) == sorted(found[600])
+
+
+def test_results_of_a_first_look_are_kept(root: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second look at the same videos reads nothing, unless one of the results may change."""
+    (root / "in/d.mp4").write_text("no video")
+    first = probed(settings(root), decoder)
+    assert [each.num_clips for each in first] == [3, 0, 3, 0]
+    assert [each.rejection and each.rejection.reason for each in first] == [None, "cannot-open", None, "cannot-open"]
+    hashes = [hashlib.sha256((root / "in" / each.found.path).read_bytes()).hexdigest() for each in first]
+    assert [each.sha256 for each in first] == hashes
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "probe", None)
+        assert probed(settings(root), decoder) == first
+    shutil.rmtree(root / "out")
+    with monkeypatch.context() as patch:
+        hurry(decoder, patch, "probe")
+        hurried = probed(settings(root), decoder)
+    assert {each.rejection.reason for each in hurried if each.rejection} == {"timeout"}
+    assert probed(settings(root), decoder) == first
 
 
 def test_the_held_out_share_is_right() -> None:
@@ -136,20 +212,9 @@ def test_the_held_out_share_is_right() -> None:
     assert not any(is_held_out(name, 0.0) for name in names)
 
 
-def test_pixels_wait_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The pixels of a video are in a file without a name, and a full disk is an OSError, not a killed process."""
-    monkeypatch.setattr(shard_task.tempfile, "tempdir", str(tmp_path))
-    array = shard_task._on_disk((2, 4, 24, 32, 3))
-    array[:] = 7
-    assert isinstance(array, np.memmap)
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(OSError, match=r"."):
-        shard_task._on_disk((2**20, 2**20, 2**20))
-
-
-def test_rows_read_back_are_those_returned(root: Path) -> None:
+def test_rows_read_back_are_those_returned(root: Path, decoder: Decoder) -> None:
     """What goes into the manifest is what the shard says of itself."""
-    made = make(settings(root))
+    made = make(settings(root), decoder)
     there = read_rows(shard_uri(str(root / "out"), made["shard"])).table.to_pylist()
     names = there[0].keys()
     assert [{name: row[name] for name in names} for row in made["rows"]] == there

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
 import pytest
 
-from vmoco.data.source import Found, list_videos, read_video
-from vmoco.data.video import VideoError
+from vmoco.data.source import Found, list_videos
 
 
 def make(root: Path, *names: str) -> None:
@@ -78,26 +76,37 @@ def test_no_videos_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
-def test_reading_gives_size_and_hash(tmp_path: Path, scheme: str) -> None:
-    """The hash is that of the file's bytes."""
-    make(tmp_path, "a b.mp4")
-    content = read_video(f"{scheme}{tmp_path}", Found("a b.mp4", 7))
-    assert (content.num_bytes, content.sha256) == (7, hashlib.sha256(b"a b.mp4").hexdigest())
+def test_a_pattern_chooses(tmp_path: Path, scheme: str) -> None:
+    """`*` stays in its folder, `**` goes through any number; names count from the last fixed folder.
 
-
-def test_what_cannot_be_read_is_rejected(tmp_path: Path) -> None:
-    """A file that is gone, empty, a folder or of another size than listed has its own reason; only empty is final."""
-    make(tmp_path, "a.mp4")
-    (tmp_path / "empty.mp4").touch()
-    (tmp_path / "folder.mp4").mkdir()
+    A folder whose name looks like a pattern is a folder.
+    """
+    make(tmp_path, "a/x-1.mp4", "a/y-1.mp4", "a/b/x-2.mp4", "c/x-3.mkv", "x-4.mp4", "[old]/x-5.mp4")
+    root = f"{scheme}{tmp_path}"
     cases = {
-        Found("gone.mp4", 1): ("missing", True),
-        Found("empty.mp4", 0): ("empty", False),
-        Found("folder.mp4", 1): ("read-error", True),
-        Found("a.mp4", 99): ("changed", True),
+        "a/x*.mp4": ["x-1.mp4"],
+        "**/x*.mp4": ["[old]/x-5.mp4", "a/b/x-2.mp4", "a/x-1.mp4", "x-4.mp4"],
+        "*/x-?.m*": ["[old]/x-5.mp4", "a/x-1.mp4", "c/x-3.mkv"],
+        "a/**": ["b/x-2.mp4", "x-1.mp4", "y-1.mp4"],
     }
-    for found, expected in cases.items():
-        with pytest.raises(VideoError) as caught:
-            read_video(str(tmp_path), found)
-        assert caught.value.stage == "read"
-        assert (caught.value.reason, caught.value.transient) == expected
+    for pattern, expected in cases.items():
+        names = [found.video_id for found in list_videos(f"{root}/{pattern}").videos]
+        assert names == expected, pattern
+    assert [found.video_id for found in list_videos(f"{root}/[old]").videos] == ["x-5.mp4"]
+    with pytest.raises(ValueError, match=rf"no videos that match z\*.mp4 found in {root}: looked for"):
+        list_videos(f"{root}/z*.mp4")
+
+
+def test_an_entry_changes_with_what_is_known() -> None:
+    """Size, range, label or split: each makes another entry."""
+    one = Found("a.mp4", 7)
+    others = [
+        Found("a.mp4", 8),
+        Found("a.mp4", 7, "b.mp4"),
+        Found("a.mp4", 7, start_seconds=1.5),
+        Found("a.mp4", 7, end_seconds=1.5),
+        Found("a.mp4", 7, label="x"),
+        Found("a.mp4", 7, splits=("x", None, None)),
+    ]
+    assert len({found.entry for found in [one, *others]}) == 7
+    assert Found("a.mp4", 7, "a.mp4").entry == one.entry

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -13,18 +15,37 @@ import pytest
 import torch
 
 from tests.data import videos
-from vmoco.data import video
-from vmoco.data.clips import start_indices
-from vmoco.data.video import Cut, InMemory, VideoError, cut_clips, probe
+from vmoco.data import scale, video
+from vmoco.data.clips import ClipPlan, clip_indices, start_indices
+from vmoco.data.ledger import VideoError
+from vmoco.data.parts import split
+from vmoco.data.video import probe
 
-SETTINGS: dict[str, Any] = {
-    "num_frames": 8,
-    "stride": 2,
-    "height": 48,
-    "width": 64,
-    "max_clips": 3,
-    "seconds": 60.0,
-}
+SETTINGS: dict[str, Any] = {"num_frames": 8, "stride": 2, "height": 48, "width": 64, "max_clips": 3}
+
+
+@dataclasses.dataclass
+class Decoded:
+    """A cut video with its pixels."""
+
+    frames: videos.Image
+    start_times: list[int]
+    start_seconds: list[float]
+    fps: float
+
+
+def cut_clips(source: Any, *, height: int, width: int, **plan: Any) -> Decoded:
+    """The clips of a video."""
+    sink = videos.Kept()
+    cut = video.cut_clips(source, ClipPlan(**plan), height=height, width=width, sink=sink)
+    return Decoded(np.stack(sink.clips), **dataclasses.asdict(cut))
+
+
+def in_memory(path: Path) -> io.BytesIO:
+    source = io.BytesIO(path.read_bytes())
+    source.name = path.name
+    return source
+
 
 ENCODINGS = {
     "h264.mp4": {},
@@ -39,7 +60,7 @@ ENCODINGS = {
 }
 
 
-def numbers(cut: Cut) -> list[list[int]]:
+def numbers(cut: Decoded) -> list[list[int]]:
     return [[videos.number_of(frame) for frame in clip] for clip in cut.frames]
 
 
@@ -52,8 +73,7 @@ def test_the_planned_frames_are_taken(tmp_path: Path, name: str) -> None:
     starts = start_indices(60, num_frames=8, stride=2, max_clips=3)
     assert numbers(cut) == [[start + 2 * place for place in range(8)] for start in starts]
     assert cut.fps == pytest.approx(25)
-    first = probe(str(path)).num_frames
-    assert first == 60
+    assert len(probe(str(path)).times) == 60
     assert np.diff(cut.start_seconds) == pytest.approx(np.diff(starts) / 25)
     assert cut.frames.shape == (3, 8, 48, 64, 3)
 
@@ -90,9 +110,9 @@ def test_decoding_twice_gives_equal_bytes(tmp_path: Path) -> None:
     """From a path or from memory, the bytes are the same."""
     path = videos.write_video(tmp_path / "a.mp4", videos.images(30))
     first = cut_clips(str(path), **SETTINGS)
-    second = cut_clips(InMemory(path.read_bytes(), path.name), **SETTINGS)
+    second = cut_clips(in_memory(path), **SETTINGS)
     np.testing.assert_array_equal(first.frames, second.frames)
-    assert (first.start_pts, first.fps) == (second.start_pts, second.fps)
+    assert (first.start_times, first.fps) == (second.start_times, second.fps)
 
 
 @pytest.mark.parametrize("rotation", [90, 180, 270])
@@ -128,14 +148,13 @@ def test_a_wrong_count_is_corrected(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     honest = video._probe
     for wrong in (0, 50, 61, 200):
 
-        def lying(container: Any, clock: Any, wrong: int = wrong) -> video.Probe:
-            about = honest(container, clock)
-            return video.Probe(width=about.width, height=about.height, num_frames=wrong, fps=about.fps)
+        def lying(container: Any, wrong: int = wrong) -> video.Timeline:
+            return dataclasses.replace(honest(container), times=np.arange(wrong) * 512)
 
         monkeypatch.setattr(video, "_probe", lying)
         cut = cut_clips(path, **SETTINGS)
         np.testing.assert_array_equal(cut.frames, right.frames)
-        assert cut.start_pts == right.start_pts
+        assert cut.start_times == right.start_times
 
 
 def test_variable_frame_rate(tmp_path: Path) -> None:
@@ -147,6 +166,86 @@ def test_variable_frame_rate(tmp_path: Path) -> None:
     assert numbers(cut) == [list(range(start, start + 8)) for start in starts]
     assert cut.start_seconds == pytest.approx([stamps[start] / 25 for start in starts])
     assert cut.fps == pytest.approx(39 / (stamps[-1] / 25))
+
+
+def test_a_target_rate_goes_by_time_stamps(tmp_path: Path) -> None:
+    """Where frames come at 25 a second and then at 12.5, a rate of 12.5 takes every second one, and then every one."""
+    stamps = [number if number < 20 else 20 + 2 * (number - 20) for number in range(40)]
+    path = videos.write_video(tmp_path / "a.mp4", videos.images(40), pts=stamps, options={"bf": "0"})
+    cut = cut_clips(str(path), **{**SETTINGS, "stride": 1, "num_frames": 10, "fps": 12.5})
+    assert numbers(cut) == [list(range(0, 20, 2)), list(range(20, 30)), list(range(30, 40))]
+    assert cut.start_seconds == pytest.approx([0, 20 / 25, 40 / 25])
+
+
+def test_a_high_rate_repeats_frames(tmp_path: Path) -> None:
+    """Above the rate of the video each frame is taken several times, also where two clips share one."""
+    path = videos.write_video(tmp_path / "a.mkv", videos.images(6))
+    cut = cut_clips(str(path), **{**SETTINGS, "stride": 1, "num_frames": 5, "fps": 75})
+    assert numbers(cut) == [[0, 0, 0, 1, 1], [2, 2, 2, 3, 3], [4, 4, 4, 5, 5]]
+
+
+def test_short_videos_loop_where_asked(tmp_path: Path) -> None:
+    """The frames of a short video follow each other over and over."""
+    path = videos.write_video(tmp_path / "a.mp4", videos.images(5))
+    cut = cut_clips(str(path), **{**SETTINGS, "stride": 1, "short": "loop"})
+    assert numbers(cut) == [[0, 1, 2, 3, 4, 0, 1, 2]]
+
+
+def test_a_range_of_a_video(tmp_path: Path) -> None:
+    """Only what is shown in the range is cut; an empty one says so."""
+    path = videos.write_video(tmp_path / "a.mp4", videos.images(60))
+    cut = cut_clips(str(path), **{**SETTINGS, "stride": 1, "start_seconds": 0.4, "end_seconds": 1.04})
+    assert numbers(cut) == [list(range(10, 18)), list(range(18, 26))]
+    with pytest.raises(VideoError, match="60 frames in the range that was asked for, and a clip spans 8"):
+        cut_clips(str(path), **{**SETTINGS, "stride": 1, "start_seconds": 2.3})
+
+
+PARTED = {
+    "h264.mp4": {"options": {"g": "12", "bf": "2", "sc_threshold": "0"}},
+    "h264-open-gop.mkv": {"options": {"x264-params": "open-gop=1:keyint=12:bframes=3:scenecut=0"}},
+    "hevc-open-gop.mp4": {"codec": "libx265", "options": {"x265-params": "open-gop=1:keyint=12:log-level=none"}},
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8", "g": "12"}},
+    "mpeg4.mkv": {"codec": "mpeg4", "options": {"g": "12"}},
+    "mpeg2.mkv": {"codec": "mpeg2video", "options": {"g": "12", "bf": "2"}},
+    "intra-refresh.mp4": {"options": {"x264-params": "intra-refresh=1:keyint=12:bframes=0:scenecut=0"}},
+}
+
+
+# Not everything can be decoded from the middle; that is found out, and not guessed.
+REFUSED = dict.fromkeys(["intra-refresh.mp4", "h264-open-gop.mkv"], "not-seekable")
+
+
+@pytest.mark.parametrize("name", PARTED)
+def test_parts_give_the_pixels_of_the_whole(tmp_path: Path, name: str) -> None:
+    """In each codec and container a part decoded alone gives the very bytes, or says that it cannot be."""
+    rng = np.random.default_rng(0)
+    images = [
+        np.clip(image + rng.integers(-9, 9, image.shape), 0, 255).astype(np.uint8) for image in videos.images(120)
+    ]
+    options: Any = PARTED[name]
+    expected = REFUSED.get(name, "")
+    path = str(videos.write_video(tmp_path / name, images, **options))
+    plan = ClipPlan(8, stride=2)
+    whole = cut_clips(path, **{**SETTINGS, "max_clips": 99})
+    line = probe(path)
+    indices = clip_indices(line.times, line.time_base, plan)
+    parts = split(line.times, line.keyframes, line.time_base, indices=indices, plan=plan, seconds=0.9, fps=line.fps)
+    assert len(parts) >= 4
+    clips: list[videos.Image] = []
+    seconds: list[float] = []
+    try:
+        for part in parts:
+            sink = videos.Kept()
+            seconds += video.cut_part(path, part, height=48, width=64, sink=sink)
+            clips += sink.clips
+    except VideoError as error:
+        refused = error.reason
+    else:
+        refused = ""
+    assert refused == expected
+    if not refused:
+        np.testing.assert_array_equal(np.stack(clips), whole.frames)
+        assert seconds == whole.start_seconds
 
 
 def noisy(path: Path, **options: Any) -> Path:
@@ -201,7 +300,7 @@ def test_broken_videos_are_rejected(tmp_path: Path, name: str) -> None:
     make, stage, reason = BROKEN[name]
     path = make(tmp_path / name)
     said = []
-    for source in (str(path), InMemory(path.read_bytes(), path.name)):
+    for source in (str(path), in_memory(path)):
         with pytest.raises(VideoError) as caught:
             cut_clips(source, **SETTINGS)
         assert (caught.value.stage, caught.value.reason) == (stage, reason), caught.value
@@ -212,21 +311,14 @@ def test_broken_videos_are_rejected(tmp_path: Path, name: str) -> None:
     assert str(tmp_path) not in said[0]
 
 
-def test_the_time_limit_is_transient(tmp_path: Path) -> None:
-    """A video that takes too long is rejected, and may be tried again with more time."""
-    path = videos.write_video(tmp_path / "a.mp4", videos.images(20))
-    with pytest.raises(VideoError) as caught:
-        cut_clips(str(path), **{**SETTINGS, "seconds": 1e-9})
-    assert (caught.value.reason, caught.value.transient) == ("timeout", True)
-
-
 def test_a_huge_frame_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A frame above the limit, as coded or as scaled, is rejected before memory is taken for it."""
     path = videos.write_video(tmp_path / "a.mp4", videos.images(20))
     monkeypatch.setattr(video, "MAX_PIXELS", 96 * 72 - 1)
     with pytest.raises(VideoError, match=r"probe: frame-too-large: 96 x 72") as caught:
         cut_clips(str(path), **SETTINGS)
-    monkeypatch.setattr(video, "MAX_PIXELS", 100_000)
+    monkeypatch.undo()
+    monkeypatch.setattr(scale, "MAX_PIXELS", 100_000)
     with pytest.raises(VideoError, match=r"decode: frame-too-large: 96 x 72 would be 1067 x 800 scaled") as caught:
         cut_clips(str(path), **{**SETTINGS, "height": 800, "width": 64})
     assert not caught.value.transient

@@ -18,6 +18,19 @@ Image = npt.NDArray[np.uint8]
 BITS = 8
 
 
+class Kept:
+    """A sink that keeps the clips."""
+
+    def __init__(self) -> None:
+        self.clips: list[Image] = []
+
+    def add(self, frames: Image) -> None:
+        self.clips.append(frames.copy())
+
+    def restart(self) -> None:
+        self.clips.clear()
+
+
 def numbered_image(number: int, *, height: int = 72, width: int = 96) -> Image:
     """A grey frame (H, W, 3) with `number` in binary: BITS upright bars, black or white, over its middle third."""
     image = np.full((height, width, 3), 128, np.uint8)

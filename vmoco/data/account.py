@@ -26,6 +26,8 @@ class Video:
     """Hash of the file; empty where it could not be read."""
     entry: str = ""
     """Hash of what the list of videos said of it: size, range, label, splits."""
+    range: str | None = None
+    """Which seconds of the file it is, as `0.5-3`; None where it is all of it."""
     part: int = 0
     num_parts: int = 1
     """A long video is cut in parts, which may be in different shards."""

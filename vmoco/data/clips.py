@@ -2,6 +2,84 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from fractions import Fraction
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipPlan:
+    """How clips are cut from a video."""
+
+    num_frames: int
+    """T, frames of a clip."""
+    stride: int = 1
+    """Distance between two frames of a clip: in frames of the video, or of `fps` where that is given."""
+    max_clips: int = 10**9
+    """At most this many, spread evenly."""
+    fps: float | None = None
+    """Take frames at this rate, by their time stamps; None takes them as they come."""
+    short: Literal["reject", "loop"] = "reject"
+    """What becomes of a video that is shorter than a clip: no clip, or one clip of its frames over and over."""
+    start_seconds: float | None = None
+    """Only what is shown from here on, counted from the first frame; None is from the start."""
+    end_seconds: float | None = None
+    """Only what is shown before this; None is to the end."""
+
+
+def clip_indices(times: Int64Array, time_base: Fraction, plan: ClipPlan) -> Int64Array:
+    """The frames of each clip: int64 (N, T), numbers of frames in the video; N is 0 where there is no clip.
+
+    Args:
+        times: int64 (F,), time stamp of each frame in units of `time_base`, in the order in which they are shown.
+        time_base: Seconds of one unit.
+        plan: What to cut.
+    """
+    frames = _in_range(times, time_base, plan)
+    if plan.fps is not None and len(frames):
+        frames = frames[resample(times[frames], time_base, Fraction(str(plan.fps)))]
+    starts = start_indices(len(frames), num_frames=plan.num_frames, stride=plan.stride, max_clips=plan.max_clips)
+    steps = np.arange(plan.num_frames, dtype=np.int64) * plan.stride
+    if not starts and plan.short == "loop" and len(frames):
+        return frames[steps % len(frames)][None]
+    return frames[np.array(starts, np.int64).reshape(-1, 1) + steps]
+
+
+def resample(times: Int64Array, time_base: Fraction, fps: Fraction) -> Int64Array:
+    """The frame that is shown at 0, 1/fps, 2/fps ... seconds after the first one, to the end of the last.
+
+    Example: frames at 0, 40, 80, 200 and 240 ms (120 ms of one frame standing still), fps 20:
+
+        at      0   50  100  150  200  250  ms      the last frame is shown for as long as the mean of the others
+        frame   0    1    2    2    3    4
+
+    Exact: in whole numbers, so it is the same on every machine.
+    """
+    times = np.maximum.accumulate(times) - times[0]
+    mean = Fraction(int(times[-1]), len(times) - 1) if len(times) > 1 else 1 / (fps * time_base)
+    seconds = (int(times[-1]) + mean) * time_base
+    count = max(1, math.ceil(seconds * fps))
+    # The last frame with time * time_base <= k / fps.
+    ticks = (np.arange(count, dtype=object) * (1 / (fps * time_base)).numerator) // (1 / (fps * time_base)).denominator
+    return (np.searchsorted(times, ticks.astype(np.int64), side="right") - 1).astype(np.int64)
+
+
+def _in_range(times: Int64Array, time_base: Fraction, plan: ClipPlan) -> Int64Array:
+    """Numbers of the frames that are shown in the range of the plan."""
+    if not len(times) or (plan.start_seconds is None and plan.end_seconds is None):
+        return np.arange(len(times), dtype=np.int64)
+    seconds = (times - times[0]) * float(time_base)
+    start = -math.inf if plan.start_seconds is None else plan.start_seconds
+    end = math.inf if plan.end_seconds is None else plan.end_seconds
+    # A microsecond of grace: a list says 1.4, and a frame lies at 1.3999999.
+    return np.flatnonzero((seconds >= start - 1e-6) & (seconds < end - 1e-6)).astype(np.int64)
+
 
 def start_indices(total: int, *, num_frames: int, stride: int, max_clips: int) -> list[int]:
     """First frames of the clips that are cut from a video of `total` frames.

@@ -1,36 +1,41 @@
-"""Videos -> data set: plans the shards, lets Ray Data make one per task, and writes the ledger and the manifest.
+"""Videos -> data set: looks at the videos, plans the shards, lets Ray Data make one per task, writes the manifest.
 
-Everything is planned before it is scheduled: which videos go into which shard, and the shard's name, follow from the
-list of new videos and the settings alone. So shards are the same bytes whatever the parallelism, a shard left by a
-killed run is found again by its name, and adding videos touches no old shard. The manifest, written last, makes it a
-data set.
+    list  ->  probe: each video read once  ->  plan  ->  cut: one task makes one shard  ->  ledger  ->  manifest
+
+Everything is planned before it is scheduled: which clips go into which shard, and the shard's name, follow from the
+videos and the settings alone. So shards are the same bytes whatever the parallelism, a shard left by a killed run is
+found again by its name, and adding videos touches no old shard. The manifest, written last, makes it a data set.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
 
 from vmoco import storage
-from vmoco.data import ledger, source
+from vmoco.data import contact_sheet, ledger, probe_task
+from vmoco.data.annotations import TABLES, list_annotated
+from vmoco.data.decoder import Decoder
 from vmoco.data.ingest_settings import IngestSettings
 from vmoco.data.ledger import Rejection
 from vmoco.data.manifest import FIELDS, NAME, SHARDS, Manifest, write_manifest
+from vmoco.data.probe_task import Probed, found_from_json
+from vmoco.data.progress import Progress
 from vmoco.data.shard import ShardFile
-from vmoco.data.shard_task import ShardPlan, frame_shape, make_shard, plan_shards
+from vmoco.data.shard_task import ShardPlan, make_shard, plan_shards
+from vmoco.data.source import Found, Listing, list_videos, split_pattern
+from vmoco.data.tasks import run_tasks
 
 
 def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) -> Manifest:
     """Makes or continues the data set `settings.output`; needs an initialised Ray.
 
-    A video that was accounted for by an earlier run is left alone while it keeps its size; one whose size changed
-    replaces its clips. Videos that are gone from the folder stay in the data set.
+    A video that was accounted for by an earlier run is left alone while its size, range and label stay; one of which
+    something changed replaces its clips. Videos that are gone from the folder stay in the data set.
 
     Args:
         settings: What to do.
@@ -39,89 +44,199 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
     Raises:
         ValueError: no videos, no permission, other settings than those of the data set, or too many rejected.
     """
-    videos = storage.require_absolute(settings.videos, "--videos")
+    root, listing = list_inputs(settings)
     output = storage.require_absolute(settings.output, "--output")
-    listing = source.list_videos(videos)
     previous = _previous(output, settings)
-    # Rows of shards that no manifest names are from a run that was killed between ledger and manifest.
-    old_ledger = [row for row in ledger.read(output) if row.shard in previous.shards] if previous else []
-    known = _known_sizes(previous, old_ledger)
-    new = [found for found in listing.videos if known.get(found.video_id) != found.num_bytes]
-    plans = plan_shards(new, content=settings.content(), videos_per_shard=settings.videos_per_shard)
+    old_ledger = _old_ledger(output, previous)
+    new, num_changed = _new_videos(listing, previous, old_ledger)
     if listing.num_hidden:
         progress(f"ingest  {listing.num_hidden} hidden videos are left out")
-    if previous and not plans:
+    if previous and not new:
         progress(f"ingest  nothing new: all {len(listing.videos)} videos are accounted for in {output}")
         _check_rejected(previous.counts["videos"], ledger.read(output), output, settings)
         return previous
+    if num_changed:
+        progress(f"ingest  {num_changed} videos changed since they were ingested: their clips are replaced")
     storage.check_writable(output)
-    _remove_leftovers(output, plans)
-
-    report = _Progress(progress, num_videos=len(new), num_changed=sum(found.video_id in known for found in new))
-    rows, rejected, files = [], [], dict(previous.shards) if previous else {}
-    for made in _run(plans, videos=videos, output=output, settings=settings):
-        rows += made["rows"]
-        files[made["shard"]] = ShardFile(**made["file"])
-        rejected += [Rejection(**{**row, "shard": made["shard"]}) for row in made["rejected"]]
-        report.add(made)
-    report.finish()
 
     replaced = {found.video_id for found in new}
-    table = pa.Table.from_pylist(rows, schema=pa.schema(FIELDS))
+    kept = pa.Table.from_pylist([], schema=pa.schema(FIELDS))
     if previous:
-        kept = [row["video_id"] not in replaced for row in previous.table.select(["video_id"]).to_pylist()]
-        table = pa.concat_tables([previous.table.filter(pa.array(kept, pa.bool_())), table])
-    whole_ledger = [row for row in old_ledger if row.video_id not in replaced] + rejected + list(listing.rejected)
+        stays = [video_id not in replaced for video_id in previous.table["video_id"].to_pylist()]
+        kept = previous.table.filter(pa.array(stays, pa.bool_()))
+    probed = _probe(new, root=root, output=output, settings=settings, progress=progress)
+    good, rejected = _select(probed, kept, settings)
+    made = _cut(good, root=root, output=output, settings=settings, progress=progress)
+
+    table = pa.concat_tables([kept, pa.Table.from_pylist(made.rows, schema=pa.schema(FIELDS))])
+    whole_ledger = [row for row in old_ledger if row.video_id not in replaced]
+    whole_ledger += [*rejected, *made.rejected, *listing.rejected]
     ledger.write(output, whole_ledger)
     if table.num_rows:
+        contact_sheet.write(output, table, frame_shape=settings.frame_shape, encoding=settings.encoding)
         manifest = write_manifest(
             output,
             table,
             settings=settings.content(),
-            frame_shape=frame_shape(settings),
+            frame_shape=settings.frame_shape,
             encoding=settings.encoding,
-            shards=files,
+            shards={**(previous.shards if previous else {}), **made.files},
             num_rejected=len(whole_ledger),
         )
+        storage.delete_folder(storage.join(output, probe_task.FOLDER))
+    if whole_ledger:
+        progress(f"ingest  rejected {len(whole_ledger)}: {ledger.totals(whole_ledger)}; see {output}/{ledger.NAME}")
     _check_rejected(manifest.counts["videos"] if table.num_rows else 0, whole_ledger, output, settings)
     return manifest
 
 
-def _run(plans: list[ShardPlan], *, videos: str, output: str, settings: IngestSettings) -> Iterator[dict[str, Any]]:
-    """Makes the shards in Ray tasks, one per shard, and yields them in the order in which they are done."""
-    import ray.data
+def list_inputs(settings: IngestSettings) -> tuple[str, Listing]:
+    """The folder of the videos, and which of them are to be ingested.
 
-    def task(item: dict[str, Any]) -> dict[str, Any]:
-        # Rows travel as JSON: Ray would turn them into its own column types. An error travels as a value, because an
-        # exception in a task would end the job with Ray's stack trace around it.
-        plan = ShardPlan(item["name"], tuple(source.Found(**found) for found in json.loads(item["videos"])))
-        try:
-            return {"made": json.dumps(make_shard(plan, videos=videos, output=output, settings=settings)), "error": ""}
-        except ValueError as error:
-            return {"made": "", "error": str(error)}
+    Raises:
+        ValueError: nothing is there, or a list is wrong.
+    """
+    videos = storage.require_absolute(settings.videos, "--videos")
+    if settings.annotations is not None:
+        annotations = storage.require_absolute(settings.annotations, "--annotations")
+        return videos, list_annotated(videos, annotations, settings.layout)
+    if videos.lower().endswith(TABLES):
+        folder = videos.rpartition("/")[0]
+        return folder, list_annotated(folder, videos, "table")
+    return split_pattern(videos)[0], list_videos(videos)
 
-    items = [
-        {"name": plan.name, "videos": json.dumps([dataclasses.asdict(found) for found in plan.videos])}
-        for plan in plans
-    ]
-    if not items:
-        return
-    context = ray.data.DataContext.get_current()
-    log = logging.getLogger("ray.data")
-    bars, level = context.enable_progress_bars, log.level
-    context.enable_progress_bars = False
-    log.setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that bars are off
-    try:
-        # One block per shard is one task per shard; blocks come back as they are done.
-        shards = ray.data.from_items(items, override_num_blocks=len(items)).map(task, num_cpus=1)
-        for row in shards.iter_rows():
-            if row["error"]:
-                raise ValueError(row["error"])
-            yield json.loads(row["made"])
-    finally:
-        context.enable_progress_bars = bars
-        log.setLevel(level)
+
+def _new_videos(listing: Listing, previous: Manifest | None, old_ledger: list[Rejection]) -> tuple[list[Found], int]:
+    """The videos to ingest, and how many of them were ingested before as they were then."""
+    known: dict[str, str] = {}
+    if previous:
+        columns = previous.table.select(["video_id", "entry"]).to_pydict()
+        known = dict(zip(columns["video_id"], columns["entry"], strict=True))
+    known |= {row.video_id: row.entry for row in old_ledger if not row.transient}
+    new = {found.video_id for found in listing.videos if known.get(found.video_id) != found.entry}
+    num_changed = len(new & known.keys())
+    if num_changed:  # what a video duplicates may be what changed
+        new |= {row.video_id for row in old_ledger if row.reason == "duplicate"}
+    return [found for found in listing.videos if found.video_id in new], num_changed
+
+
+def _select(probed: list[Probed], kept: pa.Table, settings: IngestSettings) -> tuple[list[Probed], list[Rejection]]:
+    """The videos to cut, and those that are none or duplicates: of equal ones the first by name is taken."""
+    columns = kept.select(["video_sha256", "range", "video_id"]).to_pydict()
+    first = {(sha256, span): name for sha256, span, name in zip(*columns.values(), strict=True)}
+    good, rejected = [], []
+    for each in probed:
+        if each.rejection:
+            rejected.append(each.rejection)
+            continue
+        found = each.found
+        same = first.setdefault((each.sha256, found.range), found.video_id)
+        if same == found.video_id or settings.duplicates == "keep":
+            good.append(each)
+        else:
+            said = f"the same content as {same}"
+            rejected.append(Rejection(found.video_id, "read", "duplicate", said, entry=found.entry))
+    return good, rejected
+
+
+def _probe(
+    videos: list[Found], *, root: str, output: str, settings: IngestSettings, progress: Callable[[str], None]
+) -> list[Probed]:
+    """Looks at all videos in Ray tasks, a group in each; in the order of the videos."""
+    size = probe_task.VIDEOS_PER_TASK
+    groups = [videos[at : at + size] for at in range(0, len(videos), size)]
+
+    def task(text: str) -> str:
+        group = [found_from_json(found) for found in json.loads(text)]
+        probed = probe_task.probe_videos(group, root=root, output=output, settings=settings, decoder=_decoder())
+        return json.dumps([each.to_json() for each in probed])
+
+    report = Progress(progress, "looked at", total=len(videos), num_videos=len(videos))
+    probed: list[Probed] = []
+    for text in run_tasks(task, [json.dumps([dataclasses.asdict(found) for found in group]) for group in groups]):
+        done = [Probed.from_json(values) for values in json.loads(text)]
+        rejected = sum(each.rejection is not None for each in done)
+        report.add(len(done), videos=len(done), rejected=rejected, clips=sum(each.num_clips for each in done))
+        probed += done
+    report.print()
+    return sorted(probed, key=lambda each: each.found.video_id)
+
+
+@dataclasses.dataclass
+class _Made:
+    rows: list[dict[str, Any]]
+    rejected: list[Rejection]
+    files: dict[str, ShardFile]
+
+
+def _cut(
+    good: list[Probed], *, root: str, output: str, settings: IngestSettings, progress: Callable[[str], None]
+) -> _Made:
+    """Makes all shards; a long video of which a part cannot be decoded alone is then decoded as a whole."""
+    made = _make_shards(plan_shards(good, settings), root=root, output=output, settings=settings, progress=progress)
+    again = {row.video_id for row in made.rejected if row.reason == ledger.NOT_SEEKABLE}
+    if again:
+        progress(f"ingest  {len(again)} long videos cannot be decoded in parts: each is decoded as a whole")
+        plans = plan_shards([each for each in good if each.found.video_id in again], settings, whole=True)
+        second = _make_shards(plans, root=root, output=output, settings=settings, progress=progress)
+        made.rows = [row for row in made.rows if row["video_id"] not in again] + second.rows
+        made.rejected = [row for row in made.rejected if row.video_id not in again] + second.rejected
+        made.files |= second.files
+    # A video of which one part is damaged is damaged; one row of the ledger is enough.
+    made.rejected = list({row.video_id: row for row in reversed(made.rejected)}.values())
+    damaged = {row.video_id for row in made.rejected}
+    made.rows = [row for row in made.rows if row["video_id"] not in damaged]
+    return made
+
+
+def _make_shards(
+    plans: list[ShardPlan], *, root: str, output: str, settings: IngestSettings, progress: Callable[[str], None]
+) -> _Made:
+    _remove_leftovers(output, plans)
+
+    def task(text: str) -> str:
+        plan = ShardPlan.from_json(text)
+        return json.dumps(make_shard(plan, root=root, output=output, settings=settings, decoder=_decoder()))
+
+    num_videos = len({unit.found.video_id for plan in plans for unit in plan.units})
+    work = {plan.name: sum(unit.found.num_bytes // unit.num_parts for unit in plan.units) for plan in plans}
+    report = Progress(progress, "cut", total=sum(work.values()), num_videos=num_videos)
+    parts: list[dict[str, Any]] = []
+    counted: set[str] = set()
+    by_name = {plan.name: plan for plan in plans}
+    for text in run_tasks(task, [plan.to_json() for plan in plans]):
+        made = json.loads(text)
+        parts.append(made)
+        videos = {unit.found.video_id for unit in by_name[made["shard"]].units} - counted
+        counted |= videos
+        count = {"videos": len(videos), "rejected": len(made["rejected"]), "clips": len(made["rows"])}
+        report.add(work[made["shard"]], **count, reused=made["reused"])
+    if plans:
+        report.print()
+    parts.sort(key=lambda made: made["shard"])
+    return _Made(
+        [row for made in parts for row in made["rows"]],
+        [Rejection(**row) for made in parts for row in made["rejected"]],
+        {made["shard"]: ShardFile(**made["file"]) for made in parts},
+    )
+
+
+_of_this_process: list[Decoder] = []
+
+
+def _decoder() -> Decoder:
+    """The decoder of this Ray worker, which runs one task after another."""
+    if not _of_this_process:
+        _of_this_process.append(Decoder())
+    return _of_this_process[0]
+
+
+def _old_ledger(output: str, previous: Manifest | None) -> list[Rejection]:
+    """What earlier runs rejected; nothing of what is listed anew, or was left by a run killed before its manifest."""
+    if previous is None:
+        return []
+    rows = [row for row in ledger.read(output) if row.stage != "list"]
+    return [row for row in rows if not row.shard or row.shard in previous.shards]
 
 
 def _previous(output: str, settings: IngestSettings) -> Manifest | None:
@@ -149,55 +264,12 @@ def _remove_leftovers(output: str, plans: list[ShardPlan]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _known_sizes(previous: Manifest | None, old_ledger: list[Rejection]) -> dict[str, int]:
-    """Size of every video that is accounted for; a transient rejection is no account."""
-    if previous is None:
-        return {}
-    columns = previous.table.select(["video_id", "video_bytes"]).to_pydict()
-    known = dict(zip(columns["video_id"], columns["video_bytes"], strict=True))
-    return known | {row.video_id: row.num_bytes for row in old_ledger if not row.transient}
-
-
 def _check_rejected(num_accepted: int, rejected: list[Rejection], output: str, settings: IngestSettings) -> None:
     total = num_accepted + len(rejected)
     percent = 100 * len(rejected) / total
     if num_accepted and percent <= settings.max_rejected_percent:
         return
-    reason, count = ledger.most_common_reason(rejected)
-    what = f"{len(rejected)} of {total} videos were rejected, {count} of them as {reason}: "
     todo = f"see {storage.join(output, ledger.NAME)}"
     if num_accepted:
         todo += f"; the clips of the others are kept, and --max-rejected-percent {percent:.0f} would accept this"
-    raise ValueError(what + todo)
-
-
-class _Progress:
-    """Prints how far it is, at most once a second, and once at the end."""
-
-    def __init__(self, progress: Callable[[str], None], *, num_videos: int, num_changed: int) -> None:
-        self._print = progress
-        self._total = num_videos
-        self._videos = self._clips = self._rejected = 0
-        self._fresh_videos = self._fresh_clips = 0  # made now: what the rate counts
-        self._start = self._printed = time.monotonic()
-        if num_changed:
-            progress(f"ingest  {num_changed} videos changed since they were ingested: their clips are replaced")
-
-    def add(self, made: dict[str, Any]) -> None:
-        self._videos += made["num_videos"]
-        self._clips += len(made["rows"])
-        self._rejected += len(made["rejected"])
-        if not made["reused"]:
-            self._fresh_videos += made["num_videos"]
-            self._fresh_clips += len(made["rows"])
-        if time.monotonic() - self._printed >= 1 and self._videos < self._total:
-            self.finish()
-
-    def finish(self) -> None:
-        self._printed = time.monotonic()
-        elapsed = max(self._printed - self._start, 1e-9)
-        left = elapsed / self._fresh_videos * (self._total - self._videos) if self._fresh_videos else 0.0
-        self._print(
-            f"ingest  videos {self._videos}/{self._total}  rejected {self._rejected}  clips {self._clips}  "
-            f"{self._fresh_clips / elapsed:.1f} clips/s  {int(left) // 60}:{int(left) % 60:02d} left"
-        )
+    raise ValueError(f"{len(rejected)} of {total} videos were rejected ({ledger.totals(rejected)}): {todo}")

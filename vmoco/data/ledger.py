@@ -16,6 +16,9 @@ from vmoco import storage
 
 NAME = "ledger.jsonl"
 
+NOT_SEEKABLE = "not-seekable"
+"""Reason of a part of a long video that cannot be decoded alone: then the whole video is."""
+
 Stage = Literal["list", "read", "probe", "decode", "clip"]
 
 
@@ -33,14 +36,25 @@ class Rejection:
     """What the decoder or the system said."""
     transient: bool = False
     """Whether another try may succeed."""
-    num_bytes: int = 0
-    """Size of the file: another size is another video."""
+    entry: str = ""
+    """Hash of what the list of videos said of it: another entry is another video."""
     shard: str = ""
     """Shard that accounts for the video; empty where it was rejected before any shard was planned."""
 
     def to_json(self) -> dict[str, Any]:
         """The rejection as plain values."""
         return dataclasses.asdict(self)
+
+
+class VideoError(Exception):
+    """A video that gives no clips: the fields of a ledger row."""
+
+    def __init__(self, stage: Stage, reason: str, message: str, *, transient: bool = False) -> None:
+        super().__init__(f"{stage}: {reason}: {message}")
+        self.stage: Stage = stage
+        self.reason = reason
+        self.message = message
+        self.transient = transient
 
 
 def write(uri: str, rejections: Iterable[Rejection]) -> None:
@@ -77,14 +91,8 @@ def read(uri: str) -> list[Rejection]:
     return rejections
 
 
-def most_common_reason(rejections: Iterable[Rejection]) -> tuple[str, int]:
-    """The reason that rejected most videos, and how many; the first in the alphabet where two are equal.
-
-    Raises:
-        ValueError: there is no rejection.
-    """
+def totals(rejections: Iterable[Rejection]) -> str:
+    """How many videos were rejected for each reason, the most frequent first: `truncated 2, empty 1`."""
     counts = Counter(rejection.reason for rejection in rejections)
-    if not counts:
-        raise ValueError("no video was rejected")
-    reason = min(counts, key=lambda name: (-counts[name], name))
-    return reason, counts[reason]
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{reason} {count}" for reason, count in ordered)

@@ -31,6 +31,7 @@ FIELDS = [
     pa.field("shard", pa.string(), nullable=False),  # name without folder and suffix
     pa.field("row", pa.int32(), nullable=False),  # record batch in the shard
     pa.field("entry", pa.string(), nullable=False),  # hash of what the list of videos said of the video
+    pa.field("range", pa.string()),  # seconds of the file that were asked for, as `0.5-3`; null where all of it was
     pa.field("video_bytes", pa.int64(), nullable=False),
     pa.field("video_sha256", pa.string(), nullable=False),  # of the video file
 ]

@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import io
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -67,7 +66,7 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class ShardFile:
-    """A shard as a file."""
+    """Size and hash of a shard."""
 
     num_bytes: int
     sha256: str
@@ -108,9 +107,7 @@ class _Hashing(io.RawIOBase):
     """Writes to a file, and hashes what is written; closing it leaves the file open."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-        self.num_bytes = 0
+        self._file, self.sha256, self.num_bytes = file, hashlib.sha256(), 0
 
     def writable(self) -> bool:
         return True
@@ -200,24 +197,6 @@ def read_rows_from(file: pa.NativeFile, *, uri: str) -> ShardRows:
     return ShardRows(pa.Table.from_batches(batches, schema=pa.schema(ROW_FIELDS)), account)
 
 
-def read_file(uri: str) -> ShardFile:
-    """The size and hash of a shard, by reading all of it.
-
-    Raises:
-        ValueError: the shard is missing.
-    """
-    filesystem, path = storage.filesystem(uri)
-    digest, size = hashlib.sha256(), 0
-    try:
-        with filesystem.open_input_stream(path) as file:
-            while chunk := file.read(2**22):
-                digest.update(chunk)
-                size += len(chunk)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(_missing(uri)) from None
-    return ShardFile(size, digest.hexdigest())
-
-
 class ShardReader:
     """Memory-maps a shard on this machine's disk; a clip is read when it is asked for."""
 
@@ -246,9 +225,7 @@ class ShardReader:
     def __enter__(self) -> ShardReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

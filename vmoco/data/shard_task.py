@@ -1,47 +1,105 @@
-"""What one task of ingest does: decodes the videos of one planned shard and writes it. Knows nothing of Ray.
+"""Planning shards, and what one task of ingest does: decodes what was planned for one shard and writes it.
 
-The pixels of a shard wait in nameless temporary files, not in memory: its header, which comes first, accounts for all
-its videos, so the last one must have been decoded before the first clip is written.
+Knows nothing of Ray. The clips of a shard wait in a nameless temporary file, not in memory: the shard's header, which
+comes first, accounts for all its videos, so the last one must have been decoded before the first clip is written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
-from vmoco.data import frames as storing
-from vmoco.data import shard, source, video
+from vmoco.data import fetch, shard
 from vmoco.data.account import VERSION, Account, Video
+from vmoco.data.decoder import Decoder
 from vmoco.data.ingest_settings import IngestSettings
-from vmoco.data.ledger import Rejection
+from vmoco.data.ledger import Rejection, VideoError
 from vmoco.data.manifest import shard_uri
+from vmoco.data.parts import Part
+from vmoco.data.probe_task import Probed, clip_plan, found_from_json, rejected
+from vmoco.data.source import Found
+from vmoco.data.stored_clip import ShardScan
 from vmoco.seed import hash64
+
+# What a JPEG at quality 92 takes of its raw frame, roughly: only the size of shards depends on it.
+_JPEG_SHARE = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What is decoded in one go: a video, or a part of a long one."""
+
+    found: Found
+    sha256: str
+    part: Part | None = None
+    number: int = 0
+    """Of the part."""
+    num_parts: int = 1
+    duration: float = 0.0
+    """Of a video that is decoded as a whole, in seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardPlan:
-    """One task: the videos of one shard, and the shard's name, which follows from them."""
+    """One task: what goes into one shard, and the shard's name, which follows from that."""
 
     name: str
-    videos: tuple[source.Found, ...]
+    units: tuple[Unit, ...]
+
+    def to_json(self) -> str:
+        """The plan as JSON."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ShardPlan:
+        """Reads `to_json` back."""
+        values = json.loads(text)
+        for unit in values["units"]:
+            unit["found"] = found_from_json(unit["found"])
+            unit["part"] = Part(**unit["part"]) if unit["part"] else None
+        return cls(values["name"], tuple(Unit(**unit) for unit in values["units"]))
 
 
-def plan_shards(videos: list[source.Found], *, content: dict[str, Any], videos_per_shard: int) -> list[ShardPlan]:
-    """Groups consecutive videos; the name of a shard is a hash of the settings and of what goes into it."""
-    plans = []
-    for first in range(0, len(videos), videos_per_shard):
-        group = tuple(videos[first : first + videos_per_shard])
-        named = [VERSION, content, [[found.video_id, found.num_bytes] for found in group]]
-        digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
-        plans.append(ShardPlan(digest[:16], group))
-    return plans
+def plan_shards(probed: Sequence[Probed], settings: IngestSettings, *, whole: bool = False) -> list[ShardPlan]:
+    """Groups neighbours until a shard has the size that is aimed at; names follow from settings and content.
+
+    Args:
+        probed: The videos to cut, in the order of the shards; none is rejected.
+        settings: Of the ingest.
+        whole: Decode long videos as a whole too.
+    """
+    shape = settings.frame_shape
+    clip_bytes = shape[0] * shape[1] * shape[2] * shape[3] * (1.0 if settings.encoding == "raw" else _JPEG_SHARE)
+    groups: list[list[Unit]] = []
+    size = 0.0
+    for each in probed:
+        for unit, num_clips in _units(each, whole=whole):
+            full = groups and size + num_clips * clip_bytes > settings.shard_megabytes * 2**20
+            if not groups or full or len(groups[-1]) == settings.videos_per_shard:
+                groups.append([])
+                size = 0.0
+            groups[-1].append(unit)
+            size += num_clips * clip_bytes
+    return [ShardPlan(_name(group, settings), tuple(group)) for group in groups]
+
+
+def _units(each: Probed, *, whole: bool) -> Iterator[tuple[Unit, int]]:
+    if whole or not each.parts:
+        yield Unit(each.found, each.sha256, duration=each.duration), each.num_clips
+        return
+    for number, part in enumerate(each.parts):
+        yield Unit(each.found, each.sha256, part, number, len(each.parts)), len(part.clips)
+
+
+def _name(group: list[Unit], settings: IngestSettings) -> str:
+    units = [[unit.found.entry, unit.sha256, unit.part and [unit.part.start, unit.part.end]] for unit in group]
+    named = json.dumps([VERSION, settings.content(), units], sort_keys=True)
+    return hashlib.sha256(named.encode()).hexdigest()[:16]
 
 
 def is_held_out(video_id: str, percent: float) -> bool:
@@ -49,18 +107,15 @@ def is_held_out(video_id: str, percent: float) -> bool:
     return hash64("held-out", video_id) % 10_000 < percent * 100
 
 
-def frame_shape(settings: IngestSettings) -> tuple[int, int, int, int]:
-    """(T, H, W, C) of every clip."""
-    return (settings.num_frames, settings.height, settings.width, 3)
-
-
-def make_shard(plan: ShardPlan, *, videos: str, output: str, settings: IngestSettings) -> dict[str, Any]:
-    """Decodes the videos of one shard and writes it: what one task does.
+def make_shard(
+    plan: ShardPlan, *, root: str, output: str, settings: IngestSettings, decoder: Decoder
+) -> dict[str, Any]:
+    """Decodes what was planned for one shard and writes it: what one task does.
 
     A shard of that name that is there already holds the same bytes, unless something transient was in its way.
 
     Returns:
-        `shard`, its manifest `rows`, its `rejected` videos, and whether it was `reused`.
+        `shard`, its `file`, its manifest `rows`, its `rejected` videos, `num_videos`, and whether it was `reused`.
 
     Raises:
         ValueError: the shard cannot be written.
@@ -68,86 +123,98 @@ def make_shard(plan: ShardPlan, *, videos: str, output: str, settings: IngestSet
     uri = shard_uri(output, plan.name)
     try:
         there = shard.read_rows(uri)
-        if not any(rejection.transient for rejection in there.account.rejected):
-            return _made(plan.name, there.table.to_pylist(), shard.read_file(uri), there.account, reused=True)
-    except ValueError:
+        rows = there.table.to_pylist()
+        scan = ShardScan(uri, rows)
+        damaged = not all(whole for _, _, whole in scan)
+        if not damaged and not any(rejection.transient for rejection in there.account.rejected):
+            return _made(plan, rows, scan.file, there.account, reused=True)
+    except (OSError, ValueError):
         pass  # missing, or damaged: it is made anew and replaced
-    cuts: list[tuple[source.Found, video.Cut]] = []
-    read, rejected = [], []
-    for found in plan.videos:
-        digest = ""
+    cuts: list[tuple[Unit, dict[str, Any]]] = []
+    rejections: list[Rejection] = []
+    offset = 0
+    decoder.scratch.truncate(0)
+    for unit in plan.units:
         try:
-            content = source.read_video(videos, found)
-            digest = content.sha256
-            cuts.append((found, _cut(content, settings)))
-        except video.VideoError as error:
-            why = (error.stage, error.reason, error.message, error.transient)
-            rejected.append(Rejection(found.video_id, *why, num_bytes=found.num_bytes))
-        read.append(Video(found.video_id, found.num_bytes, digest))
-    account = Account(
-        settings.content(), frame_shape(settings), tuple(read), tuple(rejected), encoding=settings.encoding
-    )
-    rows, file = shard.write_shard(uri, _clips(cuts, settings), account=account)
-    return _made(plan.name, rows, file, account, reused=False)
-
-
-def _cut(content: source.Content, settings: IngestSettings) -> video.Cut:
-    try:
-        return video.cut_clips(
-            content.source,
-            num_frames=settings.num_frames,
-            stride=settings.stride,
-            height=settings.height,
-            width=settings.width,
-            max_clips=settings.max_clips_per_video,
-            seconds=settings.seconds_per_video,
-            allocate=_on_disk,
+            cut = _cut(unit, root=root, settings=settings, decoder=decoder, offset=offset)
+        except VideoError as error:
+            rejections.append(rejected(unit.found, error))
+        else:
+            cuts.append((unit, cut | {"offset": offset}))
+            offset += sum(cut["sizes"])
+    videos = [
+        Video(
+            video_id=unit.found.video_id,
+            num_bytes=unit.found.num_bytes,
+            sha256=unit.sha256,
+            entry=unit.found.entry,
+            range=unit.found.range,
+            part=unit.number,
+            num_parts=unit.num_parts,
         )
-    except video.VideoError:
-        raise
-    except Exception as error:  # one strange video must not end a job of many hours; it is counted and tried again
-        said = f"{type(error).__name__}: {error}"
-        raise video.VideoError("decode", "unexpected-error", said, transient=True) from error
+        for unit in plan.units
+    ]
+    account = Account(
+        settings.content(), settings.frame_shape, tuple(videos), tuple(rejections), encoding=settings.encoding
+    )
+    rows, file = shard.write_shard(uri, _clips(cuts, decoder.scratch.fileno(), settings), account=account)
+    decoder.scratch.truncate(0)
+    return _made(plan, rows, file, account, reused=False)
 
 
-def _on_disk(shape: tuple[int, ...]) -> storing.Frames:
-    """An array in a nameless temporary file."""
-    size = int(np.prod(shape))
-    if not size:
-        return np.empty(shape, np.uint8)
-    with tempfile.TemporaryFile() as file:
-        os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and would kill the task later
-        return np.memmap(file, np.uint8, "r+", shape=shape)
+def _cut(unit: Unit, *, root: str, settings: IngestSettings, decoder: Decoder, offset: int) -> dict[str, Any]:
+    with contextlib.ExitStack() as stack:
+        if unit.part:
+            source = fetch.ranged(root, unit.found)
+        else:
+            source = {"path": stack.enter_context(fetch.local_copy(root, unit.found))}
+        return decoder.cut(
+            source,
+            clip_plan(settings, unit.found),
+            part=unit.part,
+            size=settings.size,
+            encoding=settings.encoding,
+            quality=settings.jpeg_quality,
+            offset=offset,
+            # A long video that could not be split takes as long as its parts would together.
+            seconds=settings.seconds_per_video * max(1.0, unit.duration / settings.part_seconds),
+        )
 
 
-def _clips(cuts: list[tuple[source.Found, video.Cut]], settings: IngestSettings) -> Iterator[shard.Clip]:
-    for found, cut in cuts:
-        for pts, seconds, frames in zip(cut.start_pts, cut.start_seconds, cut.frames, strict=True):
+def _clips(cuts: list[tuple[Unit, dict[str, Any]]], scratch: int, settings: IngestSettings) -> Iterator[shard.Clip]:
+    for unit, cut in cuts:
+        found, place, repeats, before = unit.found, cut["offset"], 0, None
+        rate = settings.fps or cut["fps"]
+        for time, seconds, size in zip(cut["start_times"], cut["start_seconds"], cut["sizes"], strict=True):
+            # At a rate far above the video's, two clips may start with the same frame.
+            repeats, before = (repeats + 1 if time == before else 0), time
+            parts = [found.video_id, time, *([repeats] if repeats else [])]
             yield shard.Clip(
-                clip_id=f"{hash64(found.video_id, pts):016x}",
+                clip_id=f"{hash64(*parts):016x}",
                 video_id=found.video_id,
                 start_seconds=seconds,
-                fps=cut.fps / settings.stride,
+                fps=rate / settings.stride,
                 held_out=is_held_out(found.video_id, settings.held_out_percent),
-                stored=storing.encode(frames, settings.encoding, quality=settings.jpeg_quality),
-                height=settings.height,
-                width=settings.width,
+                stored=os.pread(scratch, size, place),
+                label=found.label,
+                splits=found.splits,
             )
+            place += size
 
 
 def _made(
-    name: str, rows: list[dict[str, Any]], file: shard.ShardFile, account: Account, *, reused: bool
+    plan: ShardPlan, rows: list[dict[str, Any]], file: shard.ShardFile, account: Account, *, reused: bool
 ) -> dict[str, Any]:
     videos = {read.video_id: read for read in account.videos}
     for number, row in enumerate(rows):
         read = videos[row["video_id"]]
-        row |= {"shard": name, "row": number, "entry": "", "video_bytes": read.num_bytes, "video_sha256": read.sha256}
-    rejected = [rejection.to_json() for rejection in account.rejected]
+        row |= {"shard": plan.name, "row": number, "entry": read.entry, "range": read.range}
+        row |= {"video_bytes": read.num_bytes, "video_sha256": read.sha256}
     return {
-        "shard": name,
+        "shard": plan.name,
         "file": dataclasses.asdict(file),
         "rows": rows,
-        "rejected": rejected,
+        "rejected": [{**rejection.to_json(), "shard": plan.name} for rejection in account.rejected],
         "num_videos": len(videos),
         "reused": reused,
     }

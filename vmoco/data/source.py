@@ -1,4 +1,4 @@
-"""Where the videos come from: lists a folder or URI prefix, and reads one video of it.
+"""Where the videos come from: lists the videos of a folder, a URI prefix or a pattern.
 
 A video is named by its path below the root, so a data set does not change when the root moves. Every real folder is
 listed once, however many links lead to it, so a loop of links ends.
@@ -7,7 +7,7 @@ listed once, however many links lead to it, so a loop of links ends.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import fnmatch
 import os
 import stat
 
@@ -15,7 +15,7 @@ import pyarrow.fs as pafs
 
 from vmoco import storage
 from vmoco.data.ledger import Rejection
-from vmoco.data.video import InMemory, VideoError
+from vmoco.seed import hash64
 
 # fmt: off
 EXTENSIONS = (
@@ -25,13 +25,40 @@ EXTENSIONS = (
 # fmt: on
 
 
+Splits = tuple[str | None, str | None, str | None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A file with a video's extension."""
+    """A video, or a stretch of one, and what a list says of it."""
 
     video_id: str
-    """Path below the root, with slashes."""
+    """Its name in the data set; the path where no list gives another."""
     num_bytes: int
+    """Of the file."""
+    path: str = ""
+    """Below the root, with slashes."""
+    start_seconds: float | None = None
+    end_seconds: float | None = None
+    label: str | None = None
+    splits: Splits = (None, None, None)
+    """`train`, `test` or `validate` in each official split."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            object.__setattr__(self, "path", self.video_id)
+
+    @property
+    def range(self) -> str | None:
+        """The seconds as `0.5-3`, `-3` or `0.5-`; None where it is the whole file."""
+        if self.start_seconds is None and self.end_seconds is None:
+            return None
+        return "-".join("" if value is None else f"{value:g}" for value in (self.start_seconds, self.end_seconds))
+
+    @property
+    def entry(self) -> str:
+        """16 hex digits over all that is known of it before it is read: another entry is another video."""
+        return f"{hash64(*(str(value) for value in dataclasses.astuple(self))):016x}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,58 +74,50 @@ class Listing:
 
 
 def list_videos(uri: str) -> Listing:
-    """Lists the videos below a folder or URI prefix.
+    """Lists the videos below a folder or URI prefix, or those that match a pattern such as `/data/*/part-?.mp4`.
 
     Raises:
         ValueError: the folder cannot be read, or there is no video in it.
     """
-    local = storage.local_path(uri)
-    listing = _list_remote(uri) if local is None else _list_local(str(local))
+    root, pattern = split_pattern(uri)
+    local = storage.local_path(root)
+    listing = _list_remote(root) if local is None else _list_local(str(local))
+    if pattern:
+        listing = Listing(
+            tuple(found for found in listing.videos if matches(found.path, pattern)),
+            tuple(row for row in listing.rejected if matches(row.video_id, pattern)),
+            listing.num_hidden,
+        )
     if not listing.videos and not listing.rejected:
         hidden = f" ({listing.num_hidden} hidden ones are left out)" if listing.num_hidden else ""
-        raise ValueError(f"no videos found in {uri}{hidden}: looked for {' '.join(EXTENSIONS)} in it and its folders")
+        where = f"that match {pattern} " if pattern else ""
+        raise ValueError(
+            f"no videos {where}found in {root}{hidden}: looked for {' '.join(EXTENSIONS)} in it and its folders"
+        )
     return listing
 
 
-@dataclasses.dataclass(frozen=True)
-class Content:
-    """A video ready to be decoded."""
-
-    source: str | InMemory
-    """Path on this machine, or the content in memory."""
-    num_bytes: int
-    sha256: str
-
-
-def read_video(uri: str, found: Found) -> Content:
-    """Reads a video once, for its hash; a remote one is kept in memory.
-
-    Raises:
-        VideoError: it cannot be read, is empty, or is not what was listed.
-    """
-    place = storage.join(uri, found.video_id)
+def split_pattern(uri: str) -> tuple[str, str]:
+    """The folder of a pattern, and the pattern below it; the pattern is empty where `uri` is a folder."""
+    parts = uri.split("/")
+    wild = [number for number, part in enumerate(parts) if any(sign in part for sign in "*?[")]
     local = storage.local_path(uri)
-    try:
-        if local is None:
-            content = storage.read_bytes(place)
-            read = Content(InMemory(content, found.video_id), len(content), hashlib.sha256(content).hexdigest())
-        else:
-            path = str(local / found.video_id)
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                read = Content(path, file.tell(), digest)
-    except FileNotFoundError:
-        raise VideoError("read", "missing", "it was listed, but is gone", transient=True) from None
-    except PermissionError:
-        raise VideoError("read", "no-permission", "its rights do not allow reading it", transient=True) from None
-    except OSError as error:
-        raise VideoError("read", "read-error", error.strerror or type(error).__name__, transient=True) from None
-    if not read.num_bytes:
-        raise VideoError("read", "empty", "the file has no bytes")
-    if read.num_bytes != found.num_bytes:
-        said = f"{found.num_bytes} bytes when it was listed, {read.num_bytes} when it was read"
-        raise VideoError("read", "changed", said, transient=True)
-    return read
+    if not wild or (local is not None and local.exists()):  # a folder may be called `[old]`
+        return uri, ""
+    return "/".join(parts[: wild[0]]) or "/", "/".join(parts[wild[0] :])
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a path matches a pattern, part by part; `**` stands for any number of folders."""
+    return _match(path.split("/"), pattern.split("/"))
+
+
+def _match(parts: list[str], patterns: list[str]) -> bool:
+    if not patterns or not parts:
+        return not parts and all(pattern == "**" for pattern in patterns)
+    if patterns[0] == "**":
+        return _match(parts, patterns[1:]) or _match(parts[1:], patterns)
+    return fnmatch.fnmatchcase(parts[0], patterns[0]) and _match(parts[1:], patterns[1:])
 
 
 def _is_video(name: str) -> bool:
@@ -109,7 +128,7 @@ def _list_remote(uri: str) -> Listing:
     filesystem, path = storage.filesystem(uri)
     root = path.rstrip("/")
     try:
-        entries = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+        entries = storage.patiently(lambda: filesystem.get_file_info(pafs.FileSelector(root, recursive=True)))
     except OSError as error:
         raise ValueError(f"{uri} cannot be listed ({error}): check the address, or the rights to it") from error
     videos, num_hidden = [], 0

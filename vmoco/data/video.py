@@ -1,169 +1,143 @@
-"""Decodes the frames of a video that are needed, scaled and cropped: the only file that knows PyAV.
+"""Decodes the frames of a video that are needed, scaled and cropped: with `scale.py` the only file that knows PyAV.
 
-A video is read twice: once without decoding, which counts its packets and finds cut files, and once decoding, which
-keeps only the frames of the chosen clips. So memory holds one decoded frame, however long the video. A video with any
-damage is rejected as a whole: what a decoder conceals is not footage.
+A video is read twice: once without decoding, which finds its time stamps and cut files, and once decoding, which keeps
+only the frames of the chosen clips. So memory holds one decoded frame and one clip, however long the video. A video
+with any damage is rejected as a whole: what a decoder conceals is not footage.
+
+A decoder may hang or crash, and nothing here can help that: `decoder.py` runs it in a process of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
-import itertools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
 
-from vmoco.data.clips import clip_span, start_indices
+from vmoco.data.clips import ClipPlan, Int64Array, clip_indices, clip_span
 from vmoco.data.frames import Frames
-from vmoco.data.ledger import Stage
-
-MAX_PIXELS = 8192 * 4352
-"""Largest frame, decoded or scaled: a damaged header may promise any size, and one frame must fit in memory."""
+from vmoco.data.ledger import NOT_SEEKABLE, Stage, VideoError
+from vmoco.data.parts import Part
+from vmoco.data.scale import MAX_PIXELS, Scaler
 
 # Formats that are one file by themselves. Playlists (hls, concat, dash) are left out: a file of the user's could make
 # FFmpeg open other files or addresses.
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,h264,hevc,m4v,nut,gif,ivf"
+# Formats that keep the time at which each frame is shown. Elsewhere FFmpeg guesses, and guesses otherwise after a seek.
+_SEEKABLE = {"mov", "matroska"}
 # Formats whose header states how long they should be; elsewhere FFmpeg estimates the length from what is there.
 _DURATION_IN_HEADER = {"mov", "matroska", "flv", "asf"}
-# swscale's bilinear filter widens when it shrinks, so it is antialiased: with chroma at full width it is within 52 to
-# 58 dB of torch's antialiased resize of the RGB frame (area: 38 to 53 dB, 20 % faster; decoding takes 2 to 5 times as
-# long as either). The last two flags make it give the same bytes on every CPU.
-_SCALING = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
-
-
-class InMemory(io.BytesIO):
-    """The content of a video, with its name: FFmpeg also goes by the suffix."""
-
-    def __init__(self, content: bytes, name: str) -> None:
-        super().__init__(content)
-        self.name = name
-
-
-class VideoError(Exception):
-    """A video that gives no clips: the fields of a ledger row."""
-
-    def __init__(self, stage: Stage, reason: str, message: str, *, transient: bool = False) -> None:
-        super().__init__(f"{stage}: {reason}: {message}")
-        self.stage: Stage = stage
-        self.reason = reason
-        self.message = message
-        self.transient = transient
 
 
 @dataclasses.dataclass(frozen=True)
-class Probe:
-    """What a video says of itself, found without decoding."""
+class Timeline:
+    """The frames of a video, found without decoding: a good guess, but the decoder has the last word."""
 
-    width: int
-    """Pixels as coded, before rotation."""
-    height: int
-    num_frames: int
-    """Packets that should each give a frame: a good guess, but the decoder has the last word."""
+    times: Int64Array
+    """int64 (F,): time stamps of the frames in the order in which they are shown, in units of `time_base`."""
+    keyframes: Int64Array
+    """Time stamps of frames at which decoding can begin; empty where that cannot be known."""
+    time_base: Fraction
+    """Seconds."""
     fps: float
     """Frames per second, the mean over the video."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """The clips of one video."""
+    """What is known of the clips of one video or part; their pixels went to the sink."""
 
-    frames: Frames
-    """uint8 (N, T, H, W, 3), RGB."""
-    start_pts: list[int]
-    """Time stamp of the first frame of each clip, in the video's own unit; increasing."""
+    start_times: list[int]
+    """Time stamp of the first frame of each clip, in the video's own unit."""
     start_seconds: list[float]
     """The same in seconds."""
     fps: float
-    """Frames per second of the video, before the stride."""
+    """Frames per second of the video."""
 
 
-def probe(source: str | InMemory, *, seconds: float = 600.0) -> Probe:
+class Sink(Protocol):
+    """Takes the clips of a video, one after the other."""
+
+    def add(self, frames: Frames) -> None:
+        """Takes a clip, uint8 (T, H, W, 3), RGB; the array is used again afterwards."""
+
+    def restart(self) -> None:
+        """Forgets the clips: they are all decoded anew."""
+
+
+Source = str | BinaryIO
+"""Path of a local file, or a file opened for reading, with a name."""
+
+
+def probe(source: Source) -> Timeline:
     """Reads a video without decoding it.
-
-    Args:
-        source: Path of a local file, or a content in memory.
-        seconds: Time limit.
 
     Raises:
         VideoError: it is no video, or it is cut off.
     """
     with _errors("probe", "cannot-open"), _open(source) as container:
-        return _probe(container, _Clock(seconds))
+        return _probe(container)
 
 
-def cut_clips(
-    source: str | InMemory,
-    *,
-    num_frames: int,
-    stride: int,
-    height: int,
-    width: int,
-    max_clips: int,
-    seconds: float,
-    allocate: Callable[[tuple[int, ...]], Frames] = lambda shape: np.empty(shape, np.uint8),
-) -> Cut:
-    """Decodes the clips of a video (`clips.start_indices`), scaled to cover height x width and cropped in the middle.
-
-    Args:
-        source: Path of a local file, or a content in memory.
-        num_frames, stride, max_clips: As `clips.start_indices`.
-        height, width: H and W in pixels.
-        seconds: Time limit for the whole video, looked at between packets.
-        allocate: Gives the uint8 array of a shape (N, T, H, W, 3) to decode into.
+def cut_clips(source: Source, plan: ClipPlan, *, height: int, width: int, sink: Sink) -> Cut:
+    """Decodes the clips of a video, scaled to cover height x width and cropped in the middle.
 
     Raises:
-        VideoError: the video is damaged, too short or too slow.
+        VideoError: the video is damaged or too short.
     """
-    clock = _Clock(seconds)
-    with _errors("probe", "cannot-open"), _open(source) as container:
-        about = _probe(container, clock)
-    plan = {"num_frames": num_frames, "stride": stride, "max_clips": max_clips}
-    span = clip_span(num_frames=num_frames, stride=stride)
-    total = about.num_frames
-    # A codec may hold back or hide frames, so the count of packets can be off; the second time the count is the
-    # decoder's own. A third count would mean that decoding is not repeatable.
+    timeline = probe(source)
+    indices = clip_indices(timeline.times, timeline.time_base, plan)
+    # A codec may hold back or hide frames, so the guess can be off; the second time the frames are the decoder's own.
+    # A third count would mean that decoding is not repeatable.
     for _ in range(3):
-        starts = start_indices(total, **plan)
-        frames = allocate((len(starts), num_frames, height, width, 3))
+        sink.restart()
+        collector = _Collector(indices, sink, height=height, width=width)
         with _errors("decode", "decode-error"), _open(source) as container:
-            counted, times = _decode(container, starts, frames, stride=stride, clock=clock)
-        if counted == total:
+            times, time_base = _decode(container, collector)
+        found = clip_indices(times, time_base, plan)
+        if np.array_equal(found, indices):
             break
-        total = counted
+        indices = found
     else:
-        raise VideoError("decode", "decode-error", f"the number of frames changes between two readings: {total}")
-    if not starts:
-        raise VideoError("clip", "too-few-frames", f"{total} frames, and a clip spans {span}")
-    pts = [time_stamp for time_stamp, _ in times]
-    if any(later <= earlier for earlier, later in itertools.pairwise(pts)):
+        raise VideoError("decode", "decode-error", f"the frames change between two readings: {len(times)}")
+    if not len(indices):
+        ranged = "" if plan.start_seconds is None and plan.end_seconds is None else " in the range that was asked for"
+        span = clip_span(num_frames=plan.num_frames, stride=plan.stride)
+        rate = f" at {plan.fps:g} frames per second" if plan.fps else ""
+        raise VideoError("clip", "too-few-frames", f"{len(times)} frames{ranged}, and a clip spans {span}{rate}")
+    firsts, starts = indices[:, 0], times[indices[:, 0]]
+    if ((np.diff(starts) < 0) | ((np.diff(starts) == 0) & (np.diff(firsts) > 0))).any():
         raise VideoError("clip", "bad-timestamps", "time stamps do not increase from clip to clip")
-    return Cut(frames=frames, start_pts=pts, start_seconds=[at for _, at in times], fps=about.fps)
+    return Cut(starts.tolist(), [float(at * time_base) for at in starts.tolist()], timeline.fps)
 
 
-class _Clock:
-    """Raises once the time of a video is up."""
+def cut_part(source: Source, part: Part, *, height: int, width: int, sink: Sink) -> list[float]:
+    """Decodes the clips of a part of a long video: the same pixels as `cut_clips` gives.
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._end = time.monotonic() + seconds
+    Returns:
+        The first second of each clip.
 
-    def check(self) -> None:
-        if time.monotonic() > self._end:
-            raise VideoError("decode", "timeout", f"not done after {self._seconds:g} s", transient=True)
+    Raises:
+        VideoError: NOT_SEEKABLE, where the part does not hold just the frames that it should.
+    """
+    try:
+        with _errors("decode", NOT_SEEKABLE), _open(source) as container:
+            return _decode_part(container, part, sink, height=height, width=width)
+    except VideoError as error:
+        raise VideoError("decode", NOT_SEEKABLE, error.message) from None
 
 
-def _open(source: str | InMemory) -> Any:
+def _open(source: Source) -> Any:
     if not isinstance(source, str):
         source.seek(0)  # it is opened twice
     # ENOENT and the like were met when the file was read for its hash; here every failure is one of the format.
-    return av.open(source, mode="r", options={"format_whitelist": _FORMATS})
+    # Titles are in whatever encoding; nobody reads them here.
+    options = {"format_whitelist": _FORMATS}
+    return av.open(source, mode="r", options=options, buffer_size=2**20, metadata_errors="replace")
 
 
 @contextlib.contextmanager
@@ -175,6 +149,10 @@ def _errors(stage: Stage, reason: str) -> Iterator[None]:
     try:
         with av.logging.Capture():
             yield
+    except (MemoryError, av.error.MemoryError) as error:
+        raise VideoError("decode", "too-much-memory", f"{error}: one frame and its references do not fit") from None
+    except av.error.FileNotFoundError:
+        raise VideoError("read", "missing", "it was listed, but is gone", transient=True) from None
     except av.error.FFmpegError as error:
         said = [error.strerror or type(error).__name__]
         logged: Any = error.log  # (level, part of FFmpeg, line); PyAV's type is wrong
@@ -202,30 +180,38 @@ def _video_stream(container: Any) -> Any:
     return stream
 
 
-def _probe(container: Any, clock: _Clock) -> Probe:
+def _probe(container: Any) -> Timeline:
     stream = _video_stream(container)
     width, height = stream.codec_context.width, stream.codec_context.height
     if width * height > MAX_PIXELS:
         raise VideoError("probe", "frame-too-large", f"{width} x {height}, and at most {MAX_PIXELS} pixels are decoded")
     count, end, corrupt = 0, 0.0, False
-    stamps = []
+    seekable = not _SEEKABLE.isdisjoint(container.format.name.split(","))
+    times, keyframes = [], []
     for packet in container.demux():
-        clock.check()
         stamp = packet.pts if packet.pts is not None else packet.dts
         if stamp is not None:
             end = max(end, float((stamp + (packet.duration or 0)) * packet.time_base))
         if packet.stream is stream and packet.size:  # the last, empty packet of each stream only ends it
             corrupt = corrupt or packet.is_corrupt
+            seekable = seekable and packet.pts is not None and not packet.is_discard
             if not packet.is_discard:
                 count += 1
                 if stamp is not None:
-                    stamps.append(stamp)
+                    times.append(stamp)
+                if packet.is_keyframe:
+                    keyframes.append(stamp)
     if corrupt:
         raise VideoError("probe", "truncated", f"one of its {count} packets is incomplete")
     _check_length(container, stream, count=count, end=end)
-    spread = max(stamps, default=0) - min(stamps, default=0)
-    fps = (len(stamps) - 1) / (spread * stream.time_base) if spread else stream.average_rate or 0
-    return Probe(width=width, height=height, num_frames=count, fps=float(fps))
+    times.sort()
+    spread = times[-1] - times[0] if times else 0
+    fps = (len(times) - 1) / (spread * stream.time_base) if spread else stream.average_rate or 0
+    if len(times) < count:  # a bare stream: frames are counted
+        times = list(range(count))
+    if not seekable or len(set(times)) < count:
+        keyframes = []
+    return Timeline(np.array(times, np.int64), np.array(keyframes, np.int64), stream.time_base, float(fps))
 
 
 def _check_length(container: Any, stream: Any, *, count: int, end: float) -> None:
@@ -240,61 +226,75 @@ def _check_length(container: Any, stream: Any, *, count: int, end: float) -> Non
             raise VideoError("probe", "truncated", f"it ends at {end:.2f} s, and the header promises {promised:.2f} s")
 
 
-def _decode(
-    container: Any, starts: list[int], frames: Frames, *, stride: int, clock: _Clock
-) -> tuple[int, list[tuple[int, float]]]:
-    """Decodes the whole video; fills `frames` (N, T, H, W, 3); returns the number of frames and the clips' times."""
+def _decode(container: Any, collector: _Collector) -> tuple[Int64Array, Fraction]:
+    """Decodes the whole video; returns the times of its frames and their unit."""
     stream = _video_stream(container)
-    num_frames, height, width = frames.shape[1:4]
-    scaler = _Scaler(height=height, width=width, pixel_aspect=stream.sample_aspect_ratio)
-    times = []
-    clip, index = 0, 0
+    collector.scaler.pixel_aspect = stream.sample_aspect_ratio
+    times: list[int] = []
     for packet in container.demux(stream):
-        clock.check()
         for frame in packet.decode():
             if frame.is_corrupt:
-                raise VideoError("decode", "decode-error", f"frame {index} is damaged")
-            if clip < len(starts) and index >= starts[clip]:
-                position, between = divmod(index - starts[clip], stride)
-                if position == 0 and not between:
-                    stamp = frame.pts if frame.pts is not None else index
-                    times.append((stamp, float(stamp * (frame.time_base or 0))))
-                if not between:
-                    scaler.scale(frame, frames[clip, position])
-                    clip += position == num_frames - 1
-            index += 1
-    return index, times
+                raise VideoError("decode", "decode-error", f"frame {len(times)} is damaged")
+            collector.take(len(times), frame)
+            times.append(frame.pts if frame.pts is not None else len(times))
+    return np.array(times, np.int64), stream.time_base
 
 
-class _Scaler:
-    """Scales frames to cover height x width, turned as their metadata says, and crops the middle."""
+def _decode_part(container: Any, part: Part, sink: Sink, *, height: int, width: int) -> list[float]:
+    stream = _video_stream(container)
+    sink.restart()
+    wanted = np.array(part.clips or np.empty((0, 0)), np.int64)
+    collector = _Collector(wanted, sink, height=height, width=width)
+    collector.scaler.pixel_aspect = stream.sample_aspect_ratio
+    last = max((max(clip) for clip in part.clips), default=part.start)
+    container.seek(part.start, stream=stream, backward=True)
+    count = 0
+    for packet in container.demux(stream):
+        for frame in packet.decode():
+            if frame.pts is None:
+                raise VideoError("decode", NOT_SEEKABLE, "a frame has no time stamp")
+            if frame.pts < part.start:  # of the part before: shown earlier, or the seek went back further
+                continue
+            if frame.is_corrupt or (not count and not (frame.pts == part.start and frame.key_frame)):
+                raise VideoError("decode", NOT_SEEKABLE, f"decoding does not begin at {part.start}")
+            if part.end is None or frame.pts < part.end:
+                count += 1
+            elif frame.pts > last:
+                return _part_seconds(part, stream, count=count, collector=collector)
+            collector.take(frame.pts, frame)
+    return _part_seconds(part, stream, count=count, collector=collector)
 
-    def __init__(self, *, height: int, width: int, pixel_aspect: Fraction | None) -> None:
-        self._height, self._width = height, width
-        # Width of a pixel over its height; values that no camera makes come from damaged headers.
-        self._aspect = pixel_aspect if pixel_aspect and Fraction(1, 8) <= pixel_aspect <= 8 else Fraction(1)
-        self._reformatter = VideoReformatter()  # keeps swscale's tables from frame to frame
 
-    def scale(self, frame: Any, out: Frames) -> None:
-        """Writes the frame into `out`, uint8 (H, W, 3)."""
-        turns = round(frame.rotation / 90) % 4  # counter-clockwise
-        height, width = (self._width, self._height) if turns % 2 else (self._height, self._width)
-        shown = frame.width * self._aspect
-        factor = max(Fraction(height) / frame.height, Fraction(width) / shown)
-        tall, wide = max(height, round(frame.height * factor)), max(width, round(shown * factor))
-        if tall * wide > MAX_PIXELS:
-            raise VideoError(
-                "decode", "frame-too-large", f"{frame.width} x {frame.height} would be {wide} x {tall} scaled"
-            )
-        # One pass from the codec's colours at full size to RGB at the small size; one thread, as for decoding.
-        scaled = self._reformatter.reformat(
-            frame, width=wide, height=tall, format="rgb24", interpolation=_SCALING, threads=1
-        )
-        plane = scaled.planes[0]
-        pixels = (
-            np.frombuffer(memoryview(plane), np.uint8)
-            .reshape(-1, plane.line_size)[:tall, : wide * 3]
-            .reshape(tall, wide, 3)
-        )
-        top, left = (tall - height) // 2, (wide - width) // 2
-        out[:] = np.rot90(pixels[top : top + height, left : left + width], turns)
+def _part_seconds(part: Part, stream: Any, *, count: int, collector: _Collector) -> list[float]:
+    if count != part.num_frames or not collector.complete:
+        raise VideoError("decode", NOT_SEEKABLE, f"{count} frames from {part.start}, and should be {part.num_frames}")
+    return [float(clip[0] * stream.time_base) for clip in part.clips]
+
+
+class _Collector:
+    """Takes the decoded frames of a video in turn, and hands those of each clip to the sink once it has them all."""
+
+    def __init__(self, wanted: Int64Array, sink: Sink, *, height: int, width: int) -> None:
+        """`wanted` is (N, T): what each frame of each clip is called, increasing from clip to clip."""
+        self._wanted, self._sink = wanted, sink
+        self._lasts = wanted.max(axis=1).tolist() if wanted.size else []
+        self._sets = [set(clip) for clip in wanted.tolist()]
+        self._clip = 0
+        self._frames = np.empty((wanted.shape[1] if wanted.size else 0, height, width, 3), np.uint8)
+        self.scaler = Scaler(height=height, width=width)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every clip was handed over."""
+        return self._clip == len(self._sets)
+
+    def take(self, name: int, frame: Any) -> None:
+        """Takes a frame; two clips, or two places of one, may want the same."""
+        scaled = None
+        while self._clip < len(self._sets) and name in self._sets[self._clip]:
+            scaled = self.scaler.scale(frame) if scaled is None else scaled
+            self._frames[self._wanted[self._clip] == name] = scaled
+            if name != self._lasts[self._clip]:
+                return
+            self._sink.add(self._frames)
+            self._clip += 1

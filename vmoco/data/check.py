@@ -1,0 +1,107 @@
+"""Checks a data set: that everything the manifest promises is there, is what was written, and can be decoded.
+
+Each shard is read once from one end to the other; the checksum of the file and those of its clips come from the same
+bytes. Findings are sentences, one per thing that is wrong; nothing is repaired.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from vmoco.data import frames, ledger
+from vmoco.data.manifest import Manifest, content_hash
+from vmoco.data.shard import ROW_FIELDS, read_rows
+from vmoco.data.stored_clip import ShardScan
+
+
+def check(uri: str, progress: Callable[[str], None] = print) -> list[str]:
+    """Reads the whole data set at `uri` and returns what is wrong with it, empty where nothing is.
+
+    Args:
+        uri: Folder of the data set.
+        progress: Takes a line per shard or so.
+
+    Raises:
+        ValueError: there is no data set, or its shards are missing.
+    """
+    manifest = Manifest.load(uri)
+    findings = _check_manifest(manifest)
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in manifest.shards}
+    for row in manifest.table.to_pylist():
+        rows.setdefault(row["shard"], []).append(row)
+    unknown = sorted(rows.keys() - manifest.shards.keys())
+    findings += [
+        f"clips of shard {name} are in the manifest, but the shard is not among its shards" for name in unknown
+    ]
+    # Hashing and decoding let other threads run.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        names = sorted(manifest.shards)
+        for number, found in enumerate(pool.map(lambda name: _check_shard(manifest, name, rows[name]), names), start=1):
+            findings += found
+            progress(f"check  shards {number}/{len(names)}  wrong {len(findings)}")
+    return findings
+
+
+def _check_manifest(manifest: Manifest) -> list[str]:
+    table = manifest.table
+    findings: list[str] = []
+    if content_hash(table) != manifest.hash:
+        findings.append(f"manifest: its hash is {manifest.hash}, and that of its rows is {content_hash(table)}")
+    held_out = table.filter(table["held_out"])
+    counted = {
+        "videos": len(table["video_id"].unique()),
+        "clips": table.num_rows,
+        "rejected": len(ledger.read(manifest.uri)),
+        "held_out": len(held_out["video_id"].unique()),
+    }
+    for name, count in counted.items():
+        if manifest.counts.get(name) != count:
+            where = "ledger" if name == "rejected" else "manifest"
+            findings.append(f"manifest: it counts {manifest.counts.get(name)} {name}, and the {where} has {count}")
+    ids = table["clip_id"].to_pylist()
+    if len(set(ids)) != len(ids):
+        findings.append(f"manifest: {len(ids) - len(set(ids))} clip_ids are there twice")
+    return findings
+
+
+def _check_shard(manifest: Manifest, name: str, rows: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with one shard and the clips of the manifest that lie in it."""
+    findings: list[str] = []
+    try:
+        findings += _check_bytes(manifest, name, rows)
+        there = read_rows(manifest.shard_uri(name))
+    except (OSError, ValueError) as error:
+        return [*findings, f"shard {name}: {error}"]
+    if there.account.encoding != manifest.encoding or there.account.frame_shape != manifest.frame_shape:
+        stored = f"{there.account.encoding} {there.account.frame_shape}"
+        findings.append(f"shard {name}: its clips are {stored}, not {manifest.encoding} {manifest.frame_shape}")
+    own = there.table.to_pylist()
+    for row in rows:
+        stands = own[row["row"]] if 0 <= row["row"] < len(own) else {}
+        other = [field.name for field in ROW_FIELDS if stands.get(field.name) != row[field.name]]
+        if other:
+            findings.append(f"shard {name}, row {row['row']}: {', '.join(other)} differ from the manifest")
+    return findings
+
+
+def _check_bytes(manifest: Manifest, name: str, rows: list[dict[str, Any]]) -> list[str]:
+    expected = manifest.shards[name]
+    findings: list[str] = []
+    scan = ShardScan(manifest.shard_uri(name), rows)
+    for row, stored, whole in scan:
+        wrong = [] if whole else ["its checksum is wrong"]
+        try:
+            frames.decode(stored, manifest.encoding, manifest.frame_shape)
+        except ValueError as error:
+            wrong.append(f"it cannot be decoded: {error}")
+        if wrong:
+            clip = f"row {row['row']}, clip {row['clip_id']} of {row['video_id']!r}"
+            findings.append(f"shard {name}, {clip}: {', and '.join(wrong)}")
+    if scan.file.num_bytes != expected.num_bytes:
+        findings.append(f"shard {name}: it has {scan.file.num_bytes} bytes, and should have {expected.num_bytes}")
+    elif scan.file != expected:
+        findings.append(f"shard {name}: its SHA-256 is {scan.file.sha256}, and should be {expected.sha256}")
+    return findings
