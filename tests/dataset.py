@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -31,14 +32,21 @@ def make_data_set(
     width: int = 48,
     num_held_out: int = 0,
     encoding: Encoding = "raw",
+    labels: tuple[str, ...] = (),
 ) -> Manifest:
-    """Two shards of clips in which a square of the video's own colour moves over noise; the last are held out."""
+    """Two shards of clips in which a square of the video's own colour moves over noise; the last are held out.
+
+    Videos take the labels in turn, where there are any.
+    """
     shape = (num_frames, height, width, 3)
     clips = [
         _clip(video, place, shape, held_out=video >= num_videos - num_held_out)
         for video in range(num_videos)
         for place in range(clips_per_video)
     ]
+    if labels:
+        names = [labels[at // clips_per_video % len(labels)] for at in range(len(clips))]
+        clips = [dataclasses.replace(clip, label=name) for clip, name in zip(clips, names, strict=True)]
     return write_data_set(folder, clips, encoding=encoding)
 
 

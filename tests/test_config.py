@@ -25,9 +25,9 @@ GROUPS = {name: type(value) for name, value in TINY if isinstance(value, Setting
 # What decides no number of a run: its name, where things lie, how often it reports, where it runs.
 SILENT = {
     *{("run", name) for name in ("name", "storage")},
-    *{("data", name) for name in ("uri", "batches_ahead")},
-    *{("train", name) for name in ("log_every", "checkpoint_every", "keep_checkpoints")},
-    *{(group, name) for group in ("scaling", "tracking") for name in GROUPS[group].model_fields},
+    *{("data", name) for name in ("uri", "batches_ahead", "cache", "cache_gib")},
+    *{("train", name) for name in ("log_every", "checkpoint_every", "keep_checkpoints", "keep_best")},
+    *{(group, name) for group in ("scaling", "evaluation", "tracking") for name in GROUPS[group].model_fields},
 }
 
 
@@ -45,6 +45,7 @@ def other_value(group: str, name: str) -> object:
         ("train", "global_batch"): 12,
         ("train", "micro_batch"): 2,
         ("scaling", "num_workers"): 2,
+        ("scaling", "min_workers"): 1,
         ("augment", "hue"): 0.1,
     }
     if (group, name) in needed:
@@ -67,6 +68,7 @@ def other_value(group: str, name: str) -> object:
     [
         ("moco", {"queue_size": 7}, r"^moco\.queue-size 7 is below train\.global-batch 8: lower .* or raise"),
         ("train", {"micro_batch": 3}, r"^train\.global-batch 8 is not a multiple of train\.micro-batch 3: change"),
+        ("scaling", {"min_workers": 2}, r"^scaling\.min-workers 2 is above scaling\.num-workers 1: lower it, or raise"),
         ("scaling", {"num_workers": 3}, r"^scaling\.num-workers 3 is above the 2 micro-batches .*: lower"),
         ("generator", {"drop_ratio": 0.05}, r"^generator\.drop-ratio 0\.05 of data\.num-frames 8 drops 0 frames: "),
         ("train", {"warmup_steps": 20}, r"^train\.warmup-steps 20 must be below train\.steps 20$"),

@@ -22,6 +22,7 @@ HOMES = {
         "vmoco.train.launch",
         "vmoco.train.worker",
         "vmoco.train.channel",
+        "vmoco.train.evaluation",
     },
     "mlflow": {"vmoco.tracking", "vmoco.registry", "vmoco.encoder_program"},
     "av": {"vmoco.data.video", "vmoco.data.scale"},
@@ -30,10 +31,11 @@ HOMES = {
 }
 
 # From the ground up: a module imports from its own layer and from those below it.
-BASE = {"vmoco", "vmoco.settings", "vmoco.config", "vmoco.presets", "vmoco.storage", "vmoco.seed"}
+BASE = {"vmoco", "vmoco.settings", "vmoco.config", "vmoco.placement", "vmoco.presets", "vmoco.storage", "vmoco.seed"}
+BASE |= {"vmoco.transfer"}
 WORK = {"vmoco.data.ingest", "vmoco.data.footage", "vmoco.export", "vmoco.registry", "vmoco.tracking", "vmoco.report"}
 WORK |= {"vmoco.encoder", "vmoco.encoder_program", "vmoco.program", "vmoco.model_card", "vmoco.promotion"}
-WORK |= {"vmoco.lineage", "vmoco.publish"}
+WORK |= {"vmoco.lineage", "vmoco.publish", "vmoco.spool"}
 WORK |= {"vmoco.data.tasks"}
 WORK |= {"vmoco.job", "vmoco.job_server", "vmoco.local", "vmoco.sweep"}
 

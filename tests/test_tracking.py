@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
+from tests.tracking_server import TrackingServer
 from vmoco import tracking
 from vmoco.presets import PRESETS
 
@@ -21,9 +18,9 @@ SETTINGS = PRESETS["tiny"][1]
 def test_points_and_documents_arrive(vmoco_home: Path) -> None:
     """All points of a run with their steps, of a document its last content, and the settings as parameters."""
     run_id = tracking.create_run(SETTINGS, tags={"vmoco.preset": "tiny"})
-    tracker = tracking.Tracker(tracking.tracking_uri(), run_id)
+    tracker = tracking.spool(tracking.tracking_uri(), run_id)
     for step in range(1200):
-        tracker.metrics({"loss": step / 2}, step=step)
+        tracker.points({"loss": step / 2}, step=step)
     for text in ("first", "last"):
         tracker.document("list.json", text)
     pictures = [b"first", bytes(range(256))]
@@ -43,47 +40,63 @@ def test_points_and_documents_arrive(vmoco_home: Path) -> None:
     assert folder.is_relative_to(vmoco_home / "mlartifacts")
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]], list[str]]]:
-    """Address and start command of an MLflow server that is not started yet; what is started, is stopped."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("mlflow")), "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--workers", "1"]
-    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
-    started: list[subprocess.Popen[bytes]] = []
-    yield f"http://127.0.0.1:{port}", started, command
-    for process in started:
-        process.terminate()
-        process.wait(timeout=20)
-
-
-def test_a_tracker_that_is_down_for_a_while_loses_nothing(
-    server: tuple[str, list[subprocess.Popen[bytes]], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tracker_that_is_down_for_a_while_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Points queued while the server is away wait for it, and taking them costs the run nothing."""
-    address, started, command = server
-    monkeypatch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    server = TrackingServer(tmp_path)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/server.db")  # the same database, while it is away
     run_id = tracking.create_run(SETTINGS, tags={})
-    tracker = tracking.Tracker(address, run_id)
+    tracker = tracking.spool(server.address, run_id)
     began = time.perf_counter()
     for step in range(50):
-        tracker.metrics({"loss": 1.0}, step=step)
+        tracker.points({"loss": 1.0}, step=step)
     assert time.perf_counter() - began < 0.5, "handing points over does not wait for the tracker"
     time.sleep(3)  # at least one attempt has failed by now
-    started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-    assert tracker.close(timeout=90) == ""
+    with server:
+        assert tracker.close(timeout=90) == ""
     history = MlflowClient(f"sqlite:///{tmp_path}/server.db").get_metric_history(run_id, "loss")
     assert [point.step for point in history] == list(range(50))
 
 
+def test_a_second_life_of_a_run_doubles_no_point(vmoco_home: Path) -> None:
+    """What MLflow has of each metric is asked for before the first point is sent, and left out."""
+    run_id = tracking.create_run(SETTINGS, tags={})
+    for steps in (range(0, 40, 5), range(20, 60, 5)):
+        tracker = tracking.spool(tracking.tracking_uri(), run_id)
+        for step in steps:
+            tracker.points({"loss": float(step), "late": 1.0} if step >= 30 else {"loss": float(step)}, step=step)
+        assert tracker.close() == ""
+    client = MlflowClient(tracking.tracking_uri())
+    assert [point.step for point in client.get_metric_history(run_id, "loss")] == list(range(0, 60, 5))
+    assert [point.step for point in client.get_metric_history(run_id, "late")] == list(range(30, 60, 5))
+
+
+def test_a_run_goes_on_without_its_tracker(vmoco_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resuming while the server is away gives a warning; a server that does not know the run is an error."""
+    run_id = tracking.create_run(SETTINGS, tags={})
+    assert tracking.resume_run(run_id) == ""
+    with pytest.raises(ValueError, match="run 0123 cannot be resumed in the tracker"):
+        tracking.resume_run("0123")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert "cannot be resumed in the tracker http://127.0.0.1:9" in tracking.resume_run(run_id)
+
+
+def test_the_machine_is_watched(vmoco_home: Path) -> None:
+    """Processor, memory, disk and network have numbers, under the names that MLflow shows as system metrics."""
+    system = tracking.SystemMetrics()
+    time.sleep(0.2)
+    numbers = system.numbers()
+    names = {"cpu_utilization_percentage", "system_memory_usage_megabytes", "disk_usage_percentage"}
+    assert {f"system/{name}" for name in names} <= set(numbers)
+    assert numbers["system/system_memory_usage_megabytes"] > 0
+    assert all(name.startswith("system/node-3/") for name in tracking.SystemMetrics("node-3").numbers())
+
+
 def test_what_a_dead_tracker_did_not_take_is_said(vmoco_home: Path) -> None:
     """close() gives up after its time, with the number of points and the reason."""
-    tracker = tracking.Tracker("http://127.0.0.1:9", "no run")
-    tracker.metrics({"loss": 1.0, "accuracy": 0.5}, step=1)
+    tracker = tracking.spool("http://127.0.0.1:9", "no run")
+    tracker.points({"loss": 1.0, "accuracy": 0.5}, step=1)
     assert "2 points or documents were not taken by the tracker http://127.0.0.1:9: " in tracker.close(timeout=1)
 
 

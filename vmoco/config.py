@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field, model_validator
 
+from vmoco.placement import EvaluationSettings, ScalingSettings, TrackingSettings
 from vmoco.settings import Settings
 
 Fill = Literal["mean", "zero"]
@@ -26,6 +27,13 @@ BeforeStart = Literal["whole", "random"]
 Positives = Literal["same_clip", "two_clips"]
 Backbone = Literal["r3d_18", "r2plus1d_18", "mc3_18", "s3d", "r3d_nano", "r2plus1d_nano"]
 Precision = Literal["auto", "bf16", "fp32"]
+
+
+# Fields that decide no number of a run: where things lie, how often it reports, what it keeps.
+_SILENT = {
+    "data": {"uri", "batches_ahead", "cache", "cache_gib"},
+    "train": {"log_every", "checkpoint_every", "keep_checkpoints", "keep_best"},
+}
 
 
 class RunSettings(Settings):
@@ -54,6 +62,10 @@ class DataSettings(Settings):
     """What the key shows: the frames of its query (paper), or another clip of its video (rho-MoCo, rho = 2)."""
     batches_ahead: int = Field(3, ge=1)
     """Batches that the loader reads ahead of the step."""
+    cache: str | None = None
+    """Folder on each node's own disk for clips of a remote data set. Default: $VMOCO_HOME/cache (~/.vmoco/cache)."""
+    cache_gib: float = Field(50.0, gt=0)
+    """Most that the cache holds on one node, in GiB; the clips that were not read for longest go first."""
 
 
 class AugmentSettings(Settings):
@@ -92,6 +104,8 @@ class ModelSettings(Settings):
     """D: width of the embedding that is compared."""
     head: Literal["linear", "mlp"] = "linear"
     """Projection from feature to embedding: linear (paper) or a two-layer MLP (MoCo v2)."""
+    init: Annotated[str | None, tyro.conf.arg(aliases=["--init"])] = None
+    """Encoder to start from, as models:/NAME@ALIAS or a folder; its backbone alone, step and queue begin anew."""
 
 
 class GeneratorSettings(Settings):
@@ -173,34 +187,8 @@ class TrainSettings(Settings):
     """Steps between two checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints that are kept."""
-
-
-class ScalingSettings(Settings):
-    """Where it runs. Changing it does not change the order of the batches, their augmentation or the queue."""
-
-    num_workers: int = Field(1, ge=1)
-    """Ray Train workers: one per GPU, or processes on CPUs."""
-    use_gpu: bool = False
-    """One GPU per worker, nccl between them; otherwise CPUs and gloo."""
-    cpus_per_worker: int = Field(1, ge=1)
-    """CPU cores, and threads, of each worker."""
-    max_failures: int = Field(3, ge=0)
-    """Times a run restarts from its last checkpoint after a worker or node was lost."""
-    wait_for_nodes: bool = False
-    """Wait for an autoscaler to bring what the cluster lacks, instead of refusing to start."""
-
-
-class TrackingSettings(Settings):
-    """Where it reports. The tracker's address is MLFLOW_TRACKING_URI, or a database in $VMOCO_HOME."""
-
-    experiment: str = "vmoco"
-    """MLflow experiment of the run."""
-    register_as: str | None = None
-    """Name under which the finished encoder is registered."""
-    alias: str = "candidate"
-    """Alias given to the registered version."""
-    data_licence: str = ""
-    """What the videos may be used for, and whose they are: a note that travels with the encoder."""
+    keep_best: int = Field(1, ge=0)
+    """Checkpoints that are kept besides because their encoders scored best."""
 
 
 class PretrainSettings(Settings):
@@ -216,6 +204,7 @@ class PretrainSettings(Settings):
     moco: MocoSettings = MocoSettings()
     train: TrainSettings
     scaling: ScalingSettings = ScalingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
     tracking: TrackingSettings = TrackingSettings()
 
     @model_validator(mode="after")
@@ -235,6 +224,11 @@ class PretrainSettings(Settings):
             raise ValueError(
                 f"scaling.num-workers {self.scaling.num_workers} is above the {self.num_micro_batches} micro-batches "
                 "of a step (train.global-batch / train.micro-batch): lower the workers or the micro-batch"
+            )
+        if (self.scaling.min_workers or 1) > self.scaling.num_workers:
+            raise ValueError(
+                f"scaling.min-workers {self.scaling.min_workers} is above scaling.num-workers "
+                f"{self.scaling.num_workers}: lower it, or raise the other"
             )
         if self.generator.drop_ratio > 0 and not 0 < self.num_dropped < self.data.num_frames:
             raise ValueError(
@@ -275,12 +269,10 @@ class PretrainSettings(Settings):
 
     def content(self) -> dict[str, dict[str, Any]]:
         """What decides the numbers of a run: all but its name, its place, its scaling and its reporting."""
-        kept = self.model_dump(mode="json", exclude={"preset", "scaling", "tracking"})
+        kept = self.model_dump(mode="json", exclude={"preset", "scaling", "evaluation", "tracking"})
         kept["run"] = {"seed": self.run.seed}
-        kept["data"] = {k: v for k, v in kept["data"].items() if k not in ("uri", "batches_ahead")}
-        kept["train"] = {
-            k: v for k, v in kept["train"].items() if k not in ("log_every", "checkpoint_every", "keep_checkpoints")
-        }
+        for group, fields in _SILENT.items():
+            kept[group] = {field: value for field, value in kept[group].items() if field not in fields}
         return kept
 
     def content_hash(self) -> str:

@@ -66,21 +66,8 @@ def write_encoder(
     Raises:
         ValueError: the checkpoint is damaged or none, or ONNX is not installed.
     """
-    record = state.Record.read(checkpoint)
-    assert record.manifest_hash == manifest.hash, "an encoder's lineage names the data that it was trained on"
-    settings = state.read_settings(checkpoint)
-    prefix = "query.backbone."
-    tensors = state.read_tensors(checkpoint, record)
-    backbone = build_backbone(settings.model.backbone)
-    backbone.load_state_dict(
-        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    )
-    preprocessing = Preprocessing(
-        num_frames=settings.data.num_frames,
-        fps=float(np.median(manifest.table["fps"].to_numpy())) / settings.data.stride,
-        size=settings.augment.size,
-        standardise=settings.augment.standardise,
-    )
+    encoder = encoder_in(checkpoint, manifest=manifest)
+    record, settings = state.Record.read(checkpoint), state.read_settings(checkpoint)
     lineage = {
         "step": record.step,
         "run_id": record.run_id,
@@ -96,7 +83,36 @@ def write_encoder(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / state.SETTINGS).write_bytes((checkpoint / state.SETTINGS).read_bytes())
     pq.write_table(_videos(manifest), folder / VIDEOS, compression="zstd")
+    backbone, preprocessing = encoder.backbone, encoder.preprocessing
     return write_folder(folder, backbone, settings.model.backbone, preprocessing, lineage=lineage, onnx=onnx)
+
+
+def encoder_in(checkpoint: Path, *, manifest: Manifest) -> Encoder:
+    """The query encoder's backbone of a checkpoint, in evaluation mode and without a card.
+
+    Args:
+        checkpoint: folder that `TrainState.save` wrote.
+        manifest: data set that it was trained on.
+
+    Raises:
+        ValueError: the checkpoint is damaged or none.
+    """
+    record = state.Record.read(checkpoint)
+    assert record.manifest_hash == manifest.hash, "an encoder's lineage names the data that it was trained on"
+    settings = state.read_settings(checkpoint)
+    prefix = "query.backbone."
+    tensors = state.read_tensors(checkpoint, record)
+    backbone = build_backbone(settings.model.backbone)
+    backbone.load_state_dict(
+        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    )
+    preprocessing = Preprocessing(
+        num_frames=settings.data.num_frames,
+        fps=float(np.median(manifest.table["fps"].to_numpy())) / settings.data.stride,
+        size=settings.augment.size,
+        standardise=settings.augment.standardise,
+    )
+    return Encoder(backbone, preprocessing, {}).eval()
 
 
 def write_folder(

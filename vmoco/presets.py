@@ -9,10 +9,9 @@ from vmoco.config import (
     MocoSettings,
     ModelSettings,
     PretrainSettings,
-    ScalingSettings,
-    TrackingSettings,
     TrainSettings,
 )
+from vmoco.placement import EvaluationSettings, ScalingSettings, TrackingSettings
 
 # 200 epochs of one clip from each of Kinetics-400's about 240,000 training videos, in batches of 256.
 PAPER_STEPS = 200 * 240_000 // 256
@@ -28,6 +27,7 @@ PRESETS: dict[str, tuple[str, PretrainSettings]] = {
             generator=GeneratorSettings(hidden_channels=8, frame_size=16),
             moco=MocoSettings(queue_size=64, momentum=0.9),
             train=TrainSettings(steps=20, global_batch=8, micro_batch=4, log_every=5, checkpoint_every=10),
+            evaluation=EvaluationSettings(num_cpus=0, max_videos=20),
         ),
     ),
     "demo": (
@@ -49,6 +49,7 @@ PRESETS: dict[str, tuple[str, PretrainSettings]] = {
                 checkpoint_every=50,
             ),
             scaling=ScalingSettings(num_workers=2),
+            evaluation=EvaluationSettings(num_cpus=0, max_videos=50),
             tracking=TrackingSettings(register_as="videomoco-demo"),
         ),
     ),

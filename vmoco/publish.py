@@ -23,7 +23,7 @@ from vmoco.promotion import LABEL_FREE, Score, record
 from vmoco.registry import Registered
 from vmoco.train import state
 
-CHECKPOINTS = "checkpoints.json"  # `train.worker` lists a run's kept checkpoints under this name
+CHECKPOINTS = "checkpoints.json"  # `train.checkpoints` lists a run's kept checkpoints under this name
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # What the weights were trained with: torchvision's recipes, and the released code.

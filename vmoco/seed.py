@@ -7,6 +7,7 @@ rather than a library's generator, because no library promises the same stream i
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import numpy as np
@@ -14,11 +15,12 @@ import numpy.typing as npt
 
 UInt64Array = npt.NDArray[np.uint64]
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
+@functools.lru_cache(4096)  # most are names of purposes, asked for with every batch
 def hash64(*parts: str | int) -> int:
     """A stable 64-bit hash of the parts, for names and purposes; not for speed."""
     assert all(type(part) in (str, int) for part in parts), (
@@ -30,11 +32,13 @@ def hash64(*parts: str | int) -> int:
 
 def mix64(seeds: UInt64Array, salt: int) -> UInt64Array:
     """One well-mixed 64-bit number per seed and salt (splitmix64's finaliser); shape and order of `seeds`."""
-    with np.errstate(over="ignore"):  # the arithmetic is modulo 2**64 by design
-        z = np.asarray(seeds, np.uint64) + np.uint64(salt % 2**64) * _GOLDEN + _GOLDEN
-        z = (z ^ (z >> np.uint64(30))) * _MIX_1
-        z = (z ^ (z >> np.uint64(27))) * _MIX_2
-        return z ^ (z >> np.uint64(31))
+    z = np.atleast_1d(np.asarray(seeds, np.uint64)) + np.uint64((salt + 1) * _GOLDEN % 2**64)
+    z ^= z >> np.uint64(30)
+    z *= _MIX_1  # arrays wrap around at 2**64 without a word, by design
+    z ^= z >> np.uint64(27)
+    z *= _MIX_2
+    z ^= z >> np.uint64(31)
+    return z.reshape(np.shape(seeds))
 
 
 def uniform(seeds: UInt64Array, salt: int) -> npt.NDArray[np.float64]:

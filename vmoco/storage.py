@@ -237,3 +237,17 @@ def require_absolute(uri: str, setting: str) -> str:
             "give an absolute path or a URI (file://, s3://, gs://) that every node can reach"
         )
     return absolute_uri(uri)
+
+
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders in a folder, sorted; none where it is not there."""
+    found, path = filesystem(uri)
+    entries = found.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return sorted(entry.base_name for entry in entries if entry.type == pafs.FileType.Directory)
+
+
+def delete_file(uri: str) -> None:
+    """Removes a file; it may be gone already."""
+    found, path = filesystem(uri)
+    with contextlib.suppress(FileNotFoundError):
+        found.delete_file(path)

@@ -1,27 +1,22 @@
 """Metrics, parameters and checkpoints of a run in MLflow; one of the two files that know MLflow.
 
-The tracker is never waited for: points go through a queue to a thread, which tries again until they are taken, and
-what is not taken in the end is said. Workers use the client with a run id and never MLflow's current run, of which
-there is one per process.
+The tracker is never waited for: a spool (`vmoco/spool.py`) stands between it and the run. Workers use the client with
+a run id and never MLflow's current run, of which there is one per process.
 """
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import logging
 import os
 import tempfile
-import threading
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vmoco import storage
 from vmoco.config import PretrainSettings
-
-_RETRY_SECONDS = 2.0
-_BATCH = 500  # points in one request; MLflow takes at most 1,000
+from vmoco.spool import Document, Points, Spool
 
 
 def tracking_uri() -> str:
@@ -38,7 +33,7 @@ def client(uri: str | None = None) -> Any:
     uri = uri or tracking_uri()
     if uri.startswith("sqlite:///"):
         _check_database(uri.removeprefix("sqlite:///"))
-    # MLflow tries 7 times for minutes; a person waits for the first answer, and `Tracker` tries again by itself.
+    # MLflow tries 7 times for minutes; a person waits for the first answer, and a spool tries again by itself.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     from mlflow import MlflowClient  # 4 s: only where something is tracked
 
@@ -54,8 +49,13 @@ def _check_database(path: str) -> None:
     storage.check_writable(os.path.dirname(os.path.abspath(path)))
 
 
-def create_run(settings: PretrainSettings, *, tags: Mapping[str, str]) -> str:
+def create_run(settings: PretrainSettings, *, tags: Mapping[str, str], note: str = "") -> str:
     """Creates the MLflow run of a pretraining, with all its settings, and returns its id.
+
+    Args:
+        settings: of the run.
+        tags: of the run.
+        note: Markdown that is shown above its metrics.
 
     Raises:
         ValueError: the tracker cannot be used.
@@ -66,7 +66,7 @@ def create_run(settings: PretrainSettings, *, tags: Mapping[str, str]) -> str:
     try:
         tracker = client()
         experiment = _experiment(tracker, settings.tracking.experiment)
-        run = tracker.create_run(experiment, run_name=settings.run.name, tags=dict(tags))
+        run = tracker.create_run(experiment, run_name=settings.run.name, tags={"mlflow.note.content": note, **tags})
         flat = [
             Param(f"{group}.{field}", str(value))
             for group, fields in settings.model_dump(mode="json", exclude={"preset"}).items()
@@ -107,8 +107,8 @@ def _experiment(tracker: Any, name: str) -> str:
     return str(tracker.create_experiment(name, artifact_location=location))
 
 
-class Tracker:
-    """Sends the points of one run, in the background.
+class RunTracker:
+    """Takes the points of one run; what `vmoco.spool` sends to.
 
     Args:
         uri: of the tracker.
@@ -118,96 +118,92 @@ class Tracker:
     def __init__(self, uri: str, run_id: str) -> None:
         self._uri = uri
         self._run_id = run_id
-        self._points: collections.deque[tuple[str, float, int, int]] = collections.deque()
-        self._documents: dict[str, str | bytes] = {}
-        self._wake = threading.Condition()
-        self._closing = False
-        self._last_error = ""
-        self._thread = threading.Thread(target=self._send, name="tracker", daemon=True)
-        self._thread.start()
+        self._made: Any = None
 
-    def metrics(self, numbers: Mapping[str, float], *, step: int) -> None:
-        """Queues one point per name."""
-        now = int(time.time() * 1000)
-        with self._wake:
-            self._points.extend((name, value, now, step) for name, value in numbers.items())
-            self._wake.notify()
+    def latest_steps(self) -> dict[str, int]:
+        """Of each metric, the latest step that has arrived."""
+        return {metric.key: metric.step for metric in self._client().get_run(self._run_id).data.to_proto().metrics}
 
-    def document(self, name: str, content: str | bytes) -> None:
-        """Queues an artifact, a text or the bytes of a file; of two under one name the later counts."""
-        with self._wake:
-            self._documents[name] = content
-            self._wake.notify()
+    def send(self, points: list[Points], documents: Mapping[str, Document]) -> None:
+        """Sends metrics in one request, and documents as artifacts.
 
-    def close(self, *, timeout: float = 30.0) -> str:
-        """Sends what is queued, for at most `timeout` seconds.
-
-        Returns:
-            What could not be sent and why, as a sentence; empty where all was.
+        MLflow keeps a metric that it has already, with this step, time and value, once.
         """
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
-        self._thread.join(timeout)
-        left = len(self._points) + len(self._documents)
-        if not left:
-            return ""
-        return f"{left} points or documents were not taken by the tracker {self._uri}: {self._last_error}"
-
-    def _send(self) -> None:
-        tracker = None
-        while True:
-            with self._wake:
-                while not (self._points or self._documents or self._closing):
-                    self._wake.wait()
-                if self._closing and not (self._points or self._documents):
-                    return
-                points = [self._points[i] for i in range(min(len(self._points), _BATCH))]
-                documents = dict(self._documents)
-            try:
-                tracker = tracker or client(self._uri)
-                self._deliver(tracker, points, documents)
-            except Exception as error:  # whatever the tracker does, training goes on and the points stay queued
-                self._last_error = f"{type(error).__name__}: {error}".splitlines()[0]
-                time.sleep(_RETRY_SECONDS)
-                continue
-            with self._wake:
-                for _ in points:
-                    self._points.popleft()
-                for name, content in documents.items():
-                    if self._documents.get(name) == content:
-                        del self._documents[name]
-
-    def _deliver(
-        self, tracker: Any, points: list[tuple[str, float, int, int]], documents: dict[str, str | bytes]
-    ) -> None:
         from mlflow.entities import Metric
 
-        if points:
-            tracker.log_batch(self._run_id, metrics=[Metric(*point) for point in points])
+        metrics = [Metric(name, value, row.time_ms, row.step) for row in points for name, value in row.numbers.items()]
+        if metrics:
+            self._client().log_batch(self._run_id, metrics=metrics)
         for name, content in documents.items():
             if isinstance(content, str):
-                tracker.log_text(self._run_id, content, name)
+                self._client().log_text(self._run_id, content, name)
                 continue
             folder, _, file_name = name.rpartition("/")
             with tempfile.TemporaryDirectory() as place:  # MLflow takes bytes only from a file
                 path = Path(place, file_name)
                 path.write_bytes(content)
-                tracker.log_artifact(self._run_id, str(path), folder or None)
+                self._client().log_artifact(self._run_id, str(path), folder or None)
+
+    def _client(self) -> Any:
+        self._made = self._made or client(self._uri)  # 4 s at first, in the spool's thread
+        return self._made
 
 
-def resume_run(run_id: str) -> None:
+def spool(uri: str, run_id: str, *, file: str | None = None, may_send: Callable[[], None] = lambda: None) -> Spool:
+    """A spool to an MLflow run; see `vmoco.spool.Spool` for `file` and `may_send`."""
+    return Spool(RunTracker(uri, run_id), name=uri, uri=file, may_send=may_send)
+
+
+class SystemMetrics:
+    """Processor, memory, disk, network and GPUs of this machine, under the names by which MLflow shows them apart.
+
+    MLflow's own thread ends for good when the tracker does not answer once, so its monitors are read here and sent
+    with the run's points.
+
+    Args:
+        node: name of this machine among those of the run; empty where there is one.
+    """
+
+    def __init__(self, node: str = "") -> None:
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+        self._prefix = f"system/{node}/" if node else "system/"
+        self._monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        with contextlib.suppress(Exception):  # whatever it raises, it means that there is no NVIDIA GPU to watch
+            self._monitors.append(GPUMonitor())
+
+    def numbers(self) -> dict[str, float]:
+        """What the monitors see now; rates are since the last call."""
+        found: dict[str, float] = {}
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            found |= {self._prefix + name: float(value) for name, value in monitor.aggregate_metrics().items()}
+            monitor.clear_metrics()
+        return found
+
+
+def resume_run(run_id: str) -> str:
     """Takes a run up again that had ended.
 
+    Returns:
+        Why the tracker did not take it, as a sentence; empty where it did.
+
     Raises:
-        ValueError: the tracker does not know it, or cannot be used.
+        ValueError: the tracker answers and does not know the run.
     """
     from mlflow.exceptions import MlflowException
 
     try:
         client().update_run(run_id, "RUNNING")
     except MlflowException as error:
-        raise ValueError(f"run {run_id} cannot be resumed in the tracker {tracking_uri()}: {error}") from error
+        said = f"run {run_id} cannot be resumed in the tracker {tracking_uri()}: {error}"
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise ValueError(said) from error
+        return said  # away for a while: the run goes on, and its points wait
+    return ""
 
 
 def finish_run(run_id: str, status: str) -> str:

@@ -56,6 +56,11 @@ def random_clips() -> torch.Tensor:
 
 def moco_step(backbone: str, dtype: torch.dtype | None) -> Callable[[], object]:
     """A full step, adversarial from the first one, with a full queue."""
+    return state_and_step(backbone, dtype)[1]
+
+
+def state_and_step(backbone: str, dtype: torch.dtype | None = None) -> tuple[TrainState, Callable[[], object]]:
+    """A training state with a full queue, and a step on it, adversarial from the first one."""
     settings = PretrainSettings(
         data=DataSettings(num_frames=SHAPE[2]),
         model=ModelSettings.model_validate({"backbone": backbone}),
@@ -77,7 +82,7 @@ def moco_step(backbone: str, dtype: torch.dtype | None) -> Callable[[], object]:
         key_order=torch.arange(2),
         video_ids=torch.tensor([-2, -3]),
     )
-    return lambda: step(replace(batch, step=state.step))
+    return state, lambda: step(replace(batch, step=state.step))
 
 
 def supervised_step(backbone: str, dtype: torch.dtype | None) -> Callable[[], object]:

@@ -16,6 +16,7 @@ import torch
 from tests.dataset import make_data_set
 from vmoco.config import PretrainSettings
 from vmoco.data import augment
+from vmoco.data.batch_memory import BatchMemory
 from vmoco.data.loader import Loader, RankBatch, check_fits
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard import ShardReader
@@ -233,7 +234,7 @@ def test_removed_shard_is_an_error_in_the_consumer(tmp_path: Path) -> None:
     (tmp_path / "shards" / f"{last}.arrow").unlink()
     batches = iter(loader)
     assert [batch.step for batch in itertools.islice(batches, first_step)] == list(range(first_step))
-    with pytest.raises(ValueError, match=rf"{last}\.arrow is missing: run jobs/ingest\.py again"):
+    with pytest.raises(ValueError, match=rf"{last}\.arrow is missing: bring the shard back"):
         next(batches)
     assert loader_threads() == []
 
@@ -294,3 +295,20 @@ def test_data_set_without_training_videos_is_refused(tmp_path: Path) -> None:
     manifest = make_data_set(tmp_path, num_videos=2, num_held_out=2)
     with pytest.raises(ValueError, match=r"every video of .* is held out: ingest more videos, or lower"):
         check_fits(manifest, SETTINGS)
+
+
+def test_memory_comes_back_when_the_last_view_has_gone() -> None:
+    """A batch that is held, or of which a slice is held, keeps its memory; then the next batch of its size gets it."""
+    memory = BatchMemory(pin_memory=False)
+    first = memory.take((4, 1000))
+    first.fill_(1)
+    place, view = first.data_ptr(), first[2:3]
+    second = memory.take((4, 1000))
+    assert second.data_ptr() != place
+    del first
+    third = memory.take((4, 1000))
+    third.fill_(3)
+    assert view.eq(1).all(), "a slice is still held"
+    del view
+    assert memory.take((2, 2000)).data_ptr() == place
+    assert memory.take((3, 1000)).data_ptr() not in (place, second.data_ptr(), third.data_ptr())

@@ -14,7 +14,7 @@ from tests.dataset import make_data_set
 from tests.train.test_step import CPU, changed
 from vmoco.data.loader import Loader
 from vmoco.presets import PRESETS
-from vmoco.train.loop import train
+from vmoco.train.loop import _fingerprint, train
 from vmoco.train.state import TrainState
 from vmoco.train.step import TrainStep
 
@@ -24,17 +24,22 @@ SETTINGS = changed(PRESETS["tiny"][1], train={"steps": 12, "log_every": 3, "chec
 class Notes:
     """A host that writes down what it is asked for, and asks to stop after a step."""
 
-    def __init__(self, stop_after: int | None = None) -> None:
+    def __init__(self, stop_after: int | None = None, preempted_at: int | None = None) -> None:
         self.points: dict[int, dict[str, float]] = {}
         self.lines: list[str] = []
         self.kept: list[int] = []
         self.documents: dict[str, str | bytes] = {}
         self._stop_after = stop_after
+        self._preempted_at = preempted_at
         self._asked = 0
+        self.finished_at: int | None = None
 
     def stop_requested(self) -> bool:
         self._asked += 1
         return self._stop_after is not None and self._asked > self._stop_after
+
+    def checkpoint_requested(self) -> bool:
+        return self._asked == self._preempted_at
 
     def track(self, numbers: dict[str, float], *, step: int) -> None:
         self.points[step] = numbers
@@ -47,6 +52,9 @@ class Notes:
 
     def checkpoint(self, state: TrainState) -> None:
         self.kept.append(state.step)
+
+    def finish(self, state: TrainState) -> None:
+        self.finished_at = state.step
 
 
 def run(folder: Path, host: Notes) -> tuple[bool, TrainState]:
@@ -121,3 +129,40 @@ def test_losses_are_golden(tmp_path: Path) -> None:
     assert [losses[3], losses[6]] == pytest.approx([3.742975, 4.227665], rel=1e-3)
     assert [losses[9], losses[12]] == pytest.approx([4.0427, 3.7280], rel=0.03)
     assert [host.points[step]["generator_loss"] for step in (9, 12)] == pytest.approx([-2.56, -2.65], rel=0.1)
+
+
+def test_a_machine_that_goes_away_is_answered_with_a_checkpoint(tmp_path: Path) -> None:
+    """Told during step 3, it keeps that step besides the usual ones, once, and trains on to the end."""
+    host = Notes(preempted_at=3)
+    finished, _ = run(tmp_path, host)
+    assert (finished, host.kept, host.finished_at) == (True, [3, 5, 10, 12], 12)
+
+
+def test_what_is_tracked(tmp_path: Path) -> None:
+    """Every number that the method and the machine are judged by is there from the first point to the last."""
+    host = Notes()
+    run(tmp_path, host)
+    always = {"loss", "accuracy", "positive_similarity", "negative_similarity", "oldest_key_weight", "decay"}
+    always |= {"oldest_key_similarity", "embedding_std", "effective_rank", "gradient_norm", "learning_rate", "epoch"}
+    always |= {"clips_per_second", "data_wait_share", "checkpoint_stall_share", "checkpoint_stall_seconds"}
+    always |= {"memory_gib", "mfu", "queue_filled"}
+    assert all(always <= set(numbers) for numbers in host.points.values())
+    assert {"generator_loss", "generator_gradient_norm"} <= set(host.points[12])
+    assert all(0 < numbers["mfu"] < 1 for numbers in host.points.values())
+    assert host.points[3]["checkpoint_stall_seconds"] == 0 < host.points[6]["checkpoint_stall_seconds"]
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 2**18 + 5), (4, 3, 2, 5, 5)])
+def test_a_fingerprint_sees_a_value_and_a_swap(shape: tuple[int, ...]) -> None:
+    """One value among many, or two that change places, near or far, in either memory layout; equal ones give equal."""
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    for layout in (tensor, tensor.to(memory_format=torch.channels_last_3d) if tensor.ndim == 5 else tensor):
+        before = float(_fingerprint(layout))
+        assert before == float(_fingerprint(layout.clone()))
+        changed_one = layout.clone()
+        changed_one[(0,) * layout.ndim] += 1e-3
+        assert float(_fingerprint(changed_one)) != before
+        swapped = layout.clone()
+        first, last = (0,) * layout.ndim, tuple(size - 1 for size in shape)
+        swapped[first], swapped[last] = layout[last], layout[first]
+        assert float(_fingerprint(swapped)) != before

@@ -75,6 +75,38 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, num_ranks: i
     assert len(set(resumed)) == 1, "all ranks hold the same"
 
 
+def test_another_number_of_workers_goes_on_with_the_same_clips_and_keys(tmp_path: Path) -> None:
+    """From a checkpoint of 2 ranks, 1 and 4 ranks end with the queue of the 2 that were not interrupted.
+
+    The videos and ages of its keys are the same; the keys themselves differ in the last digits, as sums do.
+    """
+    make_data_set(tmp_path / "data")
+    (tmp_path / "kept").mkdir()
+    data, kept = str(tmp_path / "data"), str(tmp_path / "kept")
+    expected = run_on_ranks(2, queue_after, data, 8, None, kept)[0]
+    for num_ranks in (1, 4):
+        for found in run_on_ranks(num_ranks, queue_after, data, 8, kept, None):
+            assert torch.equal(found["video_ids"], expected["video_ids"])
+            assert torch.equal(found["born"], expected["born"])
+            assert torch.nn.functional.cosine_similarity(found["keys"], expected["keys"]).min() > 0.9
+
+
+def queue_after(folder: str, until: int, resume: str | None, keep: str | None) -> dict[str, torch.Tensor]:
+    """The queue after some steps; with `keep`, the state of step 5 is kept on the way."""
+    manifest = Manifest.load(folder)
+    state = TrainState(SETTINGS, manifest_hash=manifest.hash, device=CPU)
+    if resume:
+        state.load(Path(resume))
+    step = TrainStep(SETTINGS, state, CPU)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    for batch in Loader(manifest, SETTINGS, rank=rank, world_size=world_size, start_step=state.step):
+        if keep and state.step == 5 and rank == 0:
+            state.save(Path(keep))
+        if state.step < until:
+            step(batch)
+    return {name: tensor.clone() for name, tensor in state.moco.queue.state_dict().items()}
+
+
 @pytest.fixture
 def kept(tmp_path: Path) -> Path:
     """A checkpoint of step 6, with the generator under way."""

@@ -1,8 +1,8 @@
 """Batches for one rank: frames copied from memory-mapped shards, a few batches ahead of the step.
 
-The loader never decodes and never converts: uint8 frames go to the device as they lie on disk, and a background thread
-does the copying. It has no state of its own. What it yields is a function of (manifest, plan, step, rank), so resuming
-is starting at another step.
+The loader never converts, and decodes nothing but frames that are stored as JPEG: uint8 frames go to the device as they
+lie on disk, and a background thread does the copying. It has no state of its own. What it yields is a function of
+(manifest, plan, step, rank), so resuming is starting at another step.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.compute as pc
 import torch
 
 from vmoco.config import PretrainSettings
 from vmoco.data import augment
+from vmoco.data.batch_memory import BatchMemory
+from vmoco.data.clip_reader import ClipReader, cache_for
 from vmoco.data.manifest import Manifest
 from vmoco.data.plan import Draws, Int64Array, Plan
-from vmoco.data.shard import ShardReader
 from vmoco.seed import UInt64Array, hash64, mix64, uniform
 
 
@@ -75,6 +75,8 @@ class Loader:
         pin_memory: lay batches in page-locked memory, for a GPU.
 
     Attributes:
+        plan: order of training.
+        clip_ids: of the clips, by the numbers that the plan gives them.
         seconds_waited: time that the consumer has waited for a batch that was not ready.
 
     Raises:
@@ -95,17 +97,18 @@ class Loader:
         self._settings = settings
         self._manifest = manifest
         self._rows = manifest.table.filter(pc.invert(manifest.table["held_out"]))
-        self._clip_ids: list[str] = self._rows["clip_id"].to_pylist()
-        self._shards = self._rows["shard"].combine_chunks().dictionary_encode()
-        self._shard_of = self._shards.indices.to_numpy()
-        self._row_in_shard = self._rows["row"].to_numpy()
+        self.clip_ids: list[str] = self._rows["clip_id"].to_pylist()
+        data = settings.data
+        self._reader = ClipReader(
+            manifest, self._rows, cache=cache_for(manifest, folder=data.cache, gib=data.cache_gib)
+        )
         videos = self._rows["video_id"].combine_chunks().dictionary_encode()
         names = videos.dictionary.to_pylist()
         # A hash and not the index: a key keeps its meaning when the data set grows between two runs.
         self._video_ids = np.array([hash64("video", name) for name in names], np.uint64).view(np.int64)
         self.plan = Plan(
             videos.indices.to_numpy().astype(np.int64),
-            np.array([int(clip_id, 16) for clip_id in self._clip_ids], np.uint64),
+            np.array([int(clip_id, 16) for clip_id in self.clip_ids], np.uint64),
             seed=settings.run.seed,
             draws_per_video=settings.data.draws_per_video,
             global_batch=settings.train.global_batch,
@@ -114,8 +117,7 @@ class Loader:
         shares = [self.plan.share(each, world_size) for each in range(world_size)]
         self._share, self._clips_per_rank = shares[rank], [share.stop - share.start for share in shares]
         self._steps = range(start_step, settings.train.steps)
-        self._pin_memory = pin_memory
-        self._readers: dict[int, ShardReader] = {}
+        self._memory = BatchMemory(pin_memory=pin_memory)
         self.seconds_waited = 0.0
 
     def __iter__(self) -> Iterator[RankBatch]:
@@ -168,12 +170,17 @@ class Loader:
             query=self._view("query", queries, clips=queries.clip, window_seeds=queries.seed),
             key=self._key_view(keys),
             random_importance=torch.from_numpy(importance.astype(np.float32)),
-            clip_ids=[self._clip_ids[clip] for clip in queries.clip],
+            clip_ids=[self.clip_ids[clip] for clip in queries.clip],
             share=self._share,
             clips_per_rank=self._clips_per_rank,
             key_order=torch.from_numpy(key_order),
             video_ids=torch.from_numpy(self._video_ids[draws.video]),
         )
+
+    def first_keys(self, step: int) -> tuple[View, Int64Array]:
+        """The first micro-batch of this rank's keys of a step, read now, and their places in the global batch."""
+        places = self.plan.key_order(step)[self._share][: self._settings.train.micro_batch]
+        return self._key_view(self.plan.batch(step)[places]), places
 
     def _key_view(self, draws: Draws) -> View:
         if self._settings.data.positives == "same_clip":  # both views of a draw show the same frames (paper)
@@ -185,10 +192,10 @@ class Loader:
     def _view(self, name: str, draws: Draws, *, clips: Int64Array, window_seeds: UInt64Array) -> View:
         data, (_, height, width, _) = self._settings.data, self._manifest.frame_shape
         shape = (len(draws), data.num_frames, height, width, 3)
-        frames = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
+        frames = self._memory.take(shape)
         target = frames.numpy()
         for place, (clip, start) in enumerate(zip(clips, self._window_starts(window_seeds), strict=True)):
-            stored = self._stored(int(clip))
+            stored = self._reader.frames(int(clip))
             target[place] = stored[start : start + data.num_frames * data.stride : data.stride]
         table = augment.draw(self._view_seeds(draws, name), self._settings.augment, height=height, width=width)
         return View(frames, torch.from_numpy(table))
@@ -200,12 +207,6 @@ class Loader:
         """First frame of each training clip in its stored clip."""
         places = self._manifest.frame_shape[0] - _span(self._settings) + 1
         return np.floor(uniform(seeds, hash64("window")) * places).astype(np.int64)
-
-    def _stored(self, clip: int) -> npt.NDArray[np.uint8]:
-        shard = int(self._shard_of[clip])
-        if shard not in self._readers:
-            self._readers[shard] = ShardReader(self._manifest.shard_uri(self._shards.dictionary[shard].as_py()))
-        return self._readers[shard].frames(int(self._row_in_shard[clip]))
 
 
 def check_fits(manifest: Manifest, settings: PretrainSettings) -> None:

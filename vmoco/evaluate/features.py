@@ -10,8 +10,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from vmoco.data.clip_reader import ClipReader, cache_for
 from vmoco.data.manifest import Manifest
-from vmoco.data.shard import ShardReader
 from vmoco.encoder import Encoder
 from vmoco.evaluate.colour import mean_colour, without_colour
 
@@ -62,11 +62,9 @@ def mean_colours(manifest: Manifest, rows: pa.Table) -> Features:
 
 def _frames(manifest: Manifest, rows: pa.Table, num_frames: int | None) -> Iterator[npt.NDArray[np.uint8]]:
     """The middle `num_frames` frames of each clip, or all, uint8 (T, H, W, 3)."""
-    readers: dict[str, ShardReader] = {}
-    for shard, row in zip(rows["shard"].to_pylist(), rows["row"].to_pylist(), strict=True):
-        if shard not in readers:
-            readers[shard] = ShardReader(manifest.shard_uri(shard))
-        stored = readers[shard].frames(row)
+    reader = ClipReader(manifest, rows, cache=cache_for(manifest))
+    for clip in range(rows.num_rows):
+        stored = reader.frames(clip)
         length = min(num_frames or len(stored), len(stored))
         start = (len(stored) - length) // 2
         yield stored[start : start + length]

@@ -22,6 +22,12 @@ class Channel:
         self._lines: asyncio.Queue[str | None] = asyncio.Queue()
         self._stop = asyncio.Event()
         self._error = ""
+        self._starts = -1
+
+    async def started(self) -> int:
+        """Counts groups of workers; returns how many there were before this one."""
+        self._starts += 1
+        return self._starts
 
     async def say(self, line: str | None) -> None:
         """Queues a line for the driver; None ends the listening."""

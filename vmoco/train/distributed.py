@@ -83,3 +83,12 @@ def gather_text(text: str) -> list[str]:
     texts: list[str] = [""] * world_size()
     dist.all_gather_object(texts, text)
     return texts
+
+
+def agree(number: int) -> int:
+    """The number of rank 0, on every rank; every rank waits for it."""
+    if world_size() == 1:
+        return number
+    numbers = [number]
+    dist.broadcast_object_list(numbers, src=0)
+    return numbers[0]

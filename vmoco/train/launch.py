@@ -1,14 +1,17 @@
 """Runs a pretraining from the driver: Ray Train does the work, then the encoder is exported and registered.
 
 Ray Train runs in a thread and the main thread waits for signals, so that a stop becomes a checkpoint. An error that a
-person has to mend ends the run at once; everything else restarts it from its last checkpoint.
+person has to mend ends the run at once; everything else restarts it from its last checkpoint. A trial of Ray Tune
+calls `pretrain` too: in a thread, where no signal arrives, with the callback that hands its reports to Tune.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +19,25 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vmoco import registry, tracking
 from vmoco.config import PretrainSettings
 from vmoco.export import write_encoder
-from vmoco.job import StopRequest
+from vmoco.job import StopRequest, is_user_error
 from vmoco.train.channel import Channel, Listener
+from vmoco.train.checkpoints import Kept
+from vmoco.train.evaluation import reserve, resources
+from vmoco.train.lease import Lease
+from vmoco.train.resume import local_copy
 from vmoco.train.run import PreparedRun, Run, close_run, introduce, open_run
-from vmoco.train.worker import run_worker, step_of
+from vmoco.train.worker import run_worker
 
 # A rank that has lost another waits this long in a collective before it gives up, in seconds.
 _COLLECTIVE_TIMEOUT = 120
+# The evaluation's resources are there within this time, or never: `check_resources` has counted them.
+_RESERVE_SECONDS = 60.0
+_NODES_SECONDS = 3600.0  # where an autoscaler has to bring the node first
 
 
 @dataclass(frozen=True)
@@ -43,31 +54,45 @@ class Outcome:
     registered: registry.Registered | None
 
 
-def pretrain(prepared: PreparedRun, *, show: Callable[[str], None] = print) -> Outcome:
+def pretrain(prepared: PreparedRun, *, show: Callable[[str], None] = print, callbacks: Sequence[Any] = ()) -> Outcome:
     """Pretrains an encoder; `ray.init` has been called.
 
     Args:
         prepared: what `prepare` returned.
         show: takes each line for a person.
+        callbacks: of Ray Train, such as the one that reports to Ray Tune.
 
     Raises:
-        ValueError: cluster or tracker cannot be used, or a worker met an error that a person has to mend.
+        ValueError: cluster or tracker cannot be used, another job trains this run, or a worker met an error that a
+            person has to mend.
         ray.train.TrainingFailedError: a worker failed more often than scaling.max-failures.
     """
     check_resources(prepared.settings)
-    run = open_run(prepared)
+    # Beside the driver: on another node it would be lost with that node, and the run with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    channel = Channel.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    lost = channel.fail.remote
+    with (
+        Lease(prepared.folder, on_lost=lambda said: ray.get(lost(said)), show=show) as lease,
+        _reserved(prepared.settings) as evaluation,
+    ):
+        return _pretrain(open_run(prepared), channel, lease, evaluation, show=show, callbacks=callbacks)
+
+
+def _pretrain(
+    run: Run, channel: Any, lease: Lease, evaluation: Any, *, show: Callable[[str], None], callbacks: Sequence[Any]
+) -> Outcome:
     for line in introduce(run):
         show(line)
-    channel = Channel.remote()  # type: ignore[attr-defined]
     listener = Listener(channel, show)
-    with StopRequest(on_stop=lambda: ray.get(channel.request_stop.remote())) as stop:
+    with _stop_requests(channel) as stop:
         status = "FAILED"
         try:
-            checkpoint = _fit(run, channel)
-            step = step_of(checkpoint)
-            finished = step == run.settings.train.steps
-            status = "FINISHED" if finished else "KILLED"
-            registered = _export(run, checkpoint) if finished else None
+            last = _fit(run, channel, lease, evaluation, callbacks)
+            finished = last.step == run.settings.train.steps
+            status = "KILLED"  # unless it has ended and its encoder is safe
+            registered = _export(run, last) if finished else None
+            status = "FINISHED" if finished else status
             if finished:
                 close_run(run, registered.uri if registered else f"runs:/{run.run_id}/{registry.ARTIFACT_FOLDER}")
         finally:
@@ -75,8 +100,30 @@ def pretrain(prepared: PreparedRun, *, show: Callable[[str], None] = print) -> O
             if problem := tracking.finish_run(run.run_id, status):
                 show(f"warning: {problem}")
     assert run.settings.run.name is not None
-    signal_name = None if finished else stop.signal_name
-    return Outcome(run.settings.run.name, run.run_id, checkpoint.path, step, signal_name, registered)
+    signal_name = stop.signal_name if stop and not finished else None
+    return Outcome(run.settings.run.name, run.run_id, last.uri, last.step, signal_name, registered)
+
+
+@contextlib.contextmanager
+def _reserved(settings: PretrainSettings) -> Iterator[Any]:
+    """The evaluation's own resources, for the time of the run."""
+    waits = settings.scaling.wait_for_nodes
+    group = reserve(settings.evaluation, timeout=_NODES_SECONDS if waits else _RESERVE_SECONDS)
+    try:
+        yield group
+    finally:
+        if group is not None:
+            ray.util.remove_placement_group(group)
+
+
+@contextlib.contextmanager
+def _stop_requests(channel: Any) -> Iterator[StopRequest | None]:
+    """Turns signals into a wish that the workers hear; None in a thread, which gets no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield None
+        return
+    with StopRequest(on_stop=lambda: ray.get(channel.request_stop.remote())) as stop:
+        yield stop
 
 
 def check_resources(settings: PretrainSettings) -> None:
@@ -86,41 +133,54 @@ def check_resources(settings: PretrainSettings) -> None:
         ValueError: it cannot.
     """
     scaling = settings.scaling
-    wanted = {"CPU": float(scaling.num_workers * scaling.cpus_per_worker)}
-    if scaling.use_gpu:
-        wanted["GPU"] = float(scaling.num_workers)
+    workers = scaling.min_workers or scaling.num_workers
+    beside = resources(settings.evaluation)
+    wanted = {"CPU": workers * scaling.cpus_per_worker + beside.get("CPU", 0.0)}
+    if scaling.use_gpu or "GPU" in beside:
+        wanted["GPU"] = workers * float(scaling.use_gpu) + beside.get("GPU", 0.0)
     there = ray.cluster_resources()
     for resource, number in wanted.items():
         if there.get(resource, 0) < number and not scaling.wait_for_nodes:
+            extra = f" and the evaluation {beside[resource]:.0f}" if resource in beside else ""
             raise ValueError(
-                f"{scaling.num_workers} workers need {number:.0f} {resource}, the cluster has "
-                f"{there.get(resource, 0):.0f}: lower scaling.num-workers, add nodes, or set scaling.wait-for-nodes "
-                "where an autoscaler adds them"
+                f"{workers} workers need {number - beside.get(resource, 0.0):.0f} {resource}{extra}, the cluster has "
+                f"{there.get(resource, 0):.0f}: lower scaling.num-workers or evaluation.num-cpus, add nodes, or set "
+                "scaling.wait-for-nodes where an autoscaler adds them"
             )
 
 
-def _fit(run: Run, channel: Any) -> ray.train.Checkpoint:
+def _fit(run: Run, channel: Any, lease: Lease, evaluation: Any, callbacks: Sequence[Any]) -> Kept:
+    """Trains to the end, or to a stop; returns the last checkpoint."""
     settings, scaling = run.settings, run.settings.scaling
     assert settings.run.storage is not None
-    resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.use_gpu else {})
+    per_worker = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.use_gpu else {})
+    elastic = scaling.min_workers is not None and scaling.min_workers < scaling.num_workers
+    if elastic:
+        # Ray waits so long for workers that have no node any more, 30 s by default, before it goes on with fewer.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     trainer = TorchTrainer(
-        run_worker,
+        run_worker,  # type: ignore[arg-type]  # mypy sees Ray Train's first version here, and below
         train_loop_config={
             "settings": settings.canonical_json(),
             "tracking_uri": tracking.tracking_uri(),
             "run_id": run.run_id,
             "run_folder": run.folder,
+            "lease": lease.token,
             "channel": channel,
+            "evaluation": evaluation,
         },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=scaling.num_workers, use_gpu=scaling.use_gpu, resources_per_worker=resources
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
+            num_workers=(scaling.min_workers, scaling.num_workers) if elastic else scaling.num_workers,  # type: ignore[arg-type]
+            use_gpu=scaling.use_gpu,
+            resources_per_worker=per_worker,
+            elastic_resize_monitor_interval_s=scaling.resize_seconds,
         ),
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT),
         run_config=ray.train.RunConfig(
             name=settings.run.name,
             storage_path=settings.run.storage,
             failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.train.keep_checkpoints),
+            callbacks=list(callbacks),
         ),
     )
     # In a thread of its own: in the main thread Ray would take Ctrl-C for itself and abort without a checkpoint.
@@ -141,16 +201,33 @@ def _fit(run: Run, channel: Any) -> ray.train.Checkpoint:
         raise ValueError(said)
     if errors:
         raise errors[0]
-    last = results[0].checkpoint
+    last = results[0].return_value  # type: ignore[attr-defined]
     assert last is not None, "a run that ends, or stops, has kept its state"
-    return last
+    return Kept(**last)
 
 
-def _export(run: Run, checkpoint: ray.train.Checkpoint) -> registry.Registered | None:
-    """Logs the encoder with its run, and registers it where the settings name it."""
+def _export(run: Run, last: Kept) -> registry.Registered | None:
+    """Logs the encoder with its run, and registers it where the settings name it.
+
+    Raises:
+        ValueError: the tracker does not take it; the run is not lost.
+    """
+    try:
+        return _register(run, last)
+    except Exception as error:
+        if is_user_error(error):
+            raise
+        raise ValueError(
+            f"run {run.settings.run.name} has trained to its end, and the tracker {tracking.tracking_uri()} does not "
+            f"take its encoder ({error}): when it answers, the same command with --run.name {run.settings.run.name} "
+            "does the rest"
+        ) from error
+
+
+def _register(run: Run, last: Kept) -> registry.Registered | None:
     settings = run.settings
-    with tempfile.TemporaryDirectory() as folder, checkpoint.as_directory() as kept:
-        write_encoder(Path(kept), Path(folder), manifest=run.manifest)
+    with tempfile.TemporaryDirectory() as folder, local_copy(last.uri) as checkpoint:
+        write_encoder(checkpoint, Path(folder), manifest=run.manifest)
         registry.attach(Path(folder), run_id=run.run_id)
     if settings.tracking.register_as is None:
         return None

@@ -10,16 +10,17 @@ import torch
 from vmoco.config import PretrainSettings
 from vmoco.data.loader import Loader, RankBatch
 from vmoco.data.manifest import Manifest
-from vmoco.model.decay import oldest_key_weight
 from vmoco.train import distributed
 from vmoco.train.dropped import DroppedFrames
-from vmoco.train.metrics import StepMetrics
-from vmoco.train.schedule import learning_rate
+from vmoco.train.interval import Interval
 from vmoco.train.sheet import contact_sheet
+from vmoco.train.staleness import oldest_key_similarity
 from vmoco.train.state import TrainState
 from vmoco.train.step import TrainStep
+from vmoco.train.utilisation import Utilisation
 
 _CLIPS_SHOWN = 4
+_PIECE = 2**18  # values that fit a processor's cache as float64
 
 
 class Host(Protocol):
@@ -28,8 +29,11 @@ class Host(Protocol):
     def stop_requested(self) -> bool:
         """Whether this rank has been asked to stop after the next step."""
 
+    def checkpoint_requested(self) -> bool:
+        """Whether this rank has just been asked to keep the state, because its machine will be taken away."""
+
     def track(self, numbers: dict[str, float], *, step: int) -> None:
-        """Takes the numbers of a step; rank 0 only. Must not wait for anything slow."""
+        """Takes the numbers of a step; empty but on rank 0. Must not wait for anything slow."""
 
     def say(self, line: str) -> None:
         """Shows a line to a person; rank 0 only."""
@@ -39,6 +43,9 @@ class Host(Protocol):
 
     def checkpoint(self, state: TrainState) -> None:
         """Keeps the state; returns when it is safe to change it."""
+
+    def finish(self, state: TrainState) -> None:
+        """Returns when the last state, given to `checkpoint` before, is kept for good."""
 
 
 def train(
@@ -51,7 +58,7 @@ def train(
 
     Raises:
         NonFiniteError: a loss or gradient is not finite.
-        ValueError: the data do not fit the settings, or a shard is gone.
+        ValueError: the data do not fit the settings, a shard is gone, or the last state could not be kept.
     """
     loader = Loader(
         manifest,
@@ -62,28 +69,38 @@ def train(
         pin_memory=device.type == "cuda",
     )
     step = TrainStep(settings, state, device)
-    report = Report(settings, state, loader)
+    is_first = distributed.rank() == 0
+    utilisation = Utilisation(settings, device, state.moco.query.autocast_dtype) if is_first else None
+    interval = Interval(settings, state, loader, utilisation)
     dropped = DroppedFrames(settings.data.num_frames, settings.num_dropped)  # since the last checkpoint
+    stopping = False
     for batch in loader:
-        metrics = step(batch, stop_requested=host.stop_requested())
-        report.dropped.add(metrics.dropped())
+        metrics = step(batch, stop_requested=host.stop_requested(), checkpoint_requested=host.checkpoint_requested())
+        interval.dropped.add(metrics.dropped())
         dropped.add(metrics.dropped())
         is_last = state.step == settings.train.steps
-        if distributed.rank() == 0 and (state.step % settings.train.log_every == 0 or is_last):
-            numbers = report.numbers(metrics)
+        if state.step % settings.train.log_every == 0 or is_last:
+            numbers = {}
+            if is_first:
+                numbers = interval.numbers(metrics)
+                if (similarity := oldest_key_similarity(step, state, loader)) is not None:
+                    numbers["oldest_key_similarity"] = similarity
+                host.say(interval.line(numbers))
             host.track(numbers, step=state.step)
-            host.say(report.line(numbers))
-        # Every rank sees the same sum of requests, so all of them stop at the same step.
+        # Every rank sees the same sum of requests, so all of them stop, and keep, at the same step.
         stopping = metrics.stop()
-        if stopping or state.step % settings.train.checkpoint_every == 0 or is_last:
+        if stopping or is_last or metrics.checkpoint() or state.step % settings.train.checkpoint_every == 0:
+            started = time.perf_counter()
             check_ranks_agree(state)
-            if distributed.rank() == 0 and dropped.num_clips():
+            host.checkpoint(state)
+            interval.stalled(time.perf_counter() - started)
+            if is_first and dropped.num_clips():
                 show_generator(batch, step, dropped, settings=settings, host=host)
             dropped.begin()
-            host.checkpoint(state)
         if stopping:
             break
-    return state.step == settings.train.steps
+    host.finish(state)
+    return not stopping or state.step == settings.train.steps
 
 
 def show_generator(
@@ -107,62 +124,6 @@ def show_generator(
     host.document(f"{name}.png", contact_sheet(frames, chosen, names=names, shares=dropped.shares(), title=title))
 
 
-class Report:
-    """What one interval of steps says: means, speed, and the time left."""
-
-    def __init__(self, settings: PretrainSettings, state: TrainState, loader: Loader) -> None:
-        self._settings = settings
-        self._state = state
-        self._loader = loader
-        self.dropped = DroppedFrames(settings.data.num_frames, settings.num_dropped)
-        self._begin()
-
-    def _begin(self) -> None:
-        self.dropped.begin()
-        self._started, self._step, self._waited = time.perf_counter(), self._state.step, self._loader.seconds_waited
-
-    def numbers(self, metrics: StepMetrics) -> dict[str, float]:
-        """The numbers of the last step, with rates over the interval since the last call."""
-        settings, moco = self._settings, self._settings.moco
-        seconds = time.perf_counter() - self._started
-        steps = self._state.step - self._step
-        numbers = metrics.numbers() | self.dropped.numbers()
-        numbers |= {
-            "learning_rate": learning_rate(self._state.step - 1, settings.train.learning_rate, settings.train),
-            "epoch": self._state.step * settings.train.global_batch / self._loader.plan.epoch_length,
-            "clips_per_second": steps * settings.train.global_batch / seconds,
-            "data_wait_share": (self._loader.seconds_waited - self._waited) / seconds,
-            "queue_filled": min(1.0, self._state.step * settings.train.global_batch / moco.queue_size),
-            "oldest_key_weight": oldest_key_weight(
-                metrics.decay,
-                queue_size=min(moco.queue_size, self._state.step * settings.train.global_batch),
-                global_batch=settings.train.global_batch,
-                age_unit=moco.age_unit,
-            ),
-        }
-        self._seconds_per_step = seconds / steps
-        self._begin()
-        return numbers
-
-    def line(self, numbers: dict[str, float]) -> str:
-        """One line for a person."""
-        steps = self._settings.train.steps
-        seconds_left = round((steps - self._state.step) * self._seconds_per_step)
-        parts = [f"step {self._state.step}/{steps}", f"loss {numbers['loss']:.3f}"]
-        if "generator_loss" in numbers:
-            parts.append(f"generator {numbers['generator_loss']:.2f}")
-        parts += [
-            f"accuracy {numbers['accuracy']:.0%}",
-            f"{numbers['clips_per_second']:.1f} clips/s",
-            f"data wait {numbers['data_wait_share']:.0%}",
-            f"{seconds_left // 60}:{seconds_left % 60:02d} left",
-        ]
-        if numbers["queue_filled"] < 1:
-            # Asked in every MoCo project: the loss rises at first, because the task grows with each key.
-            parts.append(f"queue {numbers['queue_filled']:.0%} full, the loss rises until it is")
-        return "  ".join(parts)
-
-
 def check_ranks_agree(state: TrainState) -> None:
     """Compares a fingerprint of the whole state over the ranks: replicas that drift apart are worthless.
 
@@ -179,5 +140,11 @@ def check_ranks_agree(state: TrainState) -> None:
 
 def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
     """One float64 number that changes when a value does, or when two values change places."""
-    values = tensor.detach().flatten().double()
-    return values @ (torch.arange(len(values), device=values.device) % 8191 + 1).double()
+    # In the order of memory, which is the same on all ranks, so that nothing is copied; and piece by piece, because
+    # training waits for it: float64 numbers of a whole tensor would go through memory several times.
+    order = sorted(range(tensor.ndim), key=lambda dimension: -tensor.stride()[dimension])
+    values = tensor.detach().permute(order).flatten()
+    weights = torch.arange(min(len(values), _PIECE), device=values.device).double() % 8191 + 1
+    sums = [piece.double() @ weights[: len(piece)] for piece in values.split(_PIECE)]
+    found = torch.stack(sums)
+    return found @ (torch.arange(len(found), device=found.device).double() % 127 + 1)

@@ -9,7 +9,7 @@ from vmoco.model.loss import Contrast
 from vmoco.train import distributed
 
 _SUMS = ("clips", "loss", "positive_similarity", "negative_similarity", "accuracy", "generator_clips", "generator_loss")
-_FLAGS = ("non_finite", "stop")
+_FLAGS = ("non_finite", "stop", "checkpoint")
 
 
 class StepMetrics:
@@ -51,10 +51,11 @@ class StepMetrics:
         """Adds the frames that the generator drops from a micro-batch: those where the mask (B, T) is 0."""
         self._sums[len(_SUMS) + len(_FLAGS) :] += (mask == 0).sum(dim=0)
 
-    def add_flags(self, *, stop: bool) -> None:
-        """Notes whether this rank was asked to stop, and whether its losses are finite."""
+    def add_flags(self, *, stop: bool, checkpoint: bool = False) -> None:
+        """Notes whether this rank was asked to stop or to keep its state, and whether its losses are finite."""
         self._sums[len(_SUMS)] = (~torch.isfinite(self._sums[: len(_SUMS)]).all()).float()
         self._sums[len(_SUMS) + 1] = float(stop)
+        self._sums[len(_SUMS) + 2] = float(checkpoint)
 
     def reduce_(self, query: nn.Module, generator: nn.Module) -> None:
         """Adds up over ranks; then a gradient that is not finite counts as well (it is the same on all ranks)."""
@@ -78,6 +79,10 @@ class StepMetrics:
     def stop(self) -> bool:
         """Whether any rank was asked to stop."""
         return bool(self._sums[len(_SUMS) + 1] > 0)
+
+    def checkpoint(self) -> bool:
+        """Whether any rank was asked to keep the state."""
+        return bool(self._sums[len(_SUMS) + 2] > 0)
 
     def numbers(self) -> dict[str, float]:
         """Means over the clips, by the name that they are tracked under."""

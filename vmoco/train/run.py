@@ -7,18 +7,24 @@ submitting the same name again resumes, and another run can never continue someb
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
 
-from vmoco import storage, tracking
+import safetensors.torch
+
+from vmoco import export, storage, tracking
 from vmoco.config import PretrainSettings, RunSettings
 from vmoco.data.loader import check_fits
 from vmoco.data.manifest import Manifest
 from vmoco.model.decay import decay_at, oldest_key_weight
+from vmoco.train import interval
 from vmoco.train.state import differences
 
 RECORD = "run.json"
+INIT = "init.safetensors"
+"""Backbone that the run starts from, in the run's folder: a copy, because an alias may move."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class Run(PreparedRun):
 
     run_id: str
     is_new: bool
+    warning: str = ""
+    """What is wrong with the tracker, where the run goes on all the same."""
 
 
 def prepare(settings: PretrainSettings) -> PreparedRun:
@@ -90,12 +98,16 @@ def open_run(prepared: PreparedRun) -> Run:
         ValueError: the tracker cannot be used.
     """
     if record := _read_record(prepared.folder):
-        tracking.resume_run(record["run_id"])
-        return Run(**vars(prepared), run_id=record["run_id"], is_new=False)
+        problem = tracking.resume_run(record["run_id"])
+        return Run(**vars(prepared), run_id=record["run_id"], is_new=False, warning=problem)
     settings, manifest = prepared.settings, prepared.manifest
     assert settings.run.name is not None, "resolved"
     tags = {"folder": prepared.folder, "manifest_hash": manifest.hash, "preset": settings.preset}
-    run_id = tracking.create_run(settings, tags={f"vmoco.{key}": value for key, value in tags.items()})
+    if settings.model.init:
+        tags |= {"init": settings.model.init, "init_sha256": _copy_encoder(settings, prepared.folder)}
+    run_id = tracking.create_run(
+        settings, tags={f"vmoco.{key}": value for key, value in tags.items()}, note=interval.NOTE
+    )
     record = {
         "run_id": run_id,
         "manifest_hash": manifest.hash,
@@ -104,6 +116,24 @@ def open_run(prepared: PreparedRun) -> Run:
     }
     _write_record(prepared.folder, record)
     return Run(**vars(prepared), run_id=run_id, is_new=True)
+
+
+def _copy_encoder(settings: PretrainSettings, folder: str) -> str:
+    """Copies the backbone to start from into the run's folder; returns the SHA-256 of its weights.
+
+    Raises:
+        ValueError: there is none, it is damaged, or of another backbone.
+    """
+    assert settings.model.init is not None, "asked before"
+    encoder = export.load_encoder(settings.model.init)
+    if encoder.card["backbone"] != settings.model.backbone:
+        raise ValueError(
+            f"--init {settings.model.init} is a {encoder.card['backbone']}, model.backbone is "
+            f"{settings.model.backbone}: set the backbone to that of the encoder"
+        )
+    content = safetensors.torch.save(encoder.backbone.state_dict())
+    storage.write_atomic(storage.join(folder, INIT), content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def close_run(run: Run, encoder: str) -> None:
@@ -139,6 +169,10 @@ def introduce(run: Run) -> list[str]:
         f"the generator drops {settings.num_dropped} of {settings.data.num_frames} frames from step "
         f"{settings.generator_start}; the oldest of {moco.queue_size} keys weighs {_oldest_key(settings)}",
     ]
+    if settings.model.init:
+        lines.append(f"starts from the encoder {settings.model.init}")
+    if run.warning:
+        lines.append(f"warning: {run.warning}")
     if settings.num_micro_batches == 1:
         lines.append(
             "warning: train.micro-batch is the whole train.global-batch, so a key is normalised beside the very clips "

@@ -3,7 +3,8 @@
 A checkpoint is a folder of three files: `state.safetensors` (encoders, generator, queue, both optimizers),
 `settings.json` (the resolved settings, the same bytes as in MLflow and with the encoder) and `state.json` (step, data
 set, hashes; written last). There is no random state: every draw is a function of seed and step. There is no data
-state: the cursor is the step.
+state: the cursor is the step. Training waits for a snapshot alone, a copy in memory; `vmoco/train/checkpoints.py`
+writes it while the next steps run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import vmoco
@@ -25,6 +27,10 @@ from vmoco.train.optimizer import build_optimizer, slot_names
 
 VERSION = 2
 TENSORS, SETTINGS, RECORD = "state.safetensors", "settings.json", "state.json"
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint is not whole: an older one may be."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,44 @@ class Record:
         """
         try:
             values = json.loads((folder / RECORD).read_text())
-        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError) as error:
-            raise ValueError(f"{folder} is not a checkpoint of vmoco: {error}") from None
+        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+            raise DamagedCheckpointError(f"{folder} is not a checkpoint of vmoco: {error}") from None
         if values.pop("version", None) != VERSION:
             raise ValueError(f"checkpoint {folder} is not of version {VERSION}: use the vmoco that wrote it")
         values.pop("vmoco", None)
         return cls(**values)
+
+
+@dataclass
+class Snapshot:
+    """A copy of a training state in this machine's memory, which training cannot change any more."""
+
+    settings: PretrainSettings
+    manifest_hash: str
+    step: int
+    tensors: dict[str, torch.Tensor]
+
+    def write(self, folder: Path, *, run_id: str | None = None) -> Record:
+        """Writes it as a checkpoint into an existing, empty folder of this machine.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, folder / TENSORS)
+        except SafetensorError as error:  # also for a disk that is full
+            raise ValueError(f"cannot write {folder / TENSORS}: {error}") from None
+        (folder / SETTINGS).write_text(self.settings.canonical_json())
+        record = Record(
+            step=self.step,
+            settings_hash=self.settings.content_hash(),
+            manifest_hash=self.manifest_hash,
+            run_id=run_id,
+            sha256=file_sha256(folder / TENSORS),
+        )
+        text = json.dumps({"version": VERSION, "vmoco": vmoco.__version__, **vars(record)}, sort_keys=True, indent=1)
+        storage.write_atomic(str(folder / RECORD), text.encode())
+        return record
 
 
 class TrainState:
@@ -106,21 +144,26 @@ class TrainState:
                 named |= {f"{part}.{index}.{slot}": value for slot, value in slots.items() if value is not None}
         return named
 
+    def snapshot(self, *, reuse: Snapshot | None = None) -> Snapshot:
+        """Copies everything into this machine's memory; returns when the state may change again.
+
+        Args:
+            reuse: an older snapshot that nobody needs any more; its memory is written over, which spares the time of
+                getting new memory from the system.
+        """
+        mine = self.tensors()
+        before = reuse.tensors if reuse else {}
+        copies = {name: before.get(name, _host_memory(tensor)) for name, tensor in mine.items()}
+        with torch.no_grad():  # bytes are copied, nothing is computed
+            for name, tensor in mine.items():
+                copies[name].copy_(tensor, non_blocking=True)
+        if self.difference.device.type == "cuda":
+            torch.cuda.current_stream(self.difference.device).synchronize()  # the copies are queued behind the step
+        return Snapshot(self.settings, self.manifest_hash, self.step, copies)
+
     def save(self, folder: Path, *, run_id: str | None = None) -> Record:
         """Writes a checkpoint into an existing, empty folder."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
-        save_file(tensors, folder / TENSORS)
-        (folder / SETTINGS).write_text(self.settings.canonical_json())
-        record = Record(
-            step=self.step,
-            settings_hash=self.settings.content_hash(),
-            manifest_hash=self.manifest_hash,
-            run_id=run_id,
-            sha256=file_sha256(folder / TENSORS),
-        )
-        text = json.dumps({"version": VERSION, "vmoco": vmoco.__version__, **vars(record)}, sort_keys=True, indent=1)
-        storage.write_atomic(str(folder / RECORD), text.encode())
-        return record
+        return self.snapshot().write(folder, run_id=run_id)
 
     def load(self, folder: Path) -> Record:
         """Restores a checkpoint bit for bit.
@@ -192,7 +235,7 @@ def read_settings(folder: Path) -> PretrainSettings:
     try:
         return PretrainSettings.model_validate_json((folder / SETTINGS).read_text())
     except FileNotFoundError:
-        raise ValueError(f"{folder} is not a checkpoint of vmoco: it has no {SETTINGS}") from None
+        raise DamagedCheckpointError(f"{folder} is not a checkpoint of vmoco: it has no {SETTINGS}") from None
 
 
 def differences(before: PretrainSettings, now: PretrainSettings) -> str:
@@ -213,9 +256,11 @@ def read_tensors(folder: Path, record: Record) -> dict[str, torch.Tensor]:
     """
     path = folder / TENSORS
     if not path.exists():
-        raise ValueError(f"checkpoint {folder} has no {TENSORS}")
+        raise DamagedCheckpointError(f"checkpoint {folder} has no {TENSORS}")
     if (found := file_sha256(path)) != record.sha256:
-        raise ValueError(f"{path} is damaged: its SHA-256 is {found[:12]}..., its record says {record.sha256[:12]}...")
+        raise DamagedCheckpointError(
+            f"{path} is damaged: its SHA-256 is {found[:12]}..., its record says {record.sha256[:12]}..."
+        )
     return load_file(path)
 
 
@@ -223,6 +268,11 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _host_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Memory for a copy: in the tensor's own layout, so that copying is moving bytes; page-locked for a GPU."""
+    return torch.empty_like(tensor, device="cpu", requires_grad=False, pin_memory=tensor.device.type == "cuda")
 
 
 def _below(part: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -56,12 +56,15 @@ class TrainStep:
         self._query = distributed.data_parallel(state.moco.query, device)
         self._generator = distributed.data_parallel(state.moco.generator, device)
 
-    def __call__(self, batch: RankBatch, *, stop_requested: bool = False) -> StepMetrics:
+    def __call__(
+        self, batch: RankBatch, *, stop_requested: bool = False, checkpoint_requested: bool = False
+    ) -> StepMetrics:
         """Takes one step.
 
         Args:
             batch: this rank's part of the step.
             stop_requested: whether this rank was asked to stop; the metrics say whether any was.
+            checkpoint_requested: the same of being asked to keep the state now.
 
         Returns:
             The step's metrics, equal on all ranks.
@@ -84,7 +87,7 @@ class TrainStep:
             with self._gradients_reduced(is_last):
                 self._backward(batch, micro, keys=keys, weights=weights, metrics=metrics)
 
-        metrics.add_flags(stop=stop_requested)
+        metrics.add_flags(stop=stop_requested, checkpoint=checkpoint_requested)
         bad_here = metrics.non_finite()
         # Every rank waits here for all: whether to go on is decided together.
         metrics.reduce_(moco.query, moco.generator)
@@ -111,6 +114,12 @@ class TrainStep:
         shuffled = distributed.gather_rows(torch.cat(parts), batch.clips_per_rank)
         keys = torch.empty_like(shuffled)
         keys[batch.key_order.to(self._device)] = shuffled
+        return keys
+
+    @torch.no_grad()  # keys are targets
+    def encode_keys(self, view: View) -> torch.Tensor:
+        """Keys of the clips of one micro-batch, float32 (B, D)."""
+        keys: torch.Tensor = self._moco.key(self._augmented(view, slice(None)))
         return keys
 
     def _backward(

@@ -1,0 +1,83 @@
+"""Does a checkpoint hold training up? `python -m tests.benchmarks.checkpoint [--backbone r3d_18]`.
+
+Real steps of one process, two threads, with the default queue of 65,536 keys; after every few steps a checkpoint, as
+the loop makes it: the ranks' fingerprints, the copy, the hand-over to the writer thread. The stall is the time of that
+in the training thread, and the extra time of the steps during which the writer works (they share the processor), over
+the time of a step without one; medians. Resuming is the time to find, check and load the newest checkpoint into a new
+state. Ends with one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from tests.benchmarks.step import state_and_step
+from vmoco.train.checkpoints import Checkpoints
+from vmoco.train.loop import check_ranks_agree
+from vmoco.train.resume import resume, uri_of
+from vmoco.train.state import TENSORS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--backbone", default="r3d_18")
+    parser.add_argument("--checkpoints", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="between two checkpoints")
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    state, step = state_and_step(arguments.backbone)
+    plain, stalls, extra = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(
+            folder,
+            run_id=None,
+            keep=2,
+            keep_best=0,
+            may_write=lambda: None,
+            before=lambda step: None,
+            changed=lambda kept: None,
+            failed=print,
+        )
+        step()
+        for _ in range(arguments.checkpoints):
+            for _ in range(arguments.steps):
+                started = time.perf_counter()
+                step()
+                plain.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            check_ranks_agree(state)
+            checkpoints.keep(state)
+            stalls.append(time.perf_counter() - started)
+            beside = 0.0
+            while checkpoints.is_writing():
+                started = time.perf_counter()
+                step()
+                beside += time.perf_counter() - started - statistics.median(plain)
+            extra.append(beside)
+        fresh, _ = state_and_step(arguments.backbone)
+        started = time.perf_counter()
+        found = resume(folder, fresh)
+        resumed = time.perf_counter() - started
+        assert found is not None
+        size = Path(uri_of(folder, found.record.step), TENSORS).stat().st_size
+    of_a_step = statistics.median(plain)
+    result = {
+        "stall_steps": round(statistics.median(stalls) / of_a_step, 3),
+        "resume_s": round(resumed, 2),
+        "beside_steps": round(statistics.median(extra) / of_a_step, 3),
+        "stall_s": round(statistics.median(stalls), 3),
+        "step_s": round(of_a_step, 3),
+        "size_mib": round(size / 2**20),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

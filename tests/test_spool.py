@@ -1,0 +1,128 @@
+"""A spool loses no point and doubles none, whatever the tracker and the process do, and never waits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from vmoco import spool as module
+from vmoco.spool import Document, Points, Spool
+
+
+class Notebook:
+    """A tracker that writes down what it takes, and is down when told."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, int, float, int]] = []
+        self.documents: dict[str, Document] = {}
+        self.down = False
+
+    def latest_steps(self) -> dict[str, int]:
+        self._answer()
+        return {name: max(row[1] for row in self.rows if row[0] == name) for name, *_ in self.rows}
+
+    def send(self, points: list[Points], documents: Mapping[str, Document]) -> None:
+        self._answer()
+        for row in points:
+            for name, value in row.numbers.items():
+                entry = (name, row.step, value, row.time_ms)
+                if entry not in self.rows:  # as MLflow does
+                    self.rows.append(entry)
+        self.documents |= documents
+
+    def _answer(self) -> None:
+        if self.down:
+            raise ConnectionError("nobody there")
+
+    def steps(self, name: str) -> list[int]:
+        return [step for found, step, *_ in self.rows if found == name]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tries again at once."""
+    monkeypatch.setattr(module, "_RETRY_SECONDS", 0.02)
+
+
+def wait_for(condition: object, seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:  # type: ignore[operator]
+        time.sleep(0.01)
+
+
+def test_what_was_not_taken_outlives_the_process(tmp_path: Path) -> None:
+    """Saved with a checkpoint while the tracker is down, points and documents arrive from the next process, once.
+
+    The first process dies without a word: nothing of it but the file is left.
+    """
+    tracker, file = Notebook(), str(tmp_path / "spool.json")
+    first = Spool(tracker, name="t", uri=file)
+    first.points({"loss": 3.0}, step=10)
+    wait_for(lambda: tracker.steps("loss") == [10])
+    tracker.down = True
+    for step in (20, 30):
+        first.points({"loss": 1.0 / step}, step=step)
+    first.document("list.json", "two")
+    first.document("sheet.png", bytes(range(256)))
+    first.save()
+    first.points({"loss": 0.1}, step=40)  # after the checkpoint of step 30: made again by the resumed run
+    died = Notebook()
+    died.rows, died.documents = list(tracker.rows), dict(tracker.documents)
+
+    second = Spool(died, name="t", uri=file)
+    for step in (40, 50):
+        second.points({"loss": 1.0 / step}, step=step)
+    assert second.close() == ""
+    assert died.steps("loss") == [10, 20, 30, 40, 50]
+    assert died.documents == {"list.json": "two", "sheet.png": bytes(range(256))}
+    assert not Path(file).exists()
+
+
+def test_points_that_are_made_again_are_sent_once(tmp_path: Path) -> None:
+    """A run killed at 45 and resumed from 32 makes 35 to 45 again: the tracker keeps those of before, then goes on."""
+    tracker = Notebook()
+    first = Spool(tracker, name="t", uri=str(tmp_path / "spool.json"))
+    for step in range(5, 50, 5):
+        first.points({"loss": float(step), "accuracy": 0.5}, step=step)
+    first.points({"score": 1.0}, step=16)
+    assert first.close() == ""
+    second = Spool(tracker, name="t", uri=str(tmp_path / "spool.json"))
+    for step in range(35, 65, 5):
+        second.points({"loss": float(step), "accuracy": 0.5}, step=step)
+    second.points({"score": 2.0}, step=32)  # comes late, below the steps of the others, and is new all the same
+    assert second.close() == ""
+    assert tracker.steps("loss") == tracker.steps("accuracy") == list(range(5, 65, 5))
+    assert tracker.steps("score") == [16, 32]
+
+
+def test_a_tracker_that_is_down_costs_no_time(tmp_path: Path) -> None:
+    """A thousand points are queued in no time; `close` gives up after its own, says where they are, and keeps them."""
+    tracker = Notebook()
+    tracker.down = True
+    spool = Spool(tracker, name="the tracker", uri=str(tmp_path / "spool.json"))
+    began = time.perf_counter()
+    for step in range(1000):
+        spool.points({"loss": 1.0}, step=step)
+    assert time.perf_counter() - began < 0.5
+    said = spool.close(timeout=0.1)
+    assert "1000 points or documents were not taken by the tracker the tracker: ConnectionError: nobody there" in said
+    tracker.down = False
+    assert Spool(tracker, name="t", uri=str(tmp_path / "spool.json")).close() == ""
+    assert sorted(set(tracker.steps("loss"))) == list(range(1000))
+
+
+def test_a_process_that_was_cut_off_sends_nothing(tmp_path: Path) -> None:
+    """Its points belong to a life of the run that another group of workers lives again."""
+    tracker = Notebook()
+
+    def cut_off() -> None:
+        raise RuntimeError("others write to this run now")
+
+    spool = Spool(tracker, name="t", uri=str(tmp_path / "spool.json"), may_send=cut_off)
+    spool.points({"loss": 1.0}, step=1)
+    assert spool.close() == ""
+    assert tracker.rows == []
+    assert not (tmp_path / "spool.json").exists()

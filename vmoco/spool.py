@@ -1,0 +1,208 @@
+"""Points and documents on their way to a tracker: in memory, and on disk where they must outlive their process.
+
+The tracker is never waited for. A thread sends in order and tries again until it is answered. `save` writes what has
+not been taken yet into one file of the run's folder. It is called before a checkpoint becomes visible, and that is
+enough: a run that is killed starts again from a checkpoint, and makes the points after it once more. Those that the
+tracker had taken before are left out then, by the latest step that it knows of each name, because it could neither
+replace nor remove them.
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from vmoco import storage
+
+_RETRY_SECONDS = 2.0
+_BATCH = 900  # points in one request; MLflow takes at most 1,000
+
+Document = str | bytes
+
+
+@dataclass(frozen=True)
+class Points:
+    """Numbers of one step."""
+
+    step: int
+    time_ms: int
+    """When they were made, in milliseconds since 1970."""
+    numbers: dict[str, float]
+
+
+class Tracker(Protocol):
+    """Where a spool sends; each call may raise whatever it likes, and is made again then."""
+
+    def latest_steps(self) -> dict[str, int]:
+        """Of each name, the latest step that has arrived in this run."""
+
+    def send(self, points: list[Points], documents: Mapping[str, Document]) -> None:
+        """Takes points and documents; the same ones a second time change nothing."""
+
+
+class Spool:
+    """Sends what it is given, in the background.
+
+    Args:
+        tracker: takes it.
+        name: of the tracker, for messages.
+        uri: file that `save` writes, and whose content is sent first; None to keep nothing on disk.
+        may_send: raises RuntimeError where this process has lost its right to the run: then nothing is sent any more.
+    """
+
+    def __init__(
+        self, tracker: Tracker, *, name: str, uri: str | None = None, may_send: Callable[[], None] = lambda: None
+    ) -> None:
+        self._tracker = tracker
+        self._name = name
+        self._uri = uri
+        self._may_send = may_send
+        self._points: collections.deque[Points] = collections.deque()
+        self._documents: dict[str, Document] = {}
+        self._on_disk = False
+        self._wake = threading.Condition()
+        self._saving = threading.Lock()
+        self._closing = False
+        self._last_error = ""
+        self._load()
+        self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
+        self._thread.start()
+
+    def points(self, numbers: Mapping[str, float], *, step: int) -> None:
+        """Queues one point per name."""
+        with self._wake:
+            self._points.append(Points(step, int(time.time() * 1000), dict(numbers)))
+            self._wake.notify()
+
+    def document(self, name: str, content: Document) -> None:
+        """Queues an artifact, a text or the bytes of a file; of two under one name the later counts."""
+        with self._wake:
+            self._documents[name] = content
+            self._wake.notify()
+
+    def save(self) -> None:
+        """Writes what the tracker has not taken yet to disk; removes the file where there is nothing.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        if self._uri is None:
+            return
+        with self._saving:
+            with self._wake:
+                points, documents = list(self._points), dict(self._documents)
+            if points or documents:
+                storage.write_atomic(self._uri, _to_json(points, documents))
+                self._on_disk = True
+            elif self._on_disk:
+                storage.delete_file(self._uri)
+                self._on_disk = False
+
+    def close(self, *, timeout: float = 30.0) -> str:
+        """Sends what is queued, for at most `timeout` seconds; what is left then is saved.
+
+        Returns:
+            What could not be sent and why, as a sentence; empty where all was.
+        """
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join(timeout)
+        self.save()
+        left = sum(len(points.numbers) for points in self._points) + len(self._documents)
+        if not left:
+            return ""
+        kept = f"; they are kept in {self._uri} and sent when the run goes on" if self._uri else ""
+        return f"{left} points or documents were not taken by the tracker {self._name}: {self._last_error}{kept}"
+
+    def _load(self) -> None:
+        if self._uri is None:
+            return
+        try:
+            content = storage.read_bytes(self._uri)
+        except FileNotFoundError:
+            return
+        points, documents = _from_json(content)
+        self._points.extend(points)
+        self._documents |= documents
+        self._on_disk = True
+
+    def _run(self) -> None:
+        taken: dict[str, int] | None = None
+        while True:
+            with self._wake:
+                while not (self._points or self._documents or self._closing):
+                    self._wake.wait()
+                if self._closing and not (self._points or self._documents):
+                    return
+                batch = self._next_batch()
+                documents = dict(self._documents)
+            try:
+                self._may_send()
+            except RuntimeError:
+                self._give_up()
+                return
+            except Exception as error:  # the storage does not say who may: ask again
+                self._wait(error)
+                continue
+            try:
+                if taken is None:
+                    taken = self._tracker.latest_steps()
+                self._tracker.send([_without(points, taken) for points in batch], documents)
+            except Exception as error:  # whatever the tracker does, training goes on and the points stay queued
+                self._wait(error)
+                continue
+            with self._wake:
+                for _ in batch:
+                    self._points.popleft()
+                for name, content in documents.items():
+                    if self._documents.get(name) == content:
+                        del self._documents[name]
+
+    def _next_batch(self) -> list[Points]:
+        batch: list[Points] = []
+        size = 0
+        for points in self._points:
+            size += len(points.numbers)
+            if batch and size > _BATCH:
+                break
+            batch.append(points)
+        return batch
+
+    def _give_up(self) -> None:
+        with self._wake:
+            self._points.clear()
+            self._documents.clear()
+            self._uri = None
+
+    def _wait(self, error: Exception) -> None:
+        self._last_error = f"{type(error).__name__}: {error}".splitlines()[0]
+        time.sleep(_RETRY_SECONDS)
+
+
+def _without(points: Points, taken: Mapping[str, int]) -> Points:
+    """The points of a step without those that an earlier life of the run has sent."""
+    new = {name: value for name, value in points.numbers.items() if points.step > taken.get(name, -1)}
+    return Points(points.step, points.time_ms, new)
+
+
+def _to_json(points: list[Points], documents: Mapping[str, Document]) -> bytes:
+    texts = {name: content for name, content in documents.items() if isinstance(content, str)}
+    files = {
+        name: base64.b64encode(content).decode() for name, content in documents.items() if isinstance(content, bytes)
+    }
+    rows = [[row.step, row.time_ms, row.numbers] for row in points]
+    return json.dumps({"points": rows, "texts": texts, "files": files}).encode()
+
+
+def _from_json(content: bytes) -> tuple[list[Points], dict[str, Document]]:
+    values: dict[str, Any] = json.loads(content)
+    documents: dict[str, Document] = dict(values["texts"])
+    documents |= {name: base64.b64decode(text) for name, text in values["files"].items()}
+    return [Points(*row) for row in values["points"]], documents
