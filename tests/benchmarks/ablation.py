@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(storage.home()) / "ablation", help="data and results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--report", action="store_true", help="only write the table of the runs that are done")
     parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help="one run alone, in this process")
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
@@ -212,9 +213,11 @@ def main() -> None:
         command = [sys.executable, "-m", "tests.benchmarks.ablation", "--folder", str(folder), "--one", arm, str(seed)]
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(start, missing))
-    results = [json.loads(result_path(folder, *run).read_text()) for run in runs]
+    if not arguments.report:
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(start, missing))
+    done = [run for run in runs if result_path(folder, *run).exists()]
+    results = [json.loads(result_path(folder, *run).read_text()) for run in done]
     print(json.dumps(write_report(results, settings=BASE)))
 
 

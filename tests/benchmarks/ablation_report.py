@@ -21,7 +21,7 @@ def write_report(results: list[dict[str, Any]], *, settings: PretrainSettings) -
     """Writes `ablation.json` and `ablation.png`, and the table into README.md between its two marks.
 
     Args:
-        results: one for each arm and seed.
+        results: one for each arm and seed that are done.
         settings: what all arms share.
 
     Returns:
@@ -48,17 +48,21 @@ def write_report(results: list[dict[str, Any]], *, settings: PretrainSettings) -
 def _table(arms: list[str], values: dict[str, dict[str, Any]], results: list[dict[str, Any]]) -> str:
     """Markdown; differences to the control are taken seed by seed, because seeds share weights and clips."""
     lines = [
-        f"| arm | linear probe, % | kNN, % | linear, less {CONTROL} | entropy of drops | CPU minutes a run |",
-        "|---|---|---|---|---|---|",
+        f"| arm | seeds | linear probe, % | kNN, % | linear, less {CONTROL} | entropy of drops | CPU minutes a run |",
+        "|---|---|---|---|---|---|---|",
     ]
     for arm in arms:
         runs = [result for result in results if result["arm"] == arm]
         linear, knn = values["linear"][arm], values["knn"][arm]
-        against = "" if arm == CONTROL else _said(linear - values["linear"][CONTROL], sign="+")
+        control = {r["seed"]: r["linear"] for r in results if r["arm"] == CONTROL}
+        apart = np.array([run["linear"] - control[run["seed"]] for run in runs if run["seed"] in control])
+        against = "" if arm == CONTROL or not len(apart) else _said(apart, sign="+")
         entropies = np.array([run["dropped"]["dropped_entropy"] for run in runs if run["dropped"]])
         entropy = f"{entropies.mean():.3f}" if len(entropies) else ""
         minutes = np.mean([run["cpu_seconds"] for run in runs]) / 60
-        lines.append(f"| {arm} | {_said(linear)} | {_said(knn)} | {against} | {entropy} | {minutes:.1f} |")
+        lines.append(
+            f"| {arm} | {len(runs)} | {_said(linear)} | {_said(knn)} | {against} | {entropy} | {minutes:.1f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -92,7 +96,7 @@ def _plot(arms: list[str], values: dict[str, dict[str, Any]], *, num_seeds: int)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(places, arms)
     figure.suptitle(
-        f"Doom ego-motion, 6 classes; bars: mean of {num_seeds} seeds, dots: seeds, line: chance", fontsize=9
+        f"Doom ego-motion, 6 classes; bars: mean of up to {num_seeds} seeds, dots: seeds, line: chance", fontsize=9
     )
     # No date and no version in the file: equal results give equal bytes.
     figure.savefig(RESULTS / "ablation.png", dpi=120, metadata={"Software": None})
