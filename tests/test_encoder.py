@@ -13,6 +13,7 @@ from tests.encoders import clips, encoder_of
 from vmoco.data.augment import PIXEL_MEAN, PIXEL_STD
 from vmoco.data.clips import ClipPlan
 from vmoco.data.video import cut_clips
+from vmoco.encoder import Encoder, Preprocessing
 
 
 def test_preprocessing_is_a_centre_crop_and_kinetics_normalisation() -> None:
@@ -22,6 +23,19 @@ def test_preprocessing_is_a_centre_crop_and_kinetics_normalisation() -> None:
     square = frames.numpy()[:, :, :, 8:40].astype(np.float64) / 255
     expected = ((square - np.array(PIXEL_MEAN)) / np.array(PIXEL_STD)).transpose(0, 4, 1, 2, 3)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_an_encoder_may_normalise_each_clip_by_itself() -> None:
+    """Against plain numpy, clip by clip; cards written before there was a choice mean Kinetics' figures."""
+    frames, kinetics = clips(height=32), encoder_of()
+    values = kinetics.preprocessing.to_json()
+    encoder = Encoder(kinetics.backbone, Preprocessing.from_json(values | {"standardise": True}), {}).eval()
+    square = frames.numpy()[:, :, :, 8:40].astype(np.float64)
+    for clip, found in zip(square, encoder.preprocess(frames).numpy(), strict=True):
+        expected = (clip - clip.mean()) / clip.std()
+        np.testing.assert_allclose(found, expected.transpose(3, 0, 1, 2), atol=1e-4)
+    del values["standardise"]
+    assert Preprocessing.from_json(values) == kinetics.preprocessing
 
 
 def test_a_tensor_an_array_and_one_clip_give_the_same() -> None:

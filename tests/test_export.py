@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.dataset import make_data_set
-from tests.encoders import clips, save_checkpoint
+from tests.encoders import TINY, clips, save_checkpoint
 from vmoco import export
 from vmoco.data.manifest import Manifest
 from vmoco.train.state import TrainState, file_sha256
@@ -44,6 +44,19 @@ def test_features_are_those_of_the_query_encoder(written: tuple[Path, TrainState
     with torch.inference_mode():
         expected = torch.nn.functional.normalize(backbone(encoder.preprocess(clips())), dim=1)
     assert torch.equal(encoder.embed(clips()), expected)
+
+
+def test_the_normalisation_of_the_run_travels_with_it(manifest: Manifest, tmp_path: Path) -> None:
+    """A run that normalised each clip by itself gives an encoder to which a flatter, lighter copy is the same clip."""
+    augment = TINY.augment.model_copy(update={"standardise": True})
+    settings = TINY.model_copy(update={"augment": augment})
+    state = TrainState(settings, manifest_hash=manifest.hash, device=torch.device("cpu"))
+    (tmp_path / "checkpoint").mkdir()
+    state.save(tmp_path / "checkpoint")
+    export.write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", manifest=manifest)
+    encoder = export.load_encoder(str(tmp_path / "encoder"))
+    lighter = encoder.preprocess(clips() // 2 + 60)
+    torch.testing.assert_close(lighter, encoder.preprocess(clips()), rtol=0, atol=0.03)
 
 
 def test_the_card_says_where_it_comes_from(written: tuple[Path, TrainState], manifest: Manifest) -> None:

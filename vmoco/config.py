@@ -91,6 +91,8 @@ class AugmentSettings(Settings):
     """Share of clips blurred by a Gaussian of 0.1 to 2 pixels (MoCo v1: none; v2: 0.5)."""
     flip_probability: float = Field(0.5, ge=0, le=1)
     """Share of clips mirrored left to right; 0 where left and right have a meaning."""
+    standardise: bool = False
+    """Normalise each clip by its own mean and deviation, not Kinetics': light and contrast tell no clips apart then."""
 
 
 class ModelSettings(Settings):
@@ -123,6 +125,8 @@ class GeneratorSettings(Settings):
     """Learning rate of the generator at a global batch of 32; scaled linearly with the batch."""
     estimator: Estimator = "mask"
     """Gradient of the choice of frames: of the keep mask itself, or the pixel sum of the released code, to compare."""
+    relative: bool = False
+    """Judge a frame against the same place of the other clips in its micro-batch: places alone count nothing then."""
     hidden_channels: int = Field(16, ge=1)
     """Channels of the recurrent state."""
     frame_size: int = Field(32, ge=8)

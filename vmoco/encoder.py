@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vmoco.data.augment import PIXEL_MEAN, PIXEL_STD
+from vmoco.data.augment import PIXEL_MEAN, PIXEL_STD, standardise
 from vmoco.model.backbone import Backbone
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class Preprocessing:
     """Height and width in pixels; frames are centre-cropped to a square and scaled to it."""
     mean: tuple[float, float, float] = PIXEL_MEAN
     std: tuple[float, float, float] = PIXEL_STD
+    standardise: bool = False
+    """Each clip is brought to zero mean and unit deviation of its own; `mean` and `std` do not count then."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -141,6 +143,8 @@ class Encoder(nn.Module):
         pixels = frames.permute(0, 1, 4, 2, 3).flatten(0, 1).to(self.mean.device).float() / 255
         scaled = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
         clips = scaled.unflatten(0, frames.shape[:2]).transpose(1, 2)
+        if self.preprocessing.standardise:
+            return standardise(clips)
         return (clips - self.mean) / self.std
 
     @torch.inference_mode()

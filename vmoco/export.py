@@ -110,6 +110,7 @@ def encoder_in(checkpoint: Path, *, manifest: Manifest) -> Encoder:
         num_frames=settings.data.num_frames,
         fps=float(np.median(manifest.table["fps"].to_numpy())) / settings.data.stride,
         size=settings.augment.size,
+        standardise=settings.augment.standardise,
     )
     return Encoder(backbone, preprocessing, {}).eval()
 

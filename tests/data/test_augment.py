@@ -191,6 +191,21 @@ def test_frames_of_a_clip_are_changed_alike(size: int, settings: AugmentSettings
     assert torch.pdist(first_frames).min() > 0.1
 
 
+def test_clips_are_normalised_by_themselves_where_that_is_asked_for() -> None:
+    """Against plain numpy over each clip alone; a darker and flatter copy gives the same, and one colour zeros."""
+    frames = random_clips(2, 3, 12, 12)
+    frames[1] = frames[0] // 2 + 20
+    draws = torch.cat([row(12, 12, BRIGHTNESS=0.9)] * 3)
+    clips = torch.cat([frames, torch.full((1, 3, 12, 12, 3), 77, dtype=torch.uint8)])
+    found = augment(clips, draws, size=SIZE, by_clip=True)
+    plain = plain_augment(clips[0].numpy(), draws[0], SIZE)
+    expected = ((plain - plain.mean()) / plain.std()).transpose(3, 0, 1, 2)
+    np.testing.assert_allclose(found[0].numpy(), expected, rtol=0, atol=0.02)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0.05)  # half a grey level was rounded away
+    assert found[2].abs().max() < 1e-3
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+
+
 def test_result_is_laid_out_for_the_encoders() -> None:
     """float32 (B, 3, T, size, size), channels_last_3d, normalised as torchvision's video models want it."""
     clips = augment(random_clips(2, 4, 20, 30), torch.cat([row(20, 30)] * 2), size=16)

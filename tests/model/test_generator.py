@@ -40,6 +40,24 @@ def test_generator_has_a_memory_of_earlier_frames() -> None:
     assert not torch.isclose(before[5] - before[4], after[5] - after[4], atol=1e-7)
 
 
+def test_relative_importance_knows_no_places() -> None:
+    """Over the clips of a micro-batch no place is more important than another; without, all clips lose the same ones.
+
+    The clips are noise: nothing but the growing state of an untrained generator tells places apart.
+    """
+    clips = torch.randn(64, 3, 16, 16, 16, generator=torch.manual_seed(2))
+    shares = {}
+    for relative in (False, True):
+        torch.manual_seed(0)
+        importance = Generator(GeneratorSettings(frame_size=16, relative=relative))(clips)
+        torch.testing.assert_close(importance.sum(dim=1), torch.ones(64))
+        shares[relative] = (keep_mask(importance, 4) == 0).float().mean(dim=0)
+    scores = importance.log() - importance.log().mean(dim=1, keepdim=True)
+    torch.testing.assert_close(scores.mean(dim=0), torch.zeros(16), rtol=0, atol=1e-6)
+    assert shares[False].max() > 0.9  # of 64 clips; 0.25 would be even
+    assert shares[True].max() < 0.6
+
+
 def test_most_important_frames_are_dropped() -> None:
     """Exactly the k largest go; at a tie the earlier one."""
     importance = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]])

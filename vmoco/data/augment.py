@@ -85,7 +85,14 @@ def _crops(seeds: UInt64Array, min_area: float, *, height: int, width: int) -> n
     return np.stack([top, left, crop_height, crop_width], axis=1)
 
 
-def augment(frames: torch.Tensor, draws: torch.Tensor, *, size: int, blurs: bool = True) -> torch.Tensor:
+def augment(
+    frames: torch.Tensor,
+    draws: torch.Tensor,
+    *,
+    size: int,
+    blurs: bool = True,
+    by_clip: bool = False,
+) -> torch.Tensor:
     """Applies a table of draws.
 
     Args:
@@ -93,9 +100,10 @@ def augment(frames: torch.Tensor, draws: torch.Tensor, *, size: int, blurs: bool
         draws: float32 (B, NUM_COLUMNS) from `draw`, on the same device.
         size: height and width of the result, pixels.
         blurs: False where no draw blurs, to save the work; asking the draws would wait for the device.
+        by_clip: normalise each clip by its own mean and deviation instead of Kinetics'.
 
     Returns:
-        float32 (B, 3, T, size, size), normalised by Kinetics' mean and deviation, channels_last_3d.
+        float32 (B, 3, T, size, size), normalised, channels_last_3d.
     """
     clips = resized_crop(frames, draws, size=size)
     clips = _blend(clips, _grey(clips), 1 - draws[:, GREY])
@@ -103,7 +111,9 @@ def augment(frames: torch.Tensor, draws: torch.Tensor, *, size: int, blurs: bool
     clips = _blend(clips, _grey(clips).mean(dim=(1, 2, 3, 4), keepdim=True), draws[:, CONTRAST])
     clips = _blend(clips, _grey(clips), draws[:, SATURATION])
     clips = torch.einsum("bij,bjthw->bithw", _hue_rotation(draws[:, HUE]), clips).clamp(0, 1)
-    return normalise(blurred(clips, draws) if blurs else clips)
+    if blurs:
+        clips = blurred(clips, draws)
+    return standardise(clips) if by_clip else normalise(clips)
 
 
 def resized_crop(frames: torch.Tensor, draws: torch.Tensor, *, size: int) -> torch.Tensor:
@@ -146,8 +156,19 @@ def normalise(clips: torch.Tensor) -> torch.Tensor:
     return ((clips - mean) / std).contiguous(memory_format=torch.channels_last_3d)
 
 
+def standardise(clips: torch.Tensor) -> torch.Tensor:
+    """(B, 3, T, H, W) -> zero mean and unit deviation over each clip, colours and frames alike, channels_last_3d."""
+    apart = clips - clips.mean(dim=(1, 2, 3, 4), keepdim=True)
+    deviation = apart.square().mean(dim=(1, 2, 3, 4), keepdim=True).sqrt()
+    # A clip of one colour becomes zero; a third of a grey level is no contrast worth keeping.
+    return (apart / deviation.clamp(min=1e-3)).contiguous(memory_format=torch.channels_last_3d)
+
+
 def to_pixels(clips: torch.Tensor) -> torch.Tensor:
-    """What `normalise` was given, to look at: (B, 3, T, H, W) -> uint8 (B, T, H, W, 3)."""
+    """What `normalise` was given, to look at: (B, 3, T, H, W) -> uint8 (B, T, H, W, 3).
+
+    After `standardise` it is the same picture in Kinetics' brightness and contrast.
+    """
     mean = clips.new_tensor(PIXEL_MEAN).view(3, 1, 1, 1)
     std = clips.new_tensor(PIXEL_STD).view(3, 1, 1, 1)
     return ((clips * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1)

@@ -26,6 +26,7 @@ class Generator(nn.Module):
         hidden = settings.hidden_channels
         self.frame_size = settings.frame_size
         self.hidden_channels = hidden
+        self.relative = settings.relative
         self.frame = nn.Sequential(
             nn.Conv2d(3, hidden, 3, stride=2, padding=1),
             nn.ReLU(),
@@ -37,7 +38,7 @@ class Generator(nn.Module):
         self.score = nn.Linear(hidden, 1, bias=False)  # softmax does not see a constant
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
-        """float (B, 3, T, H, W) -> importance (B, T), each row on the simplex."""
+        """float (B, 3, T, H, W) -> importance (B, T), each row on the simplex; B is a micro-batch where `relative`."""
         batch, _, num_frames, _, _ = clips.shape
         # float32: the network is tiny, and a softmax near uniform needs the digits.
         dtype = self.score.weight.dtype
@@ -52,7 +53,12 @@ class Generator(nn.Module):
             cell = torch.sigmoid(forget + 1) * cell + torch.sigmoid(enter) * torch.tanh(candidate)
             hidden = torch.sigmoid(leave) * torch.tanh(cell)
             scores.append(self.score(hidden.mean(dim=(2, 3))))
-        return torch.softmax(torch.cat(scores, dim=1), dim=1)
+        together = torch.cat(scores, dim=1)
+        if self.relative:
+            # The state grows from zero along each clip, and edges matter more to the encoder than middles: both rank
+            # the places of all clips alike, and left alone G soon drops the same ones everywhere.
+            together = together - together.mean(dim=0, keepdim=True)
+        return torch.softmax(together, dim=1)
 
 
 def keep_mask(importance: torch.Tensor, num_dropped: int) -> torch.Tensor:

@@ -190,7 +190,13 @@ class TrainStep:
     def _augmented(self, view: View, micro: slice) -> torch.Tensor:
         part = View(view.frames[micro], view.draws[micro]).to(self._device)
         settings = self._settings.augment
-        return augment(part.frames, part.draws, size=settings.size, blurs=settings.blur_probability > 0)
+        return augment(
+            part.frames,
+            part.draws,
+            size=settings.size,
+            blurs=settings.blur_probability > 0,
+            by_clip=settings.standardise,
+        )
 
     def _is_adversarial(self, step: int) -> bool:
         return step >= self._settings.generator_start
