@@ -92,7 +92,8 @@ def service(local_cluster: LocalCluster, footage: Path, tmp_path_factory: pytest
     )
     said, _ = job.communicate(timeout=200)
     assert job.returncode == 0, said
-    assert "videos 6/6  rejected 1" in said
+    assert "looked at 6/6 videos" in said
+    assert re.search(r"ingest  rejected 1: \S+ 1; see ", said)
     return found
 
 

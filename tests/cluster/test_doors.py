@@ -8,7 +8,7 @@ import pytest
 
 from tests.cluster.service import BIN, ROOT, Service
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 
 # Asks each port of a host in plain HTTP, in TLS without a certificate, and in TLS with one but without the token;
 # prints what each answered.
