@@ -59,9 +59,9 @@ def tracked_run(folder: Path, manifest: Manifest, *, name: str = "a-run", steps:
         record = json.loads((kept / "state.json").read_text())
         (kept / "state.json").write_text(json.dumps(record | {"step": step}))
         rows.append({"step": step, "uri": str(kept), "sha256": record["sha256"]})
-    tracker = tracking.Tracker(tracking.tracking_uri(), run_id)
+    spool = tracking.spool(tracking.tracking_uri(), run_id)
     for step in range(5):
-        tracker.metrics({"loss": 5.0 - step, "effective_rank": 3.0 + step}, step=step)
-    tracker.document("checkpoints.json", json.dumps(rows))
-    assert tracker.close() == ""
+        spool.points({"loss": 5.0 - step, "effective_rank": 3.0 + step}, step=step)
+    spool.document("checkpoints.json", json.dumps(rows))
+    assert spool.close() == ""
     return run_id

@@ -93,10 +93,10 @@ def test_a_changed_registered_encoder_is_refused(folder: Path, manifest: Manifes
 def test_a_version_holds_a_model_card_with_plots(folder: Path, manifest: Manifest, tracker_home: Path) -> None:
     """Markdown with origin, use, data and licence, and a picture of each tracked metric."""
     run_id = tracking.create_run(settings_for(manifest), tags={})
-    tracker = tracking.Tracker(tracking.tracking_uri(), run_id)
+    spool = tracking.spool(tracking.tracking_uri(), run_id)
     for step in range(4):
-        tracker.metrics({"loss": 4.0 - step}, step=step)
-    assert tracker.close() == ""
+        spool.points({"loss": 4.0 - step}, step=step)
+    assert spool.close() == ""
     copied = Path(shutil.copytree(folder, tracker_home / "copy"))
     registry.attach(copied, run_id=run_id)
     registry.register(run_id, name="tested", alias="candidate")
