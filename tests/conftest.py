@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def local_cluster() -> Iterator[LocalCluster]:
 @pytest.fixture(scope="session")
 def ray_cluster(local_cluster: LocalCluster) -> Iterator[LocalCluster]:
     """The same cluster, with this process connected to it: `import ray` in the test and use it."""
-    # The token must be in the environment before Ray is first used; Ray reads it once per process.
+    # The token must be in the environment before Ray is imported; Ray reads it once per process.
+    assert "ray" not in sys.modules, "a test module imports Ray when it is collected: import it in the test"
     added = {name: value for name, value in local_cluster.environment.items() if name.startswith("RAY_")}
     before = {name: os.environ.get(name) for name in added}
     os.environ.update(added)

@@ -12,9 +12,6 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
 from vmoco import storage, tracking
 from vmoco.config import PretrainSettings
 from vmoco.model.cost import StepCost, step_cost
@@ -138,6 +135,9 @@ def _time_line(settings: PretrainSettings, cost: StepCost, speed: Speed) -> str:
 
 def _ask_all(places: dict[str, str]) -> tuple[list[NodeReport], list[str]]:
     """The reports of all nodes, and the addresses of those that did not answer."""
+    import ray  # in each function: Ray reads how to authenticate when it is imported, and a job connects first
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     probe = f".check-{uuid.uuid4().hex[:8]}"
     asked = {}
     for node in ray.nodes():
@@ -177,6 +177,8 @@ def _with_unseen(reports: list[NodeReport], place: str, probe: str) -> list[Node
 
 
 def _resource_problems(settings: PretrainSettings, reports: list[NodeReport]) -> list[str]:
+    import ray
+
     scaling, there = settings.scaling, ray.cluster_resources()
     if scaling.wait_for_nodes:
         return []
@@ -201,6 +203,8 @@ def _resource_problems(settings: PretrainSettings, reports: list[NodeReport]) ->
 
 
 def _measure(settings: PretrainSettings) -> Speed | None:
+    import ray
+
     scaling = settings.scaling
     task: Any = ray.remote(measure_speed)
     task = task.options(num_cpus=scaling.cpus_per_worker, num_gpus=int(scaling.use_gpu), max_retries=0)

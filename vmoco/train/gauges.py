@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-
-from ray.util.metrics import Gauge
+from typing import Any
 
 PREFIX = "vmoco_"
 
@@ -22,14 +21,16 @@ class Gauges:
 
     def __init__(self, run: str) -> None:
         self._run = run
-        self._gauges: dict[str, Gauge] = {}
+        self._gauges: dict[str, Any] = {}
 
     def show(self, numbers: Mapping[str, float], *, step: int) -> None:
         """Sets the gauges; Ray hands them on every few seconds."""
         for name, value in {**numbers, "step": float(step)}.items():
             self._gauge(name).set(value, tags={"run": self._run})
 
-    def _gauge(self, name: str) -> Gauge:
+    def _gauge(self, name: str) -> Any:
+        from ray.util.metrics import Gauge  # here, because Ray reads how to authenticate when it is imported
+
         if name not in self._gauges:
             about = f"{name} of the last step that was reported; see the run in MLflow"
             self._gauges[name] = Gauge(metric_name(name), description=about, tag_keys=("run",))
