@@ -71,7 +71,8 @@ def record(uri: str, scores: Sequence[Score]) -> None:
     version = registry.find_version(uri)
     tracker = tracking.client()
     for score in scores:
-        key = f"{_SCORE_TAG}.{score.protocol}.{score.evaluation_set}"
+        # MLflow takes no @ in the name of a tag; the protocol's own name is in the value.
+        key = f"{_SCORE_TAG}.{score.protocol.replace('@', '-at-')}.{score.evaluation_set}"
         tracker.set_model_version_tag(version.name, version.version, key, json.dumps(asdict(score), sort_keys=True))
 
 
