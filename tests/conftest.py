@@ -19,6 +19,11 @@ from vmoco.local import LocalCluster
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that connect this process to a cluster come first: Ray reads its token once, when anything imports it."""
+    items.sort(key=lambda item: "ray_cluster" not in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def local_cluster() -> Iterator[LocalCluster]:
     """A Ray head with two CPUs and the job server; for jobs, which know nothing of this process."""
@@ -30,7 +35,7 @@ def local_cluster() -> Iterator[LocalCluster]:
 def ray_cluster(local_cluster: LocalCluster) -> Iterator[LocalCluster]:
     """The same cluster, with this process connected to it: `import ray` in the test and use it."""
     # The token must be in the environment before Ray is imported; Ray reads it once per process.
-    assert "ray" not in sys.modules, "a test module imports Ray when it is collected: import it in the test"
+    assert "ray" not in sys.modules, "Ray was imported before its token was known: import it inside tests"
     added = {name: value for name, value in local_cluster.environment.items() if name.startswith("RAY_")}
     before = {name: os.environ.get(name) for name in added}
     os.environ.update(added)
