@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from tests.data.videos import Kept
 from vmoco.data.account import Account, Video
+from vmoco.data.clips import ClipPlan
 from vmoco.data.frames import Encoding, encode
 from vmoco.data.manifest import Manifest, write_manifest
 from vmoco.data.shard import Clip, read_rows, write_shard
@@ -95,10 +97,10 @@ def real_data_set(folder: Path, footage: Path, *, num_frames: int, height: int, 
     """The demo's footage as a data set: at most `max_clips` clips of each of its videos."""
     clips = []
     for path in sorted(path for path in footage.rglob("*") if path.is_file()):
-        cut = cut_clips(
-            str(path), num_frames=num_frames, stride=1, height=height, width=width, max_clips=max_clips, seconds=60
-        )
-        for pts, start, frames in zip(cut.start_pts, cut.start_seconds, cut.frames, strict=True):
+        sink = Kept()
+        plan = ClipPlan(num_frames, max_clips=max_clips)
+        cut = cut_clips(str(path), plan, height=height, width=width, sink=sink)
+        for pts, start, frames in zip(cut.start_times, cut.start_seconds, sink.clips, strict=True):
             clips.append(Clip(f"{hash64(path.name, pts):016x}", path.name, start, cut.fps, False, frames))
     return write_data_set(folder, clips)
 
