@@ -6,8 +6,8 @@ random, batch normalisation by the batch, seed 0. Weights: after 50 steps of 16 
 dropped at random, as when G starts in training (no trained weights can be fetched), and before the first step.
 
 For r3d_18 both are low (0.12 and 0.15): a whole frame is a large step, and along it the network is far from linear.
-Against a step of 1 % of a frame the gradient agrees with the truth to 0.99. For `--backbone r3d_nano`, a shallower network,
-`mask` is 0.77 after the 50 steps and 0.57 before them.
+Against a step of 1 % of a frame the gradient agrees with the truth to 0.99. For `--backbone r3d_nano`, a shallower
+network, `mask` is 0.77 after the 50 steps and 0.57 before them.
 
 Correlations are over all kept frames of all clips, and `within_clip` after the mean of each clip is taken off, because
 that is all that the softmax of G lets through. Ends with one JSON line, of the trained weights.
