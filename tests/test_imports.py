@@ -17,7 +17,9 @@ SOURCES = sorted([*ROOT.glob("vmoco/**/*.py"), *ROOT.glob("jobs/*.py")])
 HOMES = {
     "ray": {
         "vmoco.job",
-        "vmoco.sweep",
+        "vmoco.sweep.trial",
+        "vmoco.sweep.sweep",
+        "vmoco.sweep.board",
         "vmoco.evaluate.embed",
         "vmoco.evaluate.evaluate",
         "vmoco.cluster_check",
@@ -40,7 +42,7 @@ BASE |= {"vmoco.transfer"}
 WORK = {"vmoco.data.ingest", "vmoco.data.footage", "vmoco.export", "vmoco.registry", "vmoco.tracking", "vmoco.report"}
 WORK |= {"vmoco.encoder", "vmoco.encoder_program", "vmoco.program", "vmoco.model_card", "vmoco.promotion"}
 WORK |= {"vmoco.lineage", "vmoco.publish", "vmoco.publish_options", "vmoco.foreign", "vmoco.spool", "vmoco.data.tasks"}
-WORK |= {"vmoco.job", "vmoco.job_server", "vmoco.local", "vmoco.sweep"}
+WORK |= {"vmoco.job", "vmoco.job_server", "vmoco.local"}
 WORK |= {"vmoco.services", "vmoco.cluster_check", "vmoco.node_report"}
 
 
@@ -56,7 +58,7 @@ def layer(module: str) -> int:
         return 4
     if module in BASE:
         return 0
-    if module in WORK or module.startswith(("vmoco.train", "vmoco.evaluate")):
+    if module in WORK or module.startswith(("vmoco.train", "vmoco.evaluate", "vmoco.sweep")):
         return 3
     assert module.startswith(("vmoco.data", "vmoco.model")), f"{module} has no layer: give it one in this test"
     return 1 if module.startswith("vmoco.data") else 2

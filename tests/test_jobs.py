@@ -27,6 +27,7 @@ except SystemExit as ended:
         ("embed", "--videos-per-part"),
         ("register", "--data-licence"),
         ("registry", "rollback"),
+        ("sweep", "recommended"),
     ],
 )
 def test_help_names_the_flags(name: str, flag: str) -> None:

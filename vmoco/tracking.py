@@ -69,13 +69,16 @@ def _check_database(path: str) -> None:
     storage.check_writable(os.path.dirname(os.path.abspath(path)))
 
 
-def create_run(settings: PretrainSettings, *, tags: Mapping[str, str], note: str = "") -> str:
+def create_run(
+    settings: PretrainSettings, *, tags: Mapping[str, str], note: str = "", parent_run: str | None = None
+) -> str:
     """Creates the MLflow run of a pretraining, with all its settings, and returns its id.
 
     Args:
         settings: of the run.
         tags: of the run.
         note: Markdown that is shown above its metrics.
+        parent_run: run below which it is shown.
 
     Raises:
         ValueError: the tracker cannot be used.
@@ -86,7 +89,8 @@ def create_run(settings: PretrainSettings, *, tags: Mapping[str, str], note: str
     try:
         tracker = client()
         experiment = _experiment(tracker, settings.tracking.experiment)
-        run = tracker.create_run(experiment, run_name=settings.run.name, tags={"mlflow.note.content": note, **tags})
+        own = {"mlflow.note.content": note} | ({"mlflow.parentRunId": parent_run} if parent_run else {})
+        run = tracker.create_run(experiment, run_name=settings.run.name, tags=own | dict(tags))
         flat = [
             Param(f"{group}.{field}", str(value))
             for group, fields in settings.model_dump(mode="json", exclude={"preset"}).items()
@@ -115,6 +119,44 @@ def create_import(name: str, *, tags: Mapping[str, str]) -> str:
     except MlflowException as error:
         raise ValueError(f"the tracker {tracking_uri()} cannot be used: {error}") from error
     return str(run.info.run_id)
+
+
+def create_parent(name: str, *, experiment: str, params: Mapping[str, str]) -> str:
+    """Creates the MLflow run of a sweep, below which its trials are shown, and returns its id.
+
+    Raises:
+        ValueError: the tracker cannot be used.
+    """
+    from mlflow.entities import Param
+    from mlflow.exceptions import MlflowException
+
+    try:
+        tracker = client()
+        run = tracker.create_run(_experiment(tracker, experiment), run_name=name, tags={"vmoco.sweep": name})
+        tracker.log_batch(run.info.run_id, params=[Param(key, value) for key, value in params.items()])
+    except MlflowException as error:
+        raise ValueError(f"the tracker {tracking_uri()} cannot be used: {error}") from error
+    return str(run.info.run_id)
+
+
+def scores(run_id: str) -> dict[str, float]:
+    """The last scores of a run, by name, as in `score/retrieval`."""
+    metrics = client().get_run(run_id).data.metrics
+    return {name: value for name, value in metrics.items() if name.startswith("score/")}
+
+
+def history(run_id: str, name: str) -> list[tuple[int, float]]:
+    """Step and value of each point of a metric."""
+    return [(point.step, point.value) for point in client().get_metric_history(run_id, name)]
+
+
+def note_run(run_id: str, *, tags: Mapping[str, str], texts: Mapping[str, str]) -> None:
+    """Adds tags, and texts as artifacts by name, to a run."""
+    tracker = client()
+    for key, value in tags.items():
+        tracker.set_tag(run_id, key, value)
+    for name, text in texts.items():
+        tracker.log_text(run_id, text, name)
 
 
 def _experiment(tracker: Any, name: str) -> str:

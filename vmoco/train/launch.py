@@ -54,13 +54,20 @@ class Outcome:
     registered: registry.Registered | None
 
 
-def pretrain(prepared: PreparedRun, *, show: Callable[[str], None] = print, callbacks: Sequence[Any] = ()) -> Outcome:
+def pretrain(
+    prepared: PreparedRun,
+    *,
+    show: Callable[[str], None] = print,
+    callbacks: Sequence[Any] = (),
+    parent_run: str | None = None,
+) -> Outcome:
     """Pretrains an encoder; `ray.init` has been called.
 
     Args:
         prepared: what `prepare` returned.
         show: takes each line for a person.
         callbacks: of Ray Train, such as the one that reports to Ray Tune.
+        parent_run: MLflow run of the sweep that this run is a trial of.
 
     Raises:
         ValueError: cluster or tracker cannot be used, another job trains this run, or a worker met an error that a
@@ -76,7 +83,9 @@ def pretrain(prepared: PreparedRun, *, show: Callable[[str], None] = print, call
         Lease(prepared.folder, on_lost=lambda said: ray.get(lost(said)), show=show) as lease,
         _reserved(prepared.settings) as evaluation,
     ):
-        return _pretrain(open_run(prepared), channel, lease, evaluation, show=show, callbacks=callbacks)
+        return _pretrain(
+            open_run(prepared, parent_run=parent_run), channel, lease, evaluation, show=show, callbacks=callbacks
+        )
 
 
 def _pretrain(

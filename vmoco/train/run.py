@@ -91,8 +91,12 @@ def prepare(settings: PretrainSettings) -> PreparedRun:
     return PreparedRun(resolved, manifest, folder, record["finished"] if record else None)
 
 
-def open_run(prepared: PreparedRun) -> Run:
+def open_run(prepared: PreparedRun, *, parent_run: str | None = None) -> Run:
     """Ties the run to an MLflow run: a new one, or the one that it had before it stopped.
+
+    Args:
+        prepared: what `prepare` returned.
+        parent_run: MLflow run of the sweep that this run is a trial of.
 
     Raises:
         ValueError: the tracker cannot be used.
@@ -106,7 +110,7 @@ def open_run(prepared: PreparedRun) -> Run:
     if settings.model.init:
         tags |= {"init": settings.model.init, "init_sha256": _copy_encoder(settings, prepared.folder)}
     run_id = tracking.create_run(
-        settings, tags={f"vmoco.{key}": value for key, value in tags.items()}, note=interval.NOTE
+        settings, tags={f"vmoco.{key}": value for key, value in tags.items()}, note=interval.NOTE, parent_run=parent_run
     )
     record = {
         "run_id": run_id,
@@ -116,6 +120,12 @@ def open_run(prepared: PreparedRun) -> Run:
     }
     _write_record(prepared.folder, record)
     return Run(**vars(prepared), run_id=run_id, is_new=True)
+
+
+def run_id_of(prepared: PreparedRun) -> str | None:
+    """The MLflow run of a run; None where it has not begun."""
+    record = _read_record(prepared.folder)
+    return record["run_id"] if record else None
 
 
 def _copy_encoder(settings: PretrainSettings, folder: str) -> str:

@@ -1,0 +1,113 @@
+"""What the driver hears of its trials from Ray Tune: kept in the ledger, and shown as a table in the job's log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ray import tune
+
+from vmoco import tracking
+from vmoco.sweep.ledger import Sweep, Trial
+from vmoco.train.run import PreparedRun, run_id_of
+
+
+class Board(tune.Callback):
+    """Follows the trials of a sweep.
+
+    Args:
+        sweep: whose trials it updates; the configuration of each of Tune's trials has an `index` into them.
+        prepared: run of each trial.
+        show: takes each line for a person.
+        seconds: least time between two tables.
+    """
+
+    def __init__(
+        self, sweep: Sweep, prepared: list[PreparedRun], *, show: Callable[[str], None], seconds: float
+    ) -> None:
+        self._sweep = sweep
+        self._prepared = prepared
+        self._show = show
+        self._seconds = seconds
+        self._shown = float("-inf")
+        self._began: dict[str, tuple[float, int]] = {}
+        """Of each running trial, time and step of its first report: before it is start-up."""
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._of(trial).status = "running"
+        self._table(now=True)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        own = self._of(trial)
+        own.step = int(result.get("step", own.step))
+        own.scores |= {name: float(value) for name, value in result.items() if name.startswith("score/")}
+        self._began.setdefault(own.name, (time.monotonic(), own.step))
+        self._table(now=False)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        own, result = self._of(trial), trial.last_result or {}
+        if reason := result.get("failed"):
+            self._failed(own, trial, reason)
+        elif "run_id" in result:
+            self._ended(own, trial, "finished")
+        else:
+            self._ended(own, trial, "stopped")
+            if own.run_id:  # its process was ended, so nobody else says it
+                tracking.note_run(own.run_id, tags={"vmoco.stopped": f"by ASHA at step {own.step}"}, texts={})
+                tracking.finish_run(own.run_id, "KILLED")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        said = str(trial.get_pickled_error() or "its process was lost").strip().splitlines()
+        own = self._of(trial)
+        self._failed(own, trial, said[-1])
+        if own.run_id:
+            tracking.finish_run(own.run_id, "FAILED")
+
+    def _failed(self, own: Trial, trial: Any, reason: str) -> None:
+        own.reason = reason
+        self._show(f"trial {own.name} failed: {reason}")
+        self._ended(own, trial, "failed")
+        if own.run_id:
+            tracking.note_run(own.run_id, tags={"vmoco.failed": reason[:5000]}, texts={})
+
+    def _ended(self, own: Trial, trial: Any, status: Any) -> None:
+        own.status = status
+        own.run_id = run_id_of(self._prepared[trial.config["trial"]["index"]])
+        self._sweep.save()
+        self._table(now=True)
+
+    def _of(self, trial: Any) -> Trial:
+        return self._sweep.trials[trial.config["trial"]["index"]]
+
+    def _table(self, *, now: bool) -> None:
+        if not now and time.monotonic() - self._shown < self._seconds:
+            return
+        self._shown = time.monotonic()
+        for line in table(self._sweep, {name: self._seconds_left(name) for name in self._began}):
+            self._show(line)
+
+    def _seconds_left(self, name: str) -> float | None:
+        trial = next(trial for trial in self._sweep.trials if trial.name == name)
+        began, first = self._began[name]
+        if trial.status != "running" or trial.step <= first:
+            return None
+        return (time.monotonic() - began) / (trial.step - first) * (trial.steps - trial.step)
+
+
+def table(sweep: Sweep, seconds_left: dict[str, float | None]) -> list[str]:
+    """Lines with name, state, step, score, effective rank, time left and values of each trial."""
+    width = max(len(trial.name) for trial in sweep.trials)
+    lines = [f"{'trial':{width}}  {'state':8}  {'step':>13}  {sweep.metric:>14}  {'rank':>6}  {'left':>8}  values"]
+    for trial in sweep.trials:
+        score, rank = trial.scores.get(sweep.score), trial.scores.get("score/effective_rank")
+        left = seconds_left.get(trial.name)
+        lines.append(
+            f"{trial.name:{width}}  {trial.status:8}  {f'{trial.step}/{trial.steps}':>13}  "
+            f"{'-' if score is None else f'{score:.3f}':>14}  {'-' if rank is None else f'{rank:.1f}':>6}  "
+            f"{'-' if left is None else f'{left // 60:.0f}:{left % 60:02.0f}':>8}  "
+            + ", ".join(f"{axis} {value}" for axis, value in trial.values.items())
+        )
+    return lines
