@@ -128,8 +128,8 @@ def _video_features(
         np.add.at(sums, members[first : first + len(block)], block)
         first += len(block)
     assert sums is not None, "a split has clips"
-    unit = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
-    return np.ascontiguousarray(unit, np.float32), names
+    sums /= np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)  # in place: there may be many videos
+    return sums.astype(np.float32), names
 
 
 def _chunks(blocks: Iterable[Features], size: int) -> Iterator[Features]:
