@@ -2,8 +2,8 @@
 
 A table of unit features with as many classes as Kinetics, ten clips to a video, a hundredth of the videos for the test,
 is written in parts as an evaluation writes them; then each protocol runs on it in a process of its own. The features
-alone would be two gigabytes. Not the probe, which takes no more than `max_probe_clips` and hours on a few cores. Ends
-with one JSON line: of each protocol the peak of memory and the seconds.
+alone would be two gigabytes. Not the probe, which takes no more than `max_probe_clips` of them. Ends with one JSON
+line: of each protocol the peak of memory and the seconds.
 """
 
 from __future__ import annotations

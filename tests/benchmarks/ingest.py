@@ -100,18 +100,18 @@ class Clock:
         elif not self.marks:
             self.marks.append((now, 0))
 
+    def steady(self, *, tail: float) -> float:
+        """Clips per second between the first shards and the time when a worker may have none left."""
+        (began, first), *_ = [mark for mark in self.marks if mark[1]]
+        ended, last = [mark for mark in self.marks if mark[1] <= self.marks[-1][1] - tail][-1]
+        return (last - first) / (ended - began)
+
 
 class Holder:
     """An actor that only is there."""
 
     def here(self) -> bool:
         return True
-
-    def steady(self, *, tail: float) -> float:
-        """Clips per second between the first shards and the time when a worker may have none left."""
-        (began, first), *_ = [mark for mark in self.marks if mark[1]]
-        ended, last = [mark for mark in self.marks if mark[1] <= self.marks[-1][1] - tail][-1]
-        return (last - first) / (ended - began)
 
 
 def rate(folder: Path, name: str, **changes: Any) -> tuple[float, float, Clock]:
@@ -166,7 +166,6 @@ def cluster_cpu_seconds() -> float:
 
 def efficiency(folder: Path, paths: list[str], *, seconds: float, startup: float) -> dict[str, float]:
     """Ingest between two stretches of bare decoders, and then both at once."""
-    rates = []
     with Bare(paths) as before:
         time.sleep(seconds / 2)
     whole, lasted, alone = rate(folder, "alone")
@@ -292,6 +291,8 @@ def main() -> None:
         import ray
 
         ray.init(address=cluster.gcs_address, log_to_driver=False)
+        # Before the cluster stops: a driver that loses it ends at once, and takes the error it was about to tell along.
+        stack.callback(ray.shutdown)
         result |= efficiency(folder / "shared", paths, seconds=chosen.seconds, startup=time.monotonic() - began)
         print(
             {name: round(value, 3) for name, value in result.items()},
@@ -308,7 +309,6 @@ def main() -> None:
         holder = ray.remote(num_cpus=1)(Holder).remote()
         ray.get(holder.here.remote())
         one, seconds_one, _ = rate(folder / "scaling", "one", videos_per_shard=6)
-        ray.shutdown()
         print(f"two workers {two:.1f} clips/s in {seconds_two:.0f} s, one {one:.1f} in {seconds_one:.0f} s", flush=True)
         result |= {"scaling": two / one, "encodings": report}
     print(json.dumps({name: value if isinstance(value, dict) else round(value, 3) for name, value in result.items()}))
