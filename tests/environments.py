@@ -1,12 +1,14 @@
 """Fresh virtual environments that hold a few installed packages with what they require, and nothing else.
 
-The packages are linked from the environment of the tests, those that the metadata of the roots ask for: to install
-torch anew would take minutes and gigabytes, and show no more.
+Linked ones have the packages of the environment of the tests, those that the metadata of the roots ask for: to install
+torch anew takes minutes and gigabytes. An installed one is what pip makes of the project.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -55,3 +57,27 @@ def light_environment(folder: Path, *roots: str, without: Iterable[str] = ()) ->
             if not (packages / top).is_symlink():  # several distributions may share a folder
                 (packages / top).symlink_to(root / top)
     return folder / "bin" / "python"
+
+
+def installed_environment(folder: Path, *roots: str, without: Iterable[str] = ()) -> Path:
+    """The same by pip: installs this project, at the versions of the lock; returns the environment's Python.
+
+    Args:
+        folder: of the environment.
+        roots: "vmoco", with extras if wanted.
+        without: distributions that must not be there afterwards.
+    """
+    project = Path(__file__).parents[1]
+    source = folder.with_name("source")
+    shutil.copytree(project / "vmoco", source / "vmoco", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.lock"):
+        shutil.copy(project / name, source)
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = folder / "bin" / "python"
+    words = [str(source) + root.removeprefix("vmoco") for root in roots]
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--quiet", "-c", str(source / "requirements.lock"), *words], check=True)
+    listed = subprocess.run([*pip, "list", "--format", "json"], check=True, capture_output=True, text=True)
+    names = {canonicalize_name(row["name"]) for row in json.loads(listed.stdout)}
+    assert not names & {canonicalize_name(name) for name in without}, "pip installed what a light install does not need"
+    return python

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import pytest
 from tests.data.videos import images, write_video
 from tests.dataset import make_data_set
 from tests.encoders import clips, save_checkpoint, settings_for
-from tests.environments import light_environment
+from tests.environments import installed_environment, light_environment
 from vmoco import export, registry, tracking
 
 HEAVY = ("ray", "mlflow", "sqlalchemy", "scikit-learn", "pandas", "faiss-cpu", "matplotlib", "tensorboard")
@@ -64,13 +64,16 @@ def answers(address: str) -> bool:
         return False
 
 
-@pytest.mark.timeout(400)
-def test_the_light_install_pulls_from_a_server(server: str, tmp_path: Path) -> None:
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    "make", [light_environment, pytest.param(installed_environment, marks=pytest.mark.slow)], ids=["linked", "by pip"]
+)
+def test_the_light_install_pulls_from_a_server(make: Callable[..., Path], server: str, tmp_path: Path) -> None:
     """A virtual environment with what `pip install vmoco` asks for and no more: a path, an array and a tensor.
 
     All give the features of the registered encoder; the default tracker, a database, is refused in a sentence.
     """
-    python = light_environment(tmp_path / "environment", "vmoco", without=HEAVY)
+    python = make(tmp_path / "environment", "vmoco", without=HEAVY)
     manifest = make_data_set(tmp_path / "data")
     save_checkpoint(tmp_path / "checkpoint", manifest)
     export.write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", manifest=manifest)

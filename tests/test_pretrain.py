@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from tests import processes
 from vmoco.job_server import JobServer
 from vmoco.local import LocalCluster
+from vmoco.promotion import scores_of
 from vmoco.train.state import file_sha256
 
 ROOT = Path(__file__).parents[1]
@@ -156,6 +157,8 @@ def test_every_kept_checkpoint_is_tracked_with_its_hash(service: Service, undist
     assert run.data.metrics["checkpoints_failed"] == run.data.metrics["restarts"] == 0
     scored = {point.step: point.value for point in tracker.get_metric_history(run.info.run_id, "score/retrieval")}
     assert scored[48] == rows[-1]["score"], "the last checkpoint is always scored"
+    (score,) = scores_of(tracker.get_model_version_by_alias("tested", "candidate"))
+    assert (score.protocol, score.value) == ("label-free", rows[-1]["score"]), "the registered encoder carries it"
     assert "queue_filled" in run.data.tags["mlflow.note.content"]
     # The generator starts at step 24, so the first checkpoint has nothing to show.
     shown = [f"step-{step:08d}.{kind}" for step in (32, 48) for kind in ("json", "png")]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmoco.seed import hash64, mix64, permutation, uniform
+from vmoco.seed import hash64, mix64, permutation, uniform, uniforms
 
 UINT64 = st.integers(0, 2**64 - 1)
 
@@ -83,3 +83,10 @@ def test_permutations_of_different_seeds_have_little_in_common() -> None:
     """Over 200 pairs of neighbouring seeds, 1 place in 100 agrees on average, as between random permutations."""
     agreeing = [(permutation(100, seed) == permutation(100, seed + 1)).sum() for seed in range(200)]
     assert 0.6 < np.mean(agreeing) < 1.4
+
+
+def test_uniforms_are_uniform_for_each_salt() -> None:
+    """The same bits, salt by salt."""
+    seeds, salts = np.arange(5, dtype=np.uint64) * np.uint64(2**61 + 7), [0, 3, 2**64 - 1]
+    expected = np.stack([uniform(seeds, salt) for salt in salts], axis=1)
+    np.testing.assert_array_equal(uniforms(seeds, salts), expected)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -32,18 +33,34 @@ def hash64(*parts: str | int) -> int:
 
 def mix64(seeds: UInt64Array, salt: int) -> UInt64Array:
     """One well-mixed 64-bit number per seed and salt (splitmix64's finaliser); shape and order of `seeds`."""
-    z = np.atleast_1d(np.asarray(seeds, np.uint64)) + np.uint64((salt + 1) * _GOLDEN % 2**64)
+    return _mixed(np.atleast_1d(np.asarray(seeds, np.uint64)) + _step(salt)).reshape(np.shape(seeds))
+
+
+def _step(salt: int) -> np.uint64:
+    return np.uint64((salt + 1) * _GOLDEN % 2**64)
+
+
+def _mixed(z: UInt64Array) -> UInt64Array:
     z ^= z >> np.uint64(30)
     z *= _MIX_1  # arrays wrap around at 2**64 without a word, by design
     z ^= z >> np.uint64(27)
     z *= _MIX_2
     z ^= z >> np.uint64(31)
-    return z.reshape(np.shape(seeds))
+    return z
 
 
 def uniform(seeds: UInt64Array, salt: int) -> npt.NDArray[np.float64]:
     """One number in [0, 1) per seed; different salts give independent numbers."""
-    return (mix64(seeds, salt) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return _unit(mix64(seeds, salt))
+
+
+def uniforms(seeds: UInt64Array, salts: Sequence[int]) -> npt.NDArray[np.float64]:
+    """`uniform` of seeds (N,) for each salt at once, (N, number of salts)."""
+    return _unit(_mixed(seeds[:, None] + np.array([_step(salt) for salt in salts])))
+
+
+def _unit(mixed: UInt64Array) -> npt.NDArray[np.float64]:
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(length: int, seed: int) -> npt.NDArray[np.int64]:

@@ -20,7 +20,7 @@ import torch
 
 from tests.benchmarks.step import state_and_step
 from vmoco.train.checkpoints import Checkpoints
-from vmoco.train.loop import check_ranks_agree
+from vmoco.train.loop import check_state
 from vmoco.train.resume import resume, uri_of
 from vmoco.train.state import TENSORS
 
@@ -52,7 +52,7 @@ def main() -> None:
                 step()
                 plain.append(time.perf_counter() - started)
             started = time.perf_counter()
-            check_ranks_agree(state)
+            check_state(state)
             checkpoints.keep(state)
             stalls.append(time.perf_counter() - started)
             beside = 0.0

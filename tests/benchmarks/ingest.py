@@ -1,13 +1,15 @@
 """How fast ingest is, beside bare decoders that do nothing else.
 
-    python -m tests.benchmarks.ingest            all figures, in about four minutes
+    python -m tests.benchmarks.ingest            all figures, in about five minutes
 
-Two things run at the same time and share the cores: one bare process per core, pinned, that decodes with PyAV and
-resizes with the same filter; and the real ingest job, its Ray tasks included, over copies of the same files. Both
-count clips for the same stretch of time, so whatever else the machine does hits both. `efficiency` is ingest's clips
-per second over the sum of the bare ones'; the first look, shards, checksums and Ray are in it, the start of Ray is not
-(it is printed). Videos and shards lie in memory (/dev/shm), because the bare ones write nothing and the disk is not
-what is measured; `--scratch FOLDER` puts them elsewhere.
+The same files go in turn through one bare process per core, pinned, single-threaded, that decodes with PyAV and
+resizes with the same filter, and through the real ingest job, its Ray tasks included: bare, ingest, bare. `efficiency`
+is ingest's clips per second in steady state over the mean of the bare stretches around it; `efficiency_whole` has in it
+the first look, Ray Data's start, and the tail in which a core has no video left. They do not run at the same time: the
+kernel shares a core between sessions of processes, not by what each needs, and so gave ingest two thirds of both cores
+and a ratio of 2. `at_once` is that measurement made fair: clips per second of CPU that each got, waiting not in it.
+Videos and shards lie in memory (/dev/shm), because the bare ones write nothing and the disk is not what is measured;
+`--scratch FOLDER` puts them elsewhere.
 
 `scaling` is ingest alone with two workers over one. `peak_mib` is the largest resident memory of a Ray worker and its
 decoder together, over 1080p and 2160p videos.
@@ -98,6 +100,12 @@ class Clock:
         elif not self.marks:
             self.marks.append((now, 0))
 
+    def steady(self, *, tail: float) -> float:
+        """Clips per second between the first shards and the time when a worker may have none left."""
+        (began, first), *_ = [mark for mark in self.marks if mark[1]]
+        ended, last = [mark for mark in self.marks if mark[1] <= self.marks[-1][1] - tail][-1]
+        return (last - first) / (ended - began)
+
 
 class Holder:
     """An actor that only is there."""
@@ -114,28 +122,66 @@ def rate(folder: Path, name: str, **changes: Any) -> tuple[float, float, Clock]:
     return manifest.counts["clips"] / seconds, seconds, clock
 
 
-def efficiency(folder: Path, paths: list[str], *, startup: float) -> dict[str, float]:
-    """Ingest and bare decoders at the same time."""
-    context = multiprocessing.get_context("fork")
-    cores = sorted(os.sched_getaffinity(0))
-    counters, stop = [context.Value("q", 0) for _ in cores], context.Event()
-    processes = [
-        context.Process(target=bare, args=(core, paths[at:] + paths[:at], counter, stop), daemon=True)
-        for at, (core, counter) in enumerate(zip(cores, counters, strict=True))
-    ]
-    for process in processes:
-        process.start()
-    time.sleep(1)
-    before, began = [counter.value for counter in counters], time.monotonic()
-    found, seconds, _ = rate(folder, "efficiency")
-    elapsed = time.monotonic() - began
-    after = [counter.value for counter in counters]
-    stop.set()
-    for process in processes:
-        process.join()
-    plain = sum(after) - sum(before)
-    result = {"ingest_clips_s": found, "bare_clips_s": plain / elapsed, "seconds": seconds, "ray_start_s": startup}
-    return result | {"efficiency": found / result["bare_clips_s"]}
+class Bare:
+    """The bare decoders, one per core, as long as the context lasts."""
+
+    def __init__(self, paths: list[str]) -> None:
+        context, cores = multiprocessing.get_context("fork"), sorted(os.sched_getaffinity(0))
+        self._counters, self._stop = [context.Value("q", 0) for _ in cores], context.Event()
+        self._processes = [
+            context.Process(target=bare, args=(core, paths[at:] + paths[:at], counter, self._stop), daemon=True)
+            for at, (core, counter) in enumerate(zip(cores, self._counters, strict=True))
+        ]
+
+    def __enter__(self) -> Bare:
+        for process in self._processes:
+            process.start()
+        time.sleep(1)
+        self._began, self._first, self._cpu = time.monotonic(), self._count(), self._cpu_seconds()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        elapsed, count = time.monotonic() - self._began, self._count() - self._first
+        self.rate, self.per_cpu_second = count / elapsed, count / (self._cpu_seconds() - self._cpu)
+        self._stop.set()
+        for process in self._processes:
+            process.join()
+
+    def _count(self) -> int:
+        return sum(counter.value for counter in self._counters)
+
+    def _cpu_seconds(self) -> float:
+        return sum(sum(psutil.Process(process.pid).cpu_times()[:2]) for process in self._processes)
+
+
+def cluster_cpu_seconds() -> float:
+    """Of all processes that cut: Ray's tasks, their decoders, and this one."""
+    total = sum(os.times()[:2])
+    for process in psutil.process_iter(["cmdline", "cpu_times"]):
+        words = " ".join(process.info["cmdline"] or [])
+        if process.info["cpu_times"] and ("vmoco.data.decoder" in words or words.startswith("ray::")):
+            total += sum(process.info["cpu_times"][:2])
+    return total
+
+
+def efficiency(folder: Path, paths: list[str], *, seconds: float, startup: float) -> dict[str, float]:
+    """Ingest between two stretches of bare decoders, and then both at once."""
+    with Bare(paths) as before:
+        time.sleep(seconds / 2)
+    whole, lasted, alone = rate(folder, "alone")
+    found = alone.steady(tail=2 * 64)  # two shards of 64 clips
+    with Bare(paths) as after:
+        time.sleep(seconds / 2)
+    rates = [before.rate, after.rate]
+    shutil.rmtree(folder / "alone")
+    with Bare(paths) as beside:
+        spent = cluster_cpu_seconds()
+        together, _, clock = rate(folder, "beside")
+        spent = cluster_cpu_seconds() - spent
+    result = {"ingest_clips_s": found, "bare_clips_s": sum(rates) / 2, "seconds": lasted, "ray_start_s": startup}
+    result |= {"efficiency": found / result["bare_clips_s"], "bare_drift": rates[1] / rates[0]}
+    result["efficiency_whole"] = whole / result["bare_clips_s"]
+    return result | {"at_once": clock.marks[-1][1] / spent / beside.per_cpu_second, "ingest_clips_s_at_once": together}
 
 
 class Peak:
@@ -233,11 +279,11 @@ def main() -> None:
     result: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ingest-", dir=chosen.scratch)))
-        # As many files as keep two workers busy for the time, at half of each core.
+        # As many files as keep all cores busy for the time.
         began = time.monotonic()
         each = sum(clips_of(path) for path in paths)
         alone = time.monotonic() - began
-        number = max(len(paths), round(chosen.seconds / alone * len(paths)))
+        number = max(len(paths), round(chosen.seconds / alone * len(paths) * len(os.sched_getaffinity(0))))
         copies(folder / "shared" / "in", sources, number)
         began = time.monotonic()
         cluster = stack.enter_context(LocalCluster(num_cpus=2, object_store_memory=2**28))
@@ -245,14 +291,16 @@ def main() -> None:
         import ray
 
         ray.init(address=cluster.gcs_address, log_to_driver=False)
-        result |= efficiency(folder / "shared", paths, startup=time.monotonic() - began)
+        # Before the cluster stops: a driver that loses it ends at once, and takes the error it was about to tell along.
+        stack.callback(ray.shutdown)
+        result |= efficiency(folder / "shared", paths, seconds=chosen.seconds, startup=time.monotonic() - began)
         print(
             {name: round(value, 3) for name, value in result.items()},
             f"{number} files, {each} clips in six",
             flush=True,
         )
         shutil.rmtree(folder / "shared")
-        copies(folder / "scaling" / "in", sources, max(len(paths), round(0.5 * number)))
+        copies(folder / "scaling" / "in", sources, max(len(paths), round(0.25 * number)))
         two, seconds_two, _ = rate(folder / "scaling", "two", videos_per_shard=6)
         report = encodings(folder / "encodings")
         print(json.dumps(report), flush=True)
@@ -261,7 +309,6 @@ def main() -> None:
         holder = ray.remote(num_cpus=1)(Holder).remote()
         ray.get(holder.here.remote())
         one, seconds_one, _ = rate(folder / "scaling", "one", videos_per_shard=6)
-        ray.shutdown()
         print(f"two workers {two:.1f} clips/s in {seconds_two:.0f} s, one {one:.1f} in {seconds_one:.0f} s", flush=True)
         result |= {"scaling": two / one, "encodings": report}
     print(json.dumps({name: value if isinstance(value, dict) else round(value, 3) for name, value in result.items()}))

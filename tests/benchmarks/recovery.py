@@ -53,19 +53,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
     worker, node = [], []
-    with tempfile.TemporaryDirectory() as home, Nodes(cpus=[1, 1]) as nodes:
-        runs = Runs(Path(home), nodes)
-        for number in range(rounds):
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as home, Nodes(cpus=[1, 1]) as nodes:
+            runs = Runs(Path(home), nodes)
 
-            def kill_worker() -> None:
+            def kill_worker(runs: Runs = runs) -> None:
                 os.kill(runs.workers()[0], signal.SIGKILL)
 
-            def kill_node(place: int = number) -> None:
-                nodes.kill(place)
+            def kill_node(nodes: Nodes = nodes) -> None:
+                nodes.kill(0)
 
-            worker.append(seconds_to_recover(runs, f"worker-{number}", kill_worker))
-            node.append(seconds_to_recover(runs, f"node-{number}", kill_node, "--scaling.min-workers", "1"))
-            nodes.add(1)
+            worker.append(seconds_to_recover(runs, "worker", kill_worker))
+            node.append(seconds_to_recover(runs, "node", kill_node, "--scaling.min-workers", "1"))
             print(f"worker {worker[-1]:.1f} s, node {node[-1]:.1f} s", flush=True)
     print(json.dumps({"worker_s": round(statistics.median(worker), 1), "node_s": round(statistics.median(node), 1)}))
 

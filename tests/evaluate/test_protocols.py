@@ -72,7 +72,7 @@ def test_a_video_is_answered_by_the_mean_of_its_clips() -> None:
     videos = np.array(["b", "a", "b", "b"], dtype=object)
     split = Split("s", np.zeros(4, bool), np.ones(4, bool), np.array([1, 0, 1, 1]), ("x", "y"), videos)
     shares = np.array([[0.6, 0.4], [0.9, 0.1], [0.6, 0.4], [0.0, 1.0]])
-    right, names = video_right(shares, np.arange(2), videos=videos, split=split)
+    right, names = video_right([shares[:2], shares[2:]], np.arange(2), videos=videos, split=split)
     assert (right.tolist(), names.tolist()) == ([1.0, 1.0], ["a", "b"])
 
 

@@ -14,9 +14,9 @@ from tests.dataset import make_data_set
 from tests.train.test_step import CPU, changed
 from vmoco.data.loader import Loader
 from vmoco.presets import PRESETS
-from vmoco.train.loop import _fingerprint, train
+from vmoco.train.loop import _fingerprint, check_state, train
 from vmoco.train.state import TrainState
-from vmoco.train.step import TrainStep
+from vmoco.train.step import NonFiniteError, TrainStep
 
 SETTINGS = changed(PRESETS["tiny"][1], train={"steps": 12, "log_every": 3, "checkpoint_every": 5})
 
@@ -166,3 +166,16 @@ def test_a_fingerprint_sees_a_value_and_a_swap(shape: tuple[int, ...]) -> None:
         first, last = (0,) * layout.ndim, tuple(size - 1 for size in shape)
         swapped[first], swapped[last] = layout[last], layout[first]
         assert float(_fingerprint(swapped)) != before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_state_that_is_not_finite_is_not_kept(tmp_path: Path, value: float) -> None:
+    """Finite losses and gradients may still lead to weights that are not, with one rank too."""
+    manifest = make_data_set(tmp_path)
+    state = TrainState(SETTINGS, manifest_hash=manifest.hash, device=CPU)
+    step = TrainStep(SETTINGS, state, CPU)
+    step(Loader(manifest, SETTINGS, rank=0, world_size=1).batch(0))
+    check_state(state)
+    next(iter(state.moco.query.parameters())).data[0, 0, 0, 0, 0] = value
+    with pytest.raises(NonFiniteError, match=r"the state after step 1 is not finite \(query\.backbone"):
+        check_state(state)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from vmoco.config import AugmentSettings
-from vmoco.seed import UInt64Array, hash64, uniform
+from vmoco.seed import UInt64Array, hash64, uniform, uniforms
 
 # Columns of the table of draws. A crop is in pixels of the stored frame.
 TOP, LEFT, HEIGHT, WIDTH, FLIP, GREY, BRIGHTNESS, CONTRAST, SATURATION, HUE, BLUR = range(11)
@@ -70,8 +70,8 @@ def draw(seeds: UInt64Array, settings: AugmentSettings, *, height: int, width: i
 
 def _crops(seeds: UInt64Array, min_area: float, *, height: int, width: int) -> npt.NDArray[np.float64]:
     """Random resized crops as torchvision draws them: the first of ten tries that fits, else the largest that does."""
-    tries = np.stack([uniform(seeds, hash64("augment", "area", i)) for i in range(_CROP_TRIES)], axis=1)
-    shapes = np.stack([uniform(seeds, hash64("augment", "ratio", i)) for i in range(_CROP_TRIES)], axis=1)
+    tries = uniforms(seeds, [hash64("augment", "area", i) for i in range(_CROP_TRIES)])
+    shapes = uniforms(seeds, [hash64("augment", "ratio", i) for i in range(_CROP_TRIES)])
     area = height * width * (min_area + (1 - min_area) * tries)
     ratio = np.exp((2 * shapes - 1) * math.log(4 / 3))
     widths, heights = np.round(np.sqrt(area * ratio)), np.round(np.sqrt(area / ratio))

@@ -83,8 +83,9 @@ class ClipCache:
         (self._folder / name[:2] / name).unlink(missing_ok=True)
 
     def size(self) -> int:
-        """Bytes of all clips that are there, counted now."""
-        return sum(size for _, size, _ in self._files())
+        """Bytes of all clips that are there, counted while none is added or removed."""
+        with self._account():
+            return sum(size for _, size, _ in self._files())
 
     def _make_room(self, num_bytes: int, account: Path) -> None:
         if num_bytes > self._max_bytes:

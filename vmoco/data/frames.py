@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -50,7 +51,7 @@ def decode(stored: Stored, encoding: Encoding, shape: Shape) -> Frames:
     """
     if encoding == "raw":
         pixels = np.frombuffer(stored, np.uint8)
-        if pixels.size != np.prod(shape):
+        if pixels.size != math.prod(shape):
             raise ValueError(f"{pixels.size} bytes are not a raw clip of {'x'.join(map(str, shape))}")
         return pixels.reshape(shape)
     return decode_images(unpack(stored, num_frames=shape[0]), shape)

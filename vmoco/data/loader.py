@@ -23,7 +23,7 @@ from vmoco.data.batch_memory import BatchMemory
 from vmoco.data.clip_reader import ClipReader, cache_for
 from vmoco.data.manifest import Manifest
 from vmoco.data.plan import Draws, Int64Array, Plan
-from vmoco.seed import UInt64Array, hash64, mix64, uniform
+from vmoco.seed import UInt64Array, hash64, mix64, uniform, uniforms
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Loader:
         key_order = self.plan.key_order(step)
         queries, keys = draws[self._share], draws[key_order[self._share]]
         num_frames = self._settings.data.num_frames
-        importance = np.stack([uniform(queries.seed, hash64("drop", t)) for t in range(num_frames)], axis=1)
+        importance = uniforms(queries.seed, [hash64("drop", t) for t in range(num_frames)])
         return RankBatch(
             step=step,
             query=self._view("query", queries, clips=queries.clip, window_seeds=queries.seed),

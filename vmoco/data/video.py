@@ -276,9 +276,9 @@ class _Collector:
 
     def __init__(self, wanted: Int64Array, sink: Sink, *, height: int, width: int) -> None:
         """`wanted` is (N, T): what each frame of each clip is called, increasing from clip to clip."""
-        self._wanted, self._sink = wanted, sink
+        self._sink = sink
         self._lasts = wanted.max(axis=1).tolist() if wanted.size else []
-        self._sets = [set(clip) for clip in wanted.tolist()]
+        self._places = [{name: np.flatnonzero(clip == name) for name in clip.tolist()} for clip in wanted]
         self._clip = 0
         self._frames = np.empty((wanted.shape[1] if wanted.size else 0, height, width, 3), np.uint8)
         self.scaler = Scaler(height=height, width=width)
@@ -286,14 +286,14 @@ class _Collector:
     @property
     def complete(self) -> bool:
         """Whether every clip was handed over."""
-        return self._clip == len(self._sets)
+        return self._clip == len(self._places)
 
     def take(self, name: int, frame: Any) -> None:
         """Takes a frame; two clips, or two places of one, may want the same."""
         scaled = None
-        while self._clip < len(self._sets) and name in self._sets[self._clip]:
+        while self._clip < len(self._places) and name in self._places[self._clip]:
             scaled = self.scaler.scale(frame) if scaled is None else scaled
-            self._frames[self._wanted[self._clip] == name] = scaled
+            self._frames[self._places[self._clip][name]] = scaled
             if name != self._lasts[self._clip]:
                 return
             self._sink.add(self._frames)

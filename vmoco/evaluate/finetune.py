@@ -128,9 +128,7 @@ def _test(
             frames = [window.of(clips[row]) for row in rows[first : first + settings.batch_size]]
             prepared = torch.cat([model.encoder.preprocess(torch.from_numpy(clip.copy())[None]) for clip in frames])
             shares.append(model(prepared.to(device)).softmax(dim=1).double().cpu().numpy())
-    right, videos = video_right(
-        np.concatenate(shares), np.arange(len(split.classes)), videos=split.video_ids[rows], split=split
-    )
+    right, videos = video_right(shares, np.arange(len(split.classes)), videos=split.video_ids[rows], split=split)
     return Measured("finetune", right, videos, f"{settings.epochs} epochs, {settings.clips_per_video} clips a video")
 
 

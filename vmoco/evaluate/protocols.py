@@ -38,13 +38,13 @@ class Measured:
 def measure_knn(table: FeatureTable, split: Split, settings: EvaluateSettings) -> list[Measured]:
     """Accuracy of the nearest neighbours' vote (`knn.classify`)."""
     train = table.blocks(split.train)
-    shares = [
-        knn.classify(queries, train, split.labels[split.train], k=settings.k, temperature=settings.temperature)
+    labels = split.labels[split.train]
+    shares = (
+        knn.classify(queries, train, labels, k=settings.k, temperature=settings.temperature)
         for queries in _chunks(table.blocks(split.test), knn.QUERIES)
-    ]
-    votes = np.concatenate(shares)
-    known = np.arange(votes.shape[1])
-    return [_accuracy("knn", votes, known, split, f"k {settings.k}, temperature {settings.temperature:g}")]
+    )
+    known = np.arange(int(labels.max()) + 1)
+    return [_accuracy("knn", shares, known, split, f"k {settings.k}, temperature {settings.temperature:g}")]
 
 
 def measure_probe(table: FeatureTable, split: Split, settings: EvaluateSettings) -> list[Measured]:
@@ -55,8 +55,8 @@ def measure_probe(table: FeatureTable, split: Split, settings: EvaluateSettings)
     chosen = np.zeros(len(split.train), bool)
     chosen[rows] = True
     probe = fit_probe(table.features(chosen), split.labels[chosen], video_ids=list(split.video_ids[chosen]))
-    shares = [probe.probabilities(block) for block in table.blocks(split.test)]
-    return [_accuracy("probe", np.concatenate(shares), probe.classes, split, f"C {probe.strength:g}")]
+    shares = (probe.probabilities(block) for block in table.blocks(split.test))
+    return [_accuracy("probe", shares, probe.classes, split, f"C {probe.strength:g}")]
 
 
 def measure_retrieval(table: FeatureTable, split: Split, settings: EvaluateSettings) -> list[Measured]:
@@ -79,12 +79,16 @@ MEASURES = {"knn": measure_knn, "probe": measure_probe, "retrieval": measure_ret
 
 
 def video_right(
-    shares: npt.NDArray[np.float64], classes: npt.NDArray[np.int64], *, videos: npt.NDArray[np.object_], split: Split
+    shares: Iterable[npt.NDArray[np.float64]],
+    classes: npt.NDArray[np.int64],
+    *,
+    videos: npt.NDArray[np.object_],
+    split: Split,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.object_]]:
     """Which videos are classified right by the mean over their clips.
 
     Args:
-        shares: (number of clips, C), of each class.
+        shares: (clips, C), of each class, block after block.
         classes: (C,), which class a column is.
         videos: video of each clip.
         split: knows the labels.
@@ -93,15 +97,21 @@ def video_right(
         1 or 0 for each video, and the videos, sorted.
     """
     names, members = np.unique(videos, return_inverse=True)
-    sums = np.zeros((len(names), shares.shape[1]))
-    np.add.at(sums, members, shares)
+    sums, first = np.zeros((len(names), len(classes))), 0
+    for block in shares:
+        np.add.at(sums, members[first : first + len(block)], block)
+        first += len(block)
     label_of = dict(zip(split.video_ids, split.labels, strict=True))
     truth = np.array([label_of[name] for name in names])
     return (classes[sums.argmax(axis=1)] == truth).astype(np.float64), names
 
 
 def _accuracy(
-    protocol: str, shares: npt.NDArray[np.float64], classes: npt.NDArray[np.int64], split: Split, detail: str
+    protocol: str,
+    shares: Iterable[npt.NDArray[np.float64]],
+    classes: npt.NDArray[np.int64],
+    split: Split,
+    detail: str,
 ) -> Measured:
     right, videos = video_right(shares, classes, videos=split.video_ids[split.test], split=split)
     return Measured(protocol, right, videos, detail)
@@ -118,8 +128,8 @@ def _video_features(
         np.add.at(sums, members[first : first + len(block)], block)
         first += len(block)
     assert sums is not None, "a split has clips"
-    unit = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
-    return np.ascontiguousarray(unit, np.float32), names
+    sums /= np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)  # in place: there may be many videos
+    return sums.astype(np.float32), names
 
 
 def _chunks(blocks: Iterable[Features], size: int) -> Iterator[Features]:

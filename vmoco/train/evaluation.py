@@ -26,9 +26,10 @@ from vmoco.data.manifest import Manifest
 from vmoco.encoder import Encoder
 from vmoco.evaluate.features import clip_features
 from vmoco.evaluate.knn import classify
-from vmoco.evaluate.score import score_encoder
+from vmoco.evaluate.score import TooFewVideosError, score_encoder
 from vmoco.export import encoder_in
 from vmoco.placement import EvaluationSettings
+from vmoco.promotion import Score, label_free_score
 from vmoco.train.checkpoints import Kept
 from vmoco.train.resume import local_copy
 
@@ -65,12 +66,48 @@ def reserve(settings: EvaluationSettings, *, timeout: float) -> PlacementGroup |
 def evaluate(uri: str, data_uri: str, max_videos: int) -> dict[str, float]:
     """Scores the encoder of a checkpoint on the held-out videos of its data set; by name of the number."""
     manifest = Manifest.load(data_uri)
-    with local_copy(uri) as checkpoint:
-        encoder = encoder_in(checkpoint, manifest=manifest).to("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = _encoder(uri, manifest)
     numbers = score_encoder(encoder, manifest, max_videos=max_videos).numbers()
     if (accuracy := knn_accuracy(encoder, manifest, max_clips=4 * max_videos)) is not None:
         numbers["knn"] = accuracy
     return {f"score/{name}": value for name, value in numbers.items()}
+
+
+@ray.remote(max_retries=2)
+def score(uri: str, data_uri: str, max_videos: int) -> Score | None:
+    """The label-free score of the encoder of a checkpoint; None where its data set has too few videos for one."""
+    manifest = Manifest.load(data_uri)
+    try:
+        return label_free_score(score_encoder(_encoder(uri, manifest), manifest, max_videos=max_videos))
+    except TooFewVideosError:
+        return None
+
+
+def final_score(kept: Kept, settings: PretrainSettings, group: PlacementGroup | None) -> Score | None:
+    """The score that goes with the encoder of a run's last checkpoint, measured as those of the others were.
+
+    Raises:
+        ray.exceptions.RayError: the task failed.
+    """
+    found: Score | None = ray.get(
+        score.options(**_options(settings.evaluation, group)).remote(
+            kept.uri, settings.data.uri, settings.evaluation.max_videos
+        )
+    )
+    return found
+
+
+def _options(settings: EvaluationSettings, group: PlacementGroup | None) -> dict[str, Any]:
+    wanted = resources(settings)
+    options: dict[str, Any] = {"num_cpus": wanted.get("CPU", 0), "num_gpus": wanted.get("GPU", 0)}
+    # Without this a task would inherit the placement group of the worker that starts it, and never run.
+    options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group) if group else "DEFAULT"
+    return options
+
+
+def _encoder(uri: str, manifest: Manifest) -> Encoder:
+    with local_copy(uri) as checkpoint:
+        return encoder_in(checkpoint, manifest=manifest).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def knn_accuracy(encoder: Encoder, manifest: Manifest, *, max_clips: int) -> float | None:
@@ -131,11 +168,7 @@ class Evaluator:
         self._hold = hold
         self._done = done
         self._failed = failed
-        wanted = resources(settings.evaluation)
-        options: dict[str, Any] = {"num_cpus": wanted.get("CPU", 0), "num_gpus": wanted.get("GPU", 0)}
-        # Without this it would inherit the placement group of the worker that starts it, and never run.
-        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group) if group else "DEFAULT"
-        self._task = evaluate.options(**options)
+        self._task = evaluate.options(**_options(settings.evaluation, group))
         self._waiting: _Waiting | None = None
         self._wake = threading.Condition()
         self._closing = False

@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vmoco import registry, tracking
+from vmoco import promotion, registry, tracking
 from vmoco.config import PretrainSettings
-from vmoco.export import write_encoder
+from vmoco.export import add_scores, write_encoder
 from vmoco.job import StopRequest, is_user_error
 from vmoco.train.channel import Channel, Listener
 from vmoco.train.checkpoints import Kept
-from vmoco.train.evaluation import reserve, resources
+from vmoco.train.evaluation import final_score, reserve, resources
 from vmoco.train.lease import Lease
 from vmoco.train.resume import local_copy
 from vmoco.train.run import PreparedRun, Run, close_run, introduce, open_run
@@ -100,7 +101,7 @@ def _pretrain(
             last = _fit(run, channel, lease, evaluation, callbacks)
             finished = last.step == run.settings.train.steps
             status = "KILLED"  # unless it has ended and its encoder is safe
-            registered = _export(run, last) if finished else None
+            registered = _export(run, last, evaluation, show) if finished else None
             status = "FINISHED" if finished else status
             if finished:
                 close_run(run, registered.uri if registered else f"runs:/{run.run_id}/{registry.ARTIFACT_FOLDER}")
@@ -215,14 +216,14 @@ def _fit(run: Run, channel: Any, lease: Lease, evaluation: Any, callbacks: Seque
     return Kept(**last)
 
 
-def _export(run: Run, last: Kept) -> registry.Registered | None:
+def _export(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) -> registry.Registered | None:
     """Logs the encoder with its run, and registers it where the settings name it.
 
     Raises:
         ValueError: the tracker does not take it; the run is not lost.
     """
     try:
-        return _register(run, last)
+        return _register(run, last, evaluation, show)
     except Exception as error:
         if is_user_error(error):
             raise
@@ -233,16 +234,32 @@ def _export(run: Run, last: Kept) -> registry.Registered | None:
         ) from error
 
 
-def _register(run: Run, last: Kept) -> registry.Registered | None:
+def _register(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) -> registry.Registered | None:
     settings = run.settings
+    name = settings.tracking.register_as
+    score = _score(run, last, evaluation, show) if name is not None and settings.evaluation.enabled else None
     with tempfile.TemporaryDirectory() as folder, local_copy(last.uri) as checkpoint:
         write_encoder(checkpoint, Path(folder), manifest=run.manifest)
+        if score is not None:
+            add_scores(Path(folder), {score.protocol: score.row()})
         registry.attach(Path(folder), run_id=run.run_id)
-    if settings.tracking.register_as is None:
+    if name is None:
         return None
-    return registry.register(
+    registered = registry.register(
         run.run_id,
-        name=settings.tracking.register_as,
+        name=name,
         alias=settings.tracking.alias,
         description=f"run {settings.run.name}, step {settings.train.steps}, data {run.manifest.hash}",
     )
+    promotion.record(f"models:/{registered.name}/{registered.version}", [score] if score else [])
+    return registered
+
+
+def _score(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) -> promotion.Score | None:
+    """The score that the registered encoder carries; a look that fails takes no encoder from anybody."""
+    try:
+        return final_score(last, run.settings, evaluation)
+    except ray.exceptions.RayError as error:
+        said = str(error).splitlines()[-1]
+        show(f"warning: the encoder is registered without a score, and `jobs/evaluate.py` gives it one: {said}")
+        return None

@@ -16,7 +16,7 @@ from vmoco.train.interval import Interval
 from vmoco.train.sheet import contact_sheet
 from vmoco.train.staleness import oldest_key_similarity
 from vmoco.train.state import TrainState
-from vmoco.train.step import TrainStep
+from vmoco.train.step import NonFiniteError, TrainStep
 from vmoco.train.utilisation import Utilisation
 
 _CLIPS_SHOWN = 4
@@ -91,7 +91,7 @@ def train(
         stopping = metrics.stop()
         if stopping or is_last or metrics.checkpoint() or state.step % settings.train.checkpoint_every == 0:
             started = time.perf_counter()
-            check_ranks_agree(state)
+            check_state(state)
             host.checkpoint(state)
             interval.stalled(time.perf_counter() - started)
             if is_first and dropped.num_clips():
@@ -124,16 +124,23 @@ def show_generator(
     host.document(f"{name}.png", contact_sheet(frames, chosen, names=names, shares=dropped.shares(), title=title))
 
 
-def check_ranks_agree(state: TrainState) -> None:
-    """Compares a fingerprint of the whole state over the ranks: replicas that drift apart are worthless.
+def check_state(state: TrainState) -> None:
+    """Checks that the state is worth keeping: finite, and the same on all ranks by a fingerprint of every tensor.
 
     Raises:
-        AssertionError: they differ; this is a fault of vmoco or of the hardware.
+        NonFiniteError: it is not finite, on all ranks: the last update was one from a finite gradient to infinity.
+        AssertionError: ranks differ; this is a fault of vmoco or of the hardware.
     """
     # How many batches a normalisation has seen is each rank's own, and decides nothing.
     named = {name: tensor for name, tensor in state.tensors().items() if "num_batches_tracked" not in name}
     mine = torch.stack([_fingerprint(tensor).to(state.moco.queue.keys.device) for tensor in named.values()])
     everyone = distributed.gather_rows(mine[None], [1] * distributed.world_size())  # every rank waits for all
+    broken = [name for at, name in enumerate(named) if not everyone[:, at].isfinite().all()]
+    if broken:
+        raise NonFiniteError(
+            f"the state after step {state.step} is not finite ({', '.join(broken[:3])}): it is not kept. Lower "
+            "train.learning-rate, or set train.precision to fp32"
+        )
     differing = [name for at, name in enumerate(named) if len(everyone[:, at].unique()) > 1]
     assert not differing, f"ranks hold different states at step {state.step}: {', '.join(differing[:5])}"
 

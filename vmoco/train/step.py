@@ -29,9 +29,9 @@ from vmoco.train.state import TrainState
 
 
 class NonFiniteError(ValueError):
-    """A loss or gradient is not a number: the run stops before the optimizer.
+    """A loss, gradient or state is not a number: the run stops, and no checkpoint has seen it.
 
-    No checkpoint has seen it. The state in memory has (running statistics, momentum) and must be thrown away.
+    The state in memory has (running statistics, momentum) and must be thrown away.
     """
 
 
