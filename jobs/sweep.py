@@ -15,8 +15,6 @@ checkpoints, and those that failed are tried again.
 """
 
 import functools
-import tempfile
-from pathlib import Path
 
 import tyro
 
@@ -28,31 +26,28 @@ show = functools.partial(print, flush=True)
 
 def main() -> None:
     settings = tyro.extras.overridable_config_cli(SWEEPS, description=__doc__)
-    dashboard_url = job.connect(dashboard=True, worker_output=False)
-    from vmoco import storage, tracking  # not before: Ray reads how to authenticate when it is imported
-    from vmoco.sweep import sweep as sweeps
-    from vmoco.sweep.report import PAGE, write_report
+    from vmoco.sweep.prepare import prepare
 
-    prepared = sweeps.prepare(settings)
+    prepared = prepare(settings)
+    dashboard_url = job.connect(dashboard=True, worker_output=False)
+    from vmoco import tracking
+    from vmoco.sweep import sweep as sweeps  # not before: Ray reads how to authenticate when it is imported
+    from vmoco.sweep.report import write_report
+
     if command := job.stop_command(dashboard_url):
         show(f"to stop this job: {command}; the same command goes on")
     status = "KILLED"
     try:
         sweep = sweeps.run_sweep(prepared, show=show)
         registered = sweeps.register_best(prepared)
-        with tempfile.TemporaryDirectory() as folder:
-            page = write_report(sweep, Path(folder)).read_text()
-        place = storage.join(sweep.folder, PAGE)
-        storage.write_atomic(place, page.encode())
-        tracking.note_run(sweep.parent_run, tags={"vmoco.best": registered}, texts={PAGE: page})
-        status = "FINISHED" if sweep.best() else "FAILED"
+        show(f"report {write_report(sweep)}, with scores.png and curves.png beside it")
+        best = sweep.best()
+        status = "FINISHED" if best else "FAILED"
     finally:
         if prepared.sweep.parent_run and (problem := tracking.finish_run(prepared.sweep.parent_run, status)):
             show(f"warning: {problem}")
-    show(f"report {place}")
-    best = sweep.best()
     if best is None:
-        raise ValueError(f"no trial has finished with a score; the reasons are above and in {place}")
+        raise ValueError("no trial has finished with a score; the reasons are above and in the report")
     show(f"best trial {best.name} with {sweep.score} {best.scores[sweep.score]:.3f}, registered as {registered}")
 
 

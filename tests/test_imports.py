@@ -32,6 +32,8 @@ HOMES = {
     },
     "mlflow": {"vmoco.tracking", "vmoco.registry", "vmoco.encoder_program"},
     "av": {"vmoco.data.video", "vmoco.data.scale"},
+    "optuna": {"vmoco.sweep.search"},
+    "plotly": {"vmoco.sweep.report"},
     "faiss": {"vmoco.evaluate.knn"},
     "sklearn": {"vmoco.evaluate.probe", "vmoco.evaluate.gallery"},
 }

@@ -150,13 +150,12 @@ def history(run_id: str, name: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in client().get_metric_history(run_id, name)]
 
 
-def note_run(run_id: str, *, tags: Mapping[str, str], texts: Mapping[str, str]) -> None:
-    """Adds tags, and texts as artifacts by name, to a run."""
+def note_run(run_id: str, *, tags: Mapping[str, str], documents: Mapping[str, Document] | None = None) -> None:
+    """Adds tags, and documents as artifacts by name, to a run."""
     tracker = client()
     for key, value in tags.items():
         tracker.set_tag(run_id, key, value)
-    for name, text in texts.items():
-        tracker.log_text(run_id, text, name)
+    RunTracker(tracking_uri(), run_id).send([], documents or {})
 
 
 def _experiment(tracker: Any, name: str) -> str:

@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 
 from vmoco.presets import PRESETS
-from vmoco.sweep.space import load_space, make_plan
+from vmoco.sweep import search
+from vmoco.sweep.ledger import Trial
+from vmoco.sweep.space import Space, load_space
 
 BASE = PRESETS["tiny"][1]
 
 
 def test_the_named_grid_has_all_sixteen_combinations() -> None:
     """Each ratio meets each kind of decay once, with the settings that its name says."""
-    points = make_plan(load_space("ratio-decay"), BASE, search="grid", samples=1).points
+    points = search.grid(Space.read(load_space("ratio-decay"), BASE)).points
     found = {(p.settings.generator.drop_ratio, p.values["decay"]) for p in points}
     assert found == {(r, d) for r in (0, 0.25, 0.5, 0.75) for d in ("none", "constant", "linear", "cosine")}
     for point in points:
@@ -25,28 +27,44 @@ def test_the_named_grid_has_all_sixteen_combinations() -> None:
 
 def test_random_draws_follow_from_the_seed_and_stay_in_the_range() -> None:
     """The same seed gives the same trials, another gives others, none outside its range."""
-    space = {"moco.momentum": {"low": 0.5, "high": 0.9}, "model.embedding-dim": {"low": 8, "high": 64, "log": True}}
-    first, again = (make_plan(space, BASE, search="random", samples=20).points for _ in range(2))
+    axes = {"moco.momentum": {"low": 0.5, "high": 0.9}, "model.embedding-dim": {"low": 8, "high": 64, "log": True}}
+    first, again = (search.random(Space.read(axes, BASE), samples=20).points for _ in range(2))
     assert first == again
+    assert len(first) == 20
     other = BASE.model_copy(update={"run": BASE.run.model_copy(update={"seed": 1})})
-    assert [p.values for p in make_plan(space, other, search="random", samples=20).points] != [p.values for p in first]
+    assert [p.values for p in search.random(Space.read(axes, other), samples=20).points] != [p.values for p in first]
     assert all(0.5 <= p.settings.moco.momentum <= 0.9 and 8 <= p.settings.model.embedding_dim <= 64 for p in first)
 
 
+def test_random_draws_of_a_small_space_are_each_tried_once() -> None:
+    """More samples than there are combinations: every combination, none twice."""
+    points = search.random(Space.read({"moco.decay": [0.9, 0.99, 1.0]}, BASE), samples=10).points
+    assert sorted(point.settings.moco.decay for point in points) == [0.9, 0.99, 1.0]
+
+
+def test_combinations_that_no_run_can_have_are_left_out_with_a_reason() -> None:
+    """The others are tried; the reason names the combination."""
+    plan = search.grid(Space.read({"moco.decay": [0.9, 2.0], "generator.drop_ratio": [0.0, 0.5]}, BASE))
+    assert [point.values["moco.decay"] for point in plan.points] == [0.9, 0.9]
+    assert len(plan.refused) == 2
+    assert "moco.decay 2, generator.drop_ratio 0.5" in plan.refused[1]
+
+
 @pytest.mark.parametrize(
-    ("space", "said"),
+    ("axes", "said"),
     [
         ({"moco.decai": [1.0]}, "did you mean 'moco.decay'"),
         ({"moco.decay": []}, "has no value"),
         ({"moco.decay": [2.0]}, "no combination of the space is a valid run"),
         ({"moco.decay": {"low": 0.5, "high": 0.9}}, "--search random"),
+        ({"moco.decay": {"low": 0.9, "high": 0.5}}, "low must be a number below high"),
         ({"data.uri": ["a", "b"]}, "give it as a flag"),
     ],
 )
-def test_a_bad_space_gets_a_sentence(space: dict[str, object], said: str) -> None:
+def test_a_bad_space_gets_a_sentence(axes: dict[str, object], said: str) -> None:
     """What is wrong is named before any trial."""
     with pytest.raises(ValueError, match=said):
-        make_plan(space, BASE, search="grid", samples=1)
+        search.grid(Space.read(axes, BASE))
 
 
 def test_an_unknown_or_empty_file_is_refused(tmp_path: Path) -> None:
@@ -56,3 +74,31 @@ def test_an_unknown_or_empty_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("")
     with pytest.raises(ValueError, match="is empty"):
         load_space(str(tmp_path / "empty.yaml"))
+
+
+def optimise(space: Space, count: int) -> list[float]:
+    """Scores of trials that Optuna chose one after the other; the best is at momentum 0.8 and a ratio of 0.5."""
+    trials: list[Trial] = []
+    while len(trials) < count and (point := search.suggest(space, trials, score="score/retrieval")):
+        score = 1 - abs(point.values["moco.momentum"] - 0.8) - abs(point.values["generator.drop_ratio"] - 0.5)
+        trials.append(Trial(str(len(trials)), point.values, 1, status="finished", scores={"score/retrieval": score}))
+    return [trial.scores["score/retrieval"] for trial in trials]
+
+
+def test_optuna_learns_from_the_scores_and_follows_from_the_seed() -> None:
+    """Late trials score better than early ones and than random draws; the same history gives the same next trial."""
+    space = Space.read(
+        {"moco.momentum": {"low": 0.1, "high": 0.9}, "generator.drop_ratio": [0.0, 0.25, 0.5, 0.75]}, BASE
+    )
+    scores = optimise(space, 30)
+    assert scores == optimise(space, 30)
+    assert sum(scores[-10:]) / 10 > sum(scores[:10]) / 10 + 0.1
+    drawn = [p.values for p in search.random(space, samples=30).points]
+    plain = [1 - abs(v["moco.momentum"] - 0.8) - abs(v["generator.drop_ratio"] - 0.5) for v in drawn]
+    assert sum(scores) > sum(plain)
+
+
+def test_optuna_ends_where_all_has_been_tried() -> None:
+    """A space of three values gives three trials, none twice."""
+    space = Space.read({"moco.momentum": [0.7, 0.8, 0.9], "generator.drop_ratio": [0.5]}, BASE)
+    assert len(set(optimise(space, 10))) == 3

@@ -10,6 +10,7 @@ from ray import tune
 
 from vmoco import tracking
 from vmoco.sweep.ledger import Sweep, Trial
+from vmoco.sweep.space import said
 from vmoco.train.run import PreparedRun, run_id_of
 
 
@@ -56,7 +57,7 @@ class Board(tune.Callback):
         else:
             self._ended(own, trial, "stopped")
             if own.run_id:  # its process was ended, so nobody else says it
-                tracking.note_run(own.run_id, tags={"vmoco.stopped": f"by ASHA at step {own.step}"}, texts={})
+                tracking.note_run(own.run_id, tags={"vmoco.stopped": f"by ASHA at step {own.step}"})
                 tracking.finish_run(own.run_id, "KILLED")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -71,16 +72,16 @@ class Board(tune.Callback):
         self._show(f"trial {own.name} failed: {reason}")
         self._ended(own, trial, "failed")
         if own.run_id:
-            tracking.note_run(own.run_id, tags={"vmoco.failed": reason[:5000]}, texts={})
+            tracking.note_run(own.run_id, tags={"vmoco.failed": reason[:5000]})
 
     def _ended(self, own: Trial, trial: Any, status: Any) -> None:
         own.status = status
-        own.run_id = run_id_of(self._prepared[trial.config["trial"]["index"]])
+        own.run_id = run_id_of(self._prepared[trial.config["index"]])
         self._sweep.save()
         self._table(now=True)
 
     def _of(self, trial: Any) -> Trial:
-        return self._sweep.trials[trial.config["trial"]["index"]]
+        return self._sweep.trials[trial.config["index"]]
 
     def _table(self, *, now: bool) -> None:
         if not now and time.monotonic() - self._shown < self._seconds:
@@ -107,7 +108,6 @@ def table(sweep: Sweep, seconds_left: dict[str, float | None]) -> list[str]:
         lines.append(
             f"{trial.name:{width}}  {trial.status:8}  {f'{trial.step}/{trial.steps}':>13}  "
             f"{'-' if score is None else f'{score:.3f}':>14}  {'-' if rank is None else f'{rank:.1f}':>6}  "
-            f"{'-' if left is None else f'{left // 60:.0f}:{left % 60:02.0f}':>8}  "
-            + ", ".join(f"{axis} {value}" for axis, value in trial.values.items())
+            f"{'-' if left is None else f'{left // 60:.0f}:{left % 60:02.0f}':>8}  " + said(trial.values)
         )
     return lines

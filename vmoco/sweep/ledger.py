@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from vmoco import storage
-from vmoco.train.run import PreparedRun
 
 RECORD = "sweep.json"
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
@@ -19,8 +18,6 @@ class Trial:
 
     name: str
     values: dict[str, Any]
-    content: str
-    """Hash of what decides its numbers."""
     steps: int
     status: Status = "waiting"
     step: int = 0
@@ -43,9 +40,11 @@ class Sweep:
 
     name: str
     folder: str
+    content: str
+    """Hash of what the sweep is: data, space, search, metric, and what all trials share."""
     metric: str
     manifest_hash: str
-    trials: list[Trial]
+    trials: list[Trial] = field(default_factory=list)
     parent_run: str = ""
     registered: str = ""
     """Version that its best encoder became, as models:/NAME/VERSION."""
@@ -65,29 +64,10 @@ class Sweep:
         storage.write_atomic(storage.join(self.folder, RECORD), json.dumps(asdict(self), indent=1).encode())
 
 
-def open_sweep(sweep: Sweep, prepared: list[PreparedRun]) -> Sweep:
-    """The sweep as it was left, or the given one where it is new.
-
-    Args:
-        sweep: with trials that wait.
-        prepared: run of each trial.
-
-    Raises:
-        ValueError: the name belongs to another sweep.
-    """
+def read_sweep(folder: str) -> Sweep | None:
+    """The sweep that a folder holds; None where it holds none."""
     try:
-        kept = json.loads(storage.read_bytes(storage.join(sweep.folder, RECORD)))
+        kept = json.loads(storage.read_bytes(storage.join(folder, RECORD)))
     except FileNotFoundError:
-        return sweep
-    found = Sweep(**kept | {"trials": [Trial(**row) for row in kept["trials"]]})
-    same = [trial.content for trial in found.trials] == [trial.content for trial in sweep.trials]
-    if not same or (found.manifest_hash, found.metric) != (sweep.manifest_hash, sweep.metric):
-        raise ValueError(
-            f"run.name {sweep.name!r} belongs to a sweep with another space, data set, metric or settings: submit it "
-            "as it was to go on, or give another run.name"
-        )
-    for trial, run in zip(found.trials, prepared, strict=True):
-        # Whether a trial has ended well is known best by its own folder: the driver may have died just then.
-        if not trial.ended or (trial.status == "finished" and not run.finished):
-            trial.status, trial.reason = "waiting", ""
-    return found
+        return None
+    return Sweep(**kept | {"trials": [Trial(**row) for row in kept["trials"]]})

@@ -1,15 +1,20 @@
-"""report.html of a sweep: what its trials scored, by setting and over time. One file, which needs no network."""
+"""The report of a sweep: what its trials scored, by setting and over time.
+
+One HTML file, which needs no network, and the two pictures that matter as PNG, for whoever cannot open it.
+"""
 
 from __future__ import annotations
 
 import html
-from pathlib import Path
+import io
 from typing import Any
 
 import plotly.graph_objects as go
+from matplotlib.figure import Figure
 
-from vmoco import tracking
+from vmoco import storage, tracking
 from vmoco.sweep.ledger import Sweep, Trial
+from vmoco.sweep.space import said, short
 
 PAGE = "report.html"
 Curves = dict[str, list[tuple[int, float]]]
@@ -18,19 +23,27 @@ _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1080px; padding: 0 1rem; }
 h1 { font-size: 1.35rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-size: .85rem; } td, th { padding: .25rem .7rem; text-align: left; }
-tr { border-top: 1px solid #8884; } .best { font-weight: 600; background: #22a06b22; } .wide { overflow-x: auto; }
+tr { border-top: 1px solid #8884; } td:first-child { white-space: nowrap; }
+.best { font-weight: 600; background: #22a06b22; } .wide { overflow-x: auto; }
 """
 
 
-def write_report(sweep: Sweep, folder: Path) -> Path:
-    """Fetches the curves of all trials from the tracker, and writes the page; returns its path."""
+def write_report(sweep: Sweep) -> str:
+    """Writes page and pictures to the sweep's folder and to its run in the tracker, which has the curves.
+
+    Returns:
+        URI of the page.
+    """
     scores = {trial.name: tracking.history(trial.run_id, sweep.score) for trial in sweep.trials if trial.run_id}
     best = sweep.best()
     decay = tracking.history(best.run_id, "decay") if best and best.run_id else []
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / PAGE
-    path.write_text(page(sweep, scores, decay))
-    return path
+    documents: dict[str, str | bytes] = {PAGE: page(sweep, scores, decay)} | pictures(sweep, scores)
+    for name, content in documents.items():
+        storage.write_atomic(
+            storage.join(sweep.folder, name), content.encode() if isinstance(content, str) else content
+        )
+    tracking.note_run(sweep.parent_run, tags={"vmoco.best": sweep.registered}, documents=documents)
+    return storage.join(sweep.folder, PAGE)
 
 
 def page(sweep: Sweep, scores: Curves, decay: list[tuple[int, float]]) -> str:
@@ -44,17 +57,17 @@ def page(sweep: Sweep, scores: Curves, decay: list[tuple[int, float]]) -> str:
     scored = [trial for trial in sweep.trials if sweep.score in trial.scores]
     axes = list(sweep.trials[0].values)
     figures: list[tuple[str, go.Figure]] = []
-    if len(axes) >= 2 and scored:
-        figures.append((f"{sweep.metric} by {axes[0]} and {axes[1]}", _heat_map(sweep, scored, axes[0], axes[1])))
+    if _has_grid(sweep):
+        figures.append((f"{sweep.metric} by {axes[0]} and {axes[1]}", _heat_map(sweep)))
     if scored:
         figures.append(("All settings at once", _parallel(sweep, scored, axes)))
     if any(scores.values()):
         figures.append((f"{sweep.metric} over training", _lines(scores, "step", sweep.metric)))
     if decay:
-        figures.append(("Decay t of the best trial", _lines({"t": decay}, "step", "t")))
+        figures.append(("Decay t of the best trial", _lines({"t": decay}, "step", "t").update_yaxes(tickformat=".6~f")))
     parts = []
     for place, (title, figure) in enumerate(figures):
-        figure.update_layout(margin={"l": 70, "r": 40, "t": 30, "b": 60}, height=420, template="plotly_white")
+        figure.update_layout(margin={"l": 90, "r": 40, "t": 70, "b": 60}, height=440, template="plotly_white")
         # The first brings the library along for all.
         drawn = figure.to_html(full_html=False, include_plotlyjs=place == 0, config={"displaylogo": False})
         parts.append(f"<h2>{html.escape(title)}</h2>{drawn}")
@@ -69,26 +82,49 @@ def page(sweep: Sweep, scores: Curves, decay: list[tuple[int, float]]) -> str:
 def _summary(sweep: Sweep) -> str:
     states = [trial.status for trial in sweep.trials]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    said = f"{len(states)} trials on data {sweep.manifest_hash}: {counts}."
-    if best := sweep.best():
-        values = ", ".join(f"{axis} {value}" for axis, value in best.values.items())
-        said += f" Best by {sweep.metric}: {best.name} ({values}) with {best.scores[sweep.score]:.3f}"
-        if sweep.metric == "retrieval" and "score/retrieval_by_colour" in best.scores:
-            said += f"; mean colour alone reaches {best.scores['score/retrieval_by_colour']:.3f}"
-        said += f", registered as {sweep.registered}." if sweep.registered else "."
-    return said
+    text = f"{len(states)} trials on data {sweep.manifest_hash}: {counts}."
+    best = sweep.best()
+    if best is None:
+        return text + " None has finished with a score."
+    text += f" Best by {sweep.metric}: {best.name} ({said(best.values)}) with {best.scores[sweep.score]:.3f}"
+    text += f", registered as {sweep.registered}." if sweep.registered else "."
+    colour = best.scores.get("score/retrieval_by_colour")
+    if sweep.metric == "retrieval" and colour is not None:
+        text += f" Mean colour alone reaches {colour:.3f}"
+        beaten = best.scores[sweep.score] > colour
+        text += (
+            "." if beaten else ", so no trial shows that it has learned more than that: train longer, on more videos."
+        )
+    return text
 
 
-def _heat_map(sweep: Sweep, scored: list[Trial], down: str, across: str) -> go.Figure:
-    """Where more axes vary than two, a cell is the best of its trials."""
-    rows, columns = ([str(v) for v in dict.fromkeys(t.values[axis] for t in scored)] for axis in (down, across))
+def _grid(sweep: Sweep) -> tuple[list[str], list[str], list[list[float | None]]]:
+    """Names of rows (first axis) and columns (second), and scores; where more axes vary, the best of a cell's."""
+    scored = [trial for trial in sweep.trials if sweep.score in trial.scores]
+    down, across = list(sweep.trials[0].values)[:2]
+    rows, columns = (_ordered([trial.values[axis] for trial in scored]) for axis in (down, across))
     cells: list[list[float | None]] = [[None] * len(columns) for _ in rows]
     for trial in scored:
-        row, column = rows.index(str(trial.values[down])), columns.index(str(trial.values[across]))
+        row, column = rows.index(short(trial.values[down])), columns.index(short(trial.values[across]))
         value, before = trial.scores[sweep.score], cells[row][column]
         cells[row][column] = value if before is None else max(before, value)
-    heat = go.Heatmap(z=cells, x=columns, y=rows, texttemplate="%{z:.3f}", colorscale="Viridis")
-    figure = go.Figure(heat)
+    return rows, columns, cells
+
+
+def _ordered(values: list[Any]) -> list[str]:
+    """Each once, numbers ascending, all else as it came."""
+    numbers = all(isinstance(value, int | float) for value in values)
+    return list(dict.fromkeys(map(short, sorted(values) if numbers else values)))
+
+
+def _has_grid(sweep: Sweep) -> bool:
+    return len(sweep.trials[0].values) >= 2 and any(sweep.score in trial.scores for trial in sweep.trials)
+
+
+def _heat_map(sweep: Sweep) -> go.Figure:
+    rows, columns, cells = _grid(sweep)
+    down, across = list(sweep.trials[0].values)[:2]
+    figure = go.Figure(go.Heatmap(z=cells, x=columns, y=rows, texttemplate="%{z:.3f}", colorscale="Viridis"))
     figure.update_xaxes(title=across, type="category")
     figure.update_yaxes(title=down, type="category")
     return figure
@@ -123,6 +159,45 @@ def _lines(curves: Curves, across: str, up: str) -> go.Figure:
     return figure
 
 
+def pictures(sweep: Sweep, scores: Curves) -> dict[str, bytes]:
+    """PNGs by file name: scores by the first two axes, and scores over training."""
+    drawn = {}
+    if _has_grid(sweep):
+        rows, columns, cells = _grid(sweep)
+        figure, axes = _figure(width=2.5 + 1.1 * len(columns), height=1.6 + 0.7 * len(rows))
+        image = axes.imshow([[float("nan") if cell is None else cell for cell in row] for row in cells], origin="lower")
+        for row, found in enumerate(cells):
+            for column, cell in enumerate(found):
+                if cell is not None:
+                    axes.text(column, row, f"{cell:.3f}", ha="center", va="center", backgroundcolor="#ffffffa0")
+        down, across = list(sweep.trials[0].values)[:2]
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set(xlabel=across, ylabel=down, title=f"{sweep.metric} of {sweep.name}")
+        figure.colorbar(image)
+        drawn["scores.png"] = _png(figure)
+    if any(scores.values()):
+        figure, axes = _figure(width=8, height=5)
+        for name, points in scores.items():
+            axes.plot([step for step, _ in points], [value for _, value in points], marker=".", label=name)
+        axes.set(xlabel="step", ylabel=sweep.metric, title=f"{sweep.metric} over training")
+        if len(scores) <= 16:
+            axes.legend(fontsize="x-small")
+        drawn["curves.png"] = _png(figure)
+    return drawn
+
+
+def _figure(*, width: float, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    return content.getvalue()
+
+
 def _table(sweep: Sweep, axes: list[str]) -> str:
     best = sweep.best()
     names = list(dict.fromkeys((sweep.score, "score/retrieval_by_colour", "score/effective_rank")))
@@ -131,7 +206,7 @@ def _table(sweep: Sweep, axes: list[str]) -> str:
     worst = float("-inf")
     for trial in sorted(sweep.trials, key=lambda trial: -trial.scores.get(sweep.score, worst)):
         numbers = [f"{trial.scores[name]:.3f}" if name in trial.scores else "" for name in names]
-        values = [str(trial.values[axis]) for axis in axes]
+        values = [short(trial.values[axis]) for axis in axes]
         cells = [trial.name, trial.status, f"{trial.step}/{trial.steps}", *values, *numbers, trial.reason]
         kind = ' class="best"' if trial is best else ""
         rows.append(f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")

@@ -1,24 +1,19 @@
-"""What a sweep tries: a list of points, each a full settings of a pretraining, known before the first trial starts.
-
-The list is a pure function of the space and the run's seed. So the same sweep has the same trials whenever it is
-submitted, and going on needs no state of the search.
-"""
+"""What a sweep may try: axes, of which each combination of values is the settings of a pretraining."""
 
 from __future__ import annotations
 
 import difflib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import yaml
 
 from vmoco.config import PretrainSettings
-from vmoco.seed import hash64
 
 # Neither changes what an encoder learns, and the sweep sets them itself.
 _NOT_TRIED = ("run.name", "run.storage", "data.uri", "tracking", "evaluation")
@@ -37,22 +32,114 @@ BUILT_IN: dict[str, dict[str, Any]] = {
 """Spaces by name; t and its end are those of the preset, or of its flags."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """One trial."""
-
-    values: dict[str, Any]
-    """By axis of the space, what a person reads: a value, or the name of a choice."""
-    settings: PretrainSettings
+Values = dict[str, Any]
+"""By axis, what a person reads: a value, or the name of a choice."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All trials of a sweep."""
+class Choices:
+    """An axis of some values; each has a label, and the fields that it sets."""
 
-    points: list[Point]
-    refused: list[str]
-    """A sentence for each combination that no run can have."""
+    choices: list[tuple[Any, dict[str, Any]]]
+
+    @property
+    def labels(self) -> list[Any]:
+        """What a person reads of each."""
+        return [label for label, _ in self.choices]
+
+    def fields(self, label: Any) -> dict[str, Any]:
+        """What a value sets."""
+        return next(fields for own, fields in self.choices if own == label)
+
+    def draw(self, random: np.random.Generator) -> Any:
+        """Any, equally likely."""
+        return self.choices[int(random.integers(len(self.choices)))][0]
+
+
+@dataclass(frozen=True)
+class Range:
+    """An axis of all numbers between two."""
+
+    field: str
+    low: float
+    high: float
+    log: bool
+    whole: bool
+
+    def fields(self, label: Any) -> dict[str, Any]:
+        """What a value sets."""
+        return {self.field: label}
+
+    def draw(self, random: np.random.Generator) -> Any:
+        """Any, equally likely, or with equally likely logarithms."""
+        if self.log:
+            value = math.exp(random.uniform(math.log(self.low), math.log(self.high)))
+        else:
+            value = float(random.uniform(self.low, self.high))
+        return round(value) if self.whole else value
+
+
+@dataclass(frozen=True)
+class Space:
+    """Axes over a base of settings that all trials share."""
+
+    base: PretrainSettings
+    axes: dict[str, Choices | Range]
+
+    @staticmethod
+    def read(space: Mapping[str, Any], base: PretrainSettings) -> Space:
+        """Reads axes as a file has them.
+
+        Args:
+            space: by axis: a list of values, {low, high, log}, or {name: {field: value}}.
+            base: what all trials share.
+
+        Raises:
+            ValueError: a field is unknown, or an axis cannot be read.
+        """
+        return Space(base, {axis: _axis(axis, values, base) for axis, values in space.items()})
+
+    def combinations(self) -> Iterator[Values]:
+        """Every combination, in order.
+
+        Raises:
+            ValueError: an axis is a range.
+        """
+        for axis, values in self.axes.items():
+            if isinstance(values, Range):
+                raise ValueError(
+                    f"axis {axis} of the space is a range, and a grid needs a list: list values, or --search random"
+                )
+        labels = [values.labels for values in self.axes.values() if isinstance(values, Choices)]
+        return (dict(zip(self.axes, chosen, strict=True)) for chosen in itertools.product(*labels))
+
+    def draw(self, seed: int) -> Values:
+        """A combination at random."""
+        random = np.random.default_rng(seed)
+        return {axis: values.draw(random) for axis, values in self.axes.items()}
+
+    def settings(self, values: Mapping[str, Any]) -> PretrainSettings:
+        """The pretraining of a combination.
+
+        Raises:
+            ValueError: no run can have it.
+        """
+        changed = self.base.model_dump()
+        for axis, label in values.items():
+            for field, value in self.axes[axis].fields(label).items():
+                group, _, name = field.replace("-", "_").partition(".")
+                changed[group][name] = value
+        return PretrainSettings(**changed)
+
+
+def said(values: Mapping[str, Any]) -> str:
+    """A combination as words; numbers to four digits."""
+    return ", ".join(f"{axis} {short(value)}" for axis, value in values.items())
+
+
+def short(value: Any) -> str:
+    """A value as a person reads it."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def load_space(name: str) -> dict[str, Any]:
@@ -78,107 +165,34 @@ def load_space(name: str) -> dict[str, Any]:
     return {str(axis): values for axis, values in found.items()}
 
 
-def make_plan(
-    space: Mapping[str, Any], base: PretrainSettings, *, search: Literal["grid", "random"], samples: int
-) -> Plan:
-    """The trials of a space, in order; equal ones once.
-
-    Args:
-        space: by axis: a list of values, {low, high, log} (random search alone), or {name: {field: value}}.
-        base: what all trials share.
-        search: every combination, or `samples` draws by the seed of `base`.
-        samples: draws.
-
-    Raises:
-        ValueError: a field is unknown, an axis cannot be read, or no combination is a valid run.
-    """
-    axes = {axis: _choices(axis, values, base, search) for axis, values in space.items()}
-    if search == "grid":
-        combinations = [
-            dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*(_listed(a) for a in axes.values()))
-        ]
-    else:
-        combinations = [_draw(axes, hash64("sweep", base.run.seed, place)) for place in range(samples)]
-    points: dict[str, Point] = {}
-    refused = []
-    for combination in combinations:
-        fields = {field: value for _, change in combination.values() for field, value in change.items()}
-        values = {axis: label for axis, (label, _) in combination.items()}
-        try:
-            settings = _changed(base, fields)
-        except ValueError as error:
-            refused.append(f"{_said(values)}: {error}")
-            continue
-        points.setdefault(settings.canonical_json(), Point(values, settings))
-    if not points:
-        raise ValueError(
-            f"no combination of the space is a valid run: {refused[0]}" if refused else "the space has no combination"
-        )
-    return Plan(list(points.values()), refused)
-
-
-Choice = tuple[Any, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class _Range:
-    field: str
-    low: float
-    high: float
-    log: bool
-    whole: bool
-
-
-def _choices(axis: str, values: Any, base: PretrainSettings, search: str) -> list[Choice] | _Range:
+def _axis(axis: str, values: Any, base: PretrainSettings) -> Choices | Range:
     if isinstance(values, Sequence) and not isinstance(values, str):
         _check_field(axis, base)
         if not values:
             raise ValueError(f"axis {axis} of the space has no value: list some, or leave it out")
-        return [(value, {axis: value}) for value in values]
+        return Choices([(value, {axis: value}) for value in values])
     if isinstance(values, Mapping) and {"low", "high"} <= set(values) <= {"low", "high", "log"}:
         _check_field(axis, base)
-        return _range(axis, values, search)
+        return _range(axis, values)
     if isinstance(values, Mapping) and values and all(isinstance(change, Mapping) for change in values.values()):
         for field in {field for change in values.values() for field in change}:
             _check_field(field, base)
-        return [(str(name), dict(change)) for name, change in values.items()]
+        return Choices([(str(name), dict(change)) for name, change in values.items()])
     raise ValueError(
         f"axis {axis} of the space is {values!r}: write a list of values, {{low: A, high: B, log: true}}, or "
         "named choices {NAME: {FIELD: VALUE}}"
     )
 
 
-def _range(axis: str, values: Mapping[str, Any], search: str) -> _Range:
+def _range(axis: str, values: Mapping[str, Any]) -> Range:
     low, high, log = values["low"], values["high"], values.get("log", False)
     numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in (low, high))
     if not numbers or not low < high or (log and low <= 0):
-        raise ValueError(f"axis {axis} of the space has the range {low!r} to {high!r}: low must be a number below high")
-    if search == "grid":
         raise ValueError(
-            f"axis {axis} of the space is a range, and a grid needs a list: list values, or --search random"
+            f"axis {axis} of the space has the range {low!r} to {high!r}: low must be a number below high, and above 0 "
+            "with log"
         )
-    return _Range(axis, low, high, bool(log), isinstance(low, int) and isinstance(high, int))
-
-
-def _listed(axis: list[Choice] | _Range) -> list[Choice]:
-    assert isinstance(axis, list), "a grid has been checked to have no range"
-    return axis
-
-
-def _draw(axes: Mapping[str, list[Choice] | _Range], seed: int) -> dict[str, Choice]:
-    random = np.random.default_rng(seed)
-    drawn: dict[str, Choice] = {}
-    for name, axis in axes.items():
-        if isinstance(axis, list):
-            drawn[name] = axis[int(random.integers(len(axis)))]
-            continue
-        if axis.log:
-            value = math.exp(random.uniform(math.log(axis.low), math.log(axis.high)))
-        else:
-            value = float(random.uniform(axis.low, axis.high))
-        number = round(value) if axis.whole else value
-        drawn[name] = (number, {axis.field: number})
-    return drawn
+    return Range(axis, low, high, bool(log), isinstance(low, int) and isinstance(high, int))
 
 
 def _check_field(field: str, base: PretrainSettings) -> None:
@@ -190,15 +204,3 @@ def _check_field(field: str, base: PretrainSettings) -> None:
         raise ValueError(f"the space names the field {field!r}, which no run has: did you mean {nearest[0]!r}?")
     if field in _NOT_TRIED or field.split(".")[0] in _NOT_TRIED:
         raise ValueError(f"the space names {field!r}, which is the same for all trials: give it as a flag")
-
-
-def _changed(base: PretrainSettings, fields: Mapping[str, Any]) -> PretrainSettings:
-    values = base.model_dump()
-    for field, value in fields.items():
-        group, _, name = field.replace("-", "_").partition(".")
-        values[group][name] = value
-    return PretrainSettings(**values)
-
-
-def _said(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{axis} {value}" for axis, value in values.items())

@@ -19,10 +19,10 @@ class SweepSettings(Settings):
 
     space: str = "ratio-decay"
     """What is tried: ratio-decay (drop ratio x kind of decay), or a YAML file of dotted fields and their values."""
-    search: Literal["grid", "random"] = "grid"
-    """Every combination, or `samples` of them drawn at random."""
+    search: Literal["grid", "random", "optuna"] = "grid"
+    """Every combination, or `samples` of them: drawn at random, or by Optuna, which learns from the scores."""
     samples: int = Field(16, ge=1)
-    """Trials of a random search."""
+    """Trials of a search that is not a grid; a sweep that is submitted again with more goes on with more."""
     metric: Metric = "retrieval"
     """The score that chooses, higher is better; knn needs labels."""
     scheduler: Literal["none", "asha"] = "none"

@@ -22,7 +22,7 @@ def train_trial(config: dict[str, Any]) -> dict[str, Any]:
     """Runs in Ray Tune; returns its last result: step, score/*, run_id, seconds; or `failed`, the reason.
 
     Args:
-        config: settings (JSON), parent (MLflow run), environment, index.
+        config: settings (JSON), parent (MLflow run), environment, and index, the trial's place in its sweep.
     """
     os.environ.update(config["environment"])
     from ray.tune.integration.ray_train import TuneReportCallback

@@ -1,0 +1,146 @@
+"""A sweep before Ray: its space is read, its trials are checked as runs, and what was done of it before is found."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+
+from vmoco import storage
+from vmoco.config import PretrainSettings, RunSettings
+from vmoco.data.manifest import Manifest
+from vmoco.evaluate.score import scored_clips
+from vmoco.sweep import search
+from vmoco.sweep.ledger import Sweep, Trial, read_sweep
+from vmoco.sweep.search import Plan, Point
+from vmoco.sweep.space import Space, load_space
+from vmoco.sweep.sweep_settings import SweepSettings
+from vmoco.train import run
+from vmoco.train.run import PreparedRun
+
+
+@dataclass
+class PreparedSweep:
+    """A sweep that has been checked."""
+
+    settings: SweepSettings
+    space: Space
+    sweep: Sweep
+    runs: list[PreparedRun]
+    """Of each trial."""
+    refused: list[str]
+    """A sentence for each combination that is no trial."""
+
+    def add(self, point: Point) -> int | None:
+        """Makes a trial of a point; returns its place, or None where its run is refused."""
+        place = len(self.sweep.trials)
+        try:
+            prepared = run.prepare(_as_run(point.settings, self.sweep, place))
+        except ValueError as error:
+            self.refused.append(f"{search.said(point.values)}: {error}")
+            return None
+        assert prepared.settings.run.name is not None, "given"
+        self.sweep.trials.append(Trial(prepared.settings.run.name, point.values, point.settings.train.steps))
+        self.runs.append(prepared)
+        return place
+
+    def waiting(self) -> list[int]:
+        """Places of the trials that have not ended."""
+        return [place for place, trial in enumerate(self.sweep.trials) if not trial.ended]
+
+    def suggest(self) -> int | None:
+        """With a search that learns: makes the next trial; returns its place, or None where there is none."""
+        if self.settings.search != "optuna" or len(self.sweep.trials) >= self.settings.samples:
+            return None
+        point = search.suggest(self.space, self.sweep.trials, score=self.sweep.score)
+        return self.add(point) if point else None
+
+
+def prepare(settings: SweepSettings) -> PreparedSweep:
+    """Checks all that can be checked without Ray, and begins nothing.
+
+    Raises:
+        ValueError: space, data, storage or metric cannot be used, or the name belongs to another sweep.
+    """
+    base = settings.pretrain
+    if not base.evaluation.enabled:
+        raise ValueError("evaluation.no-enabled leaves a sweep without a score: leave it out")
+    axes = load_space(settings.space)
+    space = Space.read(axes, base)
+    plan = _plan(space, settings)
+    first = plan.points[0].settings if plan.points else base
+    checked = run.prepare(first.model_copy(update={"run": RunSettings(name=base.run.name, storage=base.run.storage)}))
+    _check_metric(settings, checked.manifest)
+    what = [checked.manifest.hash, axes, settings.search, settings.metric, base.content_hash()]
+    content = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    name = base.run.name or f"{base.preset}-sweep-{content[:8]}"
+    assert checked.settings.run.storage is not None, "resolved"
+    folder = storage.join(checked.settings.run.storage, name)
+    sweep = Sweep(name, folder, content, settings.metric, checked.manifest.hash)
+    prepared = PreparedSweep(settings, space, sweep, [], list(plan.refused))
+    _take_up(prepared, read_sweep(folder))
+    have = [trial.values for trial in sweep.trials]
+    for point in plan.points:
+        if point.values not in have:
+            prepared.add(point)
+    if not sweep.trials and plan.points:
+        raise ValueError(f"no combination of the space is a valid run: {prepared.refused[0]}")
+    return prepared
+
+
+def _plan(space: Space, settings: SweepSettings) -> Plan:
+    if settings.search == "grid":
+        return search.grid(space)
+    if settings.search == "random":
+        return search.random(space, samples=settings.samples)
+    if search.suggest(space, [], score=settings.metric) is None:
+        raise ValueError("no combination of the space is a valid run")
+    return Plan([], [])
+
+
+def _take_up(prepared: PreparedSweep, kept: Sweep | None) -> None:
+    """Fills in the trials of a sweep that was begun before.
+
+    Raises:
+        ValueError: the name belongs to another sweep.
+    """
+    sweep = prepared.sweep
+    if kept is None:
+        return
+    if kept.content != sweep.content:
+        raise ValueError(
+            f"run.name {sweep.name!r} belongs to a sweep with another space, data set, metric or settings: submit it "
+            "as it was to go on, or give another run.name"
+        )
+    sweep.parent_run, sweep.registered = kept.parent_run, kept.registered
+    for before in kept.trials:
+        place = prepared.add(Point(before.values, prepared.space.settings(before.values)))
+        assert place is not None, "it was a run before"
+        trial = dataclasses.replace(before)
+        # Whether a trial has ended well is known best by its own folder: the driver may have died just then.
+        if not trial.ended or (trial.status == "finished" and not prepared.runs[place].finished):
+            trial.status, trial.reason = "waiting", ""
+        sweep.trials[place] = trial
+
+
+def _as_run(settings: PretrainSettings, sweep: Sweep, place: int) -> PretrainSettings:
+    """A trial is a run of its own that registers nothing: the sweep does so, for the best."""
+    own = RunSettings(
+        name=f"{sweep.name}-{place:03d}", storage=storage.join(sweep.folder, "trials"), seed=settings.run.seed
+    )
+    quiet = settings.tracking.model_copy(update={"register_as": None})
+    return settings.model_copy(update={"run": own, "tracking": quiet})
+
+
+def _check_metric(settings: SweepSettings, manifest: Manifest) -> None:
+    if settings.metric != "knn":
+        scored_clips(manifest, max_videos=settings.pretrain.evaluation.max_videos)
+        return
+    table = manifest.table
+    labelled = table.filter(table["label"].is_valid())["held_out"].to_pylist()
+    if set(labelled) != {True, False}:
+        raise ValueError(
+            f"metric knn needs labelled clips both to train on and held out, and {manifest.uri} has none of either or "
+            "both: take --metric retrieval"
+        )
