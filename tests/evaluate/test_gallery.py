@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import base64
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.browser import title_of
 from tests.data.videos import images, write_video
 from tests.embeddings import embedded, labelled_data_set
 from tests.encoders import encoder_of
@@ -31,26 +29,7 @@ PROBE = """<script>addEventListener("load", () => {
 """Run when the page has loaded: a picture that cannot be decoded has no width."""
 
 
-@pytest.fixture(scope="module")
-def browser() -> str:
-    found = shutil.which("chromium") or shutil.which("google-chrome")
-    if found is None:
-        assert not os.environ.get("CI"), "CI has to bring a browser"
-        pytest.skip("no chromium here: apt-get install chromium")
-    return found
-
-
-def open_in(browser: str, page: Path, home: Path) -> str:
-    """The title of the page after its scripts have run."""
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    command += [f"--user-data-dir={home}", "--window-size=1200,1400", "--dump-dom"]
-    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    found = re.search("<title>(.*?)</title>", done.stdout)
-    assert found is not None, done.stderr
-    return found[1]
-
-
-def test_a_browser_shows_every_thumbnail_and_point(browser: str, tmp_path: Path) -> None:
+def test_a_browser_shows_every_thumbnail_and_point(tmp_path: Path) -> None:
     """All pictures decode, each clip is a point of the map, the page fits the window; nothing is fetched."""
     manifest = labelled_data_set(tmp_path / "data")
     encoder = encoder_of()
@@ -62,7 +41,7 @@ def test_a_browser_shows_every_thumbnail_and_point(browser: str, tmp_path: Path)
     assert not re.findall(r"(?:src|href)=.(?!data:)", text), "one file, without a network"
     copy = page.with_name("probed.html")
     copy.write_text(text.replace("</body>", PROBE + "</body>"))
-    pictures, decoded, points, fits = open_in(browser, copy, tmp_path / "profile").split()
+    pictures, decoded, points, fits = title_of(copy, profile=tmp_path / "profile").split()
     assert int(pictures) == int(decoded) == 4 * 7
     assert int(points) == len(table)
     assert fits == "true"

@@ -67,6 +67,16 @@ def test_a_bad_space_gets_a_sentence(axes: dict[str, object], said: str) -> None
         search.grid(Space.read(axes, BASE))
 
 
+def test_a_file_may_write_numbers_as_people_do(tmp_path: Path) -> None:
+    """1e-4 is a number, as a value and as the end of a range; words stay words."""
+    path = tmp_path / "space.yaml"
+    path.write_text("train.learning-rate: {low: 1e-4, high: 1e-2, log: true}\nmoco.decay: [1e-1]\nmoco.fill: [mean]")
+    axes = load_space(str(path))
+    assert axes["train.learning-rate"] == {"low": 1e-4, "high": 1e-2, "log": True}
+    assert axes["moco.decay"] == [0.1]
+    assert axes["moco.fill"] == ["mean"]
+
+
 def test_an_unknown_or_empty_file_is_refused(tmp_path: Path) -> None:
     """A name that is no space lists those that there are."""
     with pytest.raises(ValueError, match="ratio-decay"):

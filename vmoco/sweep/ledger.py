@@ -48,6 +48,8 @@ class Sweep:
     parent_run: str = ""
     registered: str = ""
     """Version that its best encoder became, as models:/NAME/VERSION."""
+    registered_trial: str = ""
+    """The trial that it is of."""
 
     @property
     def score(self) -> str:

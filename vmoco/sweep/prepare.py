@@ -113,7 +113,7 @@ def _take_up(prepared: PreparedSweep, kept: Sweep | None) -> None:
             f"run.name {sweep.name!r} belongs to a sweep with another space, data set, metric or settings: submit it "
             "as it was to go on, or give another run.name"
         )
-    sweep.parent_run, sweep.registered = kept.parent_run, kept.registered
+    sweep.parent_run, sweep.registered, sweep.registered_trial = kept.parent_run, kept.registered, kept.registered_trial
     for before in kept.trials:
         place = prepared.add(Point(before.values, prepared.space.settings(before.values)))
         assert place is not None, "it was a run before"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 import math
@@ -162,7 +163,19 @@ def load_space(name: str) -> dict[str, Any]:
         raise ValueError(f"--space {name} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict) or not found:
         raise ValueError(f"--space {name} is empty: write one line per field, such as `moco.decay: [0.99, 1.0]`")
-    return {str(axis): values for axis, values in found.items()}
+    return {str(axis): _with_numbers(values) for axis, values in found.items()}
+
+
+def _with_numbers(found: Any) -> Any:
+    """What YAML found, with 1e-4 as a number: to YAML it is one only with a point, as 1.0e-4."""
+    if isinstance(found, dict):
+        return {key: _with_numbers(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [_with_numbers(value) for value in found]
+    if isinstance(found, str):
+        with contextlib.suppress(ValueError):
+            return float(found)
+    return found
 
 
 def _axis(axis: str, values: Any, base: PretrainSettings) -> Choices | Range:

