@@ -34,9 +34,13 @@ class Board(tune.Callback):
         self._shown = float("-inf")
         self._began: dict[str, tuple[float, int]] = {}
         """Of each running trial, time and step of its first report: before it is start-up."""
+        self._started: dict[str, float] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._of(trial).status = "running"
+        own = self._of(trial)
+        own.status = "running"
+        self._started[own.name] = time.monotonic()
+        self._sweep.save()
         self._table(now=True)
 
     def on_trial_result(
@@ -76,6 +80,7 @@ class Board(tune.Callback):
 
     def _ended(self, own: Trial, trial: Any, status: Any) -> None:
         own.status = status
+        own.seconds += time.monotonic() - self._started[own.name]
         own.run_id = run_id_of(self._prepared[trial.config["index"]])
         self._sweep.save()
         self._table(now=True)

@@ -27,6 +27,8 @@ class Trial:
     """Its MLflow run, when it has one."""
     reason: str = ""
     """Why it failed."""
+    seconds: float = 0.0
+    """From its start to its end, those of each start."""
 
     @property
     def ended(self) -> bool:

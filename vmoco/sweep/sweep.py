@@ -130,7 +130,9 @@ def _scheduler(prepared: PreparedSweep) -> TrialScheduler:
         return FIFOScheduler()
     steps = prepared.settings.pretrain.train.steps
     return ASHAScheduler(
-        time_attr="step",  # Tune's own count of reports begins anew when a trial is resumed
+        # The step that the score is of: a report carries the newest score, which is of a checkpoint before. And Tune's
+        # own count of reports begins anew when a trial is resumed.
+        time_attr="scored_step",
         max_t=steps,
         grace_period=min(prepared.settings.asha_grace_steps, steps),
         reduction_factor=3,

@@ -221,7 +221,7 @@ class RayHost:
     def _scored(self, kept: Kept, numbers: dict[str, float]) -> None:
         assert self._spool is not None, "the first rank is the first of its machine"
         assert self._checkpoints is not None, "rank 0 keeps"
-        self._score = numbers
+        self._score = numbers | {"scored_step": float(kept.step)}
         self._spool.points(numbers, step=kept.step)
         self._checkpoints.score(kept.step, numbers[SCORE])
         self.say(
