@@ -32,7 +32,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 # Fields that decide no number of a run: where things lie, how often it reports, what it keeps.
 _SILENT = {
     "data": {"uri", "batches_ahead", "cache", "cache_gib"},
-    "train": {"log_every", "checkpoint_every", "keep_checkpoints", "keep_best"},
+    "train": {"stop_after", "log_every", "checkpoint_every", "keep_checkpoints", "keep_best"},
 }
 
 
@@ -43,6 +43,8 @@ class RunSettings(Settings):
     """Name of the run; the name of an unfinished run resumes it. Default: PRESET-DATE-TIME."""
     storage: str | None = None
     """Folder or URI for checkpoints, reachable from all nodes. Default: $VMOCO_HOME/runs (~/.vmoco/runs)."""
+    fork: str | None = None
+    """Checkpoint of another run to begin from, with its step: a folder or URI that its checkpoints.json lists."""
     seed: int = 0
     """Every random draw follows from this number."""
 
@@ -159,6 +161,8 @@ class TrainSettings(Settings):
 
     steps: int = Field(..., ge=1)
     """Optimizer steps of the whole run."""
+    stop_after: int | None = Field(None, ge=1)
+    """Step to end at, where that is before the last one; the schedules are those of `steps`."""
     global_batch: int = Field(256, ge=2)
     """G: clips per step over all ranks."""
     micro_batch: int = Field(32, ge=2)
@@ -251,6 +255,11 @@ class PretrainSettings(Settings):
         return self
 
     @property
+    def last_step(self) -> int:
+        """Steps after which the run has ended."""
+        return min(self.train.steps, self.train.stop_after or self.train.steps)
+
+    @property
     def num_dropped(self) -> int:
         """Frames dropped from each clip (halves round up)."""
         return math.floor(self.generator.drop_ratio * self.data.num_frames + 0.5)
@@ -270,7 +279,7 @@ class PretrainSettings(Settings):
     def content(self) -> dict[str, dict[str, Any]]:
         """What decides the numbers of a run: all but its name, its place, its scaling and its reporting."""
         kept = self.model_dump(mode="json", exclude={"preset", "scaling", "evaluation", "tracking"})
-        kept["run"] = {"seed": self.run.seed}
+        kept["run"] = {"seed": self.run.seed} | ({"fork": self.run.fork} if self.run.fork else {})
         for group, fields in _SILENT.items():
             kept[group] = {field: value for field, value in kept[group].items() if field not in fields}
         return kept

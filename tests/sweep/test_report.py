@@ -62,6 +62,18 @@ def test_where_nothing_beats_mean_colour_the_report_says_so(
     assert "Mean colour alone reaches 0.900, so no trial shows" in page(sweep, curves, [])
 
 
+def test_a_population_shows_the_schedule_that_it_found(sweep: Sweep) -> None:
+    """The values of the best and of those that it descends from, by steps; the best is of the newest generation."""
+    for trial in sweep.trials[:4]:
+        trial.steps = trial.step = 10
+    child = Trial("night-006", {"generator.drop_ratio": 0.5, "decay": "linear"}, 20, "finished", 20)
+    child.generation, child.fork, child.scores = 1, "/runs/trials/night-002/step-00000010", {"score/retrieval": 0.1}
+    sweep.trials.append(child)
+    assert sweep.best() is child
+    rows = re.findall(r"<td>(\d+ to \d+)</td><td>(.*?)</td><td>(.*?)</td>", page(sweep, {}, []))
+    assert rows == [("0 to 10", "night-002", "0.25"), ("10 to 20", "night-006", "0.5")]
+
+
 def test_the_pictures_are_pictures(sweep: Sweep, curves: dict[str, list[tuple[int, float]]]) -> None:
     """Both PNGs decode and are not blank; a sweep without scores has none."""
     drawn = pictures(sweep, curves)
@@ -70,6 +82,10 @@ def test_the_pictures_are_pictures(sweep: Sweep, curves: dict[str, list[tuple[in
         colours = Image.open(io.BytesIO(content)).convert("RGB").getcolors(1 << 20)
         assert colours is not None
         assert len(colours) > 20
+    for place, trial in enumerate(sweep.trials):
+        trial.values = {"moco.decay": 0.9 + place / 100, "moco.momentum": 0.99 - place / 100}
+    assert set(pictures(sweep, {})) == {"scores.png"}, "scattered trials are points"
+    assert "moco.momentum" in page(sweep, curves, [])
     for trial in sweep.trials:
         trial.scores = {}
     assert pictures(sweep, {}) == {}

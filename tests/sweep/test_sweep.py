@@ -136,3 +136,47 @@ def test_a_killed_sweep_goes_on_where_it_was(service: Service) -> None:
     tracker = MlflowClient(f"sqlite:///{service.home}/mlflow.db")
     points = [point.step for point in tracker.get_metric_history(after["trials"][1]["run_id"], "loss")]
     assert points == list(range(5, 61, 5)), "one run, without gaps or doubled steps"
+
+
+@pytest.mark.slow
+def test_a_population_finds_a_schedule(service: Service) -> None:
+    """Two generations of two: the second begins from the best of the first, at its step, and its best is registered."""
+    space = {"moco.decay": {"low": 0.9, "high": 1.0}, "train.learning_rate": {"low": 0.001, "high": 0.1, "log": True}}
+    flags = ["--search", "random", "--samples", "2", "--scheduler", "pbt", "--pbt-steps", "6"]
+    said = finished(sweep(service, "population", space, *flags))
+    assert "generation 2: 2 trials go on from the best" in said
+    trials = record(service, "population")["trials"]
+    assert [(trial["generation"], trial["status"], trial["step"]) for trial in trials] == [
+        (0, "finished", 6), (0, "finished", 6), (1, "finished", 12), (1, "finished", 12)
+    ]  # fmt: skip
+    best = max(trials[:2], key=lambda trial: trial["scores"]["score/retrieval"])
+    donors = {Path(trial["fork"]).parent.name for trial in trials[2:]}
+    assert donors == {best["name"]}
+    assert [trial["values"] == best["values"] for trial in trials[2:]].count(True) == 1
+    tracker = MlflowClient(f"sqlite:///{service.home}/mlflow.db")
+    points = [point.step for point in tracker.get_metric_history(trials[2]["run_id"], "loss")]
+    assert points == [10, 12], "it goes on at step 7"
+    chosen = max(trials[2:], key=lambda trial: trial["scores"]["score/retrieval"])
+    assert tracker.get_model_version_by_alias("population", "candidate").run_id == chosen["run_id"]
+    # Submitted again, all has been done.
+    assert "4 trials, 4 have ended before" in finished(sweep(service, "population", space, *flags))
+
+
+@pytest.mark.slow
+def test_optuna_and_asha_on_two_trials_at_once(service: Service) -> None:
+    """Five trials of one worker, two at once, chosen one by one and stopped where others are better; all end."""
+    space = {"train.learning_rate": {"low": 1e-5, "high": 0.1, "log": True}, "generator.drop_ratio": [0.0, 0.5]}
+    flags = ["--scaling.num-workers", "1", "--search", "optuna", "--samples", "5", "--scheduler", "asha"]
+    flags += ["--train.steps", "36", "--train.checkpoint-every", "4", "--asha-grace-steps", "4"]
+    said = finished(sweep(service, "learning", space, *flags))
+    assert "5 trials, 0 have ended before, 2 at once" in said
+    trials = record(service, "learning")["trials"]
+    assert len({str(trial["values"]) for trial in trials}) == 5
+    assert {trial["status"] for trial in trials} <= {"finished", "stopped"}
+    tracker = MlflowClient(f"sqlite:///{service.home}/mlflow.db")
+    for trial in trials:
+        run = tracker.get_run(trial["run_id"])
+        assert run.info.status == ("FINISHED" if trial["status"] == "finished" else "KILLED")
+        if trial["status"] == "stopped":
+            assert trial["step"] < 36
+            assert "by ASHA at step" in run.data.tags["vmoco.stopped"]

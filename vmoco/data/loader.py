@@ -116,7 +116,7 @@ class Loader:
         )
         shares = [self.plan.share(each, world_size) for each in range(world_size)]
         self._share, self._clips_per_rank = shares[rank], [share.stop - share.start for share in shares]
-        self._steps = range(start_step, settings.train.steps)
+        self._steps = range(start_step, settings.last_step)
         self._memory = BatchMemory(pin_memory=pin_memory)
         self.seconds_waited = 0.0
 

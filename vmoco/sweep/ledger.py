@@ -29,6 +29,10 @@ class Trial:
     """Why it failed."""
     seconds: float = 0.0
     """From its start to its end, those of each start."""
+    generation: int = 0
+    """Of a population: how often it has been selected from before this trial."""
+    fork: str = ""
+    """Checkpoint of its donor in the generation before, which it begins from."""
 
     @property
     def ended(self) -> bool:
@@ -59,9 +63,18 @@ class Sweep:
         return f"score/{self.metric}"
 
     def best(self) -> Trial | None:
-        """The finished trial that scores highest; None where none has finished with a score."""
+        """The finished trial that scores highest, of a population's newest generation; None where none has a score."""
         scored = [trial for trial in self.trials if trial.status == "finished" and self.score in trial.scores]
+        newest = max((trial.generation for trial in scored), default=0)
+        scored = [trial for trial in scored if trial.generation == newest]
         return max(scored, key=lambda trial: trial.scores[self.score], default=None)
+
+    def lineage(self, trial: Trial) -> list[Trial]:
+        """The trial and those that it descends from, oldest first."""
+        found = [trial]
+        while found[0].fork:
+            found.insert(0, next(each for each in self.trials if found[0].fork.split("/")[-2] == each.name))
+        return found
 
     def save(self) -> None:
         """Writes the record."""

@@ -11,12 +11,13 @@ from vmoco import storage
 from vmoco.config import PretrainSettings, RunSettings
 from vmoco.data.manifest import Manifest
 from vmoco.evaluate.score import scored_clips
-from vmoco.sweep import search
+from vmoco.sweep import population, search
 from vmoco.sweep.ledger import Sweep, Trial, read_sweep
 from vmoco.sweep.search import Plan, Point
-from vmoco.sweep.space import Space, load_space
+from vmoco.sweep.space import Space, Values, load_space
 from vmoco.sweep.sweep_settings import SweepSettings
 from vmoco.train import run
+from vmoco.train.resume import uri_of
 from vmoco.train.run import PreparedRun
 
 
@@ -41,13 +42,58 @@ class PreparedSweep:
             self.refused.append(f"{search.said(point.values)}: {error}")
             return None
         assert prepared.settings.run.name is not None, "given"
-        self.sweep.trials.append(Trial(prepared.settings.run.name, point.values, point.settings.train.steps))
+        self.sweep.trials.append(
+            Trial(
+                prepared.settings.run.name,
+                point.values,
+                point.settings.last_step,
+                generation=point.generation,
+                fork=prepared.settings.run.fork or "",
+            )
+        )
         self.runs.append(prepared)
         return place
 
+    def point(self, values: Values, *, generation: int = 0, fork: str = "") -> Point:
+        """What a trial is to be; one of a population trains for the steps of its generation.
+
+        Raises:
+            ValueError: no run can have the values.
+        """
+        settings = self.space.settings(values)
+        if self.settings.scheduler == "pbt":
+            end = min(settings.train.steps, (generation + 1) * self.settings.pbt_steps)
+            settings = settings.model_copy(
+                update={
+                    "train": settings.train.model_copy(update={"stop_after": end}),
+                    "run": settings.run.model_copy(update={"fork": fork or settings.run.fork}),
+                }
+            )
+        return Point(values, settings, generation)
+
     def waiting(self) -> list[int]:
-        """Places of the trials that have not ended."""
-        return [place for place, trial in enumerate(self.sweep.trials) if not trial.ended]
+        """Places of the trials that have not ended; of a population, in its newest generation."""
+        return [at for at, trial in enumerate(self.sweep.trials) if not trial.ended and at in self._newest()]
+
+    def next_generation(self) -> bool:
+        """Of a population whose newest generation has ended: adds the next one, and returns whether there is one."""
+        if self.settings.scheduler != "pbt":
+            return False
+        places = self._newest()
+        members = [self.sweep.trials[place] for place in places]
+        if members[0].steps >= self.settings.pretrain.train.steps:
+            return False
+        places_of = {self.sweep.trials[place].name: place for place in places}
+        found = population.next_generation(self.space, members, score=self.sweep.score)
+        for member in found:
+            donor = uri_of(self.runs[places_of[member.donor.name]].folder, member.donor.steps)
+            self.add(self.point(member.values, generation=members[0].generation + 1, fork=donor))
+        self.sweep.save()  # all of them or none: what is added here is what goes on after a kill
+        return bool(found)
+
+    def _newest(self) -> list[int]:
+        newest = max((trial.generation for trial in self.sweep.trials), default=0)
+        return [place for place, trial in enumerate(self.sweep.trials) if trial.generation == newest]
 
     def suggest(self) -> int | None:
         """With a search that learns: makes the next trial; returns its place, or None where there is none."""
@@ -68,11 +114,14 @@ def prepare(settings: SweepSettings) -> PreparedSweep:
         raise ValueError("evaluation.no-enabled leaves a sweep without a score: leave it out")
     axes = load_space(settings.space)
     space = Space.read(axes, base)
+    _check_population(settings)
     plan = _plan(space, settings)
     first = plan.points[0].settings if plan.points else base
     checked = run.prepare(first.model_copy(update={"run": RunSettings(name=base.run.name, storage=base.run.storage)}))
     _check_metric(settings, checked.manifest)
     what = [checked.manifest.hash, axes, settings.search, settings.metric, base.content_hash()]
+    if settings.scheduler == "pbt":
+        what += ["pbt", str(settings.samples), str(settings.pbt_steps)]
     content = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     name = base.run.name or f"{base.preset}-sweep-{content[:8]}"
     assert checked.settings.run.storage is not None, "resolved"
@@ -80,10 +129,10 @@ def prepare(settings: SweepSettings) -> PreparedSweep:
     sweep = Sweep(name, folder, content, settings.metric, checked.manifest.hash)
     prepared = PreparedSweep(settings, space, sweep, [], list(plan.refused))
     _take_up(prepared, read_sweep(folder))
-    have = [trial.values for trial in sweep.trials]
+    have = [trial.values for trial in sweep.trials if trial.generation == 0]
     for point in plan.points:
         if point.values not in have:
-            prepared.add(point)
+            prepared.add(prepared.point(point.values))
     if not sweep.trials and plan.points:
         raise ValueError(f"no combination of the space is a valid run: {prepared.refused[0]}")
     return prepared
@@ -115,7 +164,7 @@ def _take_up(prepared: PreparedSweep, kept: Sweep | None) -> None:
         )
     sweep.parent_run, sweep.registered, sweep.registered_trial = kept.parent_run, kept.registered, kept.registered_trial
     for before in kept.trials:
-        place = prepared.add(Point(before.values, prepared.space.settings(before.values)))
+        place = prepared.add(prepared.point(before.values, generation=before.generation, fork=before.fork))
         assert place is not None, "it was a run before"
         trial = dataclasses.replace(before)
         # Whether a trial has ended well is known best by its own folder: the driver may have died just then.
@@ -126,11 +175,24 @@ def _take_up(prepared: PreparedSweep, kept: Sweep | None) -> None:
 
 def _as_run(settings: PretrainSettings, sweep: Sweep, place: int) -> PretrainSettings:
     """A trial is a run of its own that registers nothing: the sweep does so, for the best."""
-    own = RunSettings(
-        name=f"{sweep.name}-{place:03d}", storage=storage.join(sweep.folder, "trials"), seed=settings.run.seed
-    )
+    name = f"{sweep.name}-{place:03d}"
+    own = settings.run.model_copy(update={"name": name, "storage": storage.join(sweep.folder, "trials")})
     quiet = settings.tracking.model_copy(update={"register_as": None})
     return settings.model_copy(update={"run": own, "tracking": quiet})
+
+
+def _check_population(settings: SweepSettings) -> None:
+    if settings.scheduler != "pbt":
+        return
+    if settings.search != "random" or settings.samples < 2:
+        raise ValueError(
+            "--scheduler pbt begins with a population drawn at random: give --search random and --samples 2 or more"
+        )
+    if settings.pbt_steps >= settings.pretrain.train.steps:
+        raise ValueError(
+            f"--pbt-steps {settings.pbt_steps} is one generation alone, as a run has {settings.pretrain.train.steps} "
+            "steps: lower it, or raise train.steps"
+        )
 
 
 def _check_metric(settings: SweepSettings, manifest: Manifest) -> None:

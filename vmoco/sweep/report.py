@@ -36,7 +36,8 @@ def write_report(sweep: Sweep) -> str:
     """
     scores = {trial.name: tracking.history(trial.run_id, sweep.score) for trial in sweep.trials if trial.run_id}
     best = sweep.best()
-    decay = tracking.history(best.run_id, "decay") if best and best.run_id else []
+    chain = sweep.lineage(best) if best else []
+    decay = [point for trial in chain if trial.run_id for point in tracking.history(trial.run_id, "decay")]
     documents: dict[str, str | bytes] = {PAGE: page(sweep, scores, decay)} | pictures(sweep, scores)
     for name, content in documents.items():
         storage.write_atomic(
@@ -57,7 +58,7 @@ def page(sweep: Sweep, scores: Curves, decay: list[tuple[int, float]]) -> str:
     scored = [trial for trial in sweep.trials if sweep.score in trial.scores]
     axes = list(sweep.trials[0].values)
     figures: list[tuple[str, go.Figure]] = []
-    if _has_grid(sweep):
+    if _has_two_axes(sweep):
         figures.append((f"{sweep.metric} by {axes[0]} and {axes[1]}", _heat_map(sweep)))
     if scored:
         figures.append(("All settings at once", _parallel(sweep, scored, axes)))
@@ -75,7 +76,7 @@ def page(sweep: Sweep, scores: Curves, decay: list[tuple[int, float]]) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
         f"</head><body><h1>{title}</h1><p>{html.escape(_summary(sweep))}</p>{''.join(parts)}"
-        f"<h2>Trials</h2>{_table(sweep, axes)}</body></html>"
+        f"{_schedule(sweep, axes)}<h2>Trials</h2>{_table(sweep, axes)}</body></html>"
     )
 
 
@@ -117,16 +118,37 @@ def _ordered(values: list[Any]) -> list[str]:
     return list(dict.fromkeys(map(short, sorted(values) if numbers else values)))
 
 
-def _has_grid(sweep: Sweep) -> bool:
+def _has_two_axes(sweep: Sweep) -> bool:
     return len(sweep.trials[0].values) >= 2 and any(sweep.score in trial.scores for trial in sweep.trials)
 
 
+def _is_grid(cells: list[list[float | None]]) -> bool:
+    """Whether most cells have a score: with draws from ranges, hardly two trials share a row."""
+    flat = [cell for row in cells for cell in row]
+    return len([cell for cell in flat if cell is not None]) * 2 > len(flat)
+
+
 def _heat_map(sweep: Sweep) -> go.Figure:
+    """Scores by the first two axes: as cells, or as points where trials are scattered."""
     rows, columns, cells = _grid(sweep)
     down, across = list(sweep.trials[0].values)[:2]
-    figure = go.Figure(go.Heatmap(z=cells, x=columns, y=rows, texttemplate="%{z:.3f}", colorscale="Viridis"))
-    figure.update_xaxes(title=across, type="category")
-    figure.update_yaxes(title=down, type="category")
+    if _is_grid(cells):
+        figure = go.Figure(go.Heatmap(z=cells, x=columns, y=rows, texttemplate="%{z:.3f}", colorscale="Viridis"))
+        figure.update_xaxes(type="category")
+        figure.update_yaxes(type="category")
+    else:
+        scored = [trial for trial in sweep.trials if sweep.score in trial.scores]
+        scores = [trial.scores[sweep.score] for trial in scored]
+        points = go.Scatter(
+            x=[trial.values[across] for trial in scored],
+            y=[trial.values[down] for trial in scored],
+            text=[f"{trial.name}: {score:.3f}" for trial, score in zip(scored, scores, strict=True)],
+            mode="markers",
+            marker={"color": scores, "colorscale": "Viridis", "showscale": True, "size": 14},
+        )
+        figure = go.Figure(points)
+    figure.update_xaxes(title=across)
+    figure.update_yaxes(title=down)
     return figure
 
 
@@ -162,20 +184,8 @@ def _lines(curves: Curves, across: str, up: str) -> go.Figure:
 def pictures(sweep: Sweep, scores: Curves) -> dict[str, bytes]:
     """PNGs by file name: scores by the first two axes, and scores over training."""
     drawn = {}
-    if _has_grid(sweep):
-        rows, columns, cells = _grid(sweep)
-        figure, axes = _figure(width=2.5 + 1.1 * len(columns), height=1.6 + 0.7 * len(rows))
-        image = axes.imshow([[float("nan") if cell is None else cell for cell in row] for row in cells], origin="lower")
-        for row, found in enumerate(cells):
-            for column, cell in enumerate(found):
-                if cell is not None:
-                    axes.text(column, row, f"{cell:.3f}", ha="center", va="center", backgroundcolor="#ffffffa0")
-        down, across = list(sweep.trials[0].values)[:2]
-        axes.set_xticks(range(len(columns)), columns)
-        axes.set_yticks(range(len(rows)), rows)
-        axes.set(xlabel=across, ylabel=down, title=f"{sweep.metric} of {sweep.name}")
-        figure.colorbar(image)
-        drawn["scores.png"] = _png(figure)
+    if _has_two_axes(sweep):
+        drawn["scores.png"] = _png(_score_picture(sweep))
     if any(scores.values()):
         figure, axes = _figure(width=8, height=5)
         for name, points in scores.items():
@@ -185,6 +195,28 @@ def pictures(sweep: Sweep, scores: Curves) -> dict[str, bytes]:
             axes.legend(fontsize="x-small")
         drawn["curves.png"] = _png(figure)
     return drawn
+
+
+def _score_picture(sweep: Sweep) -> Figure:
+    rows, columns, cells = _grid(sweep)
+    down, across = list(sweep.trials[0].values)[:2]
+    if _is_grid(cells):
+        figure, axes = _figure(width=2.5 + 1.1 * len(columns), height=1.6 + 0.7 * len(rows))
+        shown = axes.imshow([[float("nan") if cell is None else cell for cell in row] for row in cells], origin="lower")
+        for row, found in enumerate(cells):
+            for column, cell in enumerate(found):
+                if cell is not None:
+                    axes.text(column, row, f"{cell:.3f}", ha="center", va="center", backgroundcolor="#ffffffa0")
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows)
+    else:
+        figure, axes = _figure(width=7, height=5)
+        scored = [trial for trial in sweep.trials if sweep.score in trial.scores]
+        places = [[trial.values[axis] for trial in scored] for axis in (across, down)]
+        shown = axes.scatter(*places, c=[trial.scores[sweep.score] for trial in scored], s=60)
+    axes.set(xlabel=across, ylabel=down, title=f"{sweep.metric} of {sweep.name}")
+    figure.colorbar(shown)
+    return figure
 
 
 def _figure(*, width: float, height: float) -> tuple[Figure, Any]:
@@ -198,17 +230,42 @@ def _png(figure: Figure) -> bytes:
     return content.getvalue()
 
 
-def _table(sweep: Sweep, axes: list[str]) -> str:
+def _schedule(sweep: Sweep, axes: list[str]) -> str:
+    """What the best of a population had been trained with, generation by generation."""
     best = sweep.best()
-    names = list(dict.fromkeys((sweep.score, "score/retrieval_by_colour", "score/effective_rank")))
-    heads = ["trial", "state", "step", *axes, *(name.removeprefix("score/") for name in names), "reason"]
-    rows = []
-    worst = float("-inf")
-    for trial in sorted(sweep.trials, key=lambda trial: -trial.scores.get(sweep.score, worst)):
-        numbers = [f"{trial.scores[name]:.3f}" if name in trial.scores else "" for name in names]
-        values = [short(trial.values[axis]) for axis in axes]
-        cells = [trial.name, trial.status, f"{trial.step}/{trial.steps}", *values, *numbers, trial.reason]
-        kind = ' class="best"' if trial is best else ""
-        rows.append(f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+    if best is None or best.generation == 0:
+        return ""
+    rows, begin = [], 0
+    for trial in sweep.lineage(best):
+        rows.append([f"{begin} to {trial.steps}", trial.name, *(short(trial.values[axis]) for axis in axes)])
+        begin = trial.steps
+    return "<h2>The schedule that was found</h2>" + _html_table(["steps", "trial", *axes], rows)
+
+
+def _html_table(heads: list[str], rows: list[list[str]], *, best: int | None = None) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
-    return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+    lines = []
+    for place, row in enumerate(rows):
+        kind = ' class="best"' if place == best else ""
+        lines.append(f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
+    return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
+
+
+def _table(sweep: Sweep, axes: list[str]) -> str:
+    best, worst = sweep.best(), float("-inf")
+    trials = sorted(sweep.trials, key=lambda trial: -trial.scores.get(sweep.score, worst))
+    names = list(dict.fromkeys((sweep.score, "score/retrieval_by_colour", "score/effective_rank")))
+    heads = ["trial", "state", "step", *axes, *(name.removeprefix("score/") for name in names), "minutes", "reason"]
+    rows = [
+        [
+            trial.name,
+            trial.status,
+            f"{trial.step}/{trial.steps}",
+            *(short(trial.values[axis]) for axis in axes),
+            *(f"{trial.scores[name]:.3f}" if name in trial.scores else "" for name in names),
+            f"{trial.seconds / 60:.1f}",
+            trial.reason,
+        ]
+        for trial in trials
+    ]
+    return _html_table(heads, rows, best=trials.index(best) if best else None)

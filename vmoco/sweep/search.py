@@ -24,6 +24,7 @@ class Point:
 
     values: Values
     settings: PretrainSettings
+    generation: int = 0
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,10 @@ def run_sweep(prepared: PreparedSweep, *, show: Callable[[str], None]) -> Sweep:
     show(f"tracked as {sweep.parent_run} in {tracking.tracking_uri()}, folder {sweep.folder}")
     if total > ended:
         _fit(prepared, total - ended, at_once, show)
+    while prepared.next_generation():
+        waiting = prepared.waiting()
+        show(f"generation {sweep.trials[waiting[0]].generation + 1}: {len(waiting)} trials go on from the best")
+        _fit(prepared, len(waiting), at_once, show)
     return sweep
 
 
@@ -126,7 +130,7 @@ def _fit(prepared: PreparedSweep, count: int, at_once: int, show: Callable[[str]
 
 
 def _scheduler(prepared: PreparedSweep) -> TrialScheduler:
-    if prepared.settings.scheduler == "none":
+    if prepared.settings.scheduler != "asha":
         return FIFOScheduler()
     steps = prepared.settings.pretrain.train.steps
     return ASHAScheduler(

@@ -25,10 +25,13 @@ class SweepSettings(Settings):
     """Trials of a search that is not a grid; a sweep that is submitted again with more goes on with more."""
     metric: Metric = "retrieval"
     """The score that chooses, higher is better; knn needs labels."""
-    scheduler: Literal["none", "asha"] = "none"
-    """Train every trial to its end, or stop the worse ones early at 1/3, 1/9, ... of their steps."""
+    scheduler: Literal["none", "asha", "pbt"] = "none"
+    """Train every trial to its end; or stop the worse ones early at 1/3, 1/9, ... of their steps; or train a population
+    of `samples` whose worst copy the best every pbt-steps and change its settings: what wins is a schedule of them."""
     asha_grace_steps: int = Field(100, ge=1)
     """With asha: steps that each trial gets in any case; scores come at checkpoints, train.checkpoint-every apart."""
+    pbt_steps: int = Field(100, ge=1)
+    """With pbt: steps of a generation; each begins new runs, so some minutes of training at least."""
     max_concurrent: int = Field(0, ge=0)
     """Trials at once; 0 is as many as the cluster holds."""
     table_seconds: float = Field(30.0, ge=0)

@@ -42,7 +42,7 @@ def train_trial(config: dict[str, Any]) -> dict[str, Any]:
                 callbacks=[TuneReportCallback()],
                 parent_run=config["parent"],
             ).run_id
-        return {"step": settings.train.steps, "run_id": run_id, **tracking.scores(run_id)}
+        return {"step": settings.last_step, "run_id": run_id, **tracking.scores(run_id)}
     except Exception as error:
         traceback.print_exc()
         return {"failed": job.describe(error).removeprefix("error: ")}

@@ -91,7 +91,7 @@ class Interval:
 
     def line(self, numbers: dict[str, float]) -> str:
         """One line for a person."""
-        steps = self._settings.train.steps
+        steps = self._settings.last_step
         seconds_left = round((steps - self._state.step) * self._seconds_per_step)
         parts = [f"step {self._state.step}/{steps}", f"loss {numbers['loss']:.3f}"]
         if "generator_loss" in numbers:

@@ -99,7 +99,7 @@ def _pretrain(
         status = "FAILED"
         try:
             last = _fit(run, channel, lease, evaluation, callbacks)
-            finished = last.step == run.settings.train.steps
+            finished = last.step == run.settings.last_step
             status = "KILLED"  # unless it has ended and its encoder is safe
             registered = _export(run, last, evaluation, show) if finished else None
             status = "FINISHED" if finished else status
@@ -249,7 +249,7 @@ def _register(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]
         run.run_id,
         name=name,
         alias=settings.tracking.alias,
-        description=f"run {settings.run.name}, step {settings.train.steps}, data {run.manifest.hash}",
+        description=f"run {settings.run.name}, step {settings.last_step}, data {run.manifest.hash}",
     )
     promotion.record(f"models:/{registered.name}/{registered.version}", [score] if score else [])
     return registered

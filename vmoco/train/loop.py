@@ -78,7 +78,7 @@ def train(
         metrics = step(batch, stop_requested=host.stop_requested(), checkpoint_requested=host.checkpoint_requested())
         interval.dropped.add(metrics.dropped())
         dropped.add(metrics.dropped())
-        is_last = state.step == settings.train.steps
+        is_last = state.step == settings.last_step
         if state.step % settings.train.log_every == 0 or is_last:
             numbers = {}
             if is_first:
@@ -100,7 +100,7 @@ def train(
         if stopping:
             break
     host.finish(state)
-    return not stopping or state.step == settings.train.steps
+    return not stopping or state.step == settings.last_step
 
 
 def show_generator(

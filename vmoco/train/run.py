@@ -15,11 +15,12 @@ from typing import Any
 import safetensors.torch
 
 from vmoco import export, storage, tracking
-from vmoco.config import PretrainSettings, RunSettings
+from vmoco.config import PretrainSettings
 from vmoco.data.loader import check_fits
 from vmoco.data.manifest import Manifest
 from vmoco.model.decay import decay_at, oldest_key_weight
 from vmoco.train import interval
+from vmoco.train.fork import check_fork
 from vmoco.train.state import differences
 
 RECORD = "run.json"
@@ -65,9 +66,12 @@ def prepare(settings: PretrainSettings) -> PreparedRun:
     name = settings.run.name or f"{settings.preset}-{now:%Y%m%d-%H%M%S}"
     if "/" in name or name.startswith("."):
         raise ValueError(f"run.name {name!r} is not allowed: it names a folder, so no slash and no dot in front")
+    begin = storage.absolute_uri(settings.run.fork) if settings.run.fork else None
     resolved = settings.model_copy(
         update={
-            "run": RunSettings(name=name, storage=storage.absolute_uri(place), seed=settings.run.seed),
+            "run": settings.run.model_copy(
+                update={"name": name, "storage": storage.absolute_uri(place), "fork": begin}
+            ),
             "data": settings.data.model_copy(update={"uri": storage.absolute_uri(settings.data.uri)}),
         }
     )
@@ -76,6 +80,8 @@ def prepare(settings: PretrainSettings) -> PreparedRun:
     folder = storage.join(storage.absolute_uri(place), name)
     storage.check_writable(folder)
     record = _read_record(folder)
+    if resolved.run.fork and not record:
+        check_fork(resolved, manifest.hash)
     if record:
         before = PretrainSettings.model_validate(record["settings"])
         if changed := differences(before, resolved):
@@ -175,12 +181,15 @@ def introduce(run: Run) -> list[str]:
         f"tracked as {run.run_id} in {tracking.tracking_uri()}",
         f"data {run.manifest.uri}: {counts['clips']} clips of {counts['videos']} videos, {counts['held_out']} videos "
         f"held out, hash {run.manifest.hash}",
-        f"{train.steps} steps of {train.global_batch} clips, {train.steps * train.global_batch / epoch:.1f} epochs; "
+        f"{settings.last_step} steps of {train.global_batch} clips, "
+        f"{settings.last_step * train.global_batch / epoch:.1f} epochs; "
         f"the generator drops {settings.num_dropped} of {settings.data.num_frames} frames from step "
         f"{settings.generator_start}; the oldest of {moco.queue_size} keys weighs {_oldest_key(settings)}",
     ]
     if settings.model.init:
         lines.append(f"starts from the encoder {settings.model.init}")
+    if settings.run.fork:
+        lines.append(f"begins from the training state {settings.run.fork}")
     if run.warning:
         lines.append(f"warning: {run.warning}")
     if settings.num_micro_batches == 1:

@@ -19,6 +19,7 @@ from vmoco.train.channel import StopWatch
 from vmoco.train.checkpoints import LIST, Checkpoints, Kept, list_text
 from vmoco.train.determinism import require_determinism
 from vmoco.train.evaluation import SCORE, Evaluator
+from vmoco.train.fork import fork
 from vmoco.train.gauges import Gauges
 from vmoco.train.lease import Fence
 from vmoco.train.loop import train
@@ -67,7 +68,9 @@ def _run(config: dict[str, Any]) -> dict[str, Any] | None:
     finished = False
     try:
         found = resume(config["run_folder"], state)
-        if found is None and settings.model.init:
+        if found is None and settings.run.fork:
+            fork(settings.run.fork, state, autocast_dtype=dtype)
+        elif found is None and settings.model.init:
             _start_from(storage.join(config["run_folder"], INIT), state)
         host.begin(state, damaged=found.damaged if found else [])
         if host.is_first:
