@@ -39,7 +39,7 @@ def main() -> None:
     status = "KILLED"
     try:
         sweep = sweeps.run_sweep(prepared, show=show)
-        registered = sweeps.register_best(prepared)
+        registered = sweeps.register_best(prepared, show=show)
         show(f"report {write_report(sweep)}, with scores.png and curves.png beside it")
         best = sweep.best()
         status = "FINISHED" if best else "FAILED"

@@ -36,7 +36,7 @@ _ORIGIN = {
 
 
 def publish_run(
-    run: str, options: Options, *, step: int | None = None, show: Callable[[str], None] = print
+    run: str, options: Options, *, step: int | None = None, note: str = "", show: Callable[[str], None] = print
 ) -> Registered:
     """Registers the encoder of one of a run's kept checkpoints.
 
@@ -44,6 +44,7 @@ def publish_run(
         run: MLflow id or name of the run.
         options: see `Options`.
         step: of the checkpoint; the last one when left out.
+        note: why it is registered, as a sentence in front of its description.
         show: takes a line for a person.
 
     Raises:
@@ -68,7 +69,7 @@ def publish_run(
         manifest = _manifest(checkpoint)
         write_encoder(checkpoint, folder, manifest=manifest, onnx=options.onnx, data_licence=options.data_licence)
         scores = _scores(folder, manifest, show) if options.score else []
-        description = f"run {run_name}, step {wanted}, data {manifest.hash}"
+        description = f"{note}run {run_name}, step {wanted}, data {manifest.hash}"
         return _register(folder, run_id, options, scores, artifact_folder=f"encoder-{wanted:08d}", text=description)
 
 

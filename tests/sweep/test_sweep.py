@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from tests.test_pretrain import ROOT, SIZES, Service, finished, wait_for
+from tests.test_pretrain import ROOT, SIZES, Service, wait_for
 from vmoco.local import LocalCluster
+from vmoco.promotion import scores_of
 
 pytestmark = pytest.mark.cluster
 
@@ -39,6 +40,13 @@ def sweep(service: Service, name: str, space: dict[str, Any], *flags: str) -> An
     return service.job("jobs/sweep.py", "tiny", "--data.uri", service.data, "--run.name", name, "--space", str(path),
                        "--scaling.num-workers", "2", "--train.steps", "12", "--train.checkpoint-every", "6",
                        "--table-seconds", "0", *flags)  # fmt: skip
+
+
+def finished(job: subprocess.Popen[str]) -> str:
+    """What a job said that ended well; each trial starts some processes, which takes a busy machine half a minute."""
+    said, _ = job.communicate(timeout=500)
+    assert job.returncode == 0, said
+    return said
 
 
 def record(service: Service, name: str) -> dict[str, Any]:
@@ -79,6 +87,8 @@ def test_a_sweep_ends_with_a_registered_encoder_and_a_report(service: Service) -
     version = tracker.get_model_version_by_alias("night", "candidate")
     assert version.run_id == best["run_id"]
     assert "best of 3 trials" in version.description
+    (score,) = scores_of(f"models:/night/{version.version}")
+    assert score.value == pytest.approx(best["scores"]["score/retrieval"])
     # The report, its pictures, and the table that shows how far all are.
     page = re.search(r"report (\S+report\.html)", said)
     assert page is not None

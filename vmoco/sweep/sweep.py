@@ -16,7 +16,9 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from vmoco import registry, storage, tracking
+from vmoco import storage, tracking
+from vmoco.publish import publish_run
+from vmoco.publish_options import Options
 from vmoco.sweep import trial
 from vmoco.sweep.board import Board
 from vmoco.sweep.capacity import capacity
@@ -144,23 +146,23 @@ def _scheduler(prepared: PreparedSweep) -> TrialScheduler:
     )
 
 
-def register_best(prepared: PreparedSweep) -> str:
+def register_best(prepared: PreparedSweep, *, show: Callable[[str], None]) -> str:
     """Registers the encoder of the best trial, once; returns models:/NAME/VERSION, or "" where none has finished.
 
     Raises:
-        ValueError: the tracker cannot be used.
+        ValueError: the tracker cannot be used, or what the trial kept is gone.
     """
     sweep, tracked = prepared.sweep, prepared.settings.pretrain.tracking
     best = sweep.best()
     if best is None or best.name == sweep.registered_trial:
         return sweep.registered
     assert best.run_id is not None, "it has finished"
-    made = registry.register(
+    made = publish_run(
         best.run_id,
-        name=tracked.register_as or sweep.name,
-        alias=tracked.alias,
-        description=f"best of {len(sweep.trials)} trials of sweep {sweep.name} by {sweep.score} "
-        f"{best.scores[sweep.score]:.3f}: {said(best.values)}; run {best.name}, data {sweep.manifest_hash}",
+        Options(name=tracked.register_as or sweep.name, alias=tracked.alias, data_licence=tracked.data_licence),
+        note=f"best of {len(sweep.trials)} trials of sweep {sweep.name} by {sweep.score} "
+        f"{best.scores[sweep.score]:.3f}: {said(best.values)}; ",
+        show=show,
     )
     sweep.registered, sweep.registered_trial = f"models:/{made.name}/{made.version}", best.name
     sweep.save()
