@@ -87,7 +87,7 @@ def test_a_sweep_ends_with_a_registered_encoder_and_a_report(service: Service) -
     version = tracker.get_model_version_by_alias("night", "candidate")
     assert version.run_id == best["run_id"]
     assert "best of 3 trials" in version.description
-    (score,) = scores_of(f"models:/night/{version.version}")
+    (score,) = scores_of(version)
     assert score.value == pytest.approx(best["scores"]["score/retrieval"])
     # The report, its pictures, and the table that shows how far all are.
     page = re.search(r"report (\S+report\.html)", said)
