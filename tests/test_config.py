@@ -26,7 +26,7 @@ GROUPS = {name: type(value) for name, value in TINY if isinstance(value, Setting
 SILENT = {
     *{("run", name) for name in ("name", "storage")},
     *{("data", name) for name in ("uri", "batches_ahead", "cache", "cache_gib")},
-    *{("train", name) for name in ("log_every", "checkpoint_every", "keep_checkpoints", "keep_best")},
+    *{("train", name) for name in ("stop_after", "log_every", "checkpoint_every", "keep_checkpoints", "keep_best")},
     *{(group, name) for group in ("scaling", "evaluation", "tracking") for name in GROUPS[group].model_fields},
 }
 
@@ -44,6 +44,7 @@ def other_value(group: str, name: str) -> object:
         ("moco", "queue_size"): 128,
         ("train", "global_batch"): 12,
         ("train", "micro_batch"): 2,
+        ("train", "stop_after"): 7,
         ("scaling", "num_workers"): 2,
         ("scaling", "min_workers"): 1,
         ("augment", "hue"): 0.1,

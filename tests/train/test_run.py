@@ -54,3 +54,13 @@ def test_name_of_a_run_belongs_to_its_architecture_and_data(settings: PretrainSe
     assert again.run_id == run.run_id
     close_run(run, "models:/tested/1")
     assert prepare(settings).finished == "models:/tested/1"
+
+
+def test_a_run_that_ended_where_it_was_told_to_goes_on_when_told_to_end_later(settings: PretrainSettings) -> None:
+    """Ended at step 10 of 20: with the same end nothing is left to do; with a later one, or none, there is."""
+    half = changed(settings, train={"stop_after": 10})
+    close_run(open_run(prepare(half)), "models:/tested/1")
+    assert prepare(half).finished == "models:/tested/1"
+    assert prepare(changed(settings, train={"stop_after": 5})).finished
+    assert prepare(changed(settings, train={"stop_after": 15})).finished is None
+    assert prepare(settings).finished is None

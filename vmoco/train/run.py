@@ -94,7 +94,9 @@ def prepare(settings: PretrainSettings) -> PreparedRun:
                 f"run.name {name!r} belongs to a run on data set {record['manifest_hash']}, {manifest.uri} is "
                 f"{manifest.hash}: give data.uri as it was to resume it, or another run.name"
             )
-    return PreparedRun(resolved, manifest, folder, record["finished"] if record else None)
+    # A run that ended where it was told to goes on when it is told to end later.
+    ended = record is not None and record.get("finished_step", resolved.train.steps) >= resolved.last_step
+    return PreparedRun(resolved, manifest, folder, record["finished"] if record and ended else None)
 
 
 def open_run(prepared: PreparedRun, *, parent_run: str | None = None) -> Run:
@@ -156,7 +158,7 @@ def close_run(run: Run, encoder: str) -> None:
     """Notes that a run has ended well, and where its encoder is: submitted again, it has nothing left to do."""
     record = _read_record(run.folder)
     assert record is not None, "opened before"
-    _write_record(run.folder, record | {"finished": encoder})
+    _write_record(run.folder, record | {"finished": encoder, "finished_step": run.settings.last_step})
 
 
 def _write_record(folder: str, record: dict[str, Any]) -> None:
