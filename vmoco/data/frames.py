@@ -30,16 +30,16 @@ Shape = tuple[int, int, int, int]
 """(T, H, W, C) of a clip."""
 
 
-def encode(frames: Frames, encoding: Encoding, *, quality: int) -> bytes:
-    """The stored bytes of a clip.
+def encode(frames: Frames, encoding: Encoding, *, quality: int) -> Stored:
+    """The stored bytes of a clip: for `raw` a view of `frames`, not a copy.
 
     Args:
-        frames: uint8 (T, H, W, 3), RGB.
+        frames: uint8 (T, H, W, 3), RGB, contiguous.
         encoding: How to store them.
         quality: Of JPEG, 1 to 100.
     """
     if encoding == "raw":
-        return frames.tobytes()
+        return frames.data.cast("B")
     return pack([_jpeg(frame, quality) for frame in frames])
 
 
