@@ -254,7 +254,7 @@ class ShardReader:
         if self.encoding == "raw":
             view: Frames = column.storage.flatten().to_numpy(zero_copy_only=True).reshape(self.frame_shape)
             return view
-        images = [memoryview(image.as_buffer()) for image in column.values]
+        images = [memoryview(image.as_buffer()).cast("B") for image in column.values]
         try:
             return storing.decode_images(images, self.frame_shape)
         except ValueError as error:
