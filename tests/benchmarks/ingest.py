@@ -157,14 +157,35 @@ class Bare:
         return sum(sum(psutil.Process(process.pid).cpu_times()[:2]) for process in self._processes)
 
 
-def cluster_cpu_seconds() -> float:
-    """Of all processes that cut: Ray's tasks, their decoders, and this one."""
-    total = sum(os.times()[:2])
-    for process in psutil.process_iter(["cmdline", "cpu_times"]):
-        words = " ".join(process.info["cmdline"] or [])
-        if process.info["cpu_times"] and ("vmoco.data.decoder" in words or words.startswith("ray::")):
-            total += sum(process.info["cpu_times"][:2])
-    return total
+class CpuSeconds:
+    """What all that cuts spends: Ray's tasks, their decoders, this process. Sampled, for Ray ends idle workers."""
+
+    def __init__(self) -> None:
+        self._first = self._last = self._now()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> CpuSeconds:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.spent = sum(seconds - self._first.get(pid, 0.0) for pid, seconds in self._last.items())
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.5):
+            self._last = self._last | self._now()
+
+    @staticmethod
+    def _now() -> dict[int, float]:
+        spent = {os.getpid(): sum(os.times()[:2])}
+        for process in psutil.process_iter(["cmdline", "cpu_times"]):
+            words = " ".join(process.info["cmdline"] or [])
+            if process.info["cpu_times"] and ("vmoco.data.decoder" in words or words.startswith("ray::")):
+                spent[process.pid] = sum(process.info["cpu_times"][:2])
+        return spent
 
 
 def efficiency(folder: Path, paths: list[str], *, seconds: float, startup: float) -> dict[str, float]:
@@ -179,14 +200,13 @@ def efficiency(folder: Path, paths: list[str], *, seconds: float, startup: float
     shutil.rmtree(folder / "alone")
     number = len(list((folder / "in").iterdir()))
     copies(folder / "few/in", [Path(path) for path in paths], max(len(paths), number // 3))
-    with Bare(paths) as beside:
-        spent = cluster_cpu_seconds()
+    with Bare(paths) as beside, CpuSeconds() as cpu:
         together, _, clock = rate(folder / "few", "beside")
-        spent = cluster_cpu_seconds() - spent
     result = {"ingest_clips_s": found, "bare_clips_s": sum(rates) / 2, "seconds": lasted, "ray_start_s": startup}
     result |= {"efficiency": found / result["bare_clips_s"], "bare_drift": rates[1] / rates[0]}
     result["efficiency_whole"] = whole / result["bare_clips_s"]
-    return result | {"at_once": clock.marks[-1][1] / spent / beside.per_cpu_second, "ingest_clips_s_at_once": together}
+    result["at_once"] = clock.marks[-1][1] / cpu.spent / beside.per_cpu_second
+    return result | {"ingest_clips_s_at_once": together}
 
 
 class Peak:
