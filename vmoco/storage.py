@@ -11,7 +11,6 @@ import contextlib
 import errno
 import io
 import os
-import shutil
 import tempfile
 import time
 import urllib.parse
@@ -23,6 +22,8 @@ from typing import BinaryIO, TypeVar
 import pyarrow.fs as pafs
 
 _WAITS_SECONDS = (0.5, 2.0, 8.0)
+_IN_FLIGHT_BYTES = 10 * 2**20
+"""Most that is on its way to a store: one of the parts in which Arrow sends a file to S3."""
 _FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 _REFUSED = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "Not Found")  # in the messages of object stores
 Result = TypeVar("Result")
@@ -136,7 +137,10 @@ def write_atomic(uri: str, content: bytes | memoryview) -> None:
 def _upload(target: pafs.FileSystem, path: str, file: BinaryIO) -> None:
     file.seek(0)
     with target.open_output_stream(path) as stream:
-        shutil.copyfileobj(file, stream, length=2**22)
+        while piece := file.read(_IN_FLIGHT_BYTES):
+            stream.write(piece)
+            # Until it is sent: Arrow sends in the background, and keeps in memory whatever a slow store is behind.
+            stream.flush()
 
 
 def _write_local(path: Path, content: bytes | memoryview) -> None:

@@ -11,8 +11,8 @@ and a ratio of 2. `at_once` is that measurement made fair: clips per second of C
 Videos and shards lie in memory (/dev/shm), because the bare ones write nothing and the disk is not what is measured;
 `--scratch FOLDER` puts them elsewhere.
 
-`scaling` is ingest alone with two workers over one. `peak_mib` is the largest resident memory of a Ray worker and its
-decoder together, over 1080p and 2160p videos.
+`scaling` is ingest alone on two cores over one to which all of it is pinned, Ray and this process too. `peak_mib` is
+the largest resident memory of a Ray worker and its decoder together, over 1080p and 2160p videos.
 """
 
 from __future__ import annotations
@@ -107,11 +107,14 @@ class Clock:
         return (last - first) / (ended - began)
 
 
-class Holder:
-    """An actor that only is there."""
-
-    def here(self) -> bool:
-        return True
+def pin(core: int) -> None:
+    """Pins this process and all that it started to a core, thread by thread; what they start inherits it."""
+    this = psutil.Process()
+    for process in [this, *this.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for thread in process.threads():
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setaffinity(thread.id, {core})
 
 
 def rate(folder: Path, name: str, **changes: Any) -> tuple[float, float, Clock]:
@@ -154,34 +157,56 @@ class Bare:
         return sum(sum(psutil.Process(process.pid).cpu_times()[:2]) for process in self._processes)
 
 
-def cluster_cpu_seconds() -> float:
-    """Of all processes that cut: Ray's tasks, their decoders, and this one."""
-    total = sum(os.times()[:2])
-    for process in psutil.process_iter(["cmdline", "cpu_times"]):
-        words = " ".join(process.info["cmdline"] or [])
-        if process.info["cpu_times"] and ("vmoco.data.decoder" in words or words.startswith("ray::")):
-            total += sum(process.info["cpu_times"][:2])
-    return total
+class CpuSeconds:
+    """What all that cuts spends: Ray's tasks, their decoders, this process. Sampled, for Ray ends idle workers."""
+
+    def __init__(self) -> None:
+        self._first = self._last = self._now()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> CpuSeconds:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.spent = sum(seconds - self._first.get(pid, 0.0) for pid, seconds in self._last.items())
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.5):
+            self._last = self._last | self._now()
+
+    @staticmethod
+    def _now() -> dict[int, float]:
+        spent = {os.getpid(): sum(os.times()[:2])}
+        for process in psutil.process_iter(["cmdline", "cpu_times"]):
+            words = " ".join(process.info["cmdline"] or [])
+            if process.info["cpu_times"] and ("vmoco.data.decoder" in words or words.startswith("ray::")):
+                spent[process.pid] = sum(process.info["cpu_times"][:2])
+        return spent
 
 
 def efficiency(folder: Path, paths: list[str], *, seconds: float, startup: float) -> dict[str, float]:
-    """Ingest between two stretches of bare decoders, and then both at once."""
+    """Ingest between two stretches of bare decoders, and then both at once over a third of the files."""
     with Bare(paths) as before:
         time.sleep(seconds / 2)
     whole, lasted, alone = rate(folder, "alone")
-    found = alone.steady(tail=2 * 64)  # two shards of 64 clips
+    found = alone.steady(tail=4 * 64)  # two tasks a core, shards of 64 clips
     with Bare(paths) as after:
         time.sleep(seconds / 2)
     rates = [before.rate, after.rate]
     shutil.rmtree(folder / "alone")
-    with Bare(paths) as beside:
-        spent = cluster_cpu_seconds()
-        together, _, clock = rate(folder, "beside")
-        spent = cluster_cpu_seconds() - spent
+    number = len(list((folder / "in").iterdir()))
+    copies(folder / "few/in", [Path(path) for path in paths], max(len(paths), number // 3))
+    with Bare(paths) as beside, CpuSeconds() as cpu:
+        together, _, clock = rate(folder / "few", "beside")
     result = {"ingest_clips_s": found, "bare_clips_s": sum(rates) / 2, "seconds": lasted, "ray_start_s": startup}
     result |= {"efficiency": found / result["bare_clips_s"], "bare_drift": rates[1] / rates[0]}
     result["efficiency_whole"] = whole / result["bare_clips_s"]
-    return result | {"at_once": clock.marks[-1][1] / spent / beside.per_cpu_second, "ingest_clips_s_at_once": together}
+    result["at_once"] = clock.marks[-1][1] / cpu.spent / beside.per_cpu_second
+    return result | {"ingest_clips_s_at_once": together}
 
 
 class Peak:
@@ -305,11 +330,9 @@ def main() -> None:
         report = encodings(folder / "encodings")
         print(json.dumps(report), flush=True)
         result["peak_mib"] = peak(folder / "large")
-        # Something that holds one of the two CPUs, so that there is one worker.
-        holder = ray.remote(num_cpus=1)(Holder).remote()
-        ray.get(holder.here.remote())
+        pin(min(os.sched_getaffinity(0)))
         one, seconds_one, _ = rate(folder / "scaling", "one", videos_per_shard=6)
-        print(f"two workers {two:.1f} clips/s in {seconds_two:.0f} s, one {one:.1f} in {seconds_one:.0f} s", flush=True)
+        print(f"two cores {two:.1f} clips/s in {seconds_two:.0f} s, one {one:.1f} in {seconds_one:.0f} s", flush=True)
         result |= {"scaling": two / one, "encodings": report}
     print(json.dumps({name: value if isinstance(value, dict) else round(value, 3) for name, value in result.items()}))
 

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.sizing
 
 What was measured: decoding and scaling 640x360 h264 to the stored size, 475 frames/s a core; a JPEG of quality 92 of a
-128x171 frame, 6,000 bytes; decoding one, 6,500 frames/s a core. What a step needs is counted by `vmoco.model.cost`.
+128x171 frame, 6,000 bytes; decoding one, 14,000 frames/s a core. What a step needs is counted by `vmoco.model.cost`.
 What a GPU reaches of its peak (MFU) was not measured here: the tables say the hours at several.
 """
 
@@ -19,7 +19,7 @@ from vmoco.presets import PRESETS
 FRAMES_PER_CORE = 475
 JPEG_BYTES = 6_000
 RAW_BYTES = 128 * 171 * 3
-JPEG_FRAMES_PER_CORE = 6_500
+JPEG_FRAMES_PER_CORE = 14_000
 PEAK = 989e12
 """bf16 operations per second that an H100 SXM promises."""
 DOLLARS_PER_GPU_HOUR = 2.5

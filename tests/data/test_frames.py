@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.dataset import make_data_set
 from vmoco.data.frames import Frames, decode, encode, pack, unpack
@@ -37,6 +39,26 @@ def test_jpeg_is_near_and_nearer_with_quality() -> None:
         errors.append(np.abs(decode(stored, "jpeg", SHAPE).astype(int) - gradient()).mean())
     assert errors[0] < 3 < errors[1] + 2
     assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("quality", [30, 92, 100])
+@pytest.mark.parametrize(("height", "width"), [(24, 32), (17, 33), (1, 1)])
+def test_jpeg_pixels_are_those_of_another_decoder(quality: int, height: int, width: int) -> None:
+    """Pillow finds the very same pixels in the stored images, also where sizes are odd."""
+    clip = np.random.default_rng(0).integers(0, 256, (3, height, width, 3), dtype=np.uint8)
+    stored = encode(clip, "jpeg", quality=quality)
+    plain = [np.asarray(Image.open(io.BytesIO(image))) for image in unpack(stored, num_frames=3)]
+    np.testing.assert_array_equal(decode(stored, "jpeg", clip.shape), plain)
+
+
+def test_a_damaged_jpeg_is_refused() -> None:
+    """Cut off, of one colour, or no JPEG at all: the frame is named."""
+    whole = [bytes(image) for image in unpack(encode(gradient(), "jpeg", quality=90), num_frames=5)]
+    grey = io.BytesIO()
+    Image.fromarray(gradient()[0, :, :, 0]).save(grey, "JPEG")
+    for damaged in (whole[3][:-20], b"no image", grey.getvalue()):
+        with pytest.raises(ValueError, match=r"frame 3 is (no whole JPEG: |\(24, 32, 1\), and should be)"):
+            decode(pack([*whole[:3], damaged, whole[4]]), "jpeg", SHAPE)
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 7])

@@ -88,6 +88,54 @@ def test_parts_are_read_by_ranges(store: Store, tmp_path: Path) -> None:
     decoder.close()
 
 
+# A task from S3 to S3 in a process of its own; prints by how many MiB its memory grew, and the size of its shard.
+TASK = """
+import sys, threading, time
+from pathlib import Path
+from tests.data.test_shard_task import settings
+from vmoco.data.decoder import Decoder
+from vmoco.data.probe_task import Probed
+from vmoco.data.shard_task import make_shard, plan_shards
+from vmoco.data.source import list_videos
+def own_mib():
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) / 1024
+peak = 0.0
+def watch():
+    global peak
+    while True:
+        peak = max(peak, own_mib())
+        time.sleep(0.01)
+def made(name):
+    places = {"videos": sys.argv[1] + name, "output": sys.argv[1] + "out"}
+    chosen = settings(Path(), **places, num_frames=16, height=256, width=256, max_clips_per_video=1000)
+    (plan,) = plan_shards([Probed(found, "hash") for found in list_videos(chosen.videos).videos], chosen)
+    return make_shard(plan, root=chosen.videos, output=chosen.output, settings=chosen, decoder=decoder)
+decoder = Decoder()
+made("small")  # all libraries are loaded, all connections open
+before = own_mib()
+threading.Thread(target=watch, daemon=True).start()
+print(made("large")["file"]["num_bytes"] / 2**20, peak - before)
+decoder.close()
+"""
+
+
+def test_a_slow_store_does_not_fill_memory(store: Store, tmp_path: Path) -> None:
+    """A task reads a large video from a slow store and writes a large shard to it: its memory grows by neither."""
+    for name, count, padding in (("small", 20, 8), ("large", 480, 2**26)):
+        path = videos.write_video(tmp_path / name / "a.mp4", videos.images(count))
+        whole = path.read_bytes() + padding.to_bytes(4, "big") + b"free" + bytes(padding - 8)
+        storage.write_atomic(f"s3://{BUCKET}/in/{name}/a.mp4", whole)
+    store.faults.append(Fault("PUT", "out/shards", times=10**6, seconds=0.2))
+    store.faults.append(Fault("GET", "in/large", times=10**6, seconds=0.1))
+    command = [sys.executable, "-c", TASK, f"s3://{BUCKET}/in/"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shard_mib, grown_mib = map(float, done.stdout.split())
+    assert shard_mib > 85
+    assert grown_mib < 50
+
+
 def run_job(store: Store, output: str, *words: str) -> subprocess.CompletedProcess[str]:
     chosen = settings(Path("/unused"), videos=f"s3://{BUCKET}/in", output=output)
     changed = chosen.model_dump(exclude_defaults=True)

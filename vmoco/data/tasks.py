@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 
+CPUS_PER_TASK = 0.5
+"""Two tasks share a core: one decodes while the other waits for a store, or has ended and Ray's loop, which looks ten
+times a second, has not seen it yet. With one task to a core a tenth of the time was such waiting."""
+
 
 def run_tasks(task: Callable[[str], str], items: list[str]) -> Iterator[str]:
     """Runs a function over texts in Ray tasks, one per text, and yields the results as they are done.
@@ -31,9 +35,9 @@ def run_tasks(task: Callable[[str], str], items: list[str]) -> Iterator[str]:
     log.setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that bars are off
     try:
-        # One block per text is one task per text; Ray starts as many at once as there are CPUs.
+        # One block per text is one task per text.
         blocks = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
-        for row in blocks.map(run, num_cpus=1).iter_rows():
+        for row in blocks.map(run, num_cpus=CPUS_PER_TASK).iter_rows():
             if row["error"]:
                 raise ValueError(row["error"])
             yield row["result"]
