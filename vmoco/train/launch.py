@@ -8,9 +8,11 @@ calls `pretrain` too: in a thread, where no signal arrives, with the callback th
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,22 +25,20 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vmoco import promotion, registry, tracking
-from vmoco.config import PretrainSettings
 from vmoco.export import add_scores, write_encoder
 from vmoco.job import StopRequest, is_user_error
 from vmoco.train.channel import Channel, Listener
 from vmoco.train.checkpoints import Kept
-from vmoco.train.evaluation import final_score, reserve, resources
+from vmoco.train.evaluation import final_score
 from vmoco.train.lease import Lease
 from vmoco.train.resume import local_copy
+from vmoco.train.room import NAMESPACE, Room, check_room
 from vmoco.train.run import PreparedRun, Run, close_run, introduce, open_run
 from vmoco.train.worker import run_worker
 
 # A rank that has lost another waits this long in a collective before it gives up, in seconds.
 _COLLECTIVE_TIMEOUT = 120
-# The evaluation's resources are there within this time, or never: `check_resources` has counted them.
-_RESERVE_SECONDS = 60.0
-_NODES_SECONDS = 3600.0  # where an autoscaler has to bring the node first
+_SILENT_SECONDS = 60.0  # workers that have not begun by then wait for something: a person wants to know for what
 
 
 @dataclass(frozen=True)
@@ -68,20 +68,18 @@ def pretrain(prepared: PreparedRun, *, show: Callable[[str], None] = print, call
             person has to mend.
         ray.train.TrainingFailedError: a worker failed more often than scaling.max-failures.
     """
-    check_resources(prepared.settings)
+    check_room(prepared.settings)
+    room = Room(prepared.settings)
     # Beside the driver: on another node it would be lost with that node, and the run with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    channel = Channel.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    channel = Channel.options(name=room.holder, namespace=NAMESPACE, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     lost = channel.fail.remote
-    with (
-        Lease(prepared.folder, on_lost=lambda said: ray.get(lost(said)), show=show) as lease,
-        _reserved(prepared.settings) as evaluation,
-    ):
-        return _pretrain(open_run(prepared), channel, lease, evaluation, show=show, callbacks=callbacks)
+    with Lease(prepared.folder, on_lost=lambda said: ray.get(lost(said)), show=show) as lease, room:
+        return _pretrain(open_run(prepared), channel, lease, room, show=show, callbacks=callbacks)
 
 
 def _pretrain(
-    run: Run, channel: Any, lease: Lease, evaluation: Any, *, show: Callable[[str], None], callbacks: Sequence[Any]
+    run: Run, channel: Any, lease: Lease, room: Room, *, show: Callable[[str], None], callbacks: Sequence[Any]
 ) -> Outcome:
     for line in introduce(run):
         show(line)
@@ -89,10 +87,10 @@ def _pretrain(
     with _stop_requests(channel) as stop:
         status = "FAILED"
         try:
-            last = _fit(run, channel, lease, evaluation, callbacks)
+            last = _fit(run, channel, lease, room, show=show, callbacks=callbacks)
             finished = last.step == run.settings.train.steps
             status = "KILLED"  # unless it has ended and its encoder is safe
-            registered = _export(run, last, evaluation, show) if finished else None
+            registered = _export(run, last, room.evaluation, show) if finished else None
             status = "FINISHED" if finished else status
             if finished:
                 close_run(run, registered.uri if registered else f"runs:/{run.run_id}/{registry.ARTIFACT_FOLDER}")
@@ -106,18 +104,6 @@ def _pretrain(
 
 
 @contextlib.contextmanager
-def _reserved(settings: PretrainSettings) -> Iterator[Any]:
-    """The evaluation's own resources, for the time of the run."""
-    waits = settings.scaling.wait_for_nodes
-    group = reserve(settings.evaluation, timeout=_NODES_SECONDS if waits else _RESERVE_SECONDS)
-    try:
-        yield group
-    finally:
-        if group is not None:
-            ray.util.remove_placement_group(group)
-
-
-@contextlib.contextmanager
 def _stop_requests(channel: Any) -> Iterator[StopRequest | None]:
     """Turns signals into a wish that the workers hear; None in a thread, which gets no signals."""
     if threading.current_thread() is not threading.main_thread():
@@ -127,30 +113,9 @@ def _stop_requests(channel: Any) -> Iterator[StopRequest | None]:
         yield stop
 
 
-def check_resources(settings: PretrainSettings) -> None:
-    """Checks that the cluster can hold the workers, because Ray would wait for them for ever.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    scaling = settings.scaling
-    workers = scaling.min_workers or scaling.num_workers
-    beside = resources(settings.evaluation)
-    wanted = {"CPU": workers * scaling.cpus_per_worker + beside.get("CPU", 0.0)}
-    if scaling.use_gpu or "GPU" in beside:
-        wanted["GPU"] = workers * float(scaling.use_gpu) + beside.get("GPU", 0.0)
-    there = ray.cluster_resources()
-    for resource, number in wanted.items():
-        if there.get(resource, 0) < number and not scaling.wait_for_nodes:
-            extra = f" and the evaluation {beside[resource]:.0f}" if resource in beside else ""
-            raise ValueError(
-                f"{workers} workers need {number - beside.get(resource, 0.0):.0f} {resource}{extra}, the cluster has "
-                f"{there.get(resource, 0):.0f}: lower scaling.num-workers or evaluation.num-cpus, add nodes, or set "
-                "scaling.wait-for-nodes where an autoscaler adds them"
-            )
-
-
-def _fit(run: Run, channel: Any, lease: Lease, evaluation: Any, callbacks: Sequence[Any]) -> Kept:
+def _fit(
+    run: Run, channel: Any, lease: Lease, room: Room, *, show: Callable[[str], None], callbacks: Sequence[Any]
+) -> Kept:
     """Trains to the end, or to a stop; returns the last checkpoint."""
     settings, scaling = run.settings, run.settings.scaling
     assert settings.run.storage is not None
@@ -168,7 +133,7 @@ def _fit(run: Run, channel: Any, lease: Lease, evaluation: Any, callbacks: Seque
             "run_folder": run.folder,
             "lease": lease.token,
             "channel": channel,
-            "evaluation": evaluation,
+            "evaluation": room.evaluation,
         },
         scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
             num_workers=(scaling.min_workers, scaling.num_workers) if elastic else scaling.num_workers,  # type: ignore[arg-type]
@@ -184,6 +149,7 @@ def _fit(run: Run, channel: Any, lease: Lease, evaluation: Any, callbacks: Seque
             callbacks=list(callbacks),
         ),
     )
+    room.note(f"train-{trainer.train_run_context.run_id}")  # type: ignore[attr-defined]  # so Ray Train names it
     # In a thread of its own: in the main thread Ray would take Ctrl-C for itself and abort without a checkpoint.
     results: list[ray.train.Result] = []
     errors: list[BaseException] = []
@@ -196,8 +162,16 @@ def _fit(run: Run, channel: Any, lease: Lease, evaluation: Any, callbacks: Seque
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
+    patient_until = time.monotonic() + _SILENT_SECONDS
     while thread.is_alive():
         thread.join(timeout=0.2)  # short, so that signals are handled
+        if time.monotonic() > patient_until:
+            patient_until = math.inf
+            if not ray.get(channel.num_started.remote()):
+                show(
+                    f"no worker has begun for {_SILENT_SECONDS:.0f} s: the nodes are in use (`ray status`), or Ray "
+                    "keeps them for a job that was killed, up to 200 s long"
+                )
     if said := ray.get(channel.error.remote()):
         raise ValueError(said)
     if errors:
