@@ -24,12 +24,14 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vmoco import promotion, registry, tracking
-from vmoco.export import add_scores, write_encoder
+from vmoco import registry, tracking
+from vmoco.export import write_encoder
 from vmoco.job import StopRequest, is_user_error
+from vmoco.promotion import Score
+from vmoco.publish import publish
 from vmoco.train.channel import Channel, Listener
 from vmoco.train.checkpoints import Kept
-from vmoco.train.evaluation import final_score
+from vmoco.train.evaluation import score_now
 from vmoco.train.lease import Lease
 from vmoco.train.resume import local_copy
 from vmoco.train.room import NAMESPACE, Room, check_room
@@ -201,29 +203,25 @@ def _export(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) 
 
 def _register(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) -> registry.Registered | None:
     settings = run.settings
-    name = settings.tracking.register_as
-    score = _score(run, last, evaluation, show) if name is not None and settings.evaluation.enabled else None
+    score = last.score or _score(run, last, evaluation, show)
     with tempfile.TemporaryDirectory() as folder, local_copy(last.uri) as checkpoint:
         write_encoder(checkpoint, Path(folder), manifest=run.manifest)
-        if score is not None:
-            add_scores(Path(folder), {score.protocol: score.row()})
-        registry.attach(Path(folder), run_id=run.run_id)
-    if name is None:
+        return publish(
+            Path(folder),
+            run_id=run.run_id,
+            name=settings.tracking.register_as,
+            alias=settings.tracking.alias,
+            description=f"run {settings.run.name}, step {last.step}, data {run.manifest.hash}",
+            score=score,
+        )
+
+
+def _score(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) -> Score | None:
+    """The score of an encoder that the workers could not wait for; one that cannot be had takes no encoder away."""
+    if run.settings.tracking.register_as is None or not run.settings.evaluation.enabled:
         return None
-    registered = registry.register(
-        run.run_id,
-        name=name,
-        alias=settings.tracking.alias,
-        description=f"run {settings.run.name}, step {settings.train.steps}, data {run.manifest.hash}",
-    )
-    promotion.record(f"models:/{registered.name}/{registered.version}", [score] if score else [])
-    return registered
-
-
-def _score(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) -> promotion.Score | None:
-    """The score that the registered encoder carries; a look that fails takes no encoder from anybody."""
     try:
-        return final_score(last, run.settings, evaluation)
+        return score_now(last, run.settings, evaluation)
     except ray.exceptions.RayError as error:
         said = str(error).splitlines()[-1]
         show(f"warning: the encoder is registered without a score, and `jobs/evaluate.py` gives it one: {said}")
