@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -13,6 +15,8 @@ from vmoco.data.manifest import Manifest
 from vmoco.encoder import Encoder, Preprocessing
 from vmoco.model.backbone import build_backbone
 from vmoco.presets import PRESETS
+from vmoco.promotion import Score
+from vmoco.train.checkpoints import LIST, Kept, list_text
 from vmoco.train.state import TrainState
 
 TINY = PRESETS["tiny"][1]
@@ -49,7 +53,14 @@ def save_checkpoint(folder: Path, manifest: Manifest, *, run_id: str | None = "a
     return state
 
 
-def tracked_run(folder: Path, manifest: Manifest, *, name: str = "a-run", steps: tuple[int, ...] = (0,)) -> str:
+def tracked_run(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    name: str = "a-run",
+    steps: tuple[int, ...] = (0,),
+    scores: Mapping[int, Score] = MappingProxyType({}),
+) -> str:
     """A run with metrics and kept checkpoints, whose weights differ from step to step; returns its MLflow id."""
     run_id = tracking.create_run(settings_for(manifest, name), tags={})
     rows = []
@@ -58,10 +69,10 @@ def tracked_run(folder: Path, manifest: Manifest, *, name: str = "a-run", steps:
         save_checkpoint(kept, manifest, run_id=run_id, seed=step)
         record = json.loads((kept / "state.json").read_text())
         (kept / "state.json").write_text(json.dumps(record | {"step": step}))
-        rows.append({"step": step, "uri": str(kept), "sha256": record["sha256"]})
+        rows.append(Kept(step, str(kept), record["sha256"], scores.get(step)))
     spool = tracking.spool(tracking.tracking_uri(), run_id)
     for step in range(5):
         spool.points({"loss": 5.0 - step, "effective_rank": 3.0 + step}, step=step)
-    spool.document("checkpoints.json", json.dumps(rows))
+    spool.document(LIST, list_text(rows))
     assert spool.close() == ""
     return run_id

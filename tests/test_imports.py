@@ -29,6 +29,7 @@ HOMES = {
         "vmoco.train.gauges",
         "vmoco.train.channel",
         "vmoco.train.evaluation",
+        "vmoco.train.room",
     },
     "mlflow": {"vmoco.tracking", "vmoco.registry", "vmoco.encoder_program"},
     "av": {"vmoco.data.video", "vmoco.data.scale"},

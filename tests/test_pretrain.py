@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +156,10 @@ def test_every_kept_checkpoint_is_tracked_with_its_hash(service: Service, undist
     assert {"system/cpu_utilization_percentage", "score/retrieval"} <= set(run.data.metrics)
     assert run.data.metrics["checkpoints_failed"] == run.data.metrics["restarts"] == 0
     scored = {point.step: point.value for point in tracker.get_metric_history(run.info.run_id, "score/retrieval")}
-    assert scored[48] == rows[-1]["score"], "the last checkpoint is always scored"
+    assert scored[48] == rows[-1]["score"]["value"], "the last checkpoint is always scored"
     (score,) = scores_of(tracker.get_model_version_by_alias("tested", "candidate"))
-    assert (score.protocol, score.value) == ("label-free", rows[-1]["score"]), "the registered encoder carries it"
+    assert asdict(score) == rows[-1]["score"], "the registered encoder carries it"
+    assert score.protocol == "label-free"
     assert "queue_filled" in run.data.tags["mlflow.note.content"]
     # The generator starts at step 24, so the first checkpoint has nothing to show.
     shown = [f"step-{step:08d}.{kind}" for step in (32, 48) for kind in ("json", "png")]

@@ -13,9 +13,10 @@ from torch import nn
 from torchvision.models import video as torchvision_video
 
 from tests.dataset import make_data_set
-from tests.encoders import clips, tracked_run
+from tests.encoders import TINY, clips, tracked_run
 from vmoco import lineage, promotion, registry
 from vmoco.data.manifest import Manifest
+from vmoco.evaluate.score import scored_clips
 from vmoco.export import load_encoder
 from vmoco.publish import publish_file, publish_run
 from vmoco.publish_options import Options
@@ -62,6 +63,21 @@ def test_any_kept_checkpoint_of_a_run_becomes_an_encoder(
         publish_run("none", Options(name="tested"))
 
 
+def test_a_score_of_training_is_not_measured_again(manifest: Manifest, tracker_home: Path, tmp_path: Path) -> None:
+    """What the run's own evaluation said of a checkpoint goes with its encoder; another one is measured as there."""
+    known = promotion.Score("label-free", "its own clips", 0.123, 0.1, 0.2, "chance 1 %")
+    tracked_run(tmp_path, manifest, steps=(10, 20), scores={10: known})
+    said: list[str] = []
+    for step in (10, 20):
+        publish_run("a-run", Options(name="tested"), step=step, show=said.append)
+    versions = [registry.find_version(f"models:/tested/{number}") for number in (1, 2)]
+    (first,), (second,) = map(promotion.scores_of, versions)
+    assert first == known
+    assert "12.3%" in said[0]
+    assert second.evaluation_set == scored_clips(manifest, max_videos=TINY.evaluation.max_videos)[1]
+    assert "| label-free | 12.3% |" in Path(versions[0].source, "README.md").read_text()
+
+
 def test_a_checkpoint_that_is_gone_or_changed_is_said(manifest: Manifest, tracker_home: Path, tmp_path: Path) -> None:
     """One whose files were replaced since they were tracked, and one whose files are gone; nothing is registered."""
     tracked_run(tmp_path, manifest, steps=(10, 20))
@@ -70,7 +86,9 @@ def test_a_checkpoint_that_is_gone_or_changed_is_said(manifest: Manifest, tracke
     with pytest.raises(ValueError, match="is not the one that was tracked"):
         publish_run("a-run", Options(name="tested"), step=10)
     (tmp_path / "a-run" / "step-00000020" / "state.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"is gone: it has no state.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"step-00000020 has no state.safetensors, though the run tracked it: .* also kept 10"
+    ):
         publish_run("a-run", Options(name="tested"))
     assert registry.versions() == []
 

@@ -40,7 +40,7 @@ def check_cluster(settings: PretrainSettings, *, show: Callable[[str], None] = p
         f"node {address} gave no answer in {_ANSWER_SECONDS:.0f} s: look at it, or remove it" for address in silent
     ]
     problems += find_problems(settings, reports, tracker=tracking.tracking_uri())
-    problems += _resource_problems(settings, reports)
+    problems += _resource_problems(settings)
     for each in sorted(reports, key=lambda each: each.address):
         gpus = ", ".join(f"{name} ({size / 2**30:.0f} GiB)" for name, size in each.gpus) or "no GPU"
         show(
@@ -176,30 +176,21 @@ def _with_unseen(reports: list[NodeReport], place: str, probe: str) -> list[Node
     ]
 
 
-def _resource_problems(settings: PretrainSettings, reports: list[NodeReport]) -> list[str]:
+def _resource_problems(settings: PretrainSettings) -> list[str]:
     import ray
 
-    scaling, there = settings.scaling, ray.cluster_resources()
+    from vmoco.train.room import lacking
+
+    scaling = settings.scaling
     if scaling.wait_for_nodes:
         return []
-    problems = []
-    if scaling.use_gpu and not there.get("GPU"):
-        problems.append(
+    if scaling.use_gpu and not ray.cluster_resources().get("GPU"):
+        return [
             f"preset {settings.preset} wants {scaling.num_workers} GPUs and the cluster has none: add GPU nodes, take "
             "--scaling.wait-for-nodes where an autoscaler brings them, or another preset for CPUs"
-        )
-    elif scaling.use_gpu and there["GPU"] < scaling.num_workers:
-        problems.append(
-            f"{scaling.num_workers} workers want as many GPUs and the cluster has {there['GPU']:.0f}: lower "
-            "scaling.num-workers, or add nodes"
-        )
-    cpus = scaling.num_workers * scaling.cpus_per_worker
-    if there.get("CPU", 0) < cpus:
-        problems.append(
-            f"{scaling.num_workers} workers want {cpus} CPUs and the cluster has {there.get('CPU', 0):.0f}: lower "
-            "scaling.num-workers or scaling.cpus-per-worker, or add nodes"
-        )
-    return problems
+        ]
+    problem = lacking(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    return [problem] if problem else []
 
 
 def _measure(settings: PretrainSettings) -> Speed | None:

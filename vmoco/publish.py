@@ -5,21 +5,20 @@ Everything is read, checked and scored in a folder of this machine first: what f
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from vmoco import foreign, registry, storage, tracking
+from vmoco import foreign, registry, tracking
 from vmoco.data.manifest import Manifest
 from vmoco.evaluate.score import TooFewVideosError, score_encoder
-from vmoco.export import add_scores, read_encoder, write_encoder, write_folder
+from vmoco.export import add_scores, encoder_in, write_encoder, write_folder
 from vmoco.promotion import Score, label_free_score, record
 from vmoco.publish_options import Options
-from vmoco.registry import Registered
+from vmoco.registry import ARTIFACT_FOLDER, Registered
 from vmoco.train import state
-
-CHECKPOINTS = "checkpoints.json"  # `train.checkpoints` lists a run's kept checkpoints under this name
+from vmoco.train.checkpoints import LIST, Kept, parse_list
+from vmoco.train.resume import local_copy
 
 _ORIGIN = {
     "torchvision": {
@@ -35,10 +34,46 @@ _ORIGIN = {
 }
 
 
+def publish(
+    folder: Path,
+    *,
+    run_id: str,
+    name: str | None,
+    alias: str,
+    description: str,
+    score: Score | None = None,
+    artifact_folder: str = ARTIFACT_FOLDER,
+) -> Registered | None:
+    """Logs an encoder with its run and, where it has a name, registers it.
+
+    Args:
+        folder: what `export.write_encoder` or `export.write_folder` wrote.
+        run_id: MLflow run that trained it, or that stands for its import.
+        name: registered name.
+        alias: a further alias of the version.
+        description: of the version, one line.
+        score: of the encoder, for its card and the version.
+        artifact_folder: where it goes among the run's artifacts.
+
+    Raises:
+        ValueError: the name or the alias is not allowed.
+    """
+    if score is not None:
+        add_scores(folder, {score.protocol: score.row()})
+    registry.attach(folder, run_id=run_id, artifact_folder=artifact_folder)
+    if name is None:
+        return None
+    registered = registry.register(
+        run_id, name=name, alias=alias, description=description, artifact_folder=artifact_folder
+    )
+    record(f"models:/{registered.name}/{registered.version}", [score] if score else [])
+    return registered
+
+
 def publish_run(
     run: str, options: Options, *, step: int | None = None, note: str = "", show: Callable[[str], None] = print
 ) -> Registered:
-    """Registers the encoder of one of a run's kept checkpoints.
+    """Registers the encoder of one of a run's kept checkpoints, with the score that it got during training.
 
     Args:
         run: MLflow id or name of the run.
@@ -53,24 +88,40 @@ def publish_run(
     registry.check_alias(options.alias)
     found = registry.find_run(run)
     run_id, run_name = found.info.run_id, found.info.run_name
-    kept = json.loads(registry.read_text(run_id, CHECKPOINTS) or "[]")
-    if not kept:
+    rows = {row.step: row for row in parse_list(registry.read_text(run_id, LIST) or "[]")}
+    if not rows:
         raise ValueError(f"run {run_name} has kept no checkpoint yet, so it has no encoder to register")
-    rows = {row["step"]: row for row in kept}
     wanted = max(rows) if step is None else step
     if wanted not in rows:
         steps = ", ".join(map(str, sorted(rows)))
         raise ValueError(f"run {run_name} has no checkpoint of step {wanted}: it has kept those of step {steps}")
-    with tempfile.TemporaryDirectory() as place:
-        checkpoint, folder = Path(place, "checkpoint"), Path(place, "encoder")
-        _copy(rows[wanted]["uri"], checkpoint)
-        if state.Record.read(checkpoint).sha256 != rows[wanted]["sha256"]:
-            raise ValueError(f"checkpoint {rows[wanted]['uri']} is not the one that was tracked: it was changed since")
-        manifest = _manifest(checkpoint)
+    try:
+        return _publish_kept(rows[wanted], run_id, f"{note}run {run_name}", options, show)
+    except state.DamagedCheckpointError as error:
+        others = ", ".join(str(at) for at in sorted(rows) if at != wanted) or "no other step"
+        raise ValueError(f"{error}, though the run tracked it: bring it back; the run has also kept {others}") from None
+
+
+def _publish_kept(kept: Kept, run_id: str, what: str, options: Options, show: Callable[[str], None]) -> Registered:
+    score = None
+    with local_copy(kept.uri) as checkpoint, tempfile.TemporaryDirectory() as place:
+        if state.Record.read(checkpoint).sha256 != kept.sha256:
+            raise ValueError(f"checkpoint {kept.uri} is not the one that was tracked: it was changed since")
+        manifest, folder = _manifest(checkpoint), Path(place)
         write_encoder(checkpoint, folder, manifest=manifest, onnx=options.onnx, data_licence=options.data_licence)
-        scores = _scores(folder, manifest, show) if options.score else []
-        description = f"{note}run {run_name}, step {wanted}, data {manifest.hash}"
-        return _register(folder, run_id, options, scores, artifact_folder=f"encoder-{wanted:08d}", text=description)
+        if options.score and (score := kept.score or _score(checkpoint, manifest, show)) is not None:
+            show(str(score))
+        registered = publish(
+            folder,
+            run_id=run_id,
+            name=options.name,
+            alias=options.alias,
+            description=f"{what}, step {kept.step}, data {manifest.hash}",
+            score=score,
+            artifact_folder=f"{ARTIFACT_FOLDER}-{kept.step:08d}",
+        )
+    assert registered is not None, "it has a name"
+    return registered
 
 
 def publish_file(path: Path, options: Options) -> Registered:
@@ -98,35 +149,15 @@ def publish_file(path: Path, options: Options) -> Registered:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_folder(folder, encoder.backbone, name, encoder.preprocessing, lineage=lineage, onnx=options.onnx)
-        return _register(folder, run_id, options, [], text=f"{kind} weights of {path.name}")
-
-
-def _register(
-    folder: Path,
-    run_id: str,
-    options: Options,
-    scores: list[Score],
-    *,
-    text: str,
-    artifact_folder: str = registry.ARTIFACT_FOLDER,
-) -> Registered:
-    registry.attach(folder, run_id=run_id, artifact_folder=artifact_folder)
-    registered = registry.register(
-        run_id, name=options.name, alias=options.alias, description=text, artifact_folder=artifact_folder
-    )
-    record(f"models:/{registered.name}/{registered.version}", scores)
+        registered = publish(
+            folder,
+            run_id=run_id,
+            name=options.name,
+            alias=options.alias,
+            description=f"{kind} weights of {path.name}",
+        )
+    assert registered is not None, "it has a name"
     return registered
-
-
-def _copy(uri: str, folder: Path) -> None:
-    """Copies the files of a checkpoint to this machine."""
-    folder.mkdir()
-    for name in (state.RECORD, state.SETTINGS, state.TENSORS):
-        try:
-            content = storage.read_bytes(storage.join(uri, name))
-        except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(f"checkpoint {uri} is gone: it has no {name}, though the run tracked it") from None
-        (folder / name).write_bytes(content)
 
 
 def _manifest(checkpoint: Path) -> Manifest:
@@ -141,14 +172,13 @@ def _manifest(checkpoint: Path) -> Manifest:
     return manifest
 
 
-def _scores(folder: Path, manifest: Manifest, show: Callable[[str], None]) -> list[Score]:
-    """The label-free score, noted in the card; none, and the reason said, where the data set has too little for it."""
+def _score(checkpoint: Path, manifest: Manifest, show: Callable[[str], None]) -> Score | None:
+    """The label-free score, on the clips of the run's own evaluation; none where the data set has too little for it."""
+    max_videos = state.read_settings(checkpoint).evaluation.max_videos
     try:
-        found = score_encoder(read_encoder(folder, str(folder)), manifest)
+        return label_free_score(
+            score_encoder(encoder_in(checkpoint, manifest=manifest), manifest, max_videos=max_videos)
+        )
     except TooFewVideosError as error:
         show(f"not scored: {error}")
-        return []
-    show(str(found))
-    score = label_free_score(found)
-    add_scores(folder, {score.protocol: score.row()})
-    return [score]
+        return None

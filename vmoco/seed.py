@@ -56,7 +56,7 @@ def uniform(seeds: UInt64Array, salt: int) -> npt.NDArray[np.float64]:
 
 def uniforms(seeds: UInt64Array, salts: Sequence[int]) -> npt.NDArray[np.float64]:
     """`uniform` of seeds (N,) for each salt at once, (N, number of salts)."""
-    return _unit(_mixed(seeds[:, None] + np.array([_step(salt) for salt in salts])))
+    return _unit(_mixed(seeds[:, None] + (np.array(salts, np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)))
 
 
 def _unit(mixed: UInt64Array) -> npt.NDArray[np.float64]:

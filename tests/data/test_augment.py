@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as reference
 from vmoco.config import AugmentSettings
 from vmoco.data import augment as under_test
 from vmoco.data.augment import augment, draw, normalise, resized_crop, to_pixels
-from vmoco.seed import UInt64Array
+from vmoco.seed import UInt64Array, hash64, uniform
 
 SIZE = 5
 SETTINGS = AugmentSettings()
@@ -225,6 +225,44 @@ def test_draws_are_a_pure_function_of_seeds(order: list[int], chosen: int, setti
     assert whole.dtype == np.float32
     assert np.array_equal(draw(seeds(12)[order], settings, height=40, width=48), whole[order])
     assert np.array_equal(draw(seeds(12)[[chosen]], settings, height=40, width=48), whole[[chosen]])
+
+
+def plain_draw(seed: int, settings: AugmentSettings, *, height: int, width: int) -> list[float]:
+    """The row of one seed, number by number, in the order of the columns."""
+
+    def number(*purpose: str | int) -> float:
+        return float(uniform(np.array([seed], np.uint64), hash64("augment", *purpose))[0])
+
+    limit = min(max(width / height, 3 / 4), 4 / 3)
+    crop = min(height, round(width / limit)), min(width, round(height * limit))
+    for at in range(10):
+        area = height * width * (settings.min_area + (1 - settings.min_area) * number("area", at))
+        ratio = (4 / 3) ** (2 * number("ratio", at) - 1)
+        tried = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if tried[0] <= height and tried[1] <= width:
+            crop = tried
+            break
+    jittered = number("jitter") < settings.jitter_probability
+    spreads = {"brightness": settings.brightness, "contrast": settings.contrast, "saturation": settings.saturation}
+    return [
+        math.floor(number("top") * (height - crop[0] + 1)),
+        math.floor(number("left") * (width - crop[1] + 1)),
+        *crop,
+        number("flip") < settings.flip_probability,
+        number("grey") < settings.grey_probability,
+        *(1 + spread * (2 * number(name) - 1) if jittered else 1 for name, spread in spreads.items()),
+        settings.hue * (2 * number("hue") - 1) if jittered else 0,
+        0.1 + 1.9 * number("sigma") if number("blur") < settings.blur_probability else 0,
+    ]
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, MOCO_V2], ids=["v1", "v2"])
+@pytest.mark.parametrize(("height", "width"), [(128, 171), (100, 40)])
+def test_drawn_table_equals_the_plain_version(settings: AugmentSettings, height: int, width: int) -> None:
+    """Each column holds the number that is drawn for its own purpose, bit for bit."""
+    table = draw(seeds(200), settings, height=height, width=width)
+    plain = [plain_draw(seed, settings, height=height, width=width) for seed in range(200)]
+    assert np.array_equal(table, np.array(plain, np.float32))
 
 
 @given(height=st.integers(16, 200), width=st.integers(16, 200), min_area=st.sampled_from([0.05, 0.2, 0.6, 1.0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -90,10 +91,11 @@ def test_a_clip_above_the_bound_is_an_error(tmp_path: Path) -> None:
 
 
 class Remote:
-    """The files of this machine as if they were far away; counts what is read."""
+    """The files of this machine as if they were far away; counts what is read, and may let reads meet."""
 
     def __init__(self) -> None:
         self.bytes_read = 0
+        self.meet = threading.Barrier(1)
 
     def open_input_file(self, path: str) -> Any:
         file = pafs.LocalFileSystem().open_input_file(path.removeprefix("bucket"))
@@ -101,6 +103,7 @@ class Remote:
 
         class Counted:
             def read_at(self, num_bytes: int, offset: int) -> bytes:
+                remote.meet.wait(timeout=10)
                 remote.bytes_read += num_bytes
                 content: bytes = file.read_at(num_bytes, offset)
                 return content
@@ -132,6 +135,16 @@ def test_clips_are_read_by_range_and_once(remote: Far, tmp_path: Path) -> None:
         for clip, frames in enumerate(expected):
             assert np.array_equal(reader.frames(clip), frames)
     assert far.bytes_read == sum(manifest.table["num_bytes"].to_pylist()) == cache.size()
+
+
+def test_remote_clips_are_fetched_side_by_side(remote: Far, tmp_path: Path) -> None:
+    """Eight are on their way at once, or none comes back; they arrive in the order in which they were asked for."""
+    manifest, far, expected = remote
+    far.meet = threading.Barrier(8)
+    reader = ClipReader(manifest, manifest.table, cache=ClipCache(tmp_path / "cache", max_bytes=2**30))
+    clips = [5, 0, 23, 7, 11, 2, 17, 8]
+    for clip, frames in zip(clips, reader.several(clips), strict=True):
+        assert np.array_equal(frames, expected[clip])
 
 
 def test_a_flipped_byte_is_named_by_shard_and_clip(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from tests.train.test_step import CPU, changed
 from vmoco import transfer
 from vmoco.presets import PRESETS
+from vmoco.promotion import Score
 from vmoco.train.checkpoints import LIST, Checkpoints, Kept
 from vmoco.train.lease import FencedError
 from vmoco.train.resume import DAMAGED, resume, steps, uri_of
@@ -58,6 +59,10 @@ class Keeper:
         self.checkpoints.finish(numbers[-1])
 
 
+def scored(value: float) -> Score:
+    return Score("label-free", "these clips", value, value - 0.1, value + 0.1, "chance 10 %")
+
+
 def fresh() -> TrainState:
     return TrainState(SETTINGS, manifest_hash="data", device=CPU)
 
@@ -65,12 +70,13 @@ def fresh() -> TrainState:
 def test_last_and_best_stay(tmp_path: Path) -> None:
     """Of six, the two newest and the best-scored one are kept, with folders, list and scores that say the same."""
     keeper = Keeper(tmp_path)
-    for step, score in ((10, 0.2), (20, 0.9), (30, 0.5), (40, 0.1), (50, 0.3), (60, 0.0)):
+    for step, value in ((10, 0.2), (20, 0.9), (30, 0.5), (40, 0.1), (50, 0.3), (60, 0.0)):
         keeper.keep_all(step)
-        keeper.checkpoints.score(step, score)
+        keeper.checkpoints.score(step, scored(value))
     keeper.checkpoints.close()
     rows = json.loads((tmp_path / LIST).read_text())
-    assert [(row["step"], row["score"]) for row in rows] == [(20, 0.9), (50, 0.3), (60, 0.0)]
+    assert [(row["step"], row["score"]["value"]) for row in rows] == [(20, 0.9), (50, 0.3), (60, 0.0)]
+    assert rows[0]["score"]["evaluation_set"] == "these clips"
     assert steps(str(tmp_path)) == [20, 50, 60]
     assert all(file_sha256(Path(row["uri"], TENSORS)) == row["sha256"] for row in rows)
     assert keeper.before == [10, 20, 30, 40, 50, 60]
@@ -204,10 +210,10 @@ def test_a_resumed_list_goes_on_where_the_checkpoint_is(tmp_path: Path) -> None:
     """Scores stay, later rows go, and what a kill has left half-written is cleared away."""
     keeper = Keeper(tmp_path, keep=3)
     keeper.keep_all(10, 20, 30)
-    keeper.checkpoints.score(20, 0.5)
+    keeper.checkpoints.score(20, scored(0.5))
     keeper.checkpoints.close()
     (tmp_path / ".step-40.x.tmp").mkdir()
     again = Keeper(tmp_path, keep=3)
-    assert [(row.step, row.score) for row in again.checkpoints.resumed(20)] == [(10, None), (20, 0.5)]
+    assert [(row.step, row.score) for row in again.checkpoints.resumed(20)] == [(10, None), (20, scored(0.5))]
     assert not (tmp_path / ".step-40.x.tmp").exists()
     assert [(row.step, row.score) for row in Keeper(tmp_path).checkpoints.resumed(30)][-1] == (30, None)

@@ -12,8 +12,10 @@ import pytest
 
 from tests.dataset import make_data_set
 from tests.train.test_step import CPU, changed
+from vmoco.evaluate.score import scored_clips
 from vmoco.local import LocalCluster
 from vmoco.presets import PRESETS
+from vmoco.promotion import Score
 from vmoco.train.checkpoints import Kept
 from vmoco.train.resume import uri_of
 from vmoco.train.state import TrainState
@@ -27,7 +29,7 @@ class Looks:
     """What an evaluator was asked for and said, and which checkpoints it held."""
 
     def __init__(self) -> None:
-        self.scored: dict[int, dict[str, float]] = {}
+        self.scored: dict[int, tuple[Score, dict[str, float]]] = {}
         self.failed: list[str] = []
         self.held: set[int] = set()
 
@@ -37,8 +39,8 @@ class Looks:
         yield
         self.held.discard(step)
 
-    def done(self, kept: Kept, numbers: dict[str, float]) -> None:
-        self.scored[kept.step] = numbers
+    def done(self, kept: Kept, score: Score, numbers: dict[str, float]) -> None:
+        self.scored[kept.step] = score, numbers
 
 
 def checkpoint(folder: Path, step: int, manifest_hash: str) -> Kept:
@@ -77,7 +79,9 @@ def test_checkpoints_are_scored_and_a_damaged_one_is_said(ray_cluster: LocalClus
     assert 4 in looks.scored
     assert 3 not in looks.scored
     assert looks.held == set()
-    numbers = looks.scored[4]
+    score, numbers = looks.scored[4]
+    assert score.value == numbers[SCORE]
+    assert score.evaluation_set == scored_clips(manifest, max_videos=settings.evaluation.max_videos)[1]
     assert {SCORE, f"{SCORE}_by_colour", "score/effective_rank", "score/knn"} <= set(numbers)
     assert all(np.isfinite(value) for value in numbers.values())
     assert 0 <= numbers["score/knn"] <= 1

@@ -87,6 +87,17 @@ def end(job: subprocess.Popen[str], seconds: float = 240) -> str:
     return said
 
 
+def follow(job: subprocess.Popen[str], text: str, *, times: int = 1) -> str:
+    """Reads what a job says until a text has come so often; returns the line with it."""
+    said: list[str] = []
+    for line in job.stdout or ():
+        said.append(line)
+        times -= text in line
+        if not times:
+            return line
+    raise AssertionError(f"{text!r} never came:\n" + "".join(said[-40:]))
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     """Two nodes of one CPU, beside the head."""
@@ -241,27 +252,45 @@ def test_a_lost_node_leaves_a_smaller_run_that_grows_again(growing: Runs) -> Non
     job = growing.start("elastic", *ELASTIC, "--train.steps", "3000", "--train.checkpoint-every", "50")
     growing.wait_for_step("elastic", 50)
     growing.nodes.kill(0)
-    said: list[str] = []
-    assert job.stdout is not None
-
-    def follow(text: str) -> None:
-        for line in job.stdout or ():
-            said.append(line)
-            if text in line:
-                return
-        raise AssertionError(f"{text!r} never came:\n" + "".join(said[-40:]))
-
-    follow("1 workers on cpu")
+    lines = [follow(job, "2 workers on cpu"), follow(job, "1 workers on cpu")]
     growing.nodes.add(1)
-    follow("2 workers on cpu")
+    lines.append(follow(job, "2 workers on cpu"))
     job.send_signal(signal.SIGTERM)
     rest, _ = job.communicate(timeout=120)
     assert job.returncode == 143, rest
-    starts = [int(step) for step in re.findall(r"workers on cpu, .* from step (\d+)", "".join(said))]
+    starts = [int(step) for line in lines for step in re.findall(r"workers on cpu, .* from step (\d+)", line)]
     assert starts == sorted(starts)
     assert starts[1] >= 50
     steps = growing.points("elastic")
     assert steps == list(range(2, steps[-1] + 1, 2))
+
+
+def test_an_elastic_run_does_not_wait_for_what_a_killed_one_had(growing: Runs) -> None:
+    """After kill -9 of a run that had all nodes another gets them at once; Ray alone would keep them for 180 s."""
+    job = growing.start("killed", "--train.steps", "100000")
+    growing.wait_for_step("killed", 10)
+    job.kill()
+    job.communicate()
+    job, started = growing.start("next", *ELASTIC, "--train.steps", "100000"), time.monotonic()
+    follow(job, "2 workers on cpu")
+    assert time.monotonic() - started < 90
+    job.kill()
+    job.communicate()
+
+
+def test_an_elastic_run_keeps_room_for_its_evaluation(tmp_path: Path) -> None:
+    """On three nodes, one of them for the evaluation: a lost node leaves one worker, and scores go on."""
+    with Nodes(cpus=[1, 1, 1]) as nodes:
+        runs = Runs(tmp_path, nodes)
+        job = runs.start("beside", *ELASTIC, "--train.steps", "100000", "--evaluation.num-cpus", "1")
+        follow(job, "2 workers on cpu")
+        follow(job, " scores ")
+        nodes.kill(0)
+        from_step = re.findall(r"from step (\d+)", follow(job, "1 workers on cpu"))
+        scored = re.findall(r"step (\d+) scores", follow(job, " scores ", times=2))
+        assert int(scored[0]) > int(from_step[0])
+        job.kill()
+        job.communicate()
 
 
 def test_a_node_that_will_be_taken_away_is_answered_with_a_checkpoint(growing: Runs) -> None:

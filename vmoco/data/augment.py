@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from vmoco.config import AugmentSettings
-from vmoco.seed import UInt64Array, hash64, uniform, uniforms
+from vmoco.seed import UInt64Array, hash64, uniforms
 
 # Columns of the table of draws. A crop is in pixels of the stored frame.
 TOP, LEFT, HEIGHT, WIDTH, FLIP, GREY, BRIGHTNESS, CONTRAST, SATURATION, HUE, BLUR = range(11)
@@ -32,6 +32,7 @@ PIXEL_STD = (0.22803, 0.22145, 0.216989)
 
 _LUMA = (0.299, 0.587, 0.114)
 _CROP_TRIES = 10
+_PURPOSES = ("jitter", "flip", "grey", "brightness", "contrast", "saturation", "hue", "sigma", "blur", "top", "left")
 # Standard deviation of the blur in pixels (MoCo v2), and the reach of its kernel: 3 of the largest.
 _SIGMAS = (0.1, 2.0)
 _REACH = 6
@@ -47,42 +48,55 @@ def draw(seeds: UInt64Array, settings: AugmentSettings, *, height: int, width: i
         width: of the stored frames, pixels.
     """
 
-    def numbers(purpose: str) -> npt.NDArray[np.float64]:
-        return uniform(seeds, hash64("augment", purpose))
-
-    jittered = numbers("jitter") < settings.jitter_probability
+    # All numbers in one go: a call for each purpose would cost more than the numbers.
+    salts = [hash64("augment", purpose) for purpose in _PURPOSES]
+    salts += [hash64("augment", what, at) for what in ("area", "ratio") for at in range(_CROP_TRIES)]
+    drawn = uniforms(seeds, salts)
+    numbers = {purpose: drawn[:, at] for at, purpose in enumerate(_PURPOSES)}
+    jittered = numbers["jitter"] < settings.jitter_probability
 
     def around_one(purpose: str, spread: float) -> npt.NDArray[np.float64]:
-        return np.where(jittered, 1 + spread * (2 * numbers(purpose) - 1), 1)
+        return np.where(jittered, 1 + spread * (2 * numbers[purpose] - 1), 1)
 
     table = np.empty((len(seeds), NUM_COLUMNS), np.float64)
-    table[:, : WIDTH + 1] = _crops(seeds, settings.min_area, height=height, width=width)
-    table[:, FLIP] = numbers("flip") < settings.flip_probability
-    table[:, GREY] = numbers("grey") < settings.grey_probability
+    crop_height, crop_width = _crop_shapes(drawn[:, len(_PURPOSES) :], settings.min_area, height=height, width=width)
+    table[:, TOP] = np.floor(numbers["top"] * (height - crop_height + 1))
+    table[:, LEFT] = np.floor(numbers["left"] * (width - crop_width + 1))
+    table[:, HEIGHT], table[:, WIDTH] = crop_height, crop_width
+    table[:, FLIP] = numbers["flip"] < settings.flip_probability
+    table[:, GREY] = numbers["grey"] < settings.grey_probability
     table[:, BRIGHTNESS] = around_one("brightness", settings.brightness)
     table[:, CONTRAST] = around_one("contrast", settings.contrast)
     table[:, SATURATION] = around_one("saturation", settings.saturation)
-    table[:, HUE] = np.where(jittered, settings.hue * (2 * numbers("hue") - 1), 0)
-    sigma = _SIGMAS[0] + (_SIGMAS[1] - _SIGMAS[0]) * numbers("sigma")
-    table[:, BLUR] = np.where(numbers("blur") < settings.blur_probability, sigma, 0)
+    table[:, HUE] = np.where(jittered, settings.hue * (2 * numbers["hue"] - 1), 0)
+    sigma = _SIGMAS[0] + (_SIGMAS[1] - _SIGMAS[0]) * numbers["sigma"]
+    table[:, BLUR] = np.where(numbers["blur"] < settings.blur_probability, sigma, 0)
     return table.astype(np.float32)
 
 
-def _crops(seeds: UInt64Array, min_area: float, *, height: int, width: int) -> npt.NDArray[np.float64]:
-    """Random resized crops as torchvision draws them: the first of ten tries that fits, else the largest that does."""
-    tries = uniforms(seeds, [hash64("augment", "area", i) for i in range(_CROP_TRIES)])
-    shapes = uniforms(seeds, [hash64("augment", "ratio", i) for i in range(_CROP_TRIES)])
-    area = height * width * (min_area + (1 - min_area) * tries)
-    ratio = np.exp((2 * shapes - 1) * math.log(4 / 3))
+def _crop_shapes(
+    numbers: npt.NDArray[np.float64], min_area: float, *, height: int, width: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Heights and widths of random resized crops as torchvision draws them: the first of ten tries that fits, else the
+    largest that does.
+
+    Args:
+        numbers: float64 (B, 2 * tries) in [0, 1): areas, then ratios.
+        min_area: share of the frame.
+        height: of the frame.
+        width: of the frame.
+    """
+    areas, ratios = np.split(numbers, 2, axis=1)
+    area = height * width * (min_area + (1 - min_area) * areas)
+    ratio = np.exp((2 * ratios - 1) * math.log(4 / 3))
     widths, heights = np.round(np.sqrt(area * ratio)), np.round(np.sqrt(area / ratio))
     fits = (widths <= width) & (heights <= height)
-    first, rows = fits.argmax(axis=1), np.arange(len(seeds))
+    first, rows, any_fits = fits.argmax(axis=1), np.arange(len(numbers)), fits.any(axis=1)
     limit = min(max(width / height, 3 / 4), 4 / 3)
-    crop_width = np.where(fits.any(axis=1), widths[rows, first], min(width, round(height * limit)))
-    crop_height = np.where(fits.any(axis=1), heights[rows, first], min(height, round(width / limit)))
-    top = np.floor(uniform(seeds, hash64("augment", "top")) * (height - crop_height + 1))
-    left = np.floor(uniform(seeds, hash64("augment", "left")) * (width - crop_width + 1))
-    return np.stack([top, left, crop_height, crop_width], axis=1)
+    return (
+        np.where(any_fits, heights[rows, first], min(height, round(width / limit))),
+        np.where(any_fits, widths[rows, first], min(width, round(height * limit))),
+    )
 
 
 def augment(

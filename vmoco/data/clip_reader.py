@@ -10,6 +10,8 @@ import hashlib
 import mmap
 import os
 import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from vmoco.data.clip_cache import ClipCache
 from vmoco.data.frames import Frames
 from vmoco.data.manifest import Manifest
 
+_FETCHES = 16
+"""Clips that are fetched from remote shards side by side: one takes as long as the way there and back."""
 _MEND = "bring the shard back as it was, or remove it and run jobs/ingest.py again"
 
 
@@ -46,6 +50,7 @@ class ClipReader:
         self._checked = np.zeros(rows.num_rows, bool)
         self._open: dict[int, Any] = {}
         self._opening = threading.Lock()
+        self._fetching = ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch") if cache else None
 
     def frames(self, clip: int) -> Frames:
         """The pixels of a clip, uint8 (T, H, W, C): a read-only view where it is stored raw.
@@ -65,6 +70,10 @@ class ClipReader:
                 stored = self._remote(clip)
             self._checked[clip] = True
         return storing.decode(stored, self._manifest.encoding, self._manifest.frame_shape)
+
+    def several(self, clips: Iterable[int]) -> Iterator[Frames]:
+        """`frames` of each clip, in their order; those of remote shards are read side by side."""
+        return self._fetching.map(self.frames, clips) if self._fetching else map(self.frames, clips)
 
     def _local(self, clip: int) -> memoryview:
         shard = int(self._shard_of[clip])

@@ -194,8 +194,8 @@ class Loader:
         shape = (len(draws), data.num_frames, height, width, 3)
         frames = self._memory.take(shape)
         target = frames.numpy()
-        for place, (clip, start) in enumerate(zip(clips, self._window_starts(window_seeds), strict=True)):
-            stored = self._reader.frames(int(clip))
+        starts = self._window_starts(window_seeds).tolist()
+        for place, (stored, start) in enumerate(zip(self._reader.several(clips.tolist()), starts, strict=True)):
             target[place] = stored[start : start + data.num_frames * data.stride : data.stride]
         table = augment.draw(self._view_seeds(draws, name), self._settings.augment, height=height, width=width)
         return View(frames, torch.from_numpy(table))

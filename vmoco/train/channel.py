@@ -29,6 +29,10 @@ class Channel:
         self._starts += 1
         return self._starts
 
+    async def num_started(self) -> int:
+        """How many groups of workers there have been."""
+        return self._starts + 1
+
     async def say(self, line: str | None) -> None:
         """Queues a line for the driver; None ends the listening."""
         await self._lines.put(line)

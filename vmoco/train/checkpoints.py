@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vmoco import storage, transfer
+from vmoco.promotion import Score
 from vmoco.train.resume import steps, uri_of
 from vmoco.train.state import RECORD, SETTINGS, TENSORS, Snapshot, TrainState
 
@@ -37,8 +38,8 @@ class Kept:
     uri: str
     sha256: str
     """Of its tensors' file."""
-    score: float | None = None
-    """Of its encoder by the evaluation during training; higher is better."""
+    score: Score | None = None
+    """Of its encoder by the evaluation during training, and on which clips."""
 
 
 class Checkpoints:
@@ -145,7 +146,7 @@ class Checkpoints:
             with self._lock:
                 self._held.discard(step)
 
-    def score(self, step: int, score: float) -> None:
+    def score(self, step: int, score: Score) -> None:
         """Notes the score of a kept checkpoint, in the background; one that is kept no more is left out."""
 
         def note() -> None:
@@ -208,8 +209,9 @@ class Checkpoints:
     def _list(self, rows: list[Kept]) -> None:
         """Writes the list of those of the rows that are kept, and removes the others."""
         newest = rows[-self._keep :]
-        scored = sorted((row for row in rows if row.score is not None), key=lambda row: (row.score, row.step))
-        stay = {row.step for row in [*newest, *(scored[-self._keep_best :] if self._keep_best else [])]}
+        scored = sorted((row.score.value, row.step) for row in rows if row.score is not None)
+        best = scored[-self._keep_best :] if self._keep_best else []
+        stay = {row.step for row in newest} | {step for _, step in best}
         with self._lock:
             stay |= self._held
         self._kept = [row for row in rows if row.step in stay]
@@ -225,9 +227,14 @@ def list_text(rows: list[Kept]) -> str:
     return json.dumps([asdict(row) for row in rows], indent=1)
 
 
+def parse_list(text: str | bytes) -> list[Kept]:
+    """What `list_text` wrote."""
+    rows: list[dict[str, Any]] = json.loads(text)
+    return [Kept(**row | {"score": Score(**row["score"]) if row["score"] else None}) for row in rows]
+
+
 def _read_list(folder: str) -> list[Kept]:
     try:
-        rows: list[dict[str, Any]] = json.loads(storage.read_bytes(storage.join(folder, LIST)))
+        return parse_list(storage.read_bytes(storage.join(folder, LIST)))
     except (FileNotFoundError, ValueError):  # killed between its first checkpoint and the list
         return []
-    return [Kept(**row) for row in rows]

@@ -26,7 +26,7 @@ from vmoco.data.manifest import Manifest
 from vmoco.encoder import Encoder
 from vmoco.evaluate.features import clip_features
 from vmoco.evaluate.knn import classify
-from vmoco.evaluate.score import TooFewVideosError, score_encoder
+from vmoco.evaluate.score import score_encoder
 from vmoco.export import encoder_in
 from vmoco.placement import EvaluationSettings
 from vmoco.promotion import Score, label_free_score
@@ -63,51 +63,44 @@ def reserve(settings: EvaluationSettings, *, timeout: float) -> PlacementGroup |
 
 
 @ray.remote(max_retries=2)
-def evaluate(uri: str, data_uri: str, max_videos: int) -> dict[str, float]:
-    """Scores the encoder of a checkpoint on the held-out videos of its data set; by name of the number."""
+def evaluate(uri: str, data_uri: str, max_videos: int) -> tuple[Score, dict[str, float]]:
+    """Scores the encoder of a checkpoint on the held-out videos of its data set.
+
+    Returns:
+        The label-free score, as it is recorded; all numbers, by name.
+
+    Raises:
+        ValueError: there are too few videos for a score, or the checkpoint is damaged.
+    """
     manifest = Manifest.load(data_uri)
-    encoder = _encoder(uri, manifest)
-    numbers = score_encoder(encoder, manifest, max_videos=max_videos).numbers()
+    with local_copy(uri) as checkpoint:
+        encoder = encoder_in(checkpoint, manifest=manifest).to("cuda" if torch.cuda.is_available() else "cpu")
+    found = score_encoder(encoder, manifest, max_videos=max_videos)
+    numbers = found.numbers()
     if (accuracy := knn_accuracy(encoder, manifest, max_clips=4 * max_videos)) is not None:
         numbers["knn"] = accuracy
-    return {f"score/{name}": value for name, value in numbers.items()}
+    return label_free_score(found), {f"score/{name}": value for name, value in numbers.items()}
 
 
-@ray.remote(max_retries=2)
-def score(uri: str, data_uri: str, max_videos: int) -> Score | None:
-    """The label-free score of the encoder of a checkpoint; None where its data set has too few videos for one."""
-    manifest = Manifest.load(data_uri)
-    try:
-        return label_free_score(score_encoder(_encoder(uri, manifest), manifest, max_videos=max_videos))
-    except TooFewVideosError:
-        return None
-
-
-def final_score(kept: Kept, settings: PretrainSettings, group: PlacementGroup | None) -> Score | None:
-    """The score that goes with the encoder of a run's last checkpoint, measured as those of the others were.
+def score_now(kept: Kept, settings: PretrainSettings, group: PlacementGroup | None) -> Score:
+    """The score of a checkpoint, waited for.
 
     Raises:
         ray.exceptions.RayError: the task failed.
     """
-    found: Score | None = ray.get(
-        score.options(**_options(settings.evaluation, group)).remote(
-            kept.uri, settings.data.uri, settings.evaluation.max_videos
-        )
+    found: tuple[Score, dict[str, float]] = ray.get(_start(kept, settings, group))
+    return found[0]
+
+
+def _start(kept: Kept, settings: PretrainSettings, group: PlacementGroup | None) -> Any:
+    wanted = resources(settings.evaluation)
+    task = evaluate.options(
+        num_cpus=wanted.get("CPU", 0),
+        num_gpus=wanted.get("GPU", 0),
+        # Without this a task would inherit the placement group of the worker that starts it, and never run.
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group) if group else "DEFAULT",
     )
-    return found
-
-
-def _options(settings: EvaluationSettings, group: PlacementGroup | None) -> dict[str, Any]:
-    wanted = resources(settings)
-    options: dict[str, Any] = {"num_cpus": wanted.get("CPU", 0), "num_gpus": wanted.get("GPU", 0)}
-    # Without this a task would inherit the placement group of the worker that starts it, and never run.
-    options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group) if group else "DEFAULT"
-    return options
-
-
-def _encoder(uri: str, manifest: Manifest) -> Encoder:
-    with local_copy(uri) as checkpoint:
-        return encoder_in(checkpoint, manifest=manifest).to("cuda" if torch.cuda.is_available() else "cpu")
+    return task.remote(kept.uri, settings.data.uri, settings.evaluation.max_videos)
 
 
 def knn_accuracy(encoder: Encoder, manifest: Manifest, *, max_clips: int) -> float | None:
@@ -151,7 +144,7 @@ class Evaluator:
         settings: of the run.
         group: from `reserve`.
         hold: keeps the checkpoint of a step from being removed.
-        done: takes the numbers of a checkpoint.
+        done: takes the score of a checkpoint, and all numbers.
         failed: takes a sentence about one that could not be scored; training goes on.
     """
 
@@ -161,14 +154,14 @@ class Evaluator:
         group: PlacementGroup | None,
         *,
         hold: Callable[[int], contextlib.AbstractContextManager[None]],
-        done: Callable[[Kept, dict[str, float]], None],
+        done: Callable[[Kept, Score, dict[str, float]], None],
         failed: Callable[[str], None],
     ) -> None:
         self._settings = settings
+        self._group = group
         self._hold = hold
         self._done = done
         self._failed = failed
-        self._task = evaluate.options(**_options(settings.evaluation, group))
         self._waiting: _Waiting | None = None
         self._wake = threading.Condition()
         self._closing = False
@@ -202,10 +195,8 @@ class Evaluator:
                     return
                 now, self._waiting = self._waiting, None
             try:
-                numbers = ray.get(
-                    self._task.remote(now.kept.uri, self._settings.data.uri, self._settings.evaluation.max_videos)
-                )
-                self._done(now.kept, numbers)
+                score, numbers = ray.get(_start(now.kept, self._settings, self._group))
+                self._done(now.kept, score, numbers)
             except Exception as error:  # whatever goes wrong with a look, training goes on
                 self._failed(f"checkpoint of step {now.kept.step} was not scored: {str(error).splitlines()[-1]}")
             finally:

@@ -22,7 +22,8 @@ NOTE = """`loss` rises at first: each key that enters the queue makes the task h
 
 - `score/retrieval`: share of held-out clips whose nearest clip of another time is of the same video, seen without
   colour; it chooses the best checkpoint. `score/retrieval_by_colour`: what mean colour alone reaches. `score/knn`:
-  share of held-out clips that their neighbours class right, where the data set has labels.
+  share of held-out clips that their neighbours class right, where the data set has labels. `checkpoints.json` has the
+  scores of the kept checkpoints with their intervals, and the hash of the clips on which they were measured.
 - `effective_rank`, `embedding_std`: directions that the embeddings use, and their spread; both fall in a collapse.
 - `accuracy`: share of queries whose own key beats all negatives.
 - `oldest_key_similarity`: cosine between the oldest keys of the queue and what the key encoder makes of their clips

@@ -8,9 +8,11 @@ calls `pretrain` too: in a thread, where no signal arrives, with the callback th
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,23 +24,23 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vmoco import promotion, registry, tracking
-from vmoco.config import PretrainSettings
-from vmoco.export import add_scores, write_encoder
+from vmoco import registry, tracking
+from vmoco.export import write_encoder
 from vmoco.job import StopRequest, is_user_error
+from vmoco.promotion import Score
+from vmoco.publish import publish
 from vmoco.train.channel import Channel, Listener
 from vmoco.train.checkpoints import Kept
-from vmoco.train.evaluation import final_score, reserve, resources
+from vmoco.train.evaluation import score_now
 from vmoco.train.lease import Lease
 from vmoco.train.resume import local_copy
+from vmoco.train.room import NAMESPACE, Room, check_room
 from vmoco.train.run import PreparedRun, Run, close_run, introduce, open_run
 from vmoco.train.worker import run_worker
 
 # A rank that has lost another waits this long in a collective before it gives up, in seconds.
 _COLLECTIVE_TIMEOUT = 120
-# The evaluation's resources are there within this time, or never: `check_resources` has counted them.
-_RESERVE_SECONDS = 60.0
-_NODES_SECONDS = 3600.0  # where an autoscaler has to bring the node first
+_SILENT_SECONDS = 60.0  # workers that have not begun by then wait for something: a person wants to know for what
 
 
 @dataclass(frozen=True)
@@ -75,22 +77,20 @@ def pretrain(
             person has to mend.
         ray.train.TrainingFailedError: a worker failed more often than scaling.max-failures.
     """
-    check_resources(prepared.settings)
+    check_room(prepared.settings)
+    room = Room(prepared.settings)
     # Beside the driver: on another node it would be lost with that node, and the run with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    channel = Channel.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    channel = Channel.options(name=room.holder, namespace=NAMESPACE, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     lost = channel.fail.remote
-    with (
-        Lease(prepared.folder, on_lost=lambda said: ray.get(lost(said)), show=show) as lease,
-        _reserved(prepared.settings) as evaluation,
-    ):
+    with Lease(prepared.folder, on_lost=lambda said: ray.get(lost(said)), show=show) as lease, room:
         return _pretrain(
-            open_run(prepared, parent_run=parent_run), channel, lease, evaluation, show=show, callbacks=callbacks
+            open_run(prepared, parent_run=parent_run), channel, lease, room, show=show, callbacks=callbacks
         )
 
 
 def _pretrain(
-    run: Run, channel: Any, lease: Lease, evaluation: Any, *, show: Callable[[str], None], callbacks: Sequence[Any]
+    run: Run, channel: Any, lease: Lease, room: Room, *, show: Callable[[str], None], callbacks: Sequence[Any]
 ) -> Outcome:
     for line in introduce(run):
         show(line)
@@ -98,10 +98,10 @@ def _pretrain(
     with _stop_requests(channel) as stop:
         status = "FAILED"
         try:
-            last = _fit(run, channel, lease, evaluation, callbacks)
+            last = _fit(run, channel, lease, room, show=show, callbacks=callbacks)
             finished = last.step == run.settings.last_step
             status = "KILLED"  # unless it has ended and its encoder is safe
-            registered = _export(run, last, evaluation, show) if finished else None
+            registered = _export(run, last, room.evaluation, show) if finished else None
             status = "FINISHED" if finished else status
             if finished:
                 close_run(run, registered.uri if registered else f"runs:/{run.run_id}/{registry.ARTIFACT_FOLDER}")
@@ -115,18 +115,6 @@ def _pretrain(
 
 
 @contextlib.contextmanager
-def _reserved(settings: PretrainSettings) -> Iterator[Any]:
-    """The evaluation's own resources, for the time of the run."""
-    waits = settings.scaling.wait_for_nodes
-    group = reserve(settings.evaluation, timeout=_NODES_SECONDS if waits else _RESERVE_SECONDS)
-    try:
-        yield group
-    finally:
-        if group is not None:
-            ray.util.remove_placement_group(group)
-
-
-@contextlib.contextmanager
 def _stop_requests(channel: Any) -> Iterator[StopRequest | None]:
     """Turns signals into a wish that the workers hear; None in a thread, which gets no signals."""
     if threading.current_thread() is not threading.main_thread():
@@ -136,30 +124,9 @@ def _stop_requests(channel: Any) -> Iterator[StopRequest | None]:
         yield stop
 
 
-def check_resources(settings: PretrainSettings) -> None:
-    """Checks that the cluster can hold the workers, because Ray would wait for them for ever.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    scaling = settings.scaling
-    workers = scaling.min_workers or scaling.num_workers
-    beside = resources(settings.evaluation)
-    wanted = {"CPU": workers * scaling.cpus_per_worker + beside.get("CPU", 0.0)}
-    if scaling.use_gpu or "GPU" in beside:
-        wanted["GPU"] = workers * float(scaling.use_gpu) + beside.get("GPU", 0.0)
-    there = ray.cluster_resources()
-    for resource, number in wanted.items():
-        if there.get(resource, 0) < number and not scaling.wait_for_nodes:
-            extra = f" and the evaluation {beside[resource]:.0f}" if resource in beside else ""
-            raise ValueError(
-                f"{workers} workers need {number - beside.get(resource, 0.0):.0f} {resource}{extra}, the cluster has "
-                f"{there.get(resource, 0):.0f}: lower scaling.num-workers or evaluation.num-cpus, add nodes, or set "
-                "scaling.wait-for-nodes where an autoscaler adds them"
-            )
-
-
-def _fit(run: Run, channel: Any, lease: Lease, evaluation: Any, callbacks: Sequence[Any]) -> Kept:
+def _fit(
+    run: Run, channel: Any, lease: Lease, room: Room, *, show: Callable[[str], None], callbacks: Sequence[Any]
+) -> Kept:
     """Trains to the end, or to a stop; returns the last checkpoint."""
     settings, scaling = run.settings, run.settings.scaling
     assert settings.run.storage is not None
@@ -177,7 +144,7 @@ def _fit(run: Run, channel: Any, lease: Lease, evaluation: Any, callbacks: Seque
             "run_folder": run.folder,
             "lease": lease.token,
             "channel": channel,
-            "evaluation": evaluation,
+            "evaluation": room.evaluation,
         },
         scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
             num_workers=(scaling.min_workers, scaling.num_workers) if elastic else scaling.num_workers,  # type: ignore[arg-type]
@@ -193,6 +160,7 @@ def _fit(run: Run, channel: Any, lease: Lease, evaluation: Any, callbacks: Seque
             callbacks=list(callbacks),
         ),
     )
+    room.note(f"train-{trainer.train_run_context.run_id}")  # type: ignore[attr-defined]  # so Ray Train names it
     # In a thread of its own: in the main thread Ray would take Ctrl-C for itself and abort without a checkpoint.
     results: list[ray.train.Result] = []
     errors: list[BaseException] = []
@@ -205,8 +173,16 @@ def _fit(run: Run, channel: Any, lease: Lease, evaluation: Any, callbacks: Seque
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
+    patient_until = time.monotonic() + _SILENT_SECONDS
     while thread.is_alive():
         thread.join(timeout=0.2)  # short, so that signals are handled
+        if time.monotonic() > patient_until:
+            patient_until = math.inf
+            if not ray.get(channel.num_started.remote()):
+                show(
+                    f"no worker has begun for {_SILENT_SECONDS:.0f} s: the nodes are in use (`ray status`), or Ray "
+                    "keeps them for a job that was killed, up to 200 s long"
+                )
     if said := ray.get(channel.error.remote()):
         raise ValueError(said)
     if errors:
@@ -236,29 +212,25 @@ def _export(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) 
 
 def _register(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) -> registry.Registered | None:
     settings = run.settings
-    name = settings.tracking.register_as
-    score = _score(run, last, evaluation, show) if name is not None and settings.evaluation.enabled else None
+    score = last.score or _score(run, last, evaluation, show)
     with tempfile.TemporaryDirectory() as folder, local_copy(last.uri) as checkpoint:
         write_encoder(checkpoint, Path(folder), manifest=run.manifest)
-        if score is not None:
-            add_scores(Path(folder), {score.protocol: score.row()})
-        registry.attach(Path(folder), run_id=run.run_id)
-    if name is None:
+        return publish(
+            Path(folder),
+            run_id=run.run_id,
+            name=settings.tracking.register_as,
+            alias=settings.tracking.alias,
+            description=f"run {settings.run.name}, step {last.step}, data {run.manifest.hash}",
+            score=score,
+        )
+
+
+def _score(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) -> Score | None:
+    """The score of an encoder that the workers could not wait for; one that cannot be had takes no encoder away."""
+    if run.settings.tracking.register_as is None or not run.settings.evaluation.enabled:
         return None
-    registered = registry.register(
-        run.run_id,
-        name=name,
-        alias=settings.tracking.alias,
-        description=f"run {settings.run.name}, step {settings.last_step}, data {run.manifest.hash}",
-    )
-    promotion.record(f"models:/{registered.name}/{registered.version}", [score] if score else [])
-    return registered
-
-
-def _score(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) -> promotion.Score | None:
-    """The score that the registered encoder carries; a look that fails takes no encoder from anybody."""
     try:
-        return final_score(last, run.settings, evaluation)
+        return score_now(last, run.settings, evaluation)
     except ray.exceptions.RayError as error:
         said = str(error).splitlines()[-1]
         show(f"warning: the encoder is registered without a score, and `jobs/evaluate.py` gives it one: {said}")

@@ -15,6 +15,7 @@ from vmoco import storage, tracking
 from vmoco.config import PretrainSettings
 from vmoco.data.manifest import Manifest
 from vmoco.job import is_user_error, root_cause
+from vmoco.promotion import Score
 from vmoco.train.channel import StopWatch
 from vmoco.train.checkpoints import LIST, Checkpoints, Kept, list_text
 from vmoco.train.determinism import require_determinism
@@ -42,7 +43,7 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any] | None:
             (placement group or None).
 
     Returns:
-        step, uri and sha256 of the last checkpoint, from the first rank.
+        Of the last checkpoint what `Kept` holds, from the first rank.
     """
     if ray.get(config["channel"].error.remote()):
         return None  # Ray restarts after every error; one that a person has to mend would only come again
@@ -221,14 +222,14 @@ class RayHost:
         self._counts["checkpoints_failed"] += 1
         self.say(f"warning: a checkpoint was {sentence}")
 
-    def _scored(self, kept: Kept, numbers: dict[str, float]) -> None:
+    def _scored(self, kept: Kept, score: Score, numbers: dict[str, float]) -> None:
         assert self._spool is not None, "the first rank is the first of its machine"
         assert self._checkpoints is not None, "rank 0 keeps"
         self._score = numbers | {"scored_step": float(kept.step)}
         self._spool.points(numbers, step=kept.step)
-        self._checkpoints.score(kept.step, numbers[SCORE])
+        self._checkpoints.score(kept.step, score)
         self.say(
-            f"checkpoint of step {kept.step} scores {numbers[SCORE]:.3f}; mean colour alone "
+            f"checkpoint of step {kept.step} scores {score.value:.3f}; mean colour alone "
             f"{numbers[f'{SCORE}_by_colour']:.3f}"
         )
 
