@@ -110,7 +110,7 @@ def training_seconds(trial: Trial) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--folder", type=Path, default=Path(storage.home()) / "sweep-benchmark", help="data and runs")
-    parser.add_argument("--samples", type=int, default=12, help="trials")
+    parser.add_argument("--samples", type=int, default=8, help="trials")
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)

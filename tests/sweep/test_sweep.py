@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 
+import vmoco
 from tests.test_pretrain import ROOT, SIZES, Service, wait_for
 from vmoco.local import LocalCluster
 from vmoco.promotion import scores_of
@@ -54,7 +56,7 @@ def record(service: Service, name: str) -> dict[str, Any]:
     return found
 
 
-def test_a_sweep_ends_with_a_registered_encoder_and_a_report(service: Service) -> None:
+def test_a_sweep_ends_with_a_registered_encoder_and_a_report(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """On two CPUs, trials of two workers run one after the other; one that cannot train is recorded with its reason."""
     space = {"generator.drop_ratio": [0.0, 0.5], "train.learning_rate": [0.03, 1e30]}
     said = finished(sweep(service, "night", space, "--search", "random", "--samples", "3", "--run.seed", "1"))
@@ -84,9 +86,16 @@ def test_a_sweep_ends_with_a_registered_encoder_and_a_report(service: Service) -
             assert "is not finite" in run.data.tags["vmoco.failed"]
     # What is registered is the encoder of the best, with its run as lineage.
     best = max(done, key=lambda trial: trial["scores"]["score/retrieval"])
+    for trial in done:
+        logged = {artifact.path for artifact in tracker.list_artifacts(trial["run_id"])}
+        encoders = {"encoder-00000012"} if trial is best else set()
+        assert {path for path in logged if path.startswith("encoder")} == encoders, "the others cost no export"
     version = tracker.get_model_version_by_alias("night", "candidate")
     assert version.run_id == best["run_id"]
     assert "best of 3 trials" in version.description
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{service.home}/mlflow.db")
+    encoder = vmoco.load_encoder("models:/night@candidate")
+    assert encoder.embed(np.zeros((10, 40, 48, 3), np.uint8)).isfinite().all()
     (score,) = scores_of(version)
     assert score.value == pytest.approx(best["scores"]["score/retrieval"])
     # The report, its pictures, and the table that shows how far all are.

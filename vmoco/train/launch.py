@@ -70,7 +70,8 @@ def pretrain(
         prepared: what `prepare` returned.
         show: takes each line for a person.
         callbacks: of Ray Train, such as the one that reports to Ray Tune.
-        parent_run: MLflow run of the sweep that this run is a trial of.
+        parent_run: MLflow run of the sweep that this run is a trial of. Its encoder stays in its last checkpoint, from
+            where the sweep publishes the best: to export each would take longer than many a short trial trains.
 
     Raises:
         ValueError: cluster or tracker cannot be used, another job trains this run, or a worker met an error that a
@@ -84,13 +85,19 @@ def pretrain(
     channel = Channel.options(name=room.holder, namespace=NAMESPACE, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     lost = channel.fail.remote
     with Lease(prepared.folder, on_lost=lambda said: ray.get(lost(said)), show=show) as lease, room:
-        return _pretrain(
-            open_run(prepared, parent_run=parent_run), channel, lease, room, show=show, callbacks=callbacks
-        )
+        run = open_run(prepared, parent_run=parent_run)
+        return _pretrain(run, channel, lease, room, show=show, callbacks=callbacks, export=parent_run is None)
 
 
 def _pretrain(
-    run: Run, channel: Any, lease: Lease, room: Room, *, show: Callable[[str], None], callbacks: Sequence[Any]
+    run: Run,
+    channel: Any,
+    lease: Lease,
+    room: Room,
+    *,
+    show: Callable[[str], None],
+    callbacks: Sequence[Any],
+    export: bool,
 ) -> Outcome:
     for line in introduce(run):
         show(line)
@@ -101,10 +108,11 @@ def _pretrain(
             last = _fit(run, channel, lease, room, show=show, callbacks=callbacks)
             finished = last.step == run.settings.last_step
             status = "KILLED"  # unless it has ended and its encoder is safe
-            registered = _export(run, last, room.evaluation, show) if finished else None
+            registered = _export(run, last, room.evaluation, show) if finished and export else None
             status = "FINISHED" if finished else status
             if finished:
-                close_run(run, registered.uri if registered else f"runs:/{run.run_id}/{registry.ARTIFACT_FOLDER}")
+                logged = f"runs:/{run.run_id}/{registry.ARTIFACT_FOLDER}" if export else last.uri
+                close_run(run, registered.uri if registered else logged)
         finally:
             listener.close()
             if problem := tracking.finish_run(run.run_id, status):

@@ -38,7 +38,7 @@ class PreparedRun:
     folder: str
     """URI of the run's folder."""
     finished: str | None
-    """Where its encoder is, if this run has already ended well."""
+    """Where its encoder is, if this run has already ended well: a URI of MLflow, or of a trial's last checkpoint."""
 
 
 @dataclass(frozen=True)
