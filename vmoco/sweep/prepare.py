@@ -17,6 +17,7 @@ from vmoco.sweep.search import Plan, Point
 from vmoco.sweep.space import Space, Values, load_space
 from vmoco.sweep.sweep_settings import SweepSettings
 from vmoco.train import run
+from vmoco.train.fork import FIXED
 from vmoco.train.resume import uri_of
 from vmoco.train.run import PreparedRun
 
@@ -84,12 +85,12 @@ class PreparedSweep:
         if members[0].steps >= self.settings.pretrain.train.steps:
             return False
         places_of = {self.sweep.trials[place].name: place for place in places}
-        found = population.next_generation(self.space, members, score=self.sweep.score)
-        for member in found:
+        added = []
+        for member in population.next_generation(self.space, members, score=self.sweep.score):
             donor = uri_of(self.runs[places_of[member.donor.name]].folder, member.donor.steps)
-            self.add(self.point(member.values, generation=members[0].generation + 1, fork=donor))
+            added.append(self.add(self.point(member.values, generation=members[0].generation + 1, fork=donor)))
         self.sweep.save()  # all of them or none: what is added here is what goes on after a kill
-        return bool(found)
+        return any(place is not None for place in added)
 
     def _newest(self) -> list[int]:
         newest = max((trial.generation for trial in self.sweep.trials), default=0)
@@ -114,7 +115,7 @@ def prepare(settings: SweepSettings) -> PreparedSweep:
         raise ValueError("evaluation.no-enabled leaves a sweep without a score: leave it out")
     axes = load_space(settings.space)
     space = Space.read(axes, base)
-    _check_population(settings)
+    _check_population(settings, space)
     plan = _plan(space, settings)
     first = plan.points[0].settings if plan.points else base
     checked = run.prepare(first.model_copy(update={"run": RunSettings(name=base.run.name, storage=base.run.storage)}))
@@ -165,10 +166,15 @@ def _take_up(prepared: PreparedSweep, kept: Sweep | None) -> None:
     sweep.parent_run, sweep.registered, sweep.registered_trial = kept.parent_run, kept.registered, kept.registered_trial
     for before in kept.trials:
         place = prepared.add(prepared.point(before.values, generation=before.generation, fork=before.fork))
-        assert place is not None, "it was a run before"
-        trial = dataclasses.replace(before)
-        # Whether a trial has ended well is known best by its own folder: the driver may have died just then.
-        if not trial.ended or (trial.status == "finished" and not prepared.runs[place].finished):
+        if place is None:
+            raise ValueError(
+                f"trial {before.name} of sweep {sweep.name} was a run and is none any more: {prepared.refused[-1]}"
+            )
+        trial = dataclasses.replace(before, steps=sweep.trials[place].steps)
+        # Whether a trial has ended well is known best by its own folder: the driver may have died just then. One that
+        # failed is tried again, but not in a generation that others have gone on from.
+        is_newest = trial.generation == max(each.generation for each in kept.trials)
+        if is_newest and (not trial.ended or (trial.status == "finished" and not prepared.runs[place].finished)):
             trial.status, trial.reason = "waiting", ""
         sweep.trials[place] = trial
 
@@ -181,7 +187,7 @@ def _as_run(settings: PretrainSettings, sweep: Sweep, place: int) -> PretrainSet
     return settings.model_copy(update={"run": own, "tracking": quiet})
 
 
-def _check_population(settings: SweepSettings) -> None:
+def _check_population(settings: SweepSettings, space: Space) -> None:
     if settings.scheduler != "pbt":
         return
     if settings.search != "random" or settings.samples < 2:
@@ -193,11 +199,16 @@ def _check_population(settings: SweepSettings) -> None:
             f"--pbt-steps {settings.pbt_steps} is one generation alone, as a run has {settings.pretrain.train.steps} "
             "steps: lower it, or raise train.steps"
         )
+    if fixed := sorted(space.fields() & (set(FIXED) | {"train.steps", "train.stop_after"})):
+        raise ValueError(
+            f"the space names {', '.join(fixed)}, which cannot change within a run, and the members of a population go "
+            "on from each other: leave it out, or take another scheduler"
+        )
 
 
 def _check_metric(settings: SweepSettings, manifest: Manifest) -> None:
+    scored_clips(manifest, max_videos=settings.pretrain.evaluation.max_videos)  # a checkpoint always gets this score
     if settings.metric != "knn":
-        scored_clips(manifest, max_videos=settings.pretrain.evaluation.max_videos)
         return
     table = manifest.table
     labelled = table.filter(table["label"].is_valid())["held_out"].to_pylist()

@@ -100,6 +100,13 @@ class Space:
         """
         return Space(base, {axis: _axis(axis, values, base) for axis, values in space.items()})
 
+    def fields(self) -> set[str]:
+        """Every field that some value sets, as group.field_name."""
+        found: set[str] = set()
+        for axis in self.axes.values():
+            found |= {axis.field} if isinstance(axis, Range) else {name for _, sets in axis.choices for name in sets}
+        return {name.replace("-", "_") for name in found}
+
     def combinations(self) -> Iterator[Values]:
         """Every combination, in order.
 

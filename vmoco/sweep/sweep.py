@@ -42,6 +42,7 @@ def run_sweep(prepared: PreparedSweep, *, show: Callable[[str], None]) -> Sweep:
     settings, sweep = prepared.settings, prepared.sweep
     for sentence in prepared.refused:
         show(f"warning: left out, because no run can have it: {sentence}")
+    told = len(prepared.refused)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     at_once = capacity([settings.pretrain, *(each.settings for each in prepared.runs)], nodes)
     at_once = min(at_once, settings.max_concurrent or at_once)
@@ -65,6 +66,8 @@ def run_sweep(prepared: PreparedSweep, *, show: Callable[[str], None]) -> Sweep:
         waiting = prepared.waiting()
         show(f"generation {sweep.trials[waiting[0]].generation + 1}: {len(waiting)} trials go on from the best")
         _fit(prepared, len(waiting), at_once, show)
+    for sentence in prepared.refused[told:]:
+        show(f"warning: not tried, because no run can have it: {sentence}")
     return sweep
 
 
@@ -142,7 +145,7 @@ def _scheduler(prepared: PreparedSweep) -> TrialScheduler:
         max_t=steps,
         grace_period=min(prepared.settings.asha_grace_steps, steps),
         reduction_factor=3,
-        stop_last_trials=False,  # the last step is followed by the export of the encoder
+        stop_last_trials=False,  # the last step is followed by its score, and by what the run still has to say
     )
 
 

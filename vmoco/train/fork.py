@@ -15,6 +15,16 @@ from vmoco.config import PretrainSettings
 from vmoco.train.resume import local_copy
 from vmoco.train.state import RECORD, SETTINGS, TrainState, read_settings
 
+FIXED = (
+    "model.backbone",
+    "model.embedding_dim",
+    "model.head",
+    "generator.hidden_channels",
+    "moco.queue_size",
+    "train.optimizer",
+)
+"""Fields that decide which tensors a training state has."""
+
 
 def check_fork(settings: PretrainSettings, manifest_hash: str) -> None:
     """Checks, by its small files alone, that a run can begin from the checkpoint that it names.
@@ -41,16 +51,15 @@ def check_fork(settings: PretrainSettings, manifest_hash: str) -> None:
             f"run.fork {uri} is of step {record['step']}, and this run ends at {settings.last_step}: raise "
             "train.steps or train.stop-after"
         )
-    fixed = {
-        "model.backbone": (donor.model.backbone, settings.model.backbone),
-        "model.embedding-dim": (donor.model.embedding_dim, settings.model.embedding_dim),
-        "model.head": (donor.model.head, settings.model.head),
-        "generator.hidden-channels": (donor.generator.hidden_channels, settings.generator.hidden_channels),
-        "moco.queue-size": (donor.moco.queue_size, settings.moco.queue_size),
-        "train.optimizer": (donor.train.optimizer, settings.train.optimizer),
-    }
-    if changed := [f"{name} {old} -> {new}" for name, (old, new) in fixed.items() if old != new]:
+    pairs = {name: (_field(donor, name), _field(settings, name)) for name in FIXED}
+    changed = [f"{name.replace('_', '-')} {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
+    if changed:
         raise ValueError(f"run.fork {uri} has other tensors ({', '.join(changed)}): set these as they were")
+
+
+def _field(settings: PretrainSettings, name: str) -> object:
+    group, _, field = name.partition(".")
+    return getattr(getattr(settings, group), field)
 
 
 def fork(uri: str, state: TrainState, *, autocast_dtype: torch.dtype | None = None) -> None:

@@ -1,0 +1,111 @@
+"""A sweep before Ray: what cannot work is told, and what was done of it is taken up again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.dataset import make_data_set
+from tests.train.test_step import CPU, changed
+from vmoco.presets import PRESETS
+from vmoco.sweep.prepare import PreparedSweep, prepare
+from vmoco.sweep.sweep_settings import SweepSettings
+from vmoco.train.resume import uri_of
+from vmoco.train.run import close_run, open_run
+from vmoco.train.state import TrainState
+
+SPACE = {"moco.decay": {"low": 0.9, "high": 1.0}}
+
+
+@pytest.fixture
+def population(tmp_path: Path, tracker_home: Path) -> SweepSettings:
+    """Three members of `tiny` that are selected from at step 10 of 20."""
+    make_data_set(tmp_path / "data", clips_per_video=4, num_held_out=4)
+    (tmp_path / "space.yaml").write_text(json.dumps(SPACE))
+    pretrain = changed(PRESETS["tiny"][1], data={"uri": str(tmp_path / "data")}, run={"name": "tested"})
+    return SweepSettings(
+        space=str(tmp_path / "space.yaml"), search="random", samples=3, scheduler="pbt", pbt_steps=10, pretrain=pretrain
+    )
+
+
+def end(prepared: PreparedSweep, place: int, score: float) -> None:
+    """Writes down that a trial has ended, with a checkpoint."""
+    trial, run = prepared.sweep.trials[place], prepared.runs[place]
+    folder = Path(uri_of(run.folder, trial.steps))
+    folder.mkdir(parents=True)
+    state = TrainState(run.settings, manifest_hash=run.manifest.hash, device=CPU)
+    state.step = trial.steps
+    record = state.snapshot().write(folder)
+    assert record.step == trial.steps
+    close_run(open_run(run), str(folder))
+    trial.status, trial.step, trial.scores = "finished", trial.steps, {"score/retrieval": score}
+
+
+def test_a_generation_goes_on_from_the_best_and_is_taken_up_again(population: SweepSettings) -> None:
+    """One failed: it copies the best, and is not tried again in its old generation; the reason stays."""
+    prepared = prepare(population)
+    assert [trial.steps for trial in prepared.sweep.trials] == [10, 10, 10]
+    end(prepared, 0, 0.5)
+    end(prepared, 1, 0.9)
+    prepared.sweep.trials[2].status, prepared.sweep.trials[2].reason = "failed", "it was lost"
+    assert prepared.next_generation()
+    assert prepared.refused == []
+    assert [trial.steps for trial in prepared.sweep.trials[3:]] == [20, 20, 20]
+    again = prepare(population)
+    assert again.sweep.trials == prepared.sweep.trials
+    assert again.waiting() == [3, 4, 5]
+    assert (again.sweep.trials[2].status, again.sweep.trials[2].reason) == ("failed", "it was lost")
+    assert Path(again.runs[5].settings.run.fork or "").parent.name == "tested-001"
+
+
+def test_a_generation_whose_donors_are_gone_ends_the_sweep_with_a_reason(population: SweepSettings) -> None:
+    """No checkpoint of any donor is there: no next generation, and why is kept to be said."""
+    prepared = prepare(population)
+    for trial in prepared.sweep.trials:
+        trial.status, trial.scores = "finished", {"score/retrieval": 0.5}
+    assert not prepared.next_generation()
+    assert all("is no checkpoint" in sentence for sentence in prepared.refused)
+    assert len(prepared.refused) == 3
+
+
+def test_a_trial_that_failed_is_tried_again_where_nobody_went_on_from_it(population: SweepSettings) -> None:
+    """Submitted again, it waits, as one does that was running when the driver died; one that has ended does not."""
+    prepared = prepare(population)
+    end(prepared, 0, 0.5)
+    prepared.sweep.trials[1].status, prepared.sweep.trials[1].reason = "failed", "it was lost"
+    prepared.sweep.trials[2].status = "running"
+    prepared.sweep.save()
+    assert prepare(population).waiting() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"samples": 1}, "--samples 2 or more"),
+        ({"search": "grid"}, "--search random"),
+        ({"pbt_steps": 20}, "is one generation alone"),
+        ({"metric": "knn"}, "needs labelled clips"),
+        ({"space": "elsewhere"}, "neither a file nor a built-in"),
+    ],
+)
+def test_bad_flags_get_a_sentence(population: SweepSettings, change: dict[str, object], said: str) -> None:
+    """Before anything is made."""
+    with pytest.raises(ValueError, match=said):
+        prepare(SweepSettings.model_validate(population.model_dump() | change))
+
+
+def test_a_population_cannot_change_its_tensors(population: SweepSettings, tmp_path: Path) -> None:
+    """Its members go on from each other's state, so the queue has one length."""
+    (tmp_path / "space.yaml").write_text(json.dumps({"moco.queue-size": [64, 128]}))
+    with pytest.raises(ValueError, match=r"names moco\.queue_size, which cannot change within a run"):
+        prepare(population)
+
+
+def test_the_name_of_a_sweep_belongs_to_its_space(population: SweepSettings, tmp_path: Path) -> None:
+    """Another space under the same name is refused."""
+    prepare(population).sweep.save()
+    (tmp_path / "space.yaml").write_text(json.dumps({"moco.decay": [0.9, 1.0]}))
+    with pytest.raises(ValueError, match="belongs to a sweep with another space"):
+        prepare(population)
