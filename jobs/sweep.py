@@ -36,13 +36,16 @@ def main() -> None:
 
     if command := job.stop_command(dashboard_url):
         show(f"to stop this job: {command}; the same command goes on")
-    status = "KILLED"
+    status = "FAILED"
     try:
         sweep = sweeps.run_sweep(prepared, show=show)
         registered = sweeps.register_best(prepared, show=show)
-        show(f"report {write_report(sweep)}, with scores.png and curves.png beside it")
+        show(f"report {write_report(sweep, show=show)}, with scores.png and curves.png beside it")
         best = sweep.best()
         status = "FINISHED" if best else "FAILED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
     finally:
         if prepared.sweep.parent_run and (problem := tracking.finish_run(prepared.sweep.parent_run, status)):
             show(f"warning: {problem}")

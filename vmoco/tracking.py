@@ -150,12 +150,22 @@ def history(run_id: str, name: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in client().get_metric_history(run_id, name)]
 
 
-def note_run(run_id: str, *, tags: Mapping[str, str], documents: Mapping[str, Document] | None = None) -> None:
-    """Adds tags, and documents as artifacts by name, to a run."""
-    tracker = client()
-    for key, value in tags.items():
-        tracker.set_tag(run_id, key, value)
-    RunTracker(tracking_uri(), run_id).send([], documents or {})
+def note_run(run_id: str, *, tags: Mapping[str, str], documents: Mapping[str, Document] | None = None) -> str:
+    """Adds tags, and documents as artifacts by name, to a run.
+
+    Returns:
+        Why the tracker did not take them, as a sentence; empty where it did.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        tracker = client()
+        for key, value in tags.items():
+            tracker.set_tag(run_id, key, value)
+        RunTracker(tracking_uri(), run_id).send([], documents or {})
+    except MlflowException as error:
+        return f"the tracker {tracking_uri()} did not take notes on run {run_id}: {error}"
+    return ""
 
 
 def _experiment(tracker: Any, name: str) -> str:

@@ -61,26 +61,35 @@ class Board(tune.Callback):
         else:
             self._ended(own, trial, "stopped")
             if own.run_id:  # its process was ended, so nobody else says it
-                tracking.note_run(own.run_id, tags={"vmoco.stopped": f"by ASHA at step {own.step}"})
-                tracking.finish_run(own.run_id, "KILLED")
+                self._note(own, {"vmoco.stopped": f"by ASHA at step {own.step}"}, status="KILLED")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        said = str(trial.get_pickled_error() or "its process was lost").strip().splitlines()
+        said = str(trial.get_pickled_error() or "").strip().splitlines() or ["its process was lost"]
         own = self._of(trial)
         self._failed(own, trial, said[-1])
         if own.run_id:
-            tracking.finish_run(own.run_id, "FAILED")
+            self._note(own, {}, status="FAILED")
 
     def _failed(self, own: Trial, trial: Any, reason: str) -> None:
         own.reason = reason
         self._show(f"trial {own.name} failed: {reason}")
         self._ended(own, trial, "failed")
         if own.run_id:
-            tracking.note_run(own.run_id, tags={"vmoco.failed": reason[:5000]})
+            self._note(own, {"vmoco.failed": reason[:5000]})
+
+    def _note(self, own: Trial, tags: dict[str, str], *, status: str | None = None) -> None:
+        """Tells the tracker; one that is away ends no sweep."""
+        assert own.run_id is not None, "asked before"
+        problems = [tracking.note_run(own.run_id, tags=tags)]
+        if status is not None:
+            problems.append(tracking.finish_run(own.run_id, status))
+        for problem in filter(None, problems):
+            self._show(f"warning: {problem}")
 
     def _ended(self, own: Trial, trial: Any, status: Any) -> None:
         own.status = status
-        own.seconds += time.monotonic() - self._started[own.name]
+        if (started := self._started.pop(own.name, None)) is not None:  # none where its process never came up
+            own.seconds += time.monotonic() - started
         own.run_id = run_id_of(self._prepared[trial.config["index"]])
         self._sweep.save()
         self._table(now=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import io
+from collections.abc import Callable
 from typing import Any
 
 import plotly.graph_objects as go
@@ -28,8 +29,12 @@ tr { border-top: 1px solid #8884; } td:first-child { white-space: nowrap; }
 """
 
 
-def write_report(sweep: Sweep) -> str:
+def write_report(sweep: Sweep, *, show: Callable[[str], None]) -> str:
     """Writes page and pictures to the sweep's folder and to its run in the tracker, which has the curves.
+
+    Args:
+        sweep: with its trials.
+        show: takes a line for a person.
 
     Returns:
         URI of the page.
@@ -43,7 +48,8 @@ def write_report(sweep: Sweep) -> str:
         storage.write_atomic(
             storage.join(sweep.folder, name), content.encode() if isinstance(content, str) else content
         )
-    tracking.note_run(sweep.parent_run, tags={"vmoco.best": sweep.registered}, documents=documents)
+    if problem := tracking.note_run(sweep.parent_run, tags={"vmoco.best": sweep.registered}, documents=documents):
+        show(f"warning: {problem}")
     return storage.join(sweep.folder, PAGE)
 
 
