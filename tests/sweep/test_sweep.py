@@ -114,7 +114,10 @@ def test_bad_input_is_told_before_any_trial(service: Service) -> None:
     cases = [
         (sweep(service, "bad-field", {"moco.decai": [1.0]}), "did you mean 'moco.decay'"),
         (sweep(service, "bad-metric", ratios, "--metric", "knn"), "needs labelled clips"),
-        (sweep(service, "bad-size", ratios, "--scaling.cpus-per-worker", "4"), "a trial needs 2 workers of 4 CPU each"),
+        (
+            sweep(service, "bad-size", ratios, "--scaling.cpus-per-worker", "4"),
+            "a run of 2 workers, which need 4 CPU each",
+        ),
     ]
     for job, expected in cases:
         said, _ = job.communicate(timeout=200)

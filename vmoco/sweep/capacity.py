@@ -6,19 +6,23 @@ from collections.abc import Sequence
 
 from vmoco.config import PretrainSettings
 from vmoco.train.evaluation import resources
+from vmoco.train.room import lacking
 
 
 def capacity(settings: Sequence[PretrainSettings], nodes: Sequence[dict[str, float]]) -> int:
-    """Trials that the nodes hold at once, counting the largest trial.
+    """Trials that the nodes hold at once, counting the largest trial with all its workers; at least one.
 
     Args:
         settings: of the trials.
         nodes: resources of each node.
 
     Raises:
-        ValueError: they do not hold one.
+        ValueError: they do not hold one, and it does not wait for more.
     """
-    return min(_capacity(each, nodes) for each in settings)
+    for each in settings:
+        if not each.scaling.wait_for_nodes and (problem := lacking(each, nodes)):
+            raise ValueError(problem)
+    return max(1, min(_capacity(each, nodes) for each in settings))
 
 
 def _capacity(settings: PretrainSettings, nodes: Sequence[dict[str, float]]) -> int:
@@ -29,14 +33,6 @@ def _capacity(settings: PretrainSettings, nodes: Sequence[dict[str, float]]) -> 
     count = 0
     while all(_take(bundle, free) for bundle in bundles):
         count += 1
-    if count == 0:
-        largest = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in ("CPU", "GPU")}
-        raise ValueError(
-            f"a trial needs {scaling.num_workers} workers of {_words(worker)} each"
-            + (f" and {_words(bundles[-1])} for the evaluation" if len(bundles) > scaling.num_workers else "")
-            + f", and {len(nodes)} nodes of at most {_words(largest)} do not hold it: lower scaling.num-workers, "
-            "scaling.cpus-per-worker or evaluation.num-cpus, or add nodes"
-        )
     return count
 
 
@@ -47,7 +43,3 @@ def _take(bundle: dict[str, float], free: list[dict[str, float]]) -> bool:
                 node[name] -= number
             return True
     return False
-
-
-def _words(bundle: dict[str, float]) -> str:
-    return " and ".join(f"{number:g} {name}" for name, number in bundle.items())
