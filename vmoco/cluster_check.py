@@ -127,7 +127,7 @@ def _time_line(settings: PretrainSettings, cost: StepCost, speed: Speed) -> str:
     hours = cost.run_flops(settings) / workers / speed.flops_per_second / 3600
     length = f"{hours:.1f} hours" if hours < 100 else f"{hours / 24:.0f} days"
     return (
-        f"time: about {length} for {settings.train.steps} steps on {workers} workers, {slow:.2g} s a step with the "
+        f"time: about {length} for {settings.last_step} steps on {workers} workers, {slow:.2g} s a step with the "
         f"generator; a worker's encoder was measured at {speed.flops_per_second / 1e12:.3g} TFLOP/s, and reading, "
         "augmentation and network come on top"
     )

@@ -250,6 +250,10 @@ class PretrainSettings(Settings):
                 "tracking.alias 'champion' is not given by a run, because it moves only to an encoder that scores "
                 "better: leave it out, and run jobs/registry.py promote NAME afterwards"
             )
+        if self.run.fork and self.model.init:
+            raise ValueError(
+                f"run.fork {self.run.fork} and model.init {self.model.init} are two beginnings: give one of them"
+            )
         if train.warmup_steps >= train.steps:
             raise ValueError(f"train.warmup-steps {train.warmup_steps} must be below train.steps {train.steps}")
         return self

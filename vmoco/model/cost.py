@@ -39,8 +39,8 @@ class StepCost:
 
     def run_flops(self, settings: PretrainSettings) -> float:
         """Arithmetic of the whole run."""
-        before = settings.generator_start
-        return before * self.flops_before + (settings.train.steps - before) * self.flops_after
+        before = min(settings.generator_start, settings.last_step)
+        return before * self.flops_before + (settings.last_step - before) * self.flops_after
 
 
 def step_cost(settings: PretrainSettings, *, bf16: bool) -> StepCost:
