@@ -33,22 +33,25 @@ def main() -> None:
     from vmoco import tracking
     from vmoco.sweep import sweep as sweeps  # not before: Ray reads how to authenticate when it is imported
     from vmoco.sweep.report import write_report
+    from vmoco.train.lease import Lease
 
     if command := job.stop_command(dashboard_url):
         show(f"to stop this job: {command}; the same command goes on")
-    status = "FAILED"
-    try:
-        sweep = sweeps.run_sweep(prepared, show=show)
-        registered = sweeps.register_best(prepared, show=show)
-        show(f"report {write_report(sweep, show=show)}, with scores.png and curves.png beside it")
-        best = sweep.best()
-        status = "FINISHED" if best else "FAILED"
-    except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
-        raise
-    finally:
-        if prepared.sweep.parent_run and (problem := tracking.finish_run(prepared.sweep.parent_run, status)):
-            show(f"warning: {problem}")
+    # Two drivers would write over each other's record.
+    with Lease(prepared.sweep.folder, on_lost=show, show=show):
+        status = "FAILED"
+        try:
+            sweep = sweeps.run_sweep(prepared, show=show)
+            registered = sweeps.register_best(prepared, show=show)
+            show(f"report {write_report(sweep, show=show)}, with scores.png and curves.png beside it")
+            best = sweep.best()
+            status = "FINISHED" if best else "FAILED"
+        except (KeyboardInterrupt, SystemExit):
+            status = "KILLED"
+            raise
+        finally:
+            if prepared.sweep.parent_run and (problem := tracking.finish_run(prepared.sweep.parent_run, status)):
+                show(f"warning: {problem}")
     if best is None:
         raise ValueError("no trial has finished with a score; the reasons are above and in the report")
     show(f"best trial {best.name} with {sweep.score} {best.scores[sweep.score]:.3f}, registered as {registered}")

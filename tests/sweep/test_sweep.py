@@ -128,7 +128,10 @@ def test_bad_input_is_told_before_any_trial(service: Service) -> None:
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(service: Service) -> None:
-    """Kill -9 of the driver while the second trial trains: again, the first is not repeated, the second resumes."""
+    """Kill -9 of the driver while the second trial trains: again, the first is not repeated, the second resumes.
+
+    While it lives, a second driver of the same sweep is refused, and changes nothing.
+    """
     (service.home / "killed.yaml").write_text(json.dumps({"generator.drop_ratio": [0.0, 0.5], "moco.decay": [0.99, 1]}))
     command = [sys.executable, "jobs/sweep.py", "tiny", "--data.uri", service.data, "--run.name", "killed", "--space",
                str(service.home / "killed.yaml"), "--scaling.num-workers", "2", "--train.steps", "60",
@@ -143,8 +146,13 @@ def test_a_killed_sweep_goes_on_where_it_was(service: Service) -> None:
         stderr=subprocess.STDOUT,
     )
     job = start()
-    second = service.home / "runs" / "killed" / "trials" / "killed-001"
-    wait_for(second / "step-00000012" / "state.json", seconds=240)
+    trials = service.home / "runs" / "killed" / "trials"
+    wait_for(trials / "killed-000" / "run.json", seconds=240)
+    other = start()
+    refused, _ = other.communicate(timeout=120)
+    assert other.returncode != 0
+    assert "is being trained by process" in refused
+    wait_for(trials / "killed-001" / "step-00000012" / "state.json", seconds=240)
     job.kill()
     job.communicate(timeout=60)
     before = record(service, "killed")
