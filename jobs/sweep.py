@@ -43,7 +43,7 @@ def main() -> None:
         try:
             sweep = sweeps.run_sweep(prepared, show=show)
             registered = sweeps.register_best(prepared, show=show)
-            show(f"report {write_report(sweep, show=show)}, with scores.png and curves.png beside it")
+            show(f"report {write_report(sweep, show=show)}, with its pictures beside it")
             best = sweep.best()
             status = "FINISHED" if best else "FAILED"
         except (KeyboardInterrupt, SystemExit):

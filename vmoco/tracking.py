@@ -55,6 +55,7 @@ def client(uri: str | None = None) -> Any:
     # Files through the server: by default MLflow sends its clients to the store itself, which few of them may reach.
     os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
     os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a job's log is no terminal
     from mlflow import MlflowClient  # 4 s: only where something is tracked
 
     logging.getLogger("alembic").setLevel(logging.WARNING)  # creating the database writes a line per table
