@@ -116,8 +116,8 @@ class Space:
         for axis, values in self.axes.items():
             if isinstance(values, Range):
                 raise ValueError(
-                    f"axis {axis} of the space is a range, and a grid needs a list: list values, or give --search random "
-                    "or optuna"
+                    f"axis {axis} of the space is a range, and a grid needs a list: list values, or give "
+                    "--search random or optuna"
                 )
         labels = [values.labels for values in self.axes.values() if isinstance(values, Choices)]
         return (dict(zip(self.axes, chosen, strict=True)) for chosen in itertools.product(*labels))
