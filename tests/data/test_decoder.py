@@ -108,7 +108,7 @@ def test_mischief_costs_one_video(
 
 
 def test_a_frame_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where one frame needs more memory than a decoder may take, the video is rejected for good."""
+    """Where one frame needs more memory than a decoder may take, the video is rejected for good, and not as damaged."""
     frames = [np.zeros((2160, 3840, 3), np.uint8)] * 4
     path = videos.write_video(tmp_path / "large.mp4", frames, options={"preset": "ultrafast"})
     monkeypatch.setattr(under_test, "MEMORY_BYTES", 110 * 2**20)

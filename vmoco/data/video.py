@@ -150,7 +150,7 @@ def _errors(stage: Stage, reason: str) -> Iterator[None]:
         with av.logging.Capture():
             yield
     except (MemoryError, av.error.MemoryError) as error:
-        raise VideoError("decode", "too-much-memory", f"{error}: one frame and its references do not fit") from None
+        raise VideoError("decode", "too-much-memory", f"one frame and its references do not fit: {error}") from None
     except av.error.FileNotFoundError:
         raise VideoError("read", "missing", "it was listed, but is gone", transient=True) from None
     except av.error.FFmpegError as error:
@@ -226,17 +226,28 @@ def _check_length(container: Any, stream: Any, *, count: int, end: float) -> Non
             raise VideoError("probe", "truncated", f"it ends at {end:.2f} s, and the header promises {promised:.2f} s")
 
 
+def _frames(container: Any, stream: Any) -> Iterator[Any]:
+    """Decodes the frames of a stream in the order in which they are shown."""
+    for packet in container.demux(stream):
+        try:
+            yield from packet.decode()
+        except av.error.FFmpegError:
+            # Some codecs report a frame for which there is no memory as a damaged one. What they hold is not freed yet,
+            # so another frame would not fit either: MemoryError. 3 bytes a pixel, for 4:4:4 or 10 bits of 4:2:0.
+            np.empty((stream.codec_context.height, stream.codec_context.width, 3), np.uint8)
+            raise
+
+
 def _decode(container: Any, collector: _Collector) -> tuple[Int64Array, Fraction]:
     """Decodes the whole video; returns the times of its frames and their unit."""
     stream = _video_stream(container)
     collector.scaler.pixel_aspect = stream.sample_aspect_ratio
     times: list[int] = []
-    for packet in container.demux(stream):
-        for frame in packet.decode():
-            if frame.is_corrupt:
-                raise VideoError("decode", "decode-error", f"frame {len(times)} is damaged")
-            collector.take(len(times), frame)
-            times.append(frame.pts if frame.pts is not None else len(times))
+    for frame in _frames(container, stream):
+        if frame.is_corrupt:
+            raise VideoError("decode", "decode-error", f"frame {len(times)} is damaged")
+        collector.take(len(times), frame)
+        times.append(frame.pts if frame.pts is not None else len(times))
     return np.array(times, np.int64), stream.time_base
 
 
@@ -249,19 +260,18 @@ def _decode_part(container: Any, part: Part, sink: Sink, *, height: int, width: 
     last = max((max(clip) for clip in part.clips), default=part.start)
     container.seek(part.start, stream=stream, backward=True)
     count = 0
-    for packet in container.demux(stream):
-        for frame in packet.decode():
-            if frame.pts is None:
-                raise VideoError("decode", NOT_SEEKABLE, "a frame has no time stamp")
-            if frame.pts < part.start:  # of the part before: shown earlier, or the seek went back further
-                continue
-            if frame.is_corrupt or (not count and not (frame.pts == part.start and frame.key_frame)):
-                raise VideoError("decode", NOT_SEEKABLE, f"decoding does not begin at {part.start}")
-            if part.end is None or frame.pts < part.end:
-                count += 1
-            elif frame.pts > last:
-                return _part_seconds(part, stream, count=count, collector=collector)
-            collector.take(frame.pts, frame)
+    for frame in _frames(container, stream):
+        if frame.pts is None:
+            raise VideoError("decode", NOT_SEEKABLE, "a frame has no time stamp")
+        if frame.pts < part.start:  # of the part before: shown earlier, or the seek went back further
+            continue
+        if frame.is_corrupt or (not count and not (frame.pts == part.start and frame.key_frame)):
+            raise VideoError("decode", NOT_SEEKABLE, f"decoding does not begin at {part.start}")
+        if part.end is None or frame.pts < part.end:
+            count += 1
+        elif frame.pts > last:
+            return _part_seconds(part, stream, count=count, collector=collector)
+        collector.take(frame.pts, frame)
     return _part_seconds(part, stream, count=count, collector=collector)
 
 
