@@ -15,7 +15,6 @@ minute: versions, GPUs, clock, shared memory, storage and tracker of each node, 
 
 from __future__ import annotations
 
-import functools
 from typing import Annotated, TypeAlias
 
 import tyro
@@ -27,7 +26,6 @@ from vmoco.presets import PRESETS
 Preset: TypeAlias = tyro.extras.subcommand_type_from_defaults(  # type: ignore[valid-type]
     {name: settings for name, (_, settings) in PRESETS.items()}, {name: about for name, (about, _) in PRESETS.items()}
 )
-show = functools.partial(print, flush=True)
 
 
 def data(uri: Annotated[str, tyro.conf.Positional], /) -> None:
@@ -40,15 +38,15 @@ def data(uri: Annotated[str, tyro.conf.Positional], /) -> None:
     from vmoco.data.check import check
 
     uri = storage.require_absolute(uri, "URI")
-    findings = check(uri, progress=show)
+    findings = check(uri, progress=job.show)
     for finding in findings:
-        show(finding)
+        job.show(finding)
     if findings:
         raise ValueError(
             f"{len(findings)} things are wrong with data set {uri}, named above: bring back what was written, or "
             "remove its manifest and run jobs/ingest.py again, which makes anew only shards that are not whole"
         )
-    show(f"data set {uri} is whole")
+    job.show(f"data set {uri} is whole")
 
 
 def cluster(settings: Annotated[Preset, tyro.conf.arg(name="")]) -> None:
@@ -57,12 +55,12 @@ def cluster(settings: Annotated[Preset, tyro.conf.arg(name="")]) -> None:
     from vmoco.cluster_check import check_cluster  # not before: Ray reads how to authenticate when it is imported
 
     assert isinstance(settings, PretrainSettings)
-    problems = check_cluster(settings, show=show)
+    problems = check_cluster(settings, show=job.show)
     for problem in problems:
-        show(f"problem: {problem}")
+        job.show(f"problem: {problem}")
     if problems:
         raise ValueError(f"the cluster cannot carry this run: {len(problems)} problems, the first: {problems[0]}")
-    show("the cluster can carry this run")
+    job.show("the cluster can carry this run")
 
 
 def main() -> None:

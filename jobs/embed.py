@@ -13,15 +13,12 @@ Run it again to continue after an interruption or to add new videos. `gallery.ht
 
 from __future__ import annotations
 
-import functools
 from typing import Annotated
 
 import tyro
 
 from vmoco import job
 from vmoco.evaluate.embed_settings import EmbedSettings
-
-show = functools.partial(print, flush=True)
 
 
 def embed(
@@ -39,13 +36,13 @@ def embed(
 
     loaded = export.load_encoder(encoder)
     job.connect(worker_output=False)
-    made = embedding.embed(loaded, settings, show=show)
-    show(
+    made = embedding.embed(loaded, settings, show=job.show)
+    job.show(
         f"{len(made.table)} clips in {settings.output}/parts, {loaded.feature_dim} numbers each; "
         f"{made.num_rejected} videos rejected, {made.num_reused} parts were there"
     )
     if settings.gallery:
-        show(f"to look at: {write_gallery(made.table, loaded, settings, title=encoder)}")
+        job.show(f"to look at: {write_gallery(made.table, loaded, settings, title=encoder)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ The scores are noted with the registered version; `jobs/registry.py promote` goe
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -24,8 +23,6 @@ from vmoco.evaluate.evaluate_settings import EvaluateSettings
 
 if TYPE_CHECKING:
     from vmoco.promotion import Score
-
-show = functools.partial(print, flush=True)
 
 
 def evaluate(
@@ -42,7 +39,7 @@ def evaluate(
 
     planned = evaluation.plan(settings)
     for note in planned.notes:
-        show(f"note: {note}")
+        job.show(f"note: {note}")
     loaded = export.load_encoder(encoder)
     rows = {encoder: loaded}
     if settings.reference:
@@ -50,19 +47,19 @@ def evaluate(
         try:
             rows["torchvision, supervised"] = foreign.supervised(loaded.card["backbone"])
         except ValueError as error:
-            show(f"note: no supervised reference: {error}")
+            job.show(f"note: no supervised reference: {error}")
     job.connect(worker_output=False)
     found: dict[str, list[Score]] = {}
     for name, each in rows.items():
-        show(f"{name}:")
-        found[name] = evaluation.evaluate(each, planned, settings, show=show)
+        job.show(f"{name}:")
+        found[name] = evaluation.evaluate(each, planned, settings, show=job.show)
     for name, scores in found.items():
-        show(f"\n{name}")
+        job.show(f"\n{name}")
         for score in scores:
-            show(f"    {score}; {score.beside}")
+            job.show(f"    {score}; {score.beside}")
     if settings.record and encoder.startswith("models:/"):
         promotion.record(encoder, found[encoder])
-        show(f"\nnoted with {encoder}")
+        job.show(f"\nnoted with {encoder}")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,8 @@ Run it again to continue after an interruption or to add new videos: what is don
 
 from __future__ import annotations
 
-import functools
-
+from vmoco import job
 from vmoco.data.ingest_settings import IngestSettings
-from vmoco.job import connect, run_job
 
 
 def main() -> None:
@@ -27,8 +25,8 @@ def main() -> None:
 
     from vmoco.data.ingest import ingest
 
-    connect(worker_output=False)
-    manifest = ingest(settings, progress=functools.partial(print, flush=True))
+    job.connect(worker_output=False)
+    manifest = ingest(settings, progress=job.show)
     counts = manifest.counts
     print(
         f"data set {manifest.uri}: {counts['clips']} clips of {counts['videos']} videos "
@@ -38,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_job(main)
+    job.run_job(main)

@@ -33,7 +33,7 @@ def main() -> None:
         print(f"to stop this job (it writes a checkpoint first): {command}", flush=True)
     from vmoco.train import launch  # not before: Ray reads how to authenticate when it is imported
 
-    outcome = launch.pretrain(prepared, show=lambda line: print(line, flush=True))
+    outcome = launch.pretrain(prepared, show=job.show)
     if outcome.stopped_by:
         print(f"kept {outcome.checkpoint}; the same command with --run.name {outcome.name} goes on", flush=True)
         raise SystemExit(128 + signal.Signals[outcome.stopped_by])

@@ -14,14 +14,10 @@ command goes on with a sweep that was stopped: trials that have ended are not re
 checkpoints, and those that failed are tried again.
 """
 
-import functools
-
 import tyro
 
 from vmoco import job
 from vmoco.sweep.sweep_settings import SWEEPS
-
-show = functools.partial(print, flush=True)
 
 
 def main() -> None:
@@ -36,14 +32,14 @@ def main() -> None:
     from vmoco.train.lease import Lease
 
     if command := job.stop_command(dashboard_url):
-        show(f"to stop this job: {command}; the same command goes on")
+        job.show(f"to stop this job: {command}; the same command goes on")
     # Two drivers would write over each other's record.
-    with Lease(prepared.sweep.folder, on_lost=show, show=show):
+    with Lease(prepared.sweep.folder, on_lost=job.show, show=job.show):
         status = "FAILED"
         try:
-            sweep = sweeps.run_sweep(prepared, show=show)
-            registered = sweeps.register_best(prepared, show=show)
-            show(f"report {write_report(sweep, show=show)}, with its pictures beside it")
+            sweep = sweeps.run_sweep(prepared, show=job.show)
+            registered = sweeps.register_best(prepared, show=job.show)
+            job.show(f"report {write_report(sweep, show=job.show)}, with its pictures beside it")
             best = sweep.best()
             status = "FINISHED" if best else "FAILED"
         except (KeyboardInterrupt, SystemExit):
@@ -51,10 +47,10 @@ def main() -> None:
             raise
         finally:
             if prepared.sweep.parent_run and (problem := tracking.finish_run(prepared.sweep.parent_run, status)):
-                show(f"warning: {problem}")
+                job.show(f"warning: {problem}")
     if best is None:
         raise ValueError("no trial has finished with a score; the reasons are above and in the report")
-    show(f"best trial {best.name} with {sweep.score} {best.scores[sweep.score]:.3f}, registered as {registered}")
+    job.show(f"best trial {best.name} with {sweep.score} {best.scores[sweep.score]:.3f}, registered as {registered}")
 
 
 if __name__ == "__main__":

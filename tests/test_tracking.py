@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -82,17 +83,6 @@ def test_a_run_goes_on_without_its_tracker(vmoco_home: Path, monkeypatch: pytest
     assert "cannot be resumed in the tracker http://127.0.0.1:9" in tracking.resume_run(run_id)
 
 
-def test_the_machine_is_watched(vmoco_home: Path) -> None:
-    """Processor, memory, disk and network have numbers, under the names that MLflow shows as system metrics."""
-    system = tracking.SystemMetrics()
-    time.sleep(0.2)
-    numbers = system.numbers()
-    names = {"cpu_utilization_percentage", "system_memory_usage_megabytes", "disk_usage_percentage"}
-    assert {f"system/{name}" for name in names} <= set(numbers)
-    assert numbers["system/system_memory_usage_megabytes"] > 0
-    assert all(name.startswith("system/node-3/") for name in tracking.SystemMetrics("node-3").numbers())
-
-
 def test_what_a_dead_tracker_did_not_take_is_said(vmoco_home: Path) -> None:
     """close() gives up after its time, with the number of points and the reason."""
     tracker = tracking.spool("http://127.0.0.1:9", "no run")
@@ -113,3 +103,22 @@ def test_a_tracker_with_a_password_in_its_uri_is_refused(monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match=r"carries a password.*MLFLOW_TRACKING_PASSWORD") as raised:
         tracking.tracking_uri()
     assert "hidden" not in str(raised.value)
+
+
+def test_a_tracker_that_comes_back_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial that begins while it is away says so and waits; one that stays away ends the trial with a sentence."""
+    said: list[str] = []
+    with TrackingServer(tmp_path) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
+        tracking.await_answer(timeout=0, show=said.append)
+        assert not said
+        server.stop()
+        with pytest.raises(ValueError, match="cannot be used"):
+            tracking.await_answer(timeout=0, show=said.append)
+        said.clear()
+        back = threading.Timer(3, server.start)
+        back.start()
+        tracking.await_answer(timeout=120, show=said.append)
+        back.join()
+    (line,) = said
+    assert line.endswith("waiting for it, up to 2 min")

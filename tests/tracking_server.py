@@ -45,7 +45,7 @@ class TrackingServer:
         self._process = subprocess.Popen(
             self._command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while True:
             try:
                 with urllib.request.urlopen(f"{self.address}/health", timeout=2):

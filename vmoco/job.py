@@ -27,6 +27,11 @@ _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # how Ray's job server tells a driv
 _OBJECT_STORE_MEMORY = 512 * 2**20
 
 
+def show(line: str) -> None:
+    """Prints a line for a person, at once; can be pickled, as `print` cannot after Ray has put its own in its place."""
+    print(line, flush=True)
+
+
 def run_job(main: Callable[[], None]) -> NoReturn:
     """Calls `main` and ends the process: exit code 0, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM."""
     _exit_on_signals()

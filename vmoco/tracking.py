@@ -1,4 +1,4 @@
-"""Metrics, parameters and checkpoints of a run in MLflow; one of the two files that know MLflow.
+"""Metrics, parameters and checkpoints of a run in MLflow; with `registry.py` what knows MLflow.
 
 The tracker is never waited for: a spool (`vmoco/spool.py`) stands between it and the run. Workers use the client with
 a run id and never MLflow's current run, of which there is one per process.
@@ -6,11 +6,11 @@ a run id and never MLflow's current run, of which there is one per process.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import os
 import tempfile
+import time
 import urllib.parse
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import Any
 from vmoco import storage
 from vmoco.config import PretrainSettings
 from vmoco.spool import Document, Points, Spool
+
+_ASK_SECONDS = 5.0
 
 
 def tracking_uri() -> str:
@@ -140,6 +142,29 @@ def create_parent(name: str, *, experiment: str, params: Mapping[str, str]) -> s
     return str(run.info.run_id)
 
 
+def await_answer(*, timeout: float, show: Callable[[str], None]) -> None:
+    """Waits until the tracker answers, for `timeout` seconds; `show` takes a line where it does not at once.
+
+    Raises:
+        ValueError: it does not answer, or cannot be used.
+    """
+    from mlflow.exceptions import MlflowException
+
+    end, told = time.monotonic() + timeout, False
+    while True:
+        try:
+            client().search_experiments(max_results=1)
+            return
+        except MlflowException as error:
+            said = f"the tracker {tracking_uri()} cannot be used: {error}"
+            if time.monotonic() > end:
+                raise ValueError(said) from error
+        if not told:
+            show(f"warning: {said}; waiting for it, up to {timeout / 60:.0f} min")
+            told = True
+        time.sleep(_ASK_SECONDS)
+
+
 def scores(run_id: str) -> dict[str, float]:
     """The last scores of a run, by name, as in `score/retrieval`."""
     metrics = client().get_run(run_id).data.metrics
@@ -224,37 +249,6 @@ class RunTracker:
 def spool(uri: str, run_id: str, *, file: str | None = None, may_send: Callable[[], None] = lambda: None) -> Spool:
     """A spool to an MLflow run; see `vmoco.spool.Spool` for `file` and `may_send`."""
     return Spool(RunTracker(uri, run_id), name=uri, uri=file, may_send=may_send)
-
-
-class SystemMetrics:
-    """Processor, memory, disk, network and GPUs of this machine, under the names by which MLflow shows them apart.
-
-    MLflow's own thread ends for good when the tracker does not answer once, so its monitors are read here and sent
-    with the run's points.
-
-    Args:
-        node: name of this machine among those of the run; empty where there is one.
-    """
-
-    def __init__(self, node: str = "") -> None:
-        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-
-        self._prefix = f"system/{node}/" if node else "system/"
-        self._monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        with contextlib.suppress(Exception):  # whatever it raises, it means that there is no NVIDIA GPU to watch
-            self._monitors.append(GPUMonitor())
-
-    def numbers(self) -> dict[str, float]:
-        """What the monitors see now; rates are since the last call."""
-        found: dict[str, float] = {}
-        for monitor in self._monitors:
-            monitor.collect_metrics()
-            found |= {self._prefix + name: float(value) for name, value in monitor.aggregate_metrics().items()}
-            monitor.clear_metrics()
-        return found
 
 
 def resume_run(run_id: str) -> str:

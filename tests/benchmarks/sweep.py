@@ -16,7 +16,6 @@ Kept in the folder, and gone on with when started again. Ends with one JSON line
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import statistics
 import time
@@ -41,7 +40,6 @@ SPACE = {
     "moco.temperature": {"low": 0.03, "high": 1.0, "log": True},
 }
 STEPS, EVERY, LOG_EVERY = 162, 18, 6  # ASHA decides at 18, 54 and 162
-SHOW = functools.partial(print, flush=True)
 
 
 def make_data(folder: Path) -> str:
@@ -88,7 +86,7 @@ def run(name: str, uri: str, folder: Path, *, scheduler: str, samples: int) -> t
     from vmoco.sweep import sweep as sweeps
 
     started = time.monotonic()
-    return sweeps.run_sweep(prepared, show=SHOW), time.monotonic() - started
+    return sweeps.run_sweep(prepared, show=job.show), time.monotonic() - started
 
 
 def probed(trial: Trial, folder: Path) -> float:
@@ -122,7 +120,7 @@ def main() -> None:
     truth = [probed(trial, folder) for trial in finished]
     scores = [trial.scores[full.score] for trial in finished]
     for trial, linear in sorted(zip(finished, truth, strict=True), key=lambda row: -row[1]):
-        SHOW(f"{trial.name}  probe {linear:5.2f}  {full.score} {trial.scores[full.score]:.3f}  "
+        job.show(f"{trial.name}  probe {linear:5.2f}  {full.score} {trial.scores[full.score]:.3f}  "
              f"rank {trial.scores['score/effective_rank']:5.1f}  {trial.values}")  # fmt: skip
     overheads = [trial.seconds - training_seconds(trial) for trial in finished]
     shares = [overhead / trial.seconds for overhead, trial in zip(overheads, finished, strict=True)]

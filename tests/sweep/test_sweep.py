@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 import vmoco
-from tests.test_pretrain import ROOT, SIZES, Service, wait_for
+from tests.test_pretrain import SIZES, Service
 from vmoco.local import LocalCluster
 from vmoco.promotion import scores_of
 
@@ -124,48 +122,6 @@ def test_bad_input_is_told_before_any_trial(service: Service) -> None:
         assert job.returncode != 0
         assert expected in said
     assert not list((service.home / "runs").glob("bad-*/sweep.json"))
-
-
-@pytest.mark.slow
-def test_a_killed_sweep_goes_on_where_it_was(service: Service) -> None:
-    """Kill -9 of the driver while the second trial trains: again, the first is not repeated, the second resumes.
-
-    While it lives, a second driver of the same sweep is refused, and changes nothing.
-    """
-    (service.home / "killed.yaml").write_text(json.dumps({"generator.drop_ratio": [0.0, 0.5], "moco.decay": [0.99, 1]}))
-    command = [sys.executable, "jobs/sweep.py", "tiny", "--data.uri", service.data, "--run.name", "killed", "--space",
-               str(service.home / "killed.yaml"), "--scaling.num-workers", "2", "--train.steps", "60",
-               "--train.checkpoint-every", "6", "--train.keep-checkpoints", "20"]  # fmt: skip
-    start = functools.partial(
-        subprocess.Popen,
-        command,
-        env=service.environment | {"RAY_ADDRESS": service.cluster.gcs_address},
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    job = start()
-    trials = service.home / "runs" / "killed" / "trials"
-    wait_for(trials / "killed-000" / "run.json", seconds=240)
-    other = start()
-    refused, _ = other.communicate(timeout=120)
-    assert other.returncode != 0
-    assert "is being trained by process" in refused
-    wait_for(trials / "killed-001" / "step-00000012" / "state.json", seconds=240)
-    job.kill()
-    job.communicate(timeout=60)
-    before = record(service, "killed")
-    assert [trial["status"] for trial in before["trials"]] == ["finished", "running", "waiting", "waiting"]
-    said = finished(start())
-    after = record(service, "killed")
-    assert [trial["status"] for trial in after["trials"]] == ["finished"] * 4
-    assert after["trials"][0] == before["trials"][0]
-    assert after["parent_run"] == before["parent_run"]
-    assert "4 trials, 1 have ended before" in said
-    tracker = MlflowClient(f"sqlite:///{service.home}/mlflow.db")
-    points = [point.step for point in tracker.get_metric_history(after["trials"][1]["run_id"], "loss")]
-    assert points == list(range(5, 61, 5)), "one run, without gaps or doubled steps"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Decodes the frames of a video that are needed, scaled and cropped: with `scale.py` the only file that knows PyAV.
+"""Decodes the frames of a video that are needed, scaled and cropped.
 
 A video is read twice: once without decoding, which finds its time stamps and cut files, and once decoding, which keeps
 only the frames of the chosen clips. So memory holds one decoded frame and one clip, however long the video. A video
@@ -9,24 +9,20 @@ A decoder may hang or crash, and nothing here can help that: `decoder.py` runs i
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import av
 import numpy as np
 
 from vmoco.data.clips import ClipPlan, Int64Array, clip_indices, clip_span
+from vmoco.data.container import Source, decoded, errors, open_video, video_stream
 from vmoco.data.frames import Frames
-from vmoco.data.ledger import NOT_SEEKABLE, Stage, VideoError
+from vmoco.data.ledger import NOT_SEEKABLE, VideoError
 from vmoco.data.parts import Part
 from vmoco.data.scale import MAX_PIXELS, Scaler
 
-# Formats that are one file by themselves. Playlists (hls, concat, dash) are left out: a file of the user's could make
-# FFmpeg open other files or addresses.
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,h264,hevc,m4v,nut,gif,ivf"
 # Formats that keep the time at which each frame is shown. Elsewhere FFmpeg guesses, and guesses otherwise after a seek.
 _SEEKABLE = {"mov", "matroska"}
 # Formats whose header states how long they should be; elsewhere FFmpeg estimates the length from what is there.
@@ -69,17 +65,13 @@ class Sink(Protocol):
         """Forgets the clips: they are all decoded anew."""
 
 
-Source = str | BinaryIO
-"""Path of a local file, or a file opened for reading, with a name."""
-
-
 def probe(source: Source) -> Timeline:
     """Reads a video without decoding it.
 
     Raises:
         VideoError: it is no video, or it is cut off.
     """
-    with _errors("probe", "cannot-open"), _open(source) as container:
+    with errors("probe", "cannot-open"), open_video(source) as container:
         return _probe(container)
 
 
@@ -96,7 +88,7 @@ def cut_clips(source: Source, plan: ClipPlan, *, height: int, width: int, sink: 
     for _ in range(3):
         sink.restart()
         collector = _Collector(indices, sink, height=height, width=width)
-        with _errors("decode", "decode-error"), _open(source) as container:
+        with errors("decode", "decode-error"), open_video(source) as container:
             times, time_base = _decode(container, collector)
         found = clip_indices(times, time_base, plan)
         if np.array_equal(found, indices):
@@ -125,63 +117,14 @@ def cut_part(source: Source, part: Part, *, height: int, width: int, sink: Sink)
         VideoError: NOT_SEEKABLE, where the part does not hold just the frames that it should.
     """
     try:
-        with _errors("decode", NOT_SEEKABLE), _open(source) as container:
+        with errors("decode", NOT_SEEKABLE), open_video(source) as container:
             return _decode_part(container, part, sink, height=height, width=width)
     except VideoError as error:
         raise VideoError("decode", NOT_SEEKABLE, error.message) from None
 
 
-def _open(source: Source) -> Any:
-    if not isinstance(source, str):
-        source.seek(0)  # it is opened twice
-    # ENOENT and the like were met when the file was read for its hash; here every failure is one of the format.
-    # Titles are in whatever encoding; nobody reads them here.
-    options = {"format_whitelist": FORMATS}
-    return av.open(source, mode="r", options=options, buffer_size=2**20, metadata_errors="replace")
-
-
-@contextlib.contextmanager
-def _errors(stage: Stage, reason: str) -> Iterator[None]:
-    """Turns FFmpeg's errors into a VideoError, with the last line that FFmpeg logged and nothing that varies."""
-    av.logging.set_skip_repeated(False)  # "(repeated 3 more times)" would depend on the video before
-    level = av.logging.get_level()
-    av.logging.set_level(av.logging.ERROR)
-    try:
-        with av.logging.Capture():
-            yield
-    except (MemoryError, av.error.MemoryError) as error:
-        raise VideoError("decode", "too-much-memory", f"one frame and its references do not fit: {error}") from None
-    except av.error.FileNotFoundError:
-        raise VideoError("read", "missing", "it was listed, but is gone", transient=True) from None
-    except av.error.FFmpegError as error:
-        said = [error.strerror or type(error).__name__]
-        logged: Any = error.log  # (level, part of FFmpeg, line); PyAV's type is wrong
-        if logged is not None:
-            said.append(f"{logged[1]}: {logged[2].strip()}")
-        raise VideoError(stage, reason, "; ".join(said)) from None
-    finally:
-        av.logging.set_level(level)
-
-
-def _video_stream(container: Any) -> Any:
-    cover = av.stream.Disposition.attached_pic
-    streams = [stream for stream in container.streams.video if not stream.disposition & cover]
-    if not streams:
-        raise VideoError(
-            "probe", "no-video-stream", f"it holds {len(container.streams)} streams, and no moving picture"
-        )
-    stream = streams[0]
-    if stream.codec_context is None:
-        raise VideoError("probe", "no-decoder", "FFmpeg has no decoder for its codec")
-    # Threads of frames can deadlock when decoding stops early, and one task has one core.
-    stream.thread_type = "NONE"
-    stream.codec_context.thread_count = 1
-    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS), "err_detect": "explode"}
-    return stream
-
-
 def _probe(container: Any) -> Timeline:
-    stream = _video_stream(container)
+    stream = video_stream(container)
     width, height = stream.codec_context.width, stream.codec_context.height
     if width * height > MAX_PIXELS:
         raise VideoError("probe", "frame-too-large", f"{width} x {height}, and at most {MAX_PIXELS} pixels are decoded")
@@ -226,24 +169,12 @@ def _check_length(container: Any, stream: Any, *, count: int, end: float) -> Non
             raise VideoError("probe", "truncated", f"it ends at {end:.2f} s, and the header promises {promised:.2f} s")
 
 
-def _frames(container: Any, stream: Any) -> Iterator[Any]:
-    """Decodes the frames of a stream in the order in which they are shown."""
-    for packet in container.demux(stream):
-        try:
-            yield from packet.decode()
-        except av.error.FFmpegError:
-            # Some codecs report a frame for which there is no memory as a damaged one. What they hold is not freed yet,
-            # so another frame would not fit either: MemoryError. 3 bytes a pixel, for 4:4:4 or 10 bits of 4:2:0.
-            np.empty((stream.codec_context.height, stream.codec_context.width, 3), np.uint8)
-            raise
-
-
 def _decode(container: Any, collector: _Collector) -> tuple[Int64Array, Fraction]:
     """Decodes the whole video; returns the times of its frames and their unit."""
-    stream = _video_stream(container)
+    stream = video_stream(container)
     collector.scaler.pixel_aspect = stream.sample_aspect_ratio
     times: list[int] = []
-    for frame in _frames(container, stream):
+    for frame in decoded(container, stream):
         if frame.is_corrupt:
             raise VideoError("decode", "decode-error", f"frame {len(times)} is damaged")
         collector.take(len(times), frame)
@@ -252,7 +183,7 @@ def _decode(container: Any, collector: _Collector) -> tuple[Int64Array, Fraction
 
 
 def _decode_part(container: Any, part: Part, sink: Sink, *, height: int, width: int) -> list[float]:
-    stream = _video_stream(container)
+    stream = video_stream(container)
     sink.restart()
     wanted = np.array(part.clips or np.empty((0, 0)), np.int64)
     collector = _Collector(wanted, sink, height=height, width=width)
@@ -260,7 +191,7 @@ def _decode_part(container: Any, part: Part, sink: Sink, *, height: int, width: 
     last = max((max(clip) for clip in part.clips), default=part.start)
     container.seek(part.start, stream=stream, backward=True)
     count = 0
-    for frame in _frames(container, stream):
+    for frame in decoded(container, stream):
         if frame.pts is None:
             raise VideoError("decode", NOT_SEEKABLE, "a frame has no time stamp")
         if frame.pts < part.start:  # of the part before: shown earlier, or the seek went back further

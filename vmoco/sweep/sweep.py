@@ -25,6 +25,7 @@ from vmoco.sweep.capacity import capacity
 from vmoco.sweep.ledger import Sweep
 from vmoco.sweep.prepare import PreparedSweep
 from vmoco.sweep.space import said
+from vmoco.train.run import run_id_of
 
 _LOST = 3  # times that Ray Tune starts a trial again after its process or node was lost
 
@@ -60,15 +61,27 @@ def run_sweep(prepared: PreparedSweep, *, show: Callable[[str], None]) -> Sweep:
     ended = len(sweep.trials) - len(prepared.waiting())
     show(f"sweep {sweep.name}: {total} trials, {ended} have ended before, {at_once} at once")
     show(f"tracked as {sweep.parent_run} in {tracking.tracking_uri()}, folder {sweep.folder}")
-    if total > ended:
-        _fit(prepared, total - ended, at_once, show)
-    while prepared.next_generation():
-        waiting = prepared.waiting()
-        show(f"generation {sweep.trials[waiting[0]].generation + 1}: {len(waiting)} trials go on from the best")
-        _fit(prepared, len(waiting), at_once, show)
+    try:
+        if total > ended:
+            _fit(prepared, total - ended, at_once, show)
+        while prepared.next_generation():
+            waiting = prepared.waiting()
+            show(f"generation {sweep.trials[waiting[0]].generation + 1}: {len(waiting)} trials go on from the best")
+            _fit(prepared, len(waiting), at_once, show)
+    except (KeyboardInterrupt, SystemExit):
+        _note_stopped(prepared, show)
+        raise
     for sentence in prepared.refused[told:]:
         show(f"warning: not tried, because no run can have it: {sentence}")
     return sweep
+
+
+def _note_stopped(prepared: PreparedSweep, show: Callable[[str], None]) -> None:
+    """Tells the tracker that the running trials are stopped: their processes end with this one, and cannot."""
+    for each, run in zip(prepared.sweep.trials, prepared.runs, strict=True):
+        run_id = run_id_of(run) if each.status == "running" else None
+        if run_id and (problem := tracking.finish_run(run_id, "KILLED")):
+            show(f"warning: {problem}")
 
 
 class _Feed(Searcher):

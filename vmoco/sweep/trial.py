@@ -18,6 +18,10 @@ MEMORY = 64 * 2**20
 """What the process around a trial asks of Ray: no CPU, or it could keep its own workers from starting."""
 
 
+_TRACKER_SECONDS = 3600.0
+"""So long a trial waits at its start for the tracker: one that is away for a while must not fail all that wait."""
+
+
 def train_trial(config: dict[str, Any]) -> dict[str, Any]:
     """Runs in Ray Tune; returns its last result: step, score/*, run_id, seconds; or `failed`, the reason.
 
@@ -31,6 +35,7 @@ def train_trial(config: dict[str, Any]) -> dict[str, Any]:
 
     settings = PretrainSettings.model_validate_json(config["settings"])
     try:
+        tracking.await_answer(timeout=_TRACKER_SECONDS, show=job.show)
         prepared = run.prepare(settings)
         if prepared.finished:
             run_id = run.run_id_of(prepared)
@@ -38,7 +43,7 @@ def train_trial(config: dict[str, Any]) -> dict[str, Any]:
         else:
             run_id = launch.pretrain(
                 prepared,
-                show=lambda line: print(line, flush=True),
+                show=job.show,
                 callbacks=[TuneReportCallback()],
                 parent_run=config["parent"],
             ).run_id

@@ -24,7 +24,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vmoco import registry, tracking
+from vmoco import registry, storage, tracking
 from vmoco.export import write_encoder
 from vmoco.job import StopRequest, is_user_error
 from vmoco.promotion import Score
@@ -36,10 +36,11 @@ from vmoco.train.lease import Lease
 from vmoco.train.resume import local_copy
 from vmoco.train.room import NAMESPACE, Room, check_room
 from vmoco.train.run import PreparedRun, Run, close_run, introduce, open_run
-from vmoco.train.worker import run_worker
+from vmoco.train.worker import SPOOL, run_worker
 
 # A rank that has lost another waits this long in a collective before it gives up, in seconds.
 _COLLECTIVE_TIMEOUT = 120
+_TRACKER_SECONDS = 300.0  # a run that has trained waits so long for a tracker that does not answer
 _SILENT_SECONDS = 60.0  # workers that have not begun by then wait for something: a person wants to know for what
 
 
@@ -108,6 +109,8 @@ def _pretrain(
             last = _fit(run, channel, lease, room, show=show, callbacks=callbacks)
             finished = last.step == run.settings.last_step
             status = "KILLED"  # unless it has ended and its encoder is safe
+            if finished:
+                _settle(run, show)
             registered = _export(run, last, room.evaluation, show) if finished and export else None
             status = "FINISHED" if finished else status
             if finished:
@@ -200,6 +203,25 @@ def _fit(
     return Kept(**last)
 
 
+def _settle(run: Run, show: Callable[[str], None]) -> None:
+    """Sends what the tracker did not take from the workers, which have ended: a finished run is whole there.
+
+    Raises:
+        ValueError: the tracker does not take it; the run is not lost.
+    """
+    file = storage.join(run.folder, SPOOL)
+    if not storage.exists(file):
+        return
+    show(f"waiting for the tracker, up to {_TRACKER_SECONDS:.0f} s")
+    spool = tracking.spool(tracking.tracking_uri(), run.run_id, file=file)
+    if problem := spool.close(timeout=_TRACKER_SECONDS):
+        raise ValueError(f"run {run.settings.run.name} has trained to its end, and {problem}: {_rest(run)}")
+
+
+def _rest(run: Run) -> str:
+    return f"when it answers, the same command with --run.name {run.settings.run.name} does the rest"
+
+
 def _export(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) -> registry.Registered | None:
     """Logs the encoder with its run, and registers it where the settings name it.
 
@@ -213,8 +235,7 @@ def _export(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) 
             raise
         raise ValueError(
             f"run {run.settings.run.name} has trained to its end, and the tracker {tracking.tracking_uri()} does not "
-            f"take its encoder ({error}): when it answers, the same command with --run.name {run.settings.run.name} "
-            "does the rest"
+            f"take its encoder ({error}): {_rest(run)}"
         ) from error
 
 

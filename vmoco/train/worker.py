@@ -24,6 +24,7 @@ from vmoco.train.fork import fork
 from vmoco.train.gauges import Gauges
 from vmoco.train.lease import Fence
 from vmoco.train.loop import train
+from vmoco.train.machine import SystemMetrics
 from vmoco.train.precision import autocast_dtype
 from vmoco.train.resume import resume
 from vmoco.train.run import INIT
@@ -113,7 +114,7 @@ class RayHost:
         self._score: dict[str, float] = {}
         self._counts = {"checkpoints_damaged": 0, "checkpoints_failed": 0, "evaluations_failed": 0}
         self._spool: tracking.Spool | None = None
-        self._system: tracking.SystemMetrics | None = None
+        self._system: SystemMetrics | None = None
         self._checkpoints: Checkpoints | None = None
         self._evaluator: Evaluator | None = None
         may_send: Callable[[], None] = lambda: None  # noqa: E731
@@ -142,7 +143,7 @@ class RayHost:
         if context.get_local_rank() == 0:  # one of each machine says how the machine is
             self._spool = tracking.spool(config["tracking_uri"], config["run_id"], file=file, may_send=may_send)
             node = "" if context.get_node_rank() == 0 else f"node-{context.get_node_rank()}"
-            self._system = tracking.SystemMetrics(node)
+            self._system = SystemMetrics(node)
 
     def begin(self, state: TrainState, *, damaged: list[str]) -> None:
         """Takes the run up at the state's step."""
