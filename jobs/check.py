@@ -52,7 +52,7 @@ def data(uri: Annotated[str, tyro.conf.Positional], /) -> None:
 def cluster(settings: Annotated[Preset, tyro.conf.arg(name="")]) -> None:
     """Asks a cluster whether it can carry a run, and how long that would take."""
     job.connect(worker_output=False)
-    from vmoco.cluster_check import check_cluster  # not before: Ray reads how to authenticate when it is imported
+    from vmoco.cluster.check import check_cluster  # not before: Ray reads how to authenticate when it is imported
 
     assert isinstance(settings, PretrainSettings)
     problems = check_cluster(settings, show=job.show)

@@ -30,7 +30,7 @@ def embed(
         encoder: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/encoder, or a folder.
         settings: what, and how.
     """
-    from vmoco import export
+    from vmoco.encoders import export
     from vmoco.evaluate import embed as embedding
     from vmoco.evaluate.gallery import write_gallery
 

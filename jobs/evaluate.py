@@ -22,7 +22,7 @@ from vmoco import job
 from vmoco.evaluate.evaluate_settings import EvaluateSettings
 
 if TYPE_CHECKING:
-    from vmoco.promotion import Score
+    from vmoco.encoders.promotion import Score
 
 
 def evaluate(
@@ -34,7 +34,7 @@ def evaluate(
         encoder: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/encoder, or a folder.
         settings: how.
     """
-    from vmoco import export, foreign, promotion
+    from vmoco.encoders import export, foreign, promotion
     from vmoco.evaluate import evaluate as evaluation
 
     planned = evaluation.plan(settings)

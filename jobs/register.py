@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from vmoco import job
-from vmoco.publish_options import Options
+from vmoco.encoders.publish_options import Options
 
 
 def register(
@@ -29,7 +29,7 @@ def register(
         options: how.
         step: of the run's checkpoint; the last one when left out.
     """
-    from vmoco.publish import publish_file, publish_run
+    from vmoco.encoders.publish import publish_file, publish_run
 
     if Path(source).is_file():
         if step is not None:

@@ -19,7 +19,7 @@ Word = Annotated[str, tyro.conf.Positional]
 
 def list_encoders() -> None:
     """Prints every registered version with its aliases and scores."""
-    from vmoco import promotion, registry
+    from vmoco.encoders import promotion, registry
 
     found = registry.versions()
     for version in found:
@@ -39,7 +39,7 @@ def promote(name: Word, version: str | None = None, protocol: str = "label-free"
         protocol: which score decides.
         force: moves it whatever the scores say; the reason is kept.
     """
-    from vmoco import promotion
+    from vmoco.encoders import promotion
 
     move = promotion.promote(name, version=version, protocol=protocol, force_reason=force)
     print(f"models:/{name}@champion is version {move.version} ({move.reason})")
@@ -47,7 +47,7 @@ def promote(name: Word, version: str | None = None, protocol: str = "label-free"
 
 def rollback(name: Word) -> None:
     """Makes the champion before the champion again."""
-    from vmoco import promotion
+    from vmoco.encoders import promotion
 
     move = promotion.rollback(name)
     print(f"models:/{name}@champion is version {move.version} ({move.reason})")
@@ -59,7 +59,7 @@ def saw(video: Word) -> None:
     Args:
         video: its id in the manifest: the path below the folder that was ingested.
     """
-    from vmoco import lineage
+    from vmoco.encoders import lineage
 
     found = lineage.encoders_that_saw(video)
     for each in found.sightings:

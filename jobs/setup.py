@@ -13,7 +13,7 @@ import os
 
 import tyro
 
-from vmoco import services
+from vmoco.cluster import services
 from vmoco.job import run_job
 
 

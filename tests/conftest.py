@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vmoco.local import LocalCluster
+from vmoco.cluster.local import LocalCluster
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and every process that they start would inherit
 # that; the tests of Ctrl-C need what a person's terminal has.

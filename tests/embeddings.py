@@ -10,7 +10,7 @@ import numpy.typing as npt
 from tests.dataset import write_data_set
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard import Clip
-from vmoco.encoder import Encoder
+from vmoco.encoders.encoder import Encoder
 from vmoco.evaluate.embed import shard_items
 from vmoco.evaluate.embed_task import EmbedTask, Work
 from vmoco.evaluate.features import window

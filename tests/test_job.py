@@ -16,8 +16,8 @@ import pytest
 
 from tests import processes
 from vmoco import job
+from vmoco.cluster.local import LocalCluster
 from vmoco.config import TrainSettings
-from vmoco.local import LocalCluster
 
 FAILING_JOB = """
 import sys

@@ -16,9 +16,10 @@ import pytest
 
 from tests.data.videos import images, write_video
 from tests.dataset import make_data_set
-from tests.encoders import clips, save_checkpoint, settings_for
 from tests.environments import installed_environment, light_environment
-from vmoco import export, registry, tracking
+from tests.made import clips, save_checkpoint, settings_for
+from vmoco import tracking
+from vmoco.encoders import export, registry
 
 HEAVY = ("ray", "mlflow", "sqlalchemy", "scikit-learn", "pandas", "faiss-cpu", "matplotlib", "tensorboard")
 USE = """

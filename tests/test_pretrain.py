@@ -20,9 +20,9 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from tests import processes
-from vmoco.job_server import JobServer
-from vmoco.local import LocalCluster
-from vmoco.promotion import scores_of
+from vmoco.cluster.job_server import JobServer
+from vmoco.cluster.local import LocalCluster
+from vmoco.encoders.promotion import scores_of
 from vmoco.train.state import file_sha256
 
 ROOT = Path(__file__).parents[1]

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 from vmoco import storage
+from vmoco.cluster.local import LocalCluster
 from vmoco.data.ingest_settings import IngestSettings
-from vmoco.local import LocalCluster
 
 ENCODER = "models:/videomoco-demo@candidate"
 _ROOT = Path(__file__).resolve().parents[1]

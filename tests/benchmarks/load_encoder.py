@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from tests.dataset import make_data_set
-from tests.encoders import TINY, clips
-from vmoco import export, registry, tracking
+from tests.made import TINY, clips
+from vmoco import tracking
+from vmoco.encoders import export, registry
 from vmoco.train.state import TrainState
 
 PULL = """

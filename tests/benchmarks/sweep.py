@@ -28,7 +28,7 @@ from tests.dataset import write_data_set
 from tests.train.test_step import changed
 from vmoco import job, storage, tracking
 from vmoco.data.manifest import Manifest
-from vmoco.export import encoder_in
+from vmoco.encoders.export import encoder_in
 from vmoco.sweep.ledger import Sweep, Trial
 from vmoco.sweep.prepare import prepare
 from vmoco.sweep.sweep_settings import SweepSettings

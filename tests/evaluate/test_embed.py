@@ -15,9 +15,12 @@ from torchvision.models import video as torchvision_video
 from tests.data.videos import images, truncate, write_video
 from tests.dataset import make_data_set
 from tests.embeddings import labelled_data_set
-from tests.encoders import encoder_of, save_checkpoint, settings_for
-from vmoco import foreign, promotion, registry, tracking
+from tests.made import encoder_of, save_checkpoint, settings_for
+from vmoco import tracking
+from vmoco.cluster.local import LocalCluster
 from vmoco.data import ledger
+from vmoco.encoders import foreign, promotion, registry
+from vmoco.encoders.export import write_encoder
 from vmoco.evaluate import evaluate as evaluation
 from vmoco.evaluate.embed import embed
 from vmoco.evaluate.embed_settings import EmbedSettings
@@ -25,8 +28,6 @@ from vmoco.evaluate.evaluate_settings import EvaluateSettings, FinetuneSettings
 from vmoco.evaluate.features import clip_features
 from vmoco.evaluate.knn import classify
 from vmoco.evaluate.score import score_encoder
-from vmoco.export import write_encoder
-from vmoco.local import LocalCluster
 
 
 def quiet(_: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.dataset import make_data_set
-from tests.encoders import clips, encoder_of
+from tests.made import clips, encoder_of
 from vmoco.data.shard import ShardReader
 from vmoco.evaluate.features import clip_features, embed_batch, window
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.embeddings import labelled_data_set
-from tests.encoders import encoder_of
+from tests.made import encoder_of
 from vmoco.evaluate.evaluate_settings import FinetuneSettings
 from vmoco.evaluate.features import window
 from vmoco.evaluate.finetune import finetune

@@ -13,7 +13,7 @@ from PIL import Image
 from tests.browser import title_of
 from tests.data.videos import images, write_video
 from tests.embeddings import embedded, labelled_data_set
-from tests.encoders import encoder_of
+from tests.made import encoder_of
 from vmoco.evaluate.embed_settings import EmbedSettings
 from vmoco.evaluate.embed_task import EmbedTask, Work
 from vmoco.evaluate.features import Window

@@ -10,8 +10,8 @@ import torch
 
 from tests.dataset import make_data_set, write_data_set
 from vmoco.data.shard import Clip
+from vmoco.encoders.export import Encoder, Preprocessing
 from vmoco.evaluate.score import LabelFreeScore, choose_pairs, effective_rank, score, score_encoder
-from vmoco.export import Encoder, Preprocessing
 from vmoco.model.backbone import build_backbone
 from vmoco.train import metrics
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.embeddings import embedded, labelled_data_set, table_of
-from tests.encoders import encoder_of
+from tests.made import encoder_of
 from vmoco import storage
 from vmoco.data.ledger import Rejection
 from vmoco.evaluate.features import clip_features

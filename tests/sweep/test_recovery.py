@@ -18,7 +18,7 @@ from tests.dataset import make_data_set
 from tests.nodes import Nodes
 from tests.test_pretrain import ROOT, wait_for
 from tests.tracking_server import TrackingServer
-from vmoco.local import LocalCluster
+from vmoco.cluster.local import LocalCluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

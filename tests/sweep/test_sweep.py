@@ -15,8 +15,8 @@ from mlflow import MlflowClient
 
 import vmoco
 from tests.test_pretrain import SIZES, Service
-from vmoco.local import LocalCluster
-from vmoco.promotion import scores_of
+from vmoco.cluster.local import LocalCluster
+from vmoco.encoders.promotion import scores_of
 
 pytestmark = pytest.mark.cluster
 

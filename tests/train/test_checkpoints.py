@@ -15,8 +15,8 @@ import torch
 
 from tests.train.test_step import CPU, changed
 from vmoco import transfer
+from vmoco.encoders.promotion import Score
 from vmoco.presets import PRESETS
-from vmoco.promotion import Score
 from vmoco.train.checkpoints import LIST, Checkpoints, Kept
 from vmoco.train.lease import FencedError
 from vmoco.train.resume import DAMAGED, resume, steps, uri_of

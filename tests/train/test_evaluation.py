@@ -12,10 +12,10 @@ import pytest
 
 from tests.dataset import make_data_set
 from tests.train.test_step import CPU, changed
+from vmoco.cluster.local import LocalCluster
+from vmoco.encoders.promotion import Score
 from vmoco.evaluate.score import scored_clips
-from vmoco.local import LocalCluster
 from vmoco.presets import PRESETS
-from vmoco.promotion import Score
 from vmoco.train.checkpoints import Kept
 from vmoco.train.resume import uri_of
 from vmoco.train.state import TrainState

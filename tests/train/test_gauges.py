@@ -7,7 +7,7 @@ import urllib.request
 
 import pytest
 
-from vmoco.local import LocalCluster
+from vmoco.cluster.local import LocalCluster
 
 
 @pytest.mark.cluster

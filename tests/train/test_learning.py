@@ -18,7 +18,7 @@ from tests.train.test_loop import Notes
 from tests.train.test_step import CPU, changed
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard import Clip
-from vmoco.encoder import Encoder, Preprocessing
+from vmoco.encoders.encoder import Encoder, Preprocessing
 from vmoco.evaluate.features import clip_features
 from vmoco.evaluate.knn import classify
 from vmoco.presets import PRESETS

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from vmoco import storage
 from vmoco.data import ledger, source
 from vmoco.data.manifest import NAME, Manifest
-from vmoco.encoder import Encoder
+from vmoco.encoders.encoder import Encoder
 from vmoco.evaluate.embed_settings import EmbedSettings, PoolSettings
 from vmoco.evaluate.embed_task import EmbedTask, Work
 from vmoco.evaluate.features import Window, window

@@ -21,7 +21,7 @@ from vmoco.data import fetch, source
 from vmoco.data.decoder import Decoder
 from vmoco.data.ledger import Rejection, VideoError
 from vmoco.data.shard import ShardReader
-from vmoco.encoder import Encoder
+from vmoco.encoders.encoder import Encoder
 from vmoco.evaluate.colour import mean_colour, without_colour
 from vmoco.evaluate.features import Window, embed_batch
 from vmoco.evaluate.table import part_bytes, part_uri

@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 
 from vmoco import storage
 from vmoco.data.manifest import Manifest
-from vmoco.encoder import Encoder
+from vmoco.encoders.encoder import Encoder
+from vmoco.encoders.promotion import Score, label_free_score
 from vmoco.evaluate import score as label_free
 from vmoco.evaluate.bootstrap import estimate
 from vmoco.evaluate.embed import run_items, shard_items
@@ -28,7 +29,6 @@ from vmoco.evaluate.finetune import finetune
 from vmoco.evaluate.protocols import MEASURES, Measured
 from vmoco.evaluate.split import Split, find_splits
 from vmoco.evaluate.table import SPLITS, FeatureTable
-from vmoco.promotion import Score, label_free_score
 from vmoco.seed import hash64
 
 LABEL_FREE: Protocol = "label-free"

@@ -13,7 +13,7 @@ import torch
 
 from vmoco.data.clip_reader import ClipReader, cache_for
 from vmoco.data.manifest import Manifest
-from vmoco.encoder import Encoder
+from vmoco.encoders.encoder import Encoder
 from vmoco.evaluate.colour import mean_colour, without_colour
 
 Features = npt.NDArray[np.float32]

@@ -22,7 +22,7 @@ from vmoco.config import AugmentSettings
 from vmoco.data import augment
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard import ShardReader
-from vmoco.encoder import Encoder
+from vmoco.encoders.encoder import Encoder
 from vmoco.evaluate.embed_task import local_shard
 from vmoco.evaluate.evaluate_settings import FinetuneSettings
 from vmoco.evaluate.features import Frames, Window

@@ -20,7 +20,7 @@ from vmoco.data import fetch, source
 from vmoco.data.decoder import Decoder
 from vmoco.data.ledger import VideoError
 from vmoco.data.manifest import NAME, Manifest
-from vmoco.encoder import Encoder
+from vmoco.encoders.encoder import Encoder
 from vmoco.evaluate.embed_settings import EmbedSettings
 from vmoco.evaluate.embed_task import local_shard
 from vmoco.evaluate.knn import nearest

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from vmoco.data.manifest import Manifest
-from vmoco.encoder import Encoder
+from vmoco.encoders.encoder import Encoder
 from vmoco.evaluate.bootstrap import Estimate, estimate
 from vmoco.evaluate.features import Features, clip_features, mean_colours
 from vmoco.seed import hash64, permutation

@@ -17,8 +17,8 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from vmoco import storage, tracking
-from vmoco.publish import publish_run
-from vmoco.publish_options import Options
+from vmoco.encoders.publish import publish_run
+from vmoco.encoders.publish_options import Options
 from vmoco.sweep import trial
 from vmoco.sweep.board import Board
 from vmoco.sweep.capacity import capacity

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vmoco import storage, transfer
-from vmoco.promotion import Score
+from vmoco.encoders.promotion import Score
 from vmoco.train.resume import steps, uri_of
 from vmoco.train.state import RECORD, SETTINGS, TENSORS, Snapshot, TrainState
 

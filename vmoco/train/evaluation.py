@@ -23,13 +23,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from vmoco.config import PretrainSettings
 from vmoco.data.manifest import Manifest
-from vmoco.encoder import Encoder
+from vmoco.encoders.encoder import Encoder
+from vmoco.encoders.export import encoder_in
+from vmoco.encoders.promotion import Score, label_free_score
 from vmoco.evaluate.features import clip_features
 from vmoco.evaluate.knn import classify
 from vmoco.evaluate.score import score_encoder
-from vmoco.export import encoder_in
 from vmoco.placement import EvaluationSettings
-from vmoco.promotion import Score, label_free_score
 from vmoco.train.checkpoints import Kept
 from vmoco.train.resume import local_copy
 

@@ -24,11 +24,12 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vmoco import registry, storage, tracking
-from vmoco.export import write_encoder
+from vmoco import storage, tracking
+from vmoco.encoders import registry
+from vmoco.encoders.export import write_encoder
+from vmoco.encoders.promotion import Score
+from vmoco.encoders.publish import publish
 from vmoco.job import StopRequest, is_user_error
-from vmoco.promotion import Score
-from vmoco.publish import publish
 from vmoco.train.channel import Channel, Listener
 from vmoco.train.checkpoints import Kept
 from vmoco.train.evaluation import score_now

@@ -14,10 +14,11 @@ from typing import Any
 
 import safetensors.torch
 
-from vmoco import export, storage, tracking
+from vmoco import storage, tracking
 from vmoco.config import PretrainSettings
 from vmoco.data.loader import check_fits
 from vmoco.data.manifest import Manifest
+from vmoco.encoders import export
 from vmoco.model.decay import decay_at, oldest_key_weight
 from vmoco.train import interval
 from vmoco.train.fork import check_fork

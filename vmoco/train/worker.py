@@ -14,8 +14,8 @@ import torch
 from vmoco import storage, tracking
 from vmoco.config import PretrainSettings
 from vmoco.data.manifest import Manifest
+from vmoco.encoders.promotion import Score
 from vmoco.job import is_user_error, root_cause
-from vmoco.promotion import Score
 from vmoco.train.channel import StopWatch
 from vmoco.train.checkpoints import LIST, Checkpoints, Kept, list_text
 from vmoco.train.determinism import require_determinism

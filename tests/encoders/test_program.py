@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.encoders import clips, encoder_of
-from vmoco import program
+from tests.made import clips, encoder_of
+from vmoco.encoders import program
 
 
 @pytest.mark.parametrize(("name", "size"), [("r3d_nano", 32), pytest.param("s3d", 40, marks=pytest.mark.slow)])

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.store import BUCKET, Store
-from vmoco import services, storage
+from vmoco import storage
+from vmoco.cluster import services
 
 
 @pytest.fixture

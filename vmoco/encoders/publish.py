@@ -9,13 +9,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from vmoco import foreign, registry, tracking
+from vmoco import tracking
 from vmoco.data.manifest import Manifest
+from vmoco.encoders import foreign, registry
+from vmoco.encoders.export import add_scores, encoder_in, write_encoder, write_folder
+from vmoco.encoders.promotion import Score, label_free_score, record
+from vmoco.encoders.publish_options import Options
+from vmoco.encoders.registry import ARTIFACT_FOLDER, Registered
 from vmoco.evaluate.score import TooFewVideosError, score_encoder
-from vmoco.export import add_scores, encoder_in, write_encoder, write_folder
-from vmoco.promotion import Score, label_free_score, record
-from vmoco.publish_options import Options
-from vmoco.registry import ARTIFACT_FOLDER, Registered
 from vmoco.train import state
 from vmoco.train.checkpoints import LIST, Kept, parse_list
 from vmoco.train.resume import local_copy

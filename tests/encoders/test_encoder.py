@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tests.data.videos import Kept, images, truncate, write_video
-from tests.encoders import clips, encoder_of
+from tests.made import clips, encoder_of
 from vmoco.data.augment import PIXEL_MEAN, PIXEL_STD
 from vmoco.data.clips import ClipPlan
 from vmoco.data.video import cut_clips
-from vmoco.encoder import Encoder, Preprocessing
+from vmoco.encoders.encoder import Encoder, Preprocessing
 
 
 def test_preprocessing_is_a_centre_crop_and_kinetics_normalisation() -> None:

@@ -13,15 +13,15 @@ from torch import nn
 from torchvision.models import video as torchvision_video
 
 from tests.dataset import make_data_set
-from tests.encoders import TINY, clips, tracked_run
-from vmoco import lineage, promotion, registry
+from tests.made import TINY, clips, tracked_run
 from vmoco.data.manifest import Manifest
+from vmoco.encoders import lineage, promotion, registry
+from vmoco.encoders.export import load_encoder
+from vmoco.encoders.publish import publish_file, publish_run
+from vmoco.encoders.publish_options import Options
 from vmoco.evaluate.score import scored_clips
-from vmoco.export import load_encoder
-from vmoco.publish import publish_file, publish_run
-from vmoco.publish_options import Options
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vmoco.encoder import Encoder
-from vmoco.encoder_program import PROGRAM
+from vmoco.encoders.encoder import Encoder
+from vmoco.encoders.encoder_program import PROGRAM
 
 ONNX = "encoder.onnx"
 ONNX_TOLERANCE = 1e-4

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vmoco import registry, tracking
+from vmoco import tracking
+from vmoco.encoders import registry
+from vmoco.encoders.registry import CANDIDATE, CHAMPION
 from vmoco.evaluate.score import LabelFreeScore
-from vmoco.registry import CANDIDATE, CHAMPION
 
 LABEL_FREE = "label-free"
 _SCORE_TAG, _HISTORY_TAG = "vmoco.score", "vmoco.champions"

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from vmoco.job_server import STOP_JOB_SECONDS, JobServer
+from vmoco.cluster.job_server import STOP_JOB_SECONDS, JobServer
 
 LOOPBACK = "127.0.0.1"
 START_SECONDS = 120.0

@@ -4,7 +4,7 @@
     encoder.json          the card: preprocessing, lineage, and the SHA-256 of every other file of this list
     settings.json         the resolved settings of the run, the same bytes as in its checkpoint and in MLflow
     videos.parquet        which videos it was trained on, and which were held out
-    program.pt2           the same network for whoever has no vmoco (`vmoco/encoder_program.py`)
+    program.pt2           the same network for whoever has no vmoco (`vmoco/encoders/encoder_program.py`)
 
 `load_encoder` reads safetensors and JSON alone, so nothing in the folder can run code, and only files whose hash is
 the recorded one: the card holds the files' hashes, the registry the card's.
@@ -29,10 +29,10 @@ from safetensors.torch import load, save_file
 
 from vmoco import storage
 from vmoco.data.manifest import Manifest
-from vmoco.encoder import Encoder, Preprocessing
-from vmoco.encoder_program import CARD, PROGRAM
+from vmoco.encoders.encoder import Encoder, Preprocessing
+from vmoco.encoders.encoder_program import CARD, PROGRAM
+from vmoco.encoders.program import ONNX, write_onnx, write_program
 from vmoco.model.backbone import Backbone, build_backbone
-from vmoco.program import ONNX, write_onnx, write_program
 from vmoco.train import state
 
 __all__ = ["Encoder", "Preprocessing", "load_encoder", "read_encoder", "write_encoder", "write_folder"]
@@ -176,7 +176,7 @@ def load_encoder(uri: str) -> Encoder:
         ValueError: there is none, it is damaged or was changed, or it is of another version.
     """
     if uri.startswith(("models:/", "runs:/")):
-        from vmoco import registry
+        from vmoco.encoders import registry
 
         with tempfile.TemporaryDirectory() as folder:
             sha256 = registry.fetch(uri, Path(folder), names=(CARD, WEIGHTS))
@@ -235,7 +235,7 @@ def git_commit() -> str | None:
     """
     if told := os.environ.get("VMOCO_COMMIT"):
         return told
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:

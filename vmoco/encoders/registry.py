@@ -1,6 +1,6 @@
 """Encoders by name in MLflow's model registry; one of the few files that know MLflow.
 
-A version's artifacts are what `vmoco.export` wrote, with what MLflow needs to load them by itself and a model card. The
+A version's artifacts are what `export.py` wrote, with what MLflow needs to load them by itself and a model card. The
 SHA-256 of the encoder's card is kept in the tracker's database, not beside the files: whoever can change the files of
 an encoder cannot change that record with them.
 """
@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from vmoco import encoder_program, model_card, tracking
-from vmoco.encoder_program import CARD, SHA256_TAG
+from vmoco import tracking
+from vmoco.encoders import encoder_program, model_card
+from vmoco.encoders.encoder_program import CARD, SHA256_TAG
 from vmoco.train.state import file_sha256
 
 ARTIFACT_FOLDER = "encoder"

@@ -12,10 +12,10 @@ import torch
 from vmoco import tracking
 from vmoco.config import PretrainSettings
 from vmoco.data.manifest import Manifest
-from vmoco.encoder import Encoder, Preprocessing
+from vmoco.encoders.encoder import Encoder, Preprocessing
+from vmoco.encoders.promotion import Score
 from vmoco.model.backbone import build_backbone
 from vmoco.presets import PRESETS
-from vmoco.promotion import Score
 from vmoco.train.checkpoints import LIST, Kept, list_text
 from vmoco.train.state import TrainState
 

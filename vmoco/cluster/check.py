@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 from vmoco import storage, tracking
+from vmoco.cluster.node_report import NodeReport, report
 from vmoco.config import PretrainSettings
 from vmoco.model.cost import StepCost, step_cost
-from vmoco.node_report import NodeReport, report
 from vmoco.train.speed import Speed, measure_speed
 
 _ANSWER_SECONDS = 40.0

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import processes
-from vmoco.local import LocalCluster
+from vmoco.cluster.local import LocalCluster
 
 STOPPABLE_JOB = """
 import signal, sys, time
@@ -31,7 +31,7 @@ time.sleep(100)
 OWNER = """
 import sys
 from vmoco.job import run_job
-from vmoco.local import LocalCluster
+from vmoco.cluster.local import LocalCluster
 def main():
     with LocalCluster(num_cpus=1, object_store_memory=128 * 2**20) as cluster:
         print("folder", cluster.environment["RAY_AUTH_TOKEN_PATH"].rpartition("/")[0], flush=True)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from tests.dataset import make_data_set
-from tests.encoders import TINY, clips, save_checkpoint
-from vmoco import export
+from tests.made import TINY, clips, save_checkpoint
 from vmoco.data.manifest import Manifest
+from vmoco.encoders import export
 from vmoco.train.state import TrainState, file_sha256
 
 

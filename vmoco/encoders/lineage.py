@@ -14,9 +14,9 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vmoco import registry
-from vmoco.encoder_program import CARD
-from vmoco.export import VIDEOS, read_card
+from vmoco.encoders import registry
+from vmoco.encoders.encoder_program import CARD
+from vmoco.encoders.export import VIDEOS, read_card
 from vmoco.train.state import file_sha256
 
 

@@ -78,7 +78,7 @@ def report(address: str, *, places: dict[str, str], probe: str, tracker: str) ->
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES}
     sources = hashlib.sha256()
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     for path in sorted(folder.rglob("*.py")):
         sources.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return versions | {"vmoco": sources.hexdigest()[:12]}

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.train.test_step import changed
-from vmoco.cluster_check import estimate, find_problems
-from vmoco.local import LocalCluster
-from vmoco.node_report import NodeReport
+from vmoco.cluster.check import estimate, find_problems
+from vmoco.cluster.local import LocalCluster
+from vmoco.cluster.node_report import NodeReport
 from vmoco.presets import PRESETS
 from vmoco.train.speed import Speed
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SERVER = "https://door:5443"
 VERSIONS = {"python": "3.11.7", "ray": "2.60.0", "torch": "2.14.1", "vmoco": "aaaa"}
 GOOD = NodeReport(

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.encoders import clips, encoder_of
-from vmoco import encoder_program, export
-from vmoco.encoder_program import CARD, PROGRAM, SHA256_TAG
+from tests.made import clips, encoder_of
+from vmoco.encoders import encoder_program, export
+from vmoco.encoders.encoder_program import CARD, PROGRAM, SHA256_TAG
 from vmoco.train.state import file_sha256
 
 

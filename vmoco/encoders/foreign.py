@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vmoco.encoder import Encoder, Preprocessing
+from vmoco.encoders.encoder import Encoder, Preprocessing
 from vmoco.model import weights
 from vmoco.model.backbone import build_backbone
 from vmoco.model.moco import MocoEncoder

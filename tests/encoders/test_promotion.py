@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from vmoco import promotion, registry, tracking
-from vmoco.promotion import Score, promote, record, rollback
-from vmoco.registry import SHA256_TAG
+from vmoco import tracking
+from vmoco.encoders import promotion, registry
+from vmoco.encoders.promotion import Score, promote, record, rollback
+from vmoco.encoders.registry import SHA256_TAG
 
 
 def score(value: float, evaluation_set: str = "set-a", protocol: str = promotion.LABEL_FREE) -> Score:

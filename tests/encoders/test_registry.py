@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from tests.dataset import make_data_set
-from tests.encoders import clips, save_checkpoint, settings_for
 from tests.environments import light_environment
-from vmoco import export, registry, tracking
+from tests.made import clips, save_checkpoint, settings_for
+from vmoco import tracking
 from vmoco.data.manifest import Manifest
+from vmoco.encoders import export, registry
 
 
 @pytest.fixture(scope="module")
