@@ -5,12 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -126,38 +122,6 @@ def test_a_changed_video_replaces_its_clips(tmp_path: Path, ray_cluster: object)
     assert lines[0] == "ingest  2 videos changed since they were ingested: their clips are replaced"
     assert manifest.table["video_id"].to_pylist() == ["a.mp4"] * 2 + ["c.mp4"] * 3
     assert [row.video_id for row in ledger.read(str(tmp_path / "out"))] == ["b.mp4"]
-
-
-def test_a_killed_job_is_finished_by_the_next(tmp_path: Path, ray_cluster: Any) -> None:
-    """kill -9 of the job in the middle leaves no data set; the same command then gives an undisturbed run's bytes."""
-    video = videos.write_video(tmp_path / "in/0.mp4", videos.images(200, height=240, width=320))
-    for number in range(1, 8):
-        # Something behind the end, so that no two files are the same.
-        (tmp_path / f"in/{number}.mp4").write_bytes(video.read_bytes() + bytes([0, 0, 0, 9, *b"free", number]))
-    chosen = settings(tmp_path, videos_per_shard=1, num_frames=16)
-    command = [sys.executable, "jobs/ingest.py", *flags(chosen)]
-    environment = {**os.environ, **ray_cluster.environment, "RAY_ADDRESS": ray_cluster.gcs_address}
-    run = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        end = time.monotonic() + 90
-        while not list((tmp_path / "out/shards").glob("*.arrow")):
-            assert run.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.02)
-    finally:
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-    left = shards(tmp_path / "out")
-    assert 1 <= len(left) < 8
-    assert not (tmp_path / "out" / NAME).exists()
-    with pytest.raises(ValueError, match="is not a data set"):
-        Manifest.load(str(tmp_path / "out"))
-
-    finished = ingest(chosen, progress=quiet)
-    undisturbed = ingest(chosen.model_copy(update={"output": str(tmp_path / "other")}), progress=quiet)
-    assert shards(tmp_path / "out") == shards(tmp_path / "other")
-    assert finished.table == undisturbed.table
-    assert (tmp_path / "out" / NAME).read_bytes() == (tmp_path / "other" / NAME).read_bytes()
 
 
 def test_parts_change_nothing(tmp_path: Path, ray_cluster: object) -> None:
