@@ -23,9 +23,12 @@ def main() -> None:
 
     settings = tyro.cli(IngestSettings, description=__doc__)
 
+    from vmoco import storage
+    from vmoco.cluster.nodes import check_nodes
     from vmoco.data.ingest import ingest
 
     job.connect(worker_output=False)
+    check_nodes({"--output": storage.require_absolute(settings.output, "--output")}, writes="--output", show=job.show)
     manifest = ingest(settings, progress=job.show)
     counts = manifest.counts
     print(

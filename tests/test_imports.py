@@ -23,6 +23,7 @@ HOMES = {
         "vmoco.evaluate.embed",
         "vmoco.evaluate.evaluate",
         "vmoco.cluster.check",
+        "vmoco.cluster.nodes",
         "vmoco.data.tasks",
         "vmoco.train.launch",
         "vmoco.train.worker",

@@ -149,6 +149,15 @@ class Network:
         """Pulls the cable of a host: what runs on it goes on and reaches nobody."""
         _ip(f"-n {self._tag}-{host.name} link set eth0 down")
 
+    def mend(self, host: Host) -> None:
+        """Puts the cable of a host back."""
+        _ip(f"-n {self._tag}-{host.name} link set eth0 up")
+
+    def host_of(self, pid: int) -> Host:
+        """The host that a process runs on."""
+        found = subprocess.run(["ip", "netns", "identify", str(pid)], capture_output=True, text=True, check=True)
+        return self.hosts[found.stdout.strip().removeprefix(f"{self._tag}-")]
+
 
 def wait_until(true: Callable[[], bool], *, what: str, seconds: float, blame: Callable[[], str] = str) -> None:
     """Waits until something is true.

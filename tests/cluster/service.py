@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +29,9 @@ PORTS = (
     "--min-worker-port=20000 --max-worker-port=20999 --object-store-memory=100000000"
 )
 
+# How fast a lost node is noticed, as the README has it for the head.
+HEALTH = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
+
 # Users of the store: an administrator for the setup, and one for each policy. Prints name, key and secret.
 STORE_USERS = """
 import boto3, json, pathlib, sys
@@ -37,9 +41,10 @@ for name in ("admin", "nodes", "tracker"):
     file = pathlib.Path(sys.argv[2], f"{name}.json")
     iam.create_user(UserName=name)
     policy = json.loads(file.read_text()) if file.exists() else everything
-    # For deleting several objects at once moto, unlike AWS, wants the right on the bucket and not on what is in it.
-    bucket = policy["Statement"][0]["Resource"]
-    policy["Statement"].append({"Effect": "Allow", "Action": "s3:DeleteObject", "Resource": bucket})
+    # For deleting several objects at once moto, unlike AWS, wants the right on the bucket and not on what is in it, and
+    # for a look at the bucket a right of that name, where AWS asks for the right to list it.
+    bucket, actions = policy["Statement"][0]["Resource"], ["s3:DeleteObject", "s3:HeadBucket"]
+    policy["Statement"].append({"Effect": "Allow", "Action": actions, "Resource": bucket})
     iam.put_user_policy(UserName=name, PolicyName=name, PolicyDocument=json.dumps(policy))
     key = iam.create_access_key(UserName=name)["AccessKey"]
     print(name, key["AccessKeyId"], key["SecretAccessKey"])
@@ -58,71 +63,95 @@ class Service:
     """The running service.
 
     Attributes:
+        network: that its hosts are on.
         hosts: by name.
         secrets: folder that docker/secrets.sh wrote.
+        disk: a path at which each node has a disk of its own.
+        shared: a folder that all hosts share.
         store_keys: environment of each user of the store.
     """
 
     def __init__(self, folder: Path, network: Network) -> None:
         self._folder = folder
-        self._network = network
+        self.network = network
         self.hosts = network.hosts
         self.secrets = folder / "secrets"
+        self.disk = folder / "disk"
+        self.shared = folder / "shared"
         self.store_keys: dict[str, dict[str, str]] = {}
 
-    def start(self, workers: tuple[str, ...]) -> None:
-        """Starts everything; returns when head and workers are one cluster."""
-        services, head, outside = (self._network.add(name) for name in ("services", "head", "outside"))
+    def start(self, workers: tuple[str, ...], *, only_ray: bool = False) -> None:
+        """Starts everything, or Ray and the door alone; returns when head and workers are one cluster."""
+        self.disk.mkdir()
+        self.shared.mkdir()
+        services, head, outside = (self.network.add(name) for name in ("services", "head", "outside"))
         drawn = {"DOOR_NAMES": services.address}
         outside.run(f"{ROOT}/docker/secrets.sh machines {self.secrets}", environment=drawn)
         for name in ("client.env", "token", "ca.crt"):
             shutil.copy2(self.secrets / name, outside.folder)
-        self._start_database(services)
-        self._start_store(services)
-        self._start_tracker(services)
+        if not only_ray:
+            self._start_database(services)
+            self._start_store(services)
+            self.start_tracker()
+            self._setup(services)
         self._start_door(services, head)
-        self._setup(services)
         self.start_node(head, f"--head --port=6379 --dashboard-host={head.address} --dashboard-port=8265 --num-cpus=0")
         for name in workers:
             self.add_worker(name)
         self.wait_for_nodes(1 + len(workers))
 
-    def add_worker(self, name: str) -> Host:
-        """One more host that joins the cluster."""
-        host = self._network.add(name)
-        self.start_node(host, f"--address={self.hosts['head'].address}:6379 --num-cpus=2")
+    def add_worker(self, name: str, *, before: str = "") -> Host:
+        """One more host that joins the cluster.
+
+        Args:
+            name: of the host.
+            before: what its start script does first; what it mounts, only this node sees.
+        """
+        host = self.network.add(name)
+        self.start_node(host, f"--address={self.hosts['head'].address}:6379 --num-cpus=1", before=before)
         return host
 
-    def cut(self, name: str) -> None:
-        """Pulls the cable of a host."""
-        self._network.cut(self.hosts[name])
-
-    def start_node(self, host: Host, flags: str) -> None:
-        """`ray start`, with what lies in the host's own copy of the secrets."""
-        for name in ("node.env", "token", "ca.crt", "ca.key"):
-            shutil.copy2(self.secrets / name, host.folder)
-        store = self.store_keys["nodes"] | {"GLOO_SOCKET_IFNAME": "eth0", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    def start_node(self, host: Host, flags: str, *, before: str = "") -> None:
+        """`ray start`, with what lies in the host's own copy of the secrets; `disk` is each node's own."""
+        self.node_secrets(host)
+        store = self.store_keys.get("nodes", {}) | {"GLOO_SOCKET_IFNAME": "eth0", "PATH": f"{BIN}:{os.environ['PATH']}"}
         host.start(
-            f"source {host.folder}/node.env; exec {ROOT}/docker/node.sh ray start --block {flags} {PORTS} "
+            f"{before}\nmount -t tmpfs none {self.disk}; source {host.folder}/node.env; "
+            f"exec {ROOT}/docker/node.sh ray start --block {flags} {PORTS} "
             f"--node-ip-address={host.address} --temp-dir={host.folder}/ray",
             log="ray.log",
-            environment=store,
+            environment=store | HEALTH,
         )
         if "--head" in flags:
             ready = host.folder / "ray/ray_current_cluster"
             wait_until(ready.exists, what="the head is up", seconds=120, blame=lambda: host.said("ray.log"))
 
+    def node_secrets(self, host: Host) -> Path:
+        """Gives a host what `ray start` needs; returns the folder with it."""
+        for name in ("node.env", "token", "ca.crt", "ca.key"):
+            shutil.copy2(self.secrets / name, host.folder)
+        return host.folder
+
+    def alive(self) -> list[str]:
+        """Addresses of the nodes that are alive, as the head knows them; empty where it does not answer."""
+        head = self.hosts["head"]
+        ask = (
+            "import ray; ray.init(address='auto', logging_level=50); "
+            "print('alive', *[n['NodeManagerAddress'] for n in ray.nodes() if n['Alive']])"
+        )
+        auto = {"RAY_ADDRESS": f"{head.address}:6379"}
+        _, said = head.attempt(f'source {head.folder}/node.env; {BIN}/python -c "{ask}"', environment=auto)
+        return next((line.split()[1:] for line in said.splitlines() if line.startswith("alive ")), [])
+
     def wait_for_nodes(self, number: int) -> None:
         """Waits until so many nodes are alive."""
         head = self.hosts["head"]
-        count = "import ray; ray.init(address='auto', logging_level=50); print(sum(n['Alive'] for n in ray.nodes()))"
-
-        def complete() -> bool:
-            code, said = head.attempt(f'source {head.folder}/node.env; {BIN}/python -c "{count}"', environment=auto)
-            return code == 0 and said.split()[-1] == str(number)
-
-        auto = {"RAY_ADDRESS": f"{head.address}:6379"}
-        wait_until(complete, what=f"{number} nodes", seconds=120, blame=lambda: head.said("ray.log"))
+        wait_until(
+            lambda: len(self.alive()) == number,
+            what=f"{number} nodes",
+            seconds=120,
+            blame=lambda: head.said("ray.log"),
+        )
 
     def submit(self, *entrypoint: str, timeout: float = 240) -> tuple[int, str]:
         """Submits a job from outside, through the door, as a person would; exit code and output."""
@@ -139,26 +168,27 @@ class Service:
         user = pwd.getpwnam("postgres")
         data.mkdir()
         os.chown(data, user.pw_uid, user.pw_gid)
-        as_postgres = f"setpriv --reuid=postgres --regid=postgres --clear-groups {postgres_folder()}/"
-        code, said = host.attempt(
-            f"source {self.secrets}/tracker.env; umask 077; cd {data}; printf %s $PGPASSWORD >../password; "
-            f"chown postgres ../password; {as_postgres}initdb --pgdata={data} --username=mlflow --auth=scram-sha-256 "
-            "--no-sync --pwfile=../password; rm ../password"
+        host.run(
+            f"{self.sudo}cd {data}; sudo -u postgres {postgres_folder()}/initdb --pgdata={data} --auth-local=peer "
+            "--auth-host=scram-sha-256 --no-sync"
         )
-        assert code == 0, said
         with open(data / "pg_hba.conf", "a") as rules:
             rules.write(f"host all mlflow {host.address}/32 scram-sha-256\n")
         host.start(
-            f"cd {data}; exec {as_postgres}postgres -D {data} -c listen_addresses={host.address} "
-            f"-c unix_socket_directories={data} -c fsync=off",
+            f"{self.sudo}cd {data}; sudo -u postgres {postgres_folder()}/postgres -D {data} "
+            f"-c listen_addresses={host.address} -c unix_socket_directories={data} -c fsync=off",
             log="database.log",
         )
-        ready = f"source {self.secrets}/tracker.env; createdb --host={host.address} --maintenance-db=template1 mlflow"
+        make = (
+            "sudo -u postgres psql -c \"create role mlflow login password '$PGPASSWORD'\" "
+            '-c "create database mlflow owner mlflow"'
+        )
+        assert make in (ROOT / "cluster/README.md").read_text()
         wait_until(
-            lambda: host.attempt(ready)[0] == 0,
+            lambda: self.on_database(make)[0] == 0,
             what="the database is up",
             seconds=60,
-            blame=lambda: host.said("database.log") + host.attempt(ready)[1],
+            blame=lambda: host.said("database.log") + self.on_database(make)[1],
         )
 
     def _start_store(self, host: Host) -> None:
@@ -181,15 +211,18 @@ class Service:
                 "AWS_SECRET_ACCESS_KEY": secret,
             }
 
-    def _start_tracker(self, host: Host) -> None:
+    def start_tracker(self) -> None:
+        """Starts the MLflow server."""
+        host = self.hosts["services"]
         config = f"MLFLOW_AUTH_CONFIG_PATH={ROOT}/docker/mlflow-auth.ini"
-        host.start(
+        tracker = host.start(
             f"source {self.secrets}/tracker.env; export PGHOST={host.address} {config}; exec {BIN}/mlflow server "
             "--host 127.0.0.1 --port 5000 --workers 1 --app-name basic-auth "
             "--backend-store-uri postgresql+psycopg:///mlflow --artifacts-destination s3://mlflow",
             log="tracker.log",
             environment=self.store_keys["tracker"],
         )
+        self._tracker = tracker
         ask = f"{BIN}/python -c \"import urllib.request as u; u.urlopen('http://127.0.0.1:5000/health')\""
         wait_until(
             lambda: host.attempt(ask)[0] == 0,
@@ -197,6 +230,26 @@ class Service:
             seconds=150,
             blame=lambda: host.said("tracker.log"),
         )
+
+    @property
+    def sudo(self) -> str:
+        """Start of a script in which `sudo -u postgres` works without sudo, and finds the database's socket."""
+        data = self.hosts["services"].folder / "database"
+        drop = "setpriv --reuid=postgres --regid=postgres --clear-groups"
+        return f'sudo() {{ shift 2; PGHOST={data} PGUSER=postgres {drop} "$@"; }}; '
+
+    def on_database(self, script: str, *, environment: Mapping[str, str] | None = None) -> tuple[int, str]:
+        """Runs a script on the tracker's machine as its administrator does; exit code and output."""
+        host = self.hosts["services"]
+        prelude = (
+            f"{self.sudo}export PATH={BIN}:$PATH; source {self.secrets}/tracker.env; export PGHOST={host.address}; "
+        )
+        return host.attempt(prelude + script, environment=environment)
+
+    def stop_tracker(self) -> None:
+        """Ends the MLflow server, with its processes."""
+        os.killpg(self._tracker.pid, signal.SIGTERM)
+        self._tracker.wait(timeout=60)
 
     def _start_door(self, host: Host, head: Host) -> None:
         host.start(
@@ -215,7 +268,7 @@ class Service:
 
 
 @contextmanager
-def running(*workers: str) -> Iterator[Service]:
+def running(*workers: str, only_ray: bool = False) -> Iterator[Service]:
     """A service with workers of these names; all of it is gone afterwards."""
     # Short, because sockets lie below it, and open, because PostgreSQL runs as another user.
     folder = Path(tempfile.mkdtemp(prefix="vmoco-", dir="/tmp"))
@@ -223,7 +276,7 @@ def running(*workers: str) -> Iterator[Service]:
     try:
         with Network(folder) as network:
             service = Service(folder, network)
-            service.start(workers)
+            service.start(workers, only_ray=only_ray)
             yield service
     finally:
         shutil.rmtree(folder, ignore_errors=True)

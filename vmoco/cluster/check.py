@@ -6,14 +6,12 @@ measuring of speed waits for a worker's share of a node, and not for long.
 
 from __future__ import annotations
 
-import dataclasses
-import time
-import uuid
 from collections.abc import Callable
 from typing import Any
 
 from vmoco import storage, tracking
 from vmoco.cluster.node_report import NodeReport, report
+from vmoco.cluster.nodes import ask_nodes, place_problems, tracker_problems, version_problems
 from vmoco.config import PretrainSettings
 from vmoco.model.cost import StepCost, step_cost
 from vmoco.train.speed import Speed, measure_speed
@@ -35,7 +33,9 @@ def check_cluster(settings: PretrainSettings, *, show: Callable[[str], None] = p
     places = {"run.storage": place}
     if settings.data.uri:
         places["data.uri"] = storage.require_absolute(settings.data.uri, "data.uri")
-    reports, silent = _ask_all(places)
+    reports, silent = ask_nodes(
+        report, places, writes="run.storage", seconds=_ANSWER_SECONDS, tracker=tracking.tracking_uri()
+    )
     problems = [
         f"node {address} gave no answer in {_ANSWER_SECONDS:.0f} s: look at it, or remove it" for address in silent
     ]
@@ -66,15 +66,8 @@ def find_problems(settings: PretrainSettings, reports: list[NodeReport], *, trac
         reports: of all nodes; the first is the one that others are compared with.
         tracker: URI of the tracker.
     """
-    first, problems = reports[0], []
+    first, problems = reports[0], [*place_problems(reports), *version_problems(reports)]
     for each in reports:
-        problems += [f"node {each.address}: {what}: {said}" for what, said in each.problems.items()]
-        for package, version in each.versions.items():
-            if version != first.versions[package]:
-                problems.append(
-                    f"node {each.address} has {package} {version}, node {first.address} has {first.versions[package]}: "
-                    "install requirements.lock on both (or start both from one image), and restart the nodes"
-                )
         skew = (each.clock - each.asked) - (first.clock - first.asked)
         if abs(skew) > _MOST_SKEW_SECONDS:
             problems.append(
@@ -86,11 +79,7 @@ def find_problems(settings: PretrainSettings, reports: list[NodeReport], *, trac
                 f"node {each.address} has {each.shared_memory_bytes / 2**20:.0f} MiB of /dev/shm, Ray's object store "
                 "wants 1 GiB or more: start its container with --shm-size 2g, or mount memory there"
             )
-    if len(reports) > 1 and tracker.startswith("sqlite:"):
-        problems.append(
-            f"the tracker {tracker} is a file of one machine and the cluster has {len(reports)} nodes: set "
-            "MLFLOW_TRACKING_URI to a server before the nodes start"
-        )
+    problems += tracker_problems(tracker, {each.address for each in reports})
     return problems
 
 
@@ -133,51 +122,8 @@ def _time_line(settings: PretrainSettings, cost: StepCost, speed: Speed) -> str:
     )
 
 
-def _ask_all(places: dict[str, str]) -> tuple[list[NodeReport], list[str]]:
-    """The reports of all nodes, and the addresses of those that did not answer."""
-    import ray  # in each function: Ray reads how to authenticate when it is imported, and a job connects first
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    probe = f".check-{uuid.uuid4().hex[:8]}"
-    asked = {}
-    for node in ray.nodes():
-        if node["Alive"]:
-            pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            remote: Any = ray.remote
-            task = remote(report).options(num_cpus=0, max_retries=0, scheduling_strategy=pinned)
-            tracker = tracking.tracking_uri()
-            answer = task.remote(node["NodeManagerAddress"], places=places, probe=probe, tracker=tracker)
-            asked[answer] = (node["NodeManagerAddress"], time.time())
-    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
-    reports = [dataclasses.replace(ray.get(answer), asked=asked[answer][1]) for answer in ready]
-    reports = sorted(reports, key=lambda each: each.address)
-    if not reports:
-        raise ValueError(f"no node of the cluster answered in {_ANSWER_SECONDS:.0f} s: look at `ray status`")
-    return _with_unseen(reports, places["run.storage"], probe), [asked[answer][0] for answer in late]
-
-
-def _with_unseen(reports: list[NodeReport], place: str, probe: str) -> list[NodeReport]:
-    """Adds to each report that its file in run.storage cannot be seen from here; removes the files."""
-    folder = storage.join(place, probe)
-    try:
-        seen = set(storage.list_files(folder)) if storage.exists(folder) else set()
-        storage.delete_folder(folder)
-    except OSError:  # the driver may not look there either: each node has said why itself
-        seen = set()
-    unseen = (
-        f"what it writes to {place} is not seen from the driver's node: a path of one machine's own disk will not do "
-        "for several nodes; give a shared folder, s3:// or gs://"
-    )
-    return [
-        each
-        if each.address in seen or "run.storage" in each.problems
-        else dataclasses.replace(each, problems={**each.problems, "run.storage": unseen})
-        for each in reports
-    ]
-
-
 def _resource_problems(settings: PretrainSettings) -> list[str]:
-    import ray
+    import ray  # in each function: Ray reads how to authenticate when it is imported, and a job connects first
 
     from vmoco.train.room import lacking
 

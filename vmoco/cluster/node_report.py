@@ -5,6 +5,7 @@ Every question is answered with a value or with a sentence, so that one broken n
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import platform
@@ -39,40 +40,61 @@ class NodeReport:
     """Size of /dev/shm, where Ray keeps its objects."""
     problems: dict[str, str] = field(default_factory=dict)
     """What did not work, by what was tried."""
+    unseen: frozenset[str] = frozenset()
+    """Settings whose place is on a local disk, and is not there on this node."""
 
 
-def report(address: str, *, places: dict[str, str], probe: str, tracker: str) -> NodeReport:
-    """Looks at this node.
+def look(address: str, *, places: dict[str, str], writes: str, mark: str) -> NodeReport:
+    """Looks at what takes no time: versions, and whether this node reaches places.
 
     Args:
         address: of this node.
-        places: URIs by the setting that names them; in `run.storage` a file is left that other nodes look for.
-        probe: name of that file's folder.
-        tracker: URI of the tracker.
+        places: URIs by the setting that names them.
+        writes: setting of the place that is written to.
+        mark: URI of a file below that place, written by the driver, which must be seen; empty where there is none.
     """
     clock = time.time()
-    problems = {}
+    problems, unseen = {}, set()
     for setting, uri in places.items():
+        seen = mark if setting == writes else uri
         try:
-            if setting == "run.storage":
-                storage.write_atomic(storage.join(uri, probe, address), address.encode())
-            elif not storage.exists(uri):
-                problems[setting] = f"{uri} is not there"
+            if seen and not storage.exists(seen):
+                written = f"what the driver's node writes to {uri} is not seen here"
+                problems[setting] = written if setting == writes else f"{uri} is not there"
+                if storage.local_path(uri) is not None:
+                    unseen.add(setting)
+            elif setting == writes:
+                storage.check_writable(uri)
         except (ValueError, OSError) as error:
-            problems[setting] = " ".join(str(error).split())
-    if said := _tracker_problem(tracker):
-        problems["tracker"] = said
+            problems[setting] = f"{uri} cannot be used: {' '.join(str(error).split())}"
     return NodeReport(
         address=address,
         versions=_versions(),
         num_cpus=len(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        gpus=_gpus(),
+        gpus=(),
         clock=clock,
         asked=clock,
         shared_memory_bytes=shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0,
         problems=problems,
+        unseen=frozenset(unseen),
     )
+
+
+def report(address: str, *, places: dict[str, str], writes: str, mark: str, tracker: str) -> NodeReport:
+    """Looks at this node as `look` does, and at its GPUs, and whether it reaches the tracker.
+
+    Args:
+        address: of this node.
+        places: URIs by the setting that names them.
+        writes: setting of the place that is written to.
+        mark: file below that place that must be seen.
+        tracker: URI of the tracker.
+    """
+    found = look(address, places=places, writes=writes, mark=mark)
+    said = _tracker_problem(tracker)
+    problems = found.problems | ({"tracker": said} if said else {})
+    return dataclasses.replace(found, gpus=_gpus(), problems=problems)
 
 
 def _versions() -> dict[str, str]:

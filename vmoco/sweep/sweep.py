@@ -25,6 +25,7 @@ from vmoco.sweep.capacity import capacity
 from vmoco.sweep.ledger import Sweep
 from vmoco.sweep.prepare import PreparedSweep
 from vmoco.sweep.space import said
+from vmoco.train.launch import check_places
 from vmoco.train.run import run_id_of
 
 _LOST = 3  # times that Ray Tune starts a trial again after its process or node was lost
@@ -46,6 +47,7 @@ def run_sweep(prepared: PreparedSweep, *, show: Callable[[str], None]) -> Sweep:
     told = len(prepared.refused)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     at_once = capacity([settings.pretrain, *(each.settings for each in prepared.runs)], nodes)
+    check_places(prepared.runs[0].settings if prepared.runs else settings.pretrain, show=show)
     at_once = min(at_once, settings.max_concurrent or at_once)
     if sweep.parent_run:
         tracking.resume_run(sweep.parent_run)

@@ -25,6 +25,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vmoco import storage, tracking
+from vmoco.cluster.nodes import check_nodes
+from vmoco.config import PretrainSettings
 from vmoco.encoders import registry
 from vmoco.encoders.export import write_encoder
 from vmoco.encoders.promotion import Score
@@ -76,11 +78,13 @@ def pretrain(
             where the sweep publishes the best: to export each would take longer than many a short trial trains.
 
     Raises:
-        ValueError: cluster or tracker cannot be used, another job trains this run, or a worker met an error that a
-            person has to mend.
+        ValueError: cluster, places or tracker cannot be used, another job trains this run, or a worker met an error
+            that a person has to mend.
         ray.train.TrainingFailedError: a worker failed more often than scaling.max-failures.
     """
     check_room(prepared.settings)
+    if parent_run is None:  # a sweep has asked already, once for all its trials
+        check_places(prepared.settings, show=show)
     room = Room(prepared.settings)
     # Beside the driver: on another node it would be lost with that node, and the run with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -89,6 +93,19 @@ def pretrain(
     with Lease(prepared.folder, on_lost=lambda said: ray.get(lost(said)), show=show) as lease, room:
         run = open_run(prepared, parent_run=parent_run)
         return _pretrain(run, channel, lease, room, show=show, callbacks=callbacks, export=parent_run is None)
+
+
+def check_places(settings: PretrainSettings, *, show: Callable[[str], None]) -> None:
+    """Has every machine of the cluster look whether it reaches what a run reads and writes, before the run begins.
+
+    Raises:
+        ValueError: one does not.
+    """
+    places = {
+        "run.storage": settings.run.storage or storage.join(storage.home(), "runs"),
+        "data.uri": settings.data.uri,
+    }
+    check_nodes(places, writes="run.storage", tracker=tracking.tracking_uri(), show=show)
 
 
 def _pretrain(

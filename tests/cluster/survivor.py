@@ -1,0 +1,70 @@
+"""An elastic run that loses a host while it trains and gets another one: submitted from outside, to its end."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+from tests.cluster.hosts import wait_until
+from tests.cluster.service import BIN, ROOT, Service
+
+NAME = "survivor"
+STEPS, LOG_EVERY = 2000, 10
+FLAGS = (
+    f"--run.name {NAME} --run.storage s3://vmoco/runs --tracking.register-as {NAME} --train.steps {STEPS} "
+    f"--train.log-every {LOG_EVERY} --train.checkpoint-every 50 "
+    "--scaling.num-workers 2 --scaling.min-workers 1 --scaling.resize-seconds 5"
+)
+
+
+@dataclass(frozen=True)
+class Survivor:
+    """What became of it."""
+
+    said: str
+    """All that the job printed."""
+    run_id: str
+    cut: str
+    """Name of the host that was cut off; the first rank lived there."""
+    starts: list[tuple[int, int]]
+    """Number of workers and first step of each group of workers."""
+
+
+def survive(service: Service, *, data: str) -> Survivor:
+    """Runs it; of what Ray and the store keep of it, everything is still there afterwards."""
+    outside = service.hosts["outside"]
+    log = outside.folder / "survivor.log"
+
+    def starts() -> list[tuple[int, int]]:
+        found = re.findall(r"^(\d+) workers on cpu, .* from step (\d+)", log.read_text(), re.MULTILINE)
+        return [(int(workers), int(step)) for workers, step in found]
+
+    def wait(what: str, number: int, *, seconds: float) -> None:
+        def there() -> bool:
+            assert job.poll() is None, f"it ended before {what}:\n{outside.said(log.name)}"
+            return len(re.findall(what, log.read_text(), re.MULTILINE)) >= number
+
+        wait_until(there, what=what, seconds=seconds, blame=lambda: outside.said(log.name))
+
+    job = outside.start(service.submission(f"python jobs/pretrain.py tiny --data.uri {data} {FLAGS}"), log=log.name)
+    wait(r"^step [1-9]\d\d/", 1, seconds=180)
+    cut = service.network.host_of(_writer(service)["pid"])
+    service.network.cut(cut)
+    wait(r"^1 workers on cpu", 1, seconds=150)
+    # The first rank of before lives on there, and now reaches store and tracker again.
+    service.network.mend(cut)
+    service.add_worker("three")
+    wait(r"^2 workers on cpu", 2, seconds=150)
+    code = job.wait(timeout=900)
+    said = log.read_text()
+    assert code == 0, said
+    (run_id,) = re.findall(r"tracked as (\w+) in https:", said)
+    return Survivor(said, run_id, cut.name, starts())
+
+
+def _writer(service: Service) -> dict[str, int]:
+    read = f"from vmoco import storage; print(storage.read_bytes('s3://vmoco/runs/{NAME}/writer.json').decode())"
+    said = service.hosts["outside"].run(f'cd {ROOT}; {BIN}/python -c "{read}"', environment=service.store_keys["nodes"])
+    found: dict[str, int] = json.loads(said.splitlines()[-1])
+    return found
