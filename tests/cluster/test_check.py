@@ -13,7 +13,7 @@ import pytest
 from tests.train.test_step import changed
 from vmoco.cluster.check import estimate, find_problems
 from vmoco.cluster.local import LocalCluster
-from vmoco.cluster.node_report import NodeReport
+from vmoco.cluster.node_report import NodeReport, skew
 from vmoco.presets import PRESETS
 from vmoco.train.speed import Speed
 
@@ -27,10 +27,11 @@ GOOD = NodeReport(
     memory_bytes=2**35,
     gpus=(),
     clock=1000.0,
-    asked=1000.1,
+    asked=1000.0,
+    answered=1000.0,
     shared_memory_bytes=2**32,
 )
-OTHER = replace(GOOD, address="192.0.2.11", clock=1000.5, asked=1000.5)
+OTHER = replace(GOOD, address="192.0.2.11", clock=1000.3, asked=1000.2, answered=1000.4)
 
 
 def test_equal_nodes_have_no_problem() -> None:
@@ -38,6 +39,16 @@ def test_equal_nodes_have_no_problem() -> None:
     settings = PRESETS["tiny"][1]
     assert find_problems(settings, [GOOD, OTHER], tracker=SERVER) == []
     assert find_problems(settings, [GOOD], tracker="sqlite:////home/mlflow.db") == []
+
+
+def test_a_slow_start_is_no_wrong_clock() -> None:
+    """Only what cannot be the time between question and answer is a clock that is ahead or behind."""
+    slow = replace(OTHER, clock=1008.0, asked=1000.2, answered=1009.0)  # its worker took 8 s to start
+    assert find_problems(PRESETS["tiny"][1], [GOOD, slow], tracker=SERVER) == []
+    assert find_problems(PRESETS["tiny"][1], [slow, GOOD], tracker=SERVER) == []
+    assert skew(replace(slow, clock=1099.0), GOOD) == pytest.approx(90.0)
+    assert skew(GOOD, replace(slow, clock=1099.0)) == pytest.approx(-90.0)
+    assert skew(replace(slow, clock=910.2), GOOD) == pytest.approx(-90.0)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vmoco import storage, tracking
-from vmoco.cluster.node_report import NodeReport, report
+from vmoco.cluster.node_report import NodeReport, report, skew
 from vmoco.cluster.nodes import ask_nodes, place_problems, tracker_problems, version_problems
 from vmoco.config import PretrainSettings
 from vmoco.model.cost import StepCost, step_cost
@@ -45,7 +45,7 @@ def check_cluster(settings: PretrainSettings, *, show: Callable[[str], None] = p
         gpus = ", ".join(f"{name} ({size / 2**30:.0f} GiB)" for name, size in each.gpus) or "no GPU"
         show(
             f"node {each.address}: {each.num_cpus} CPUs, {each.memory_bytes / 2**30:.0f} GiB, {gpus}, /dev/shm "
-            f"{each.shared_memory_bytes / 2**30:.1f} GiB, clock {each.clock - each.asked:+.1f} s, "
+            f"{each.shared_memory_bytes / 2**30:.1f} GiB, "
             + (", ".join(f"{what} FAILS" for what in each.problems) or "storage and tracker reached")
         )
     if not any("GPU" in problem for problem in problems):
@@ -68,10 +68,9 @@ def find_problems(settings: PretrainSettings, reports: list[NodeReport], *, trac
     """
     first, problems = reports[0], [*place_problems(reports), *version_problems(reports)]
     for each in reports:
-        skew = (each.clock - each.asked) - (first.clock - first.asked)
-        if abs(skew) > _MOST_SKEW_SECONDS:
+        if abs(ahead := skew(each, first)) > _MOST_SKEW_SECONDS:
             problems.append(
-                f"the clock of node {each.address} is {skew:+.0f} s beside that of {first.address}: let chrony or "
+                f"the clock of node {each.address} is {ahead:+.0f} s beside that of {first.address}: let chrony or "
                 "systemd-timesyncd set both; S3 refuses a request that is 15 minutes off"
             )
         if each.shared_memory_bytes < _LEAST_SHARED_MEMORY:

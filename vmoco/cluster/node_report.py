@@ -35,13 +35,22 @@ class NodeReport:
     clock: float
     """Seconds since 1970, as this node sees it."""
     asked: float
-    """The same instant as near as can be said: when the node was asked, by whoever asked; set by them."""
+    """When it was asked, as whoever asked sees it; set by them, and so is `answered`."""
+    answered: float
+    """When its answer had come: it looked at its clock between the two, after its worker had started."""
     shared_memory_bytes: int
     """Size of /dev/shm, where Ray keeps its objects."""
     problems: dict[str, str] = field(default_factory=dict)
     """What did not work, by what was tried."""
     unseen: frozenset[str] = frozenset()
     """Settings whose place is on a local disk, and is not there on this node."""
+
+
+def skew(one: NodeReport, other: NodeReport) -> float:
+    """Seconds by which the clock of one node is ahead of another's, at least: 0 where they may agree."""
+    ahead = (one.clock - one.answered) - (other.clock - other.asked)
+    behind = (one.clock - one.asked) - (other.clock - other.answered)
+    return max(ahead, 0.0) + min(behind, 0.0)
 
 
 def look(address: str, *, places: dict[str, str], writes: str, mark: str) -> NodeReport:
@@ -75,6 +84,7 @@ def look(address: str, *, places: dict[str, str], writes: str, mark: str) -> Nod
         gpus=(),
         clock=clock,
         asked=clock,
+        answered=clock,
         shared_memory_bytes=shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0,
         problems=problems,
         unseen=frozenset(unseen),

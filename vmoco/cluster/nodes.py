@@ -79,13 +79,15 @@ def ask_nodes(
             )
             asked[answer] = (node["NodeManagerAddress"], time.time())
     try:
-        ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
-        reports = []
-        for answer in ready:
-            try:
-                reports.append(dataclasses.replace(ray.get(answer), asked=asked[answer][1]))
-            except ray.exceptions.RayError:  # it was lost while it was asked
-                late.append(answer)
+        late, lost, reports, end = list(asked), [], [], time.monotonic() + seconds
+        while late and (left := end - time.monotonic()) > 0:
+            ready, late = ray.wait(late, timeout=left)  # one at a time, for the time of each
+            for answer in ready:
+                try:
+                    now = time.time()
+                    reports.append(dataclasses.replace(ray.get(answer), asked=asked[answer][1], answered=now))
+                except ray.exceptions.RayError:  # it was lost while it was asked
+                    lost.append(answer)
     finally:
         _attempt(lambda: storage.delete_folder(probe))
     if not reports:
@@ -95,7 +97,7 @@ def ask_nodes(
         here = ray.util.get_node_ip_address()
         at = next((at for at, each in enumerate(reports) if each.address == here), 0)
         reports[at] = dataclasses.replace(reports[at], problems={**reports[at].problems, writes: problem})
-    return reports, [asked[answer][0] for answer in late]
+    return reports, [asked[answer][0] for answer in (*late, *lost)]
 
 
 def place_problems(reports: Sequence[NodeReport]) -> list[str]:
