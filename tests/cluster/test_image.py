@@ -70,7 +70,6 @@ def test_every_image_runs_as_nobody_and_answers_for_its_health() -> None:
     assert next(reversed(stages)) == "cpu", "a build without --target gives the last stage"
 
 
-@pytest.mark.slow
 def test_its_steps_build_it(tmp_path: Path) -> None:
     """Run one after the other over a clean root, the steps give an image in which a job starts, as user 1000.
 
