@@ -26,9 +26,12 @@ def main() -> None:
     from vmoco import storage
     from vmoco.cluster.nodes import check_nodes
     from vmoco.data.ingest import ingest
+    from vmoco.data.source import split_pattern
 
     job.connect(worker_output=False)
-    check_nodes({"--output": storage.require_absolute(settings.output, "--output")}, writes="--output", show=job.show)
+    places = {"--output": storage.require_absolute(settings.output, "--output")}
+    places["--videos"], _ = split_pattern(storage.require_absolute(settings.videos, "--videos"))
+    check_nodes(places, writes="--output", show=job.show)
     manifest = ingest(settings, progress=job.show)
     counts = manifest.counts
     print(

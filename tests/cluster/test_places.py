@@ -55,6 +55,14 @@ def test_a_data_set_for_a_disk_of_one_host(service: Service, ingested: str) -> N
     assert f"--output: what the driver's node writes to {service.disk}/made is not seen here; {OWN_DISK}" in line
 
 
+def test_videos_on_a_disk_of_one_host(service: Service) -> None:
+    """Videos that only the head has would be missing one by one: an ingest of them, by pattern too, begins nothing."""
+    code, said = service.submit(f"mkdir -p {service.disk}/videos && touch {service.disk}/videos/a.mp4")
+    assert code == 0, said
+    line = refused(service, f"ingest.py --videos {service.disk}/videos/*.mp4 --output s3://vmoco/data/none")
+    assert f"--videos: {service.disk}/videos is not there; {OWN_DISK}" in line
+
+
 def test_a_folder_that_all_hosts_share_will_do(service: Service) -> None:
     """A local path is not refused where every host sees the same folder: the run trains and ends."""
     make_data_set(service.shared / "seen")
