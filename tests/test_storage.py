@@ -201,3 +201,18 @@ def test_a_uri_with_a_key_in_it_is_refused_without_repeating_it(uri: str) -> Non
         storage.absolute_uri(uri)
     assert "hidden" not in str(raised.value).lower()
     assert storage.absolute_uri("s3://bucket/a@b") == "s3://bucket/a@b"
+
+
+def test_what_a_killed_writer_leaves_is_removed(tmp_path: Path) -> None:
+    """A process killed in the middle of a write leaves a hidden file: it goes, and those of other files stay."""
+    write = "with storage.open_atomic(sys.argv[1]) as file: os.kill(os.getpid(), signal.SIGKILL)"
+    code = f"import os, signal, sys; from vmoco import storage\n{write}"
+    for name in ("list[1].json", "list[1].json.md"):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=False)
+    assert len(list(tmp_path.iterdir())) == 2
+    storage.delete_leftovers(str(tmp_path / "list[1].json"))
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".list[1].json.md.")
+    storage.delete_leftovers(str(tmp_path / "list[1].json.md"))
+    assert list(tmp_path.iterdir()) == []
+    storage.delete_leftovers(str(tmp_path / "nowhere" / "list.json"))

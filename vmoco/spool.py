@@ -124,6 +124,7 @@ class Spool:
     def _load(self) -> None:
         if self._uri is None:
             return
+        storage.delete_leftovers(self._uri)
         try:
             content = storage.read_bytes(self._uri)
         except FileNotFoundError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import io
 import os
 import tempfile
@@ -165,6 +166,14 @@ def _open_local(path: Path) -> Iterator[BinaryIO]:
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def delete_leftovers(uri: str) -> None:
+    """Removes what killed writers of a file have left beside it; nobody may be writing it now."""
+    path = local_path(uri)
+    if path is not None:  # a store shows nothing of an upload that was broken off
+        for temporary in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}.tmp"):
+            temporary.unlink(missing_ok=True)
 
 
 def delete_folder(uri: str) -> None:

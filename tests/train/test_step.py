@@ -130,7 +130,8 @@ def test_ranks_draw_the_same_batches_whatever_their_number(tmp_path: Path) -> No
     make_data_set(tmp_path)
     alone = take_steps(str(tmp_path), 1)["queue.keys"]
     for together in run_on_ranks(3, take_steps, str(tmp_path), 1):
-        torch.testing.assert_close(together["queue.keys"], alone, rtol=0, atol=1e-6)
+        # Other clips or another augmentation would be far off; how far rounding goes depends on the CPU (1.1e-6 seen).
+        torch.testing.assert_close(together["queue.keys"], alone, rtol=0, atol=1e-5)
 
 
 def test_generator_sees_its_own_loss_alone(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ class Checkpoints:
         for name in storage.list_folders(self._folder):
             if name.endswith(".tmp"):
                 storage.delete_folder(storage.join(self._folder, name))
+        storage.delete_leftovers(storage.join(self._folder, LIST))
         listed = {row.step: row for row in _read_list(self._folder)}
         for at in steps(self._folder):
             uri = uri_of(self._folder, at)
