@@ -82,7 +82,7 @@ def copies(folder: Path, sources: list[Path], number: int) -> None:
 
 
 def settings_of(folder: Path, name: str, **changes: Any) -> IngestSettings:
-    values: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "max_clips_per_video": 10_000, "shard_megabytes": 64}
+    values: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "max_clips_per_video": 10_000}
     return IngestSettings(videos=str(folder / "in"), output=str(folder / name), **{**values, **changes})
 
 
@@ -193,7 +193,7 @@ def efficiency(folder: Path, paths: list[str], *, seconds: float, startup: float
     with Bare(paths) as before:
         time.sleep(seconds / 2)
     whole, lasted, alone = rate(folder, "alone")
-    found = alone.steady(tail=4 * 64)  # two tasks a core, shards of 64 clips
+    found = alone.steady(tail=2 * 256)  # one task a core, shards of 256 clips
     with Bare(paths) as after:
         time.sleep(seconds / 2)
     rates = [before.rate, after.rate]

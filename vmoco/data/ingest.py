@@ -28,7 +28,7 @@ from vmoco.data.progress import Progress
 from vmoco.data.shard import ShardFile
 from vmoco.data.shard_task import ShardPlan, make_shard, plan_shards
 from vmoco.data.source import Found, Listing, list_videos, split_pattern
-from vmoco.data.tasks import run_tasks
+from vmoco.data.tasks import CPUS_OF_LONG_TASKS, CPUS_OF_WAITING_TASKS, run_tasks
 
 
 def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) -> Manifest:
@@ -153,7 +153,8 @@ def _probe(
 
     report = Progress(progress, "looked at", total=len(videos), num_videos=len(videos))
     probed: list[Probed] = []
-    for text in run_tasks(task, [json.dumps([dataclasses.asdict(found) for found in group]) for group in groups]):
+    items = [json.dumps([dataclasses.asdict(found) for found in group]) for group in groups]
+    for text in run_tasks(task, items, num_cpus=CPUS_OF_WAITING_TASKS):
         done = [Probed.from_json(values) for values in json.loads(text)]
         rejected = sum(each.rejection is not None for each in done)
         report.add(len(done), videos=len(done), rejected=rejected, clips=sum(each.num_clips for each in done))
@@ -204,7 +205,9 @@ def _make_shards(
     parts: list[dict[str, Any]] = []
     counted: set[str] = set()
     by_name = {plan.name: plan for plan in plans}
-    for text in run_tasks(task, [plan.to_json() for plan in plans]):
+    here = storage.local_path(root) is not None and storage.local_path(output) is not None
+    num_cpus = CPUS_OF_LONG_TASKS if here else CPUS_OF_WAITING_TASKS
+    for text in run_tasks(task, [plan.to_json() for plan in plans], num_cpus=num_cpus):
         made = json.loads(text)
         parts.append(made)
         videos = {unit.found.video_id for unit in by_name[made["shard"]].units} - counted

@@ -133,8 +133,7 @@ def make_shard(
         pass  # missing, or damaged: it is made anew and replaced
     cuts: list[tuple[Unit, dict[str, Any]]] = []
     rejections: list[Rejection] = []
-    offset = 0
-    decoder.scratch.truncate(0)
+    offset = 0  # over the clips of the shard before, whose pages are there already: new ones cost more than the copy
     for unit in plan.units:
         try:
             cut = _cut(unit, root=root, settings=settings, decoder=decoder, offset=offset)
@@ -159,7 +158,6 @@ def make_shard(
         settings.content(), settings.frame_shape, tuple(videos), tuple(rejections), encoding=settings.encoding
     )
     rows, file = shard.write_shard(uri, _clips(cuts, decoder.scratch, settings), account=account)
-    decoder.scratch.truncate(0)
     return _made(plan, rows, file, account, reused=False)
 
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 
-CPUS_PER_TASK = 0.5
-"""Two tasks share a core: one decodes while the other waits for a store, or has ended and Ray's loop, which looks ten
-times a second, has not seen it yet. With one task to a core a tenth of the time was such waiting."""
+CPUS_OF_LONG_TASKS = 1.0
+"""One task to a core: two decoders that take turns on a core push each other out of its cache, and a clip costs each a
+sixth more. Ray's loop sees only ten times a second that a task has ended, which is a fiftieth of a shard's time."""
+CPUS_OF_WAITING_TASKS = 0.5
+"""Two tasks share a core: one works while the other waits for a store, or is short and has ended unseen."""
 
 
-def run_tasks(task: Callable[[str], str], items: list[str]) -> Iterator[str]:
+def run_tasks(task: Callable[[str], str], items: list[str], *, num_cpus: float) -> Iterator[str]:
     """Runs a function over texts in Ray tasks, one per text, and yields the results as they are done.
+
+    Args:
+        task: The function.
+        items: What it is called with.
+        num_cpus: Cores of one task, which bound how many run at a time.
 
     Raises:
         ValueError: what a task raised as one.
@@ -37,7 +44,7 @@ def run_tasks(task: Callable[[str], str], items: list[str]) -> Iterator[str]:
     try:
         # One block per text is one task per text.
         blocks = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
-        for row in blocks.map(run, num_cpus=CPUS_PER_TASK).iter_rows():
+        for row in blocks.map(run, num_cpus=num_cpus).iter_rows():
             if row["error"]:
                 raise ValueError(row["error"])
             yield row["result"]
