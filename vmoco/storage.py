@@ -26,7 +26,9 @@ _WAITS_SECONDS = (0.5, 2.0, 8.0)
 _IN_FLIGHT_BYTES = 10 * 2**20
 """Most that is on its way to a store: one of the parts in which Arrow sends a file to S3."""
 _FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
-_REFUSED = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "Not Found")  # in the messages of object stores
+_REFUSED = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "Not Found", "OAuth2 access token")  # in the messages of object stores
+_GOOGLE_SECONDS = 30
+"""For which Arrow itself tries a request to a Google store again; its own choice is 15 minutes without a word."""
 Result = TypeVar("Result")
 
 
@@ -87,6 +89,8 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     scheme, rest = uri.split("://", 1)
     if scheme == "file":
         return pafs.LocalFileSystem(use_mmap=True), urllib.parse.unquote(rest)
+    if scheme != "s3" and "retry_limit_seconds=" not in rest:
+        rest += f"{'&' if '?' in rest else '?'}retry_limit_seconds={_GOOGLE_SECONDS}"
     # Names of objects may hold spaces and umlauts, which Arrow wants quoted; what is quoted already stays so.
     found, path = pafs.FileSystem.from_uri(f"{scheme}://{urllib.parse.quote(rest, safe='/%?&=@:+,;~')}")
     return found, path
@@ -180,7 +184,9 @@ def delete_folder(uri: str) -> None:
     """Removes a folder and what is in it, if it is there."""
     found, path = filesystem(uri)
     if found.get_file_info(path).type == pafs.FileType.Directory:
-        found.delete_dir(path)
+        # Arrow empties a folder on a Google store, and then misses the object of the folder's own name.
+        with contextlib.suppress(FileNotFoundError):
+            found.delete_dir(path)
 
 
 def list_files(uri: str, *, recursive: bool = True) -> list[str]:

@@ -126,6 +126,37 @@ def test_a_frame_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytes
     decoder.close()
 
 
+# A task over the videos of a folder, with all that a Ray worker loads; prints the peak of its memory and its decoder's.
+TASK = """
+import sys
+from pathlib import Path
+import ray.data
+from tests.data.test_shard_task import make, settings
+from vmoco.data.decoder import Decoder
+decoder = Decoder()
+made = make(settings(Path(sys.argv[1]), num_frames=16, height=128, width=171), decoder)
+assert not made["rejected"], made["rejected"]
+for pid in ("self", decoder._process.pid):
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
+    print(int(line.split()[1]) / 1024)
+decoder.close()
+"""
+
+
+@pytest.mark.parametrize(("height", "width"), [(1080, 1920), (2160, 3840)])
+def test_large_frames_fit_in_a_task(tmp_path: Path, height: int, width: int) -> None:
+    """At most 1 GiB for a task and its decoder together, where streams refer to as many frames as they may."""
+    frames = [np.roll(frame, 8 * at, axis=0) for at, frame in enumerate(videos.images(32, height=height, width=width))]
+    options = {"preset": "ultrafast", "refs": "5", "bf": "3", "b-pyramid": "strict"}
+    videos.write_video(tmp_path / "in/h264.mp4", frames, options=options)
+    videos.write_video(tmp_path / "in/hevc.mkv", frames, codec="libx265", options={"preset": "ultrafast"})
+    videos.write_video(tmp_path / "in/mpeg4.avi", frames, codec="mpeg4")
+    command = [sys.executable, "-c", TASK, str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sum(map(float, done.stdout.split())) < 1024
+
+
 @pytest.mark.parametrize("hangs", [True, False])
 def test_the_process_ends_with_its_task(tmp_path: Path, hangs: bool) -> None:
     """kill -9 of the task ends the decoder too, even one that hangs."""

@@ -218,3 +218,16 @@ def test_rows_read_back_are_those_returned(root: Path, decoder: Decoder) -> None
     there = read_rows(shard_uri(str(root / "out"), made["shard"])).table.to_pylist()
     names = there[0].keys()
     assert [{name: row[name] for name in names} for row in made["rows"]] == there
+
+
+def test_what_an_earlier_shard_left_in_the_scratch_file_is_not_seen(root: Path) -> None:
+    """A smaller shard after a larger one, by the same decoder, is that of a fresh one: the file is written over."""
+    larger = settings(root, output=str(root / "larger"), height=96, width=128)
+    files = []
+    for name, before in (("fresh", []), ("used", [larger])):
+        decoder = Decoder()
+        for chosen in [*before, settings(root, output=str(root / name))]:
+            made = make(chosen, decoder)
+        files.append((made["file"], made["rejected"]))
+        decoder.close()
+    assert files[0] == files[1]
