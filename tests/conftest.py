@@ -9,10 +9,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from vmoco.cluster.local import LocalCluster
+
+if TYPE_CHECKING:
+    from tests.store import Store  # moto takes a second to load
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and every process that they start would inherit
 # that; the tests of Ctrl-C need what a person's terminal has.
@@ -84,3 +88,14 @@ def footage() -> Path:
     from vmoco.data import footage
 
     return footage.fetch()
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """An S3 store with one bucket, which this process and what it starts find."""
+    from tests.store import Store
+
+    with Store() as made:
+        for name, value in made.environment.items():
+            monkeypatch.setenv(name, value)
+        yield made

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.store import BUCKET, Store
 from vmoco import storage
 from vmoco.cluster import services
-
-
-@pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """An S3 store with one bucket."""
-    with Store() as made:
-        for name, value in made.environment.items():
-            monkeypatch.setenv(name, value)
-        yield made
 
 
 def test_buckets_are_made_once(store: Store) -> None:
