@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pydantic
@@ -42,6 +43,20 @@ def main():
     import os, ray
     print("folder", os.environ["RAY_AUTH_TOKEN_PATH"].rpartition("/")[0], flush=True)
     time.sleep(100)
+job.run_job(main)
+"""
+
+
+# Waits where Ray does, in C++: for tasks to end, and for anything to happen.
+WAITING_JOB = """
+import time
+from vmoco import job
+def main():
+    job.connect()
+    import ray
+    task = ray.remote(num_cpus=0)(lambda: time.sleep(100)).remote()
+    print("waiting", flush=True)
+    ray.WAY
 job.run_job(main)
 """
 
@@ -210,6 +225,24 @@ def test_ctrl_c_in_a_direct_run_leaves_nothing() -> None:
     assert errors.splitlines()[-1] == "stopped"
     assert processes.of_session(direct.pid) == []
     assert not Path(folder).exists()
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("way", ["get(task)", "wait([task])"])
+def test_sigterm_while_waiting_for_ray_is_a_stop(local_cluster: LocalCluster, way: str) -> None:
+    """Ray makes another SystemExit, with the code 1, of one that is raised while it waits."""
+    environment = os.environ | local_cluster.environment | {"RAY_ADDRESS": local_cluster.gcs_address}
+    command = [sys.executable, "-c", WAITING_JOB.replace("WAY", way)]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as waiting:
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == "waiting\n"
+        time.sleep(2)
+        waiting.terminate()
+        _, errors = waiting.communicate(timeout=60)
+    assert waiting.returncode == 143
+    assert errors.splitlines()[-1] == "stopped"
 
 
 def test_a_line_can_be_shown_from_a_pickled_callback(

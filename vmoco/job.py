@@ -41,9 +41,11 @@ def run_job(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         line, code = "stopped", 130
     except SystemExit as ended:
-        if ended.code not in (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
+        # Ray makes another one, with the code 1, of what a handler raised while it waited.
+        wanted = 128 + _received[0] if _received else ended.code
+        if wanted not in (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
             raise
-        line, code = "stopped", int(ended.code)
+        line, code = "stopped", int(wanted)
     except Exception as error:
         line, code = describe(error), 1
         if not is_user_error(root_cause(error)[0]):
@@ -186,7 +188,16 @@ def _exit_on_signals() -> None:
         return  # only there may a handler be set
     for signum in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup means it
-            signal.signal(signum, lambda received, frame: sys.exit(128 + received))
+            signal.signal(signum, _exit_on)
+
+
+_received: list[int] = []
+"""Signals that end this process."""
+
+
+def _exit_on(signum: int, frame: FrameType | None) -> NoReturn:
+    _received.append(signum)
+    sys.exit(128 + signum)
 
 
 def _own_folder() -> str:
