@@ -88,8 +88,11 @@ def build(path: Path, *, target: str, context: Path, work: Path, arguments: Mapp
                 script.append(
                     f"sed -i -E '/:[0-9]+:1[0-9]{{3}}:/d; /:x:1[0-9]{{3}}:/d' {root}/etc/passwd {root}/etc/group"
                 )
-                # This machine's Python may lie in a home folder that only its owner may enter; in the layer, all may.
-                script.append(f"chmod o+x {root}/root")
+                # This machine's Python and packages may lie in folders that only their owner may enter; in the layer,
+                # all may.
+                places = [Path(sys.base_prefix), *(Path(value) for value in arguments.values() if value[:1] == "/")]
+                entered = sorted({f"{root}{parent}" for place in places for parent in place.parents})
+                script.append(f"chmod o+x {' '.join(entered)}")
             script.append(f"for each in dev proc; do mount --rbind /$each {root}/$each; done")
         for instruction, rest in stage.steps:
             if instruction == "ENV":
