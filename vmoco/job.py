@@ -25,6 +25,8 @@ from typing import Any, NoReturn
 
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # how Ray's job server tells a driver that it is a submitted job
 _OBJECT_STORE_MEMORY = 512 * 2**20
+_received: list[int] = []
+"""Signals that end this process."""
 
 
 def show(line: str) -> None:
@@ -189,10 +191,6 @@ def _exit_on_signals() -> None:
     for signum in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup means it
             signal.signal(signum, _exit_on)
-
-
-_received: list[int] = []
-"""Signals that end this process."""
 
 
 def _exit_on(signum: int, frame: FrameType | None) -> NoReturn:
