@@ -11,10 +11,11 @@ and a ratio of 2. `at_once` is that measurement made fair: clips per second of C
 Videos and shards lie in memory (/dev/shm), because the bare ones write nothing and the disk is not what is measured;
 `--scratch FOLDER` puts them elsewhere.
 
-On two cores of a virtual machine the efficiency is 0.71 to 0.76. Of what both cores do in steady state, 66 % is what
-the bare decoders do too, 10 % the decoders' own (a second look at each video, frames copied, caches shared with the
-rest), 6 % two hashes of each clip, 8 % writing it to memory that the machine must first get from its host (2.5 of 2.8
-ms a clip; hardware has no such cost), 8 % Ray, most of which does not grow with the cores, and 2 % waiting for it.
+On two cores of a virtual machine the efficiency is 0.71 to 0.76. Of what both cores did in the steady state of a run
+under a profiler (0.69), 66 % is what the bare decoders do too, 10 % the decoders' own (a second look at each video,
+frames copied, caches shared with the rest), 6 % two hashes of each clip, 8 % writing it to memory that the machine must
+first get from its host (2.5 of 2.8 ms a clip; hardware has no such cost), 8 % Ray, most of which does not grow with the
+cores, and 2 % waiting for it.
 
 `scaling` is ingest alone on two cores over one to which all of it is pinned, Ray and this process too. `peak_mib` is
 the largest resident memory of a Ray worker and its decoder together, over 1080p and 2160p videos.
