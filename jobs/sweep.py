@@ -17,7 +17,7 @@ checkpoints, and those that failed are tried again.
 import tyro
 
 from vmoco import job
-from vmoco.sweep.sweep_settings import SWEEPS
+from vmoco.job_settings import SWEEPS
 
 
 def main() -> None:

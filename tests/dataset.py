@@ -13,11 +13,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from tests.data.videos import Kept
-from vmoco.data.account import Account, Video
 from vmoco.data.clips import ClipPlan
 from vmoco.data.frames import Encoding, encode
 from vmoco.data.manifest import Manifest, write_manifest
-from vmoco.data.shard import Clip, read_rows, write_shard
+from vmoco.data.shard import Account, Clip, Video, read_rows, write_shard
 from vmoco.data.video import cut_clips
 from vmoco.seed import hash64
 

@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from vmoco import config
-from vmoco.config import PretrainSettings
-from vmoco.data.ingest_settings import IngestSettings
+from vmoco.config import PretrainSettings, Settings
+from vmoco.job_settings import IngestSettings
 from vmoco.presets import PRESETS
-from vmoco.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 TINY = PRESETS["tiny"][1]

@@ -11,7 +11,7 @@ import pytest
 import tyro
 
 from vmoco import demo
-from vmoco.data.ingest_settings import IngestSettings
+from vmoco.job_settings import IngestSettings
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,4 +1,12 @@
-"""Every setting of a pretraining run: frozen models, one docstring per field, which `--help` shows.
+"""The base of every group of settings: frozen, checked, and written as the same bytes wherever it is saved.
+
+Settings live with the noun that they are about: of a pretraining run in `vmoco/config.py`, of an ingest in
+`vmoco/job_settings.py`.
+
+
+Settings of where a run runs and reports: they decide no number of it, so a resumed run may change them.
+
+Every setting of a pretraining run: frozen models, one docstring per field, which `--help` shows.
 
 A run is described by one `PretrainSettings`; its canonical JSON is saved, the same bytes, in the checkpoint, in
 MLflow and with the encoder. The content hash leaves out what does not change the numbers (where it runs, where it
@@ -13,10 +21,79 @@ import math
 from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from vmoco.placement import EvaluationSettings, ScalingSettings, TrackingSettings
-from vmoco.settings import Settings
+
+class Settings(BaseModel):
+    """A frozen group of settings that answers a bad value with one sentence."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            group = type(self).__name__.removesuffix("Settings").lower()
+            prefix = "" if group in ("ingest", "pretrain") else f"{group}."
+            raise ValueError("; ".join(_sentence(problem, prefix) for problem in error.errors())) from None
+
+    def canonical_json(self) -> str:
+        """The settings as JSON with sorted keys: equal settings give equal bytes."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1)
+
+
+def _sentence(problem: Any, prefix: str) -> str:
+    field = prefix + ".".join(str(part).replace("_", "-") for part in problem["loc"])
+    if problem["type"] == "value_error":  # raised by a check below: already a sentence
+        return str(problem["ctx"]["error"])
+    said = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{field} {problem['input']!r} is not allowed: {said}"
+
+
+class ScalingSettings(Settings):
+    """Where it runs. Changing it does not change the order of the batches, their augmentation or the queue."""
+
+    num_workers: int = Field(1, ge=1)
+    """Ray Train workers: one per GPU, or processes on CPUs."""
+    min_workers: int | None = Field(None, ge=1)
+    """Fewest workers that it goes on with while nodes are missing. Default: num-workers, so it waits for nodes."""
+    resize_seconds: float = Field(60.0, ge=1)
+    """With min-workers: how often it looks for nodes to grow again; growing restarts from the last checkpoint."""
+    use_gpu: bool = False
+    """One GPU per worker, nccl between them; otherwise CPUs and gloo."""
+    cpus_per_worker: int = Field(1, ge=1)
+    """CPU cores, and threads, of each worker."""
+    max_failures: int = Field(3, ge=0)
+    """Times a run restarts from its last checkpoint after a worker or node was lost."""
+    wait_for_nodes: bool = False
+    """Wait for an autoscaler to bring what the cluster lacks, instead of refusing to start."""
+
+
+class EvaluationSettings(Settings):
+    """The look at each new checkpoint, in a Ray task of its own beside training; it chooses the best checkpoint."""
+
+    enabled: bool = True
+    """Whether checkpoints are scored."""
+    num_cpus: int = Field(1, ge=0)
+    """CPU cores kept free for it; 0 shares those of the workers, for small machines."""
+    use_gpu: bool = False
+    """A GPU kept free for it; otherwise it computes on CPUs."""
+    max_videos: int = Field(500, ge=2)
+    """Held-out videos that take part, up to 8 clips of each."""
+
+
+class TrackingSettings(Settings):
+    """Where it reports. The tracker's address is MLFLOW_TRACKING_URI, or a database in $VMOCO_HOME."""
+
+    experiment: str = "vmoco"
+    """MLflow experiment of the run."""
+    register_as: str | None = None
+    """Name under which the finished encoder is registered."""
+    alias: str = "candidate"
+    """Alias given to the registered version."""
+    data_licence: str = ""
+    """What the videos may be used for, and whose they are: a note that travels with the encoder."""
+
 
 Fill = Literal["mean", "zero"]
 AgeUnit = Literal["step", "key"]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from vmoco import storage
 from vmoco.cluster.local import LocalCluster
-from vmoco.data.ingest_settings import IngestSettings
+from vmoco.job_settings import IngestSettings
 
 ENCODER = "models:/videomoco-demo@candidate"
 _ROOT = Path(__file__).resolve().parents[1]

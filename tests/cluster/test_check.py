@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.train.test_step import changed
-from vmoco.cluster.check import estimate, find_problems
+from vmoco.cluster.check import NodeReport, estimate, find_problems, skew
 from vmoco.cluster.local import LocalCluster
-from vmoco.cluster.node_report import NodeReport, skew
+from vmoco.model.cost import Speed
 from vmoco.presets import PRESETS
-from vmoco.train.speed import Speed
 
 ROOT = Path(__file__).parents[2]
 SERVER = "https://door:5443"

@@ -17,7 +17,7 @@ import pytest
 import tyro
 import yaml
 
-from vmoco.data.ingest_settings import IngestSettings
+from vmoco.job_settings import IngestSettings
 from vmoco.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests.cluster.test_check import GOOD, OTHER, VERSIONS
-from vmoco.cluster.node_report import look
-from vmoco.cluster.nodes import place_problems, tracker_problems, version_problems
+from vmoco.cluster.check import look, place_problems, tracker_problems, version_problems
 
 
 def test_a_shared_folder_has_no_problem_and_keeps_nothing(tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ import pytest
 
 from tests.dataset import make_data_set
 from vmoco import storage
-from vmoco.data import clip_reader
+from vmoco.data import shard_reader
 from vmoco.data.clip_cache import ClipCache
-from vmoco.data.clip_reader import ClipReader
 from vmoco.data.frames import Frames
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard import ShardReader
+from vmoco.data.shard_reader import ClipReader
 
 
 def content_of(number: int, size: int = 1000) -> bytes:
@@ -122,7 +122,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Far:
         ShardReader(manifest.shard_uri(row["shard"])).frames(row["row"]).copy() for row in manifest.table.to_pylist()
     ]
     far = Remote()
-    monkeypatch.setattr(clip_reader.storage, "filesystem", lambda uri: (far, storage.absolute_uri(uri)))
+    monkeypatch.setattr(shard_reader.storage, "filesystem", lambda uri: (far, storage.absolute_uri(uri)))
     return manifest, far, expected
 
 

@@ -17,7 +17,7 @@ from tests.google_store import BUCKET, GoogleStore
 from vmoco import storage
 from vmoco.data.check import check
 from vmoco.data.manifest import Manifest
-from vmoco.data.stored_clip import read_clip
+from vmoco.data.shard_reader import read_clip
 
 ROOT = Path(__file__).parents[2]
 HOME = f"gs://{BUCKET}"

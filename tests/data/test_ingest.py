@@ -17,11 +17,11 @@ from vmoco import storage
 from vmoco.data import contact_sheet, ledger
 from vmoco.data.decoder import Decoder
 from vmoco.data.ingest import ingest
-from vmoco.data.ingest_settings import IngestSettings
+from vmoco.data.ingest_tasks import is_held_out, make_shard, plan_shards
 from vmoco.data.manifest import NAME, Manifest
-from vmoco.data.progress import Progress
 from vmoco.data.shard import ShardReader
-from vmoco.data.shard_task import is_held_out, make_shard, plan_shards
+from vmoco.job_settings import IngestSettings
+from vmoco.progress import Progress
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,8 +16,7 @@ import torch
 from tests.dataset import make_data_set
 from vmoco.config import PretrainSettings
 from vmoco.data import augment
-from vmoco.data.batch_memory import BatchMemory
-from vmoco.data.loader import Loader, RankBatch, check_fits
+from vmoco.data.loader import BatchMemory, Loader, RankBatch, check_fits
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard import ShardReader
 from vmoco.presets import PRESETS

@@ -17,10 +17,9 @@ import pytest
 from PIL import Image
 
 from vmoco.data import shard
-from vmoco.data.account import Account, Video
 from vmoco.data.frames import decode, encode
 from vmoco.data.ledger import Rejection
-from vmoco.data.shard import Clip, ShardFile, ShardReader, read_rows, read_rows_from, write_shard
+from vmoco.data.shard import Account, Clip, ShardFile, ShardReader, Video, read_rows, read_rows_from, write_shard
 
 SHAPE = (4, 6, 10, 3)
 ACCOUNT = Account(

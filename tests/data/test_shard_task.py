@@ -13,13 +13,12 @@ import pytest
 
 from tests.data import videos
 from vmoco.data.decoder import Decoder
-from vmoco.data.ingest_settings import IngestSettings
+from vmoco.data.ingest_tasks import Probed, ShardPlan, is_held_out, make_shard, plan_shards, probe_videos
 from vmoco.data.ledger import VideoError
 from vmoco.data.manifest import shard_uri
-from vmoco.data.probe_task import Probed, probe_videos
 from vmoco.data.shard import ShardReader, read_rows
-from vmoco.data.shard_task import ShardPlan, is_held_out, make_shard, plan_shards
 from vmoco.data.source import Found, list_videos
+from vmoco.job_settings import IngestSettings
 
 
 def settings(root: Path, **changes: Any) -> IngestSettings:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.data.test_shard import ACCOUNT, JPEG, SHAPE, clips, jpegs
 from vmoco.data.shard import ShardReader, write_shard
-from vmoco.data.stored_clip import ShardScan, read_clip
+from vmoco.data.shard_reader import ShardScan, read_clip
 
 
 @pytest.mark.parametrize("account", [ACCOUNT, JPEG], ids=lambda account: account.encoding)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vmoco.evaluate.colour import mean_colour, without_colour
+from vmoco.evaluate.features import mean_colour, without_colour
 
 
 def clip(seed: int) -> np.ndarray:

@@ -20,14 +20,13 @@ from vmoco import tracking
 from vmoco.cluster.local import LocalCluster
 from vmoco.data import ledger
 from vmoco.encoders import foreign, promotion, registry
-from vmoco.encoders.export import write_encoder
 from vmoco.evaluate import evaluate as evaluation
 from vmoco.evaluate.embed import embed
-from vmoco.evaluate.embed_settings import EmbedSettings
-from vmoco.evaluate.evaluate_settings import EvaluateSettings, FinetuneSettings
 from vmoco.evaluate.features import clip_features
 from vmoco.evaluate.knn import classify
 from vmoco.evaluate.score import score_encoder
+from vmoco.job_settings import EmbedSettings, EvaluateSettings, FinetuneSettings
+from vmoco.train.publish import write_encoder
 
 
 def quiet(_: str) -> None:

@@ -9,10 +9,10 @@ import torch
 
 from tests.embeddings import labelled_data_set
 from tests.made import encoder_of
-from vmoco.evaluate.evaluate_settings import FinetuneSettings
 from vmoco.evaluate.features import window
 from vmoco.evaluate.finetune import finetune
-from vmoco.evaluate.split import find_splits
+from vmoco.evaluate.protocols import find_splits
+from vmoco.job_settings import FinetuneSettings
 
 SETTINGS = FinetuneSettings(
     epochs=16, batch_size=12, learning_rate=0.05, dropout=0.1, min_area=0.9, flip_probability=0, clips_per_video=2

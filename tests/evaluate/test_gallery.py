@@ -14,11 +14,11 @@ from tests.browser import title_of
 from tests.data.videos import images, write_video
 from tests.embeddings import embedded, labelled_data_set
 from tests.made import encoder_of
-from vmoco.evaluate.embed_settings import EmbedSettings
-from vmoco.evaluate.embed_task import EmbedTask, Work
+from vmoco.evaluate.embed import EmbedTask, Work
 from vmoco.evaluate.features import Window
 from vmoco.evaluate.gallery import flatten, write_gallery
 from vmoco.evaluate.table import FeatureTable
+from vmoco.job_settings import EmbedSettings
 
 PROBE = """<script>addEventListener("load", () => {
   const all = [...document.images];

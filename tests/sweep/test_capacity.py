@@ -23,7 +23,7 @@ TINY = PRESETS["tiny"][1]
 )
 def test_trials_at_once(scaling: dict[str, object], evaluation_cpus: int, nodes: list[int], expected: int) -> None:
     """Workers and evaluation each fit a node; elastic trials and those that wait for nodes get their turn alone."""
-    from vmoco.sweep.capacity import capacity
+    from vmoco.cluster.reservation import capacity
 
     settings = changed(TINY, scaling=scaling, evaluation={"num_cpus": evaluation_cpus})
     assert capacity([settings], [{"CPU": float(cpus)} for cpus in nodes]) == expected
@@ -31,7 +31,7 @@ def test_trials_at_once(scaling: dict[str, object], evaluation_cpus: int, nodes:
 
 def test_a_trial_that_fits_nowhere_is_refused() -> None:
     """Four cores on one node are asked for, and there are two and two."""
-    from vmoco.sweep.capacity import capacity
+    from vmoco.cluster.reservation import capacity
 
     settings = changed(TINY, scaling={"cpus_per_worker": 4})
     with pytest.raises(ValueError, match="a run of 1 workers, which need 4 CPU each"):

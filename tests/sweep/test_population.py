@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from vmoco.presets import PRESETS
-from vmoco.sweep.ledger import Trial
-from vmoco.sweep.population import next_generation
+from vmoco.sweep.record import Trial
+from vmoco.sweep.search import next_generation
 from vmoco.sweep.space import Space
 
 SPACE = Space.read(

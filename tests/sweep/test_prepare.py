@@ -9,9 +9,9 @@ import pytest
 
 from tests.dataset import make_data_set
 from tests.train.test_step import CPU, changed
+from vmoco.job_settings import SweepSettings
 from vmoco.presets import PRESETS
 from vmoco.sweep.prepare import PreparedSweep, prepare
-from vmoco.sweep.sweep_settings import SweepSettings
 from vmoco.train.resume import uri_of
 from vmoco.train.run import close_run, open_run
 from vmoco.train.state import TrainState

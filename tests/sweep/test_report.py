@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.browser import title_of
-from vmoco.sweep.ledger import Sweep, Trial
+from vmoco.sweep.record import Sweep, Trial
 from vmoco.sweep.report import page, pictures
 
 PROBE = """<script>addEventListener("load", () => setTimeout(() => {

@@ -8,7 +8,7 @@ import pytest
 
 from vmoco.presets import PRESETS
 from vmoco.sweep import search
-from vmoco.sweep.ledger import Trial
+from vmoco.sweep.record import Trial
 from vmoco.sweep.space import Space, load_space
 
 BASE = PRESETS["tiny"][1]

@@ -34,7 +34,7 @@ SETTINGS = PRESETS["tiny"][1]
 )
 def test_a_run_fits_node_by_node(scaling: dict[str, Any], evaluation_cpus: int, nodes: list[int], fits: bool) -> None:
     """Not by sums alone: a worker, and the evaluation, need all that they need on one node."""
-    from vmoco.train.room import lacking
+    from vmoco.cluster.reservation import lacking
 
     settings = changed(SETTINGS, scaling=scaling, evaluation={"num_cpus": evaluation_cpus})
     problem = lacking(settings, [{"CPU": float(cpus), "memory": 1e9} for cpus in nodes])
@@ -43,7 +43,7 @@ def test_a_run_fits_node_by_node(scaling: dict[str, Any], evaluation_cpus: int, 
 
 def test_what_does_not_fit_is_said() -> None:
     """How many workers of what, beside what, on which nodes, and what to change."""
-    from vmoco.train.room import lacking
+    from vmoco.cluster.reservation import lacking
 
     settings = changed(SETTINGS, scaling={"num_workers": 2, "cpus_per_worker": 3}, evaluation={"num_cpus": 1})
     assert lacking(settings, [{"CPU": 4.0}, {"CPU": 2.0}]) == (
@@ -69,8 +69,8 @@ def test_what_a_dead_run_has_asked_for_is_struck_out(ray_cluster: LocalCluster) 
         get_or_create_autoscaling_coordinator,
     )
 
+    from vmoco.cluster.reservation import NAMESPACE, Room
     from vmoco.train.channel import Channel
-    from vmoco.train.room import NAMESPACE, Room
 
     dead = Room(SETTINGS)  # never left, as by a process that is killed
     channel = Channel.options(name=dead.holder, namespace=NAMESPACE).remote()  # type: ignore[attr-defined]
@@ -90,7 +90,7 @@ def test_what_a_dead_run_has_asked_for_is_struck_out(ray_cluster: LocalCluster) 
 
 def test_the_evaluation_is_counted_while_the_run_lasts(ray_cluster: LocalCluster) -> None:
     """Its CPU is set aside in Ray's books from entering to leaving, so no elastic run counts on it."""
-    from vmoco.train.room import Room
+    from vmoco.cluster.reservation import Room
 
     with Room(changed(SETTINGS, evaluation={"num_cpus": 1})) as room:
         assert room.evaluation is not None

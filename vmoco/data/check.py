@@ -14,7 +14,7 @@ from typing import Any
 from vmoco.data import frames, ledger
 from vmoco.data.manifest import Manifest, content_hash
 from vmoco.data.shard import ROW_FIELDS, read_rows
-from vmoco.data.stored_clip import ShardScan
+from vmoco.data.shard_reader import ShardScan
 
 
 def check(uri: str, progress: Callable[[str], None] = print) -> list[str]:

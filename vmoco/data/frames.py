@@ -16,12 +16,12 @@ import io
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-Encoding = Literal["raw", "jpeg"]
+from vmoco.job_settings import Encoding
+
 ENCODINGS: tuple[Encoding, ...] = ("raw", "jpeg")
 
 Frames = npt.NDArray[np.uint8]

@@ -1,4 +1,11 @@
-"""Batches for one rank: frames copied from memory-mapped shards, a few batches ahead of the step.
+"""Memory for batches that is used again once nobody holds the batch any more.
+
+New memory costs more than the copy into it: the system hands it out page by page, zeroed. A tensor and all its views
+keep one NumPy array alive, and when that goes its memory comes back. For GPUs torch does the same with page-locked
+memory, and also waits for copies that are under way.
+
+
+Batches for one rank: frames copied from memory-mapped shards, a few batches ahead of the step.
 
 The loader never converts, and decodes nothing but frames that are stored as JPEG: uint8 frames go to the device as they
 lie on disk, and a background thread does the copying. It has no state of its own. What it yields is a function of
@@ -7,23 +14,48 @@ lie on disk, and a background thread does the copying. It has no state of its ow
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.compute as pc
 import torch
 
 from vmoco.config import PretrainSettings
 from vmoco.data import augment
-from vmoco.data.batch_memory import BatchMemory
-from vmoco.data.clip_reader import ClipReader, cache_for
 from vmoco.data.manifest import Manifest
 from vmoco.data.plan import Draws, Int64Array, Plan
+from vmoco.data.shard_reader import ClipReader, cache_for
 from vmoco.seed import UInt64Array, hash64, mix64, uniform, uniforms
+
+
+class BatchMemory:
+    """Hands out uint8 tensors.
+
+    Args:
+        pin_memory: page-locked, for a GPU.
+    """
+
+    def __init__(self, *, pin_memory: bool) -> None:
+        self._pin_memory = pin_memory
+        self._free: dict[int, list[npt.NDArray[np.uint8]]] = {}
+
+    def take(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor whose content is whatever it was."""
+        if self._pin_memory:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        size = math.prod(shape)
+        free = self._free.setdefault(size, [])
+        memory = free.pop() if free else np.empty(size, np.uint8)
+        lent = memory.reshape(shape)  # another object than `memory`: it lives as long as somebody has the tensor
+        weakref.finalize(lent, free.append, memory).atexit = False
+        return torch.from_numpy(lent)
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,10 @@ from vmoco.data import augment
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard import ShardReader
 from vmoco.encoders.encoder import Encoder
-from vmoco.evaluate.embed_task import local_shard
-from vmoco.evaluate.evaluate_settings import FinetuneSettings
+from vmoco.evaluate.embed import local_shard
 from vmoco.evaluate.features import Frames, Window
-from vmoco.evaluate.protocols import Measured, video_right
-from vmoco.evaluate.split import Split
+from vmoco.evaluate.protocols import Measured, Split, video_right
+from vmoco.job_settings import FinetuneSettings
 from vmoco.seed import hash64, mix64, permutation, uniform
 
 

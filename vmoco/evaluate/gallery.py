@@ -21,10 +21,10 @@ from vmoco.data.decoder import Decoder
 from vmoco.data.ledger import VideoError
 from vmoco.data.manifest import NAME, Manifest
 from vmoco.encoders.encoder import Encoder
-from vmoco.evaluate.embed_settings import EmbedSettings
-from vmoco.evaluate.embed_task import local_shard
+from vmoco.evaluate.embed import local_shard
 from vmoco.evaluate.knn import nearest
 from vmoco.evaluate.table import Blocks, FeatureTable
+from vmoco.job_settings import EmbedSettings
 from vmoco.seed import hash64
 
 PAGE = "gallery.html"

@@ -11,11 +11,11 @@ from vmoco import storage
 from vmoco.config import PretrainSettings, RunSettings
 from vmoco.data.manifest import Manifest
 from vmoco.evaluate.score import scored_clips
-from vmoco.sweep import population, search
-from vmoco.sweep.ledger import Sweep, Trial, read_sweep
+from vmoco.job_settings import SweepSettings
+from vmoco.sweep import search
+from vmoco.sweep.record import Sweep, Trial, read_sweep
 from vmoco.sweep.search import Plan, Point
 from vmoco.sweep.space import Space, Values, load_space
-from vmoco.sweep.sweep_settings import SweepSettings
 from vmoco.train import run
 from vmoco.train.fork import FIXED
 from vmoco.train.resume import uri_of
@@ -86,7 +86,7 @@ class PreparedSweep:
             return False
         places_of = {self.sweep.trials[place].name: place for place in places}
         added = []
-        for member in population.next_generation(self.space, members, score=self.sweep.score):
+        for member in search.next_generation(self.space, members, score=self.sweep.score):
             donor = uri_of(self.runs[places_of[member.donor.name]].folder, member.donor.steps)
             added.append(self.add(self.point(member.values, generation=members[0].generation + 1, fork=donor)))
         self.sweep.save()  # all of them or none: what is added here is what goes on after a kill

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
 from vmoco import storage, tracking
-from vmoco.sweep.ledger import Sweep, Trial
+from vmoco.sweep.record import Sweep, Trial
 from vmoco.sweep.space import said, short
 
 PAGE = "report.html"

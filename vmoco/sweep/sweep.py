@@ -1,4 +1,10 @@
-"""Runs a sweep from the driver: Ray Tune starts the trials, then the best encoder is registered.
+"""One trial: the pretraining of `jobs/pretrain.py`, within a trial of Ray Tune.
+
+What a person has to mend ends this trial, with its reason as its result; only a lost process or node raises, so that
+Ray Tune starts the trial again, and it goes on from its checkpoint by its name.
+
+
+Runs a sweep from the driver: Ray Tune starts the trials, then the best encoder is registered.
 
 Each trial is a run with a name of its own. So submitting the same sweep again hands Ray Tune those that have not
 ended, and a trial goes on from its checkpoint as any run does; nothing is kept of Ray Tune itself.
@@ -8,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -16,17 +23,57 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from vmoco import storage, tracking
-from vmoco.encoders.publish import publish_run
-from vmoco.encoders.publish_options import Options
-from vmoco.sweep import trial
-from vmoco.sweep.board import Board
-from vmoco.sweep.capacity import capacity
-from vmoco.sweep.ledger import Sweep
+from vmoco import job, storage, tracking
+from vmoco.cluster.reservation import capacity
+from vmoco.config import PretrainSettings
+from vmoco.job_settings import RegisterOptions
 from vmoco.sweep.prepare import PreparedSweep
+from vmoco.sweep.record import Sweep
 from vmoco.sweep.space import said
+from vmoco.sweep.trial_callback import Board
+from vmoco.train import run
 from vmoco.train.launch import check_places
+from vmoco.train.publish import publish_run
 from vmoco.train.run import run_id_of
+
+MEMORY = 64 * 2**20
+"""What the process around a trial asks of Ray: no CPU, or it could keep its own workers from starting."""
+
+
+_TRACKER_SECONDS = 3600.0
+"""So long a trial waits at its start for the tracker: one that is away for a while must not fail all that wait."""
+
+
+def train_trial(config: dict[str, Any]) -> dict[str, Any]:
+    """Runs in Ray Tune; returns its last result: step, score/*, run_id, seconds; or `failed`, the reason.
+
+    Args:
+        config: settings (JSON), parent (MLflow run), environment, and index, the trial's place in its sweep.
+    """
+    os.environ.update(config["environment"])
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    from vmoco.train import launch
+
+    settings = PretrainSettings.model_validate_json(config["settings"])
+    try:
+        tracking.await_answer(timeout=_TRACKER_SECONDS, show=job.show)
+        prepared = run.prepare(settings)
+        if prepared.finished:
+            run_id = run.run_id_of(prepared)
+            assert run_id is not None, "it has ended"
+        else:
+            run_id = launch.pretrain(
+                prepared,
+                show=job.show,
+                callbacks=[TuneReportCallback()],
+                parent_run=config["parent"],
+            ).run_id
+        return {"step": settings.last_step, "run_id": run_id, **tracking.scores(run_id)}
+    except Exception as error:
+        traceback.print_exc()
+        return {"failed": job.describe(error).removeprefix("error: ")}
+
 
 _LOST = 3  # times that Ray Tune starts a trial again after its process or node was lost
 
@@ -80,8 +127,8 @@ def run_sweep(prepared: PreparedSweep, *, show: Callable[[str], None]) -> Sweep:
 
 def _note_stopped(prepared: PreparedSweep, show: Callable[[str], None]) -> None:
     """Tells the tracker that the running trials are stopped: their processes end with this one, and cannot."""
-    for each, run in zip(prepared.sweep.trials, prepared.runs, strict=True):
-        run_id = run_id_of(run) if each.status == "running" else None
+    for each, its_run in zip(prepared.sweep.trials, prepared.runs, strict=True):
+        run_id = run_id_of(its_run) if each.status == "running" else None
         if run_id and (problem := tracking.finish_run(run_id, "KILLED")):
             show(f"warning: {problem}")
 
@@ -129,7 +176,7 @@ def _fit(prepared: PreparedSweep, count: int, at_once: int, show: Callable[[str]
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the job at once: the trials have their checkpoints
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)  # it misses those loggers
     tuner = tune.Tuner(
-        tune.with_resources(trial.train_trial, {"memory": trial.MEMORY}),
+        tune.with_resources(train_trial, {"memory": MEMORY}),
         tune_config=tune.TuneConfig(
             metric=sweep.score,
             mode="max",
@@ -177,7 +224,7 @@ def register_best(prepared: PreparedSweep, *, show: Callable[[str], None]) -> st
     assert best.run_id is not None, "it has finished"
     made = publish_run(
         best.run_id,
-        Options(name=tracked.register_as or sweep.name, alias=tracked.alias, data_licence=tracked.data_licence),
+        RegisterOptions(name=tracked.register_as or sweep.name, alias=tracked.alias, data_licence=tracked.data_licence),
         note=f"best of {len(sweep.trials)} trials of sweep {sweep.name} by {sweep.score} "
         f"{best.scores[sweep.score]:.3f}: {said(best.values)}; ",
         show=show,

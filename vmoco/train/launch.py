@@ -25,19 +25,18 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vmoco import storage, tracking
-from vmoco.cluster.nodes import check_nodes
+from vmoco.cluster.check import check_nodes
+from vmoco.cluster.reservation import NAMESPACE, Room, check_room
 from vmoco.config import PretrainSettings
 from vmoco.encoders import registry
-from vmoco.encoders.export import write_encoder
 from vmoco.encoders.promotion import Score
-from vmoco.encoders.publish import publish
 from vmoco.job import StopRequest, is_user_error
 from vmoco.train.channel import Channel, Listener
 from vmoco.train.checkpoints import Kept
 from vmoco.train.evaluation import score_now
 from vmoco.train.lease import Lease
+from vmoco.train.publish import publish, write_encoder
 from vmoco.train.resume import local_copy
-from vmoco.train.room import NAMESPACE, Room, check_room
 from vmoco.train.run import PreparedRun, Run, close_run, introduce, open_run
 from vmoco.train.worker import SPOOL, run_worker
 

@@ -16,19 +16,17 @@ from vmoco.config import PretrainSettings
 from vmoco.data.manifest import Manifest
 from vmoco.encoders.promotion import Score
 from vmoco.job import is_user_error, root_cause
+from vmoco.model.precision import autocast_dtype, require_determinism
 from vmoco.train.channel import StopWatch
 from vmoco.train.checkpoints import LIST, Checkpoints, Kept, list_text
-from vmoco.train.determinism import require_determinism
 from vmoco.train.evaluation import SCORE, Evaluator
 from vmoco.train.fork import fork
-from vmoco.train.gauges import Gauges
 from vmoco.train.lease import Fence
 from vmoco.train.loop import train
-from vmoco.train.machine import SystemMetrics
-from vmoco.train.precision import autocast_dtype
 from vmoco.train.resume import resume
 from vmoco.train.run import INIT
 from vmoco.train.state import TrainState
+from vmoco.train.system_metrics import Gauges, SystemMetrics
 
 SPOOL = "spool.json"
 """What the tracker had not taken when the last checkpoint was kept, in the run's folder."""

@@ -1,4 +1,13 @@
-"""Planning shards, and what one task of ingest does: decodes what was planned for one shard and writes it.
+"""Ray Data as a pool: a function over texts, one task for each; a task whose node dies is tried again.
+
+The first look at videos: what each of them holds, before shards are planned. Knows nothing of Ray.
+
+Every video is read once here, for its hash, its time stamps and whether it was cut off; nothing is decoded. The plan of
+the shards follows from the results, which are kept beside the data set until it is complete: a run that was killed does
+not read its videos again.
+
+
+Planning shards, and what one task of ingest does: decodes what was planned for one shard and writes it.
 
 Knows nothing of Ray. The clips of a shard wait in a nameless temporary file, not in memory: the shard's header, which
 comes first, accounts for all its videos, so the last one must have been decoded before the first clip is written.
@@ -10,22 +19,173 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from vmoco import storage
 from vmoco.data import fetch, shard
-from vmoco.data.account import VERSION, Account, Video
+from vmoco.data.clips import ClipPlan, Part
 from vmoco.data.decoder import Decoder
-from vmoco.data.ingest_settings import IngestSettings
 from vmoco.data.ledger import Rejection, VideoError
 from vmoco.data.manifest import shard_uri
-from vmoco.data.parts import Part
-from vmoco.data.probe_task import Probed, clip_plan, found_from_json, rejected
+from vmoco.data.shard import VERSION, Account, Video
+from vmoco.data.shard_reader import ShardScan
 from vmoco.data.source import Found
-from vmoco.data.stored_clip import ShardScan
+from vmoco.job_settings import IngestSettings
 from vmoco.seed import hash64
+
+CPUS_OF_LONG_TASKS = 1.0
+"""One task to a core: two decoders that take turns on a core push each other out of its cache, and a clip costs each a
+sixth more. Ray's loop sees only ten times a second that a task has ended, which is a fiftieth of a shard's time."""
+CPUS_OF_WAITING_TASKS = 0.5
+"""Two tasks share a core: one works while the other waits for a store, or is short and has ended unseen."""
+
+
+def run_tasks(task: Callable[[str], str], items: list[str], *, num_cpus: float) -> Iterator[str]:
+    """Runs a function over texts in Ray tasks, one per text, and yields the results as they are done.
+
+    Args:
+        task: The function.
+        items: What it is called with.
+        num_cpus: Cores of one task, which bound how many run at a time.
+
+    Raises:
+        ValueError: what a task raised as one.
+    """
+    import ray.data
+
+    # Texts, because Ray would turn anything else into its own column types. An error travels as a value, because an
+    # exception in a task would end the job with Ray's stack trace around it.
+    def run(row: dict[str, str]) -> dict[str, str]:
+        try:
+            return {"result": task(row["item"]), "error": ""}
+        except ValueError as error:
+            return {"result": "", "error": str(error)}
+
+    if not items:
+        return
+    context = ray.data.DataContext.get_current()
+    log = logging.getLogger("ray.data")
+    bars, level = context.enable_progress_bars, log.level
+    context.enable_progress_bars = False
+    log.setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that bars are off
+    try:
+        # One block per text is one task per text.
+        blocks = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
+        for row in blocks.map(run, num_cpus=num_cpus).iter_rows():
+            if row["error"]:
+                raise ValueError(row["error"])
+            yield row["result"]
+    finally:
+        context.enable_progress_bars = bars
+        log.setLevel(level)
+
+
+FOLDER = "probes"
+"""Folder of the results in a data set that is being made."""
+VIDEOS_PER_TASK = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Probed:
+    """A video that was looked at."""
+
+    found: Found
+    sha256: str = ""
+    """Hash of the file; empty where it could not be read."""
+    num_clips: int = 0
+    """Clips that it will give, unless the decoder finds other frames than the container promises."""
+    parts: tuple[Part, ...] = ()
+    """Parts of a long video; none where it is decoded as a whole."""
+    duration: float = 0.0
+    """Seconds."""
+    rejection: Rejection | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Probed:
+        """Reads `to_json` back."""
+        return cls(
+            found=found_from_json(values["found"]),
+            sha256=values["sha256"],
+            num_clips=values["num_clips"],
+            parts=tuple(Part(**part) for part in values["parts"]),
+            duration=values["duration"],
+            rejection=Rejection(**values["rejection"]) if values["rejection"] else None,
+        )
+
+
+def found_from_json(values: dict[str, Any]) -> Found:
+    """A `Found` from plain values."""
+    return Found(**{**values, "splits": tuple(values["splits"])})
+
+
+def clip_plan(settings: IngestSettings, found: Found) -> ClipPlan:
+    """How clips are cut from a video."""
+    return ClipPlan(
+        num_frames=settings.num_frames,
+        stride=settings.stride,
+        max_clips=settings.max_clips_per_video,
+        fps=settings.fps,
+        short=settings.short_videos,
+        start_seconds=found.start_seconds,
+        end_seconds=found.end_seconds,
+    )
+
+
+def rejected(found: Found, error: VideoError) -> Rejection:
+    """The ledger row of a video."""
+    return Rejection(found.video_id, error.stage, error.reason, error.message, error.transient, entry=found.entry)
+
+
+def probe_videos(
+    videos: list[Found], *, root: str, output: str, settings: IngestSettings, decoder: Decoder
+) -> list[Probed]:
+    """Looks at a group of videos: what one task does. Results that are there already are taken.
+
+    Raises:
+        ValueError: the results cannot be written.
+    """
+    named = [settings.content(), settings.part_seconds, [found.entry for found in videos]]
+    name = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
+    place = storage.join(output, FOLDER, f"{name}.json")
+    kept = _kept(place)
+    if kept is None:
+        kept = [_probe(found, root=root, settings=settings, decoder=decoder) for found in videos]
+        if not any(each.rejection and each.rejection.transient for each in kept):
+            storage.write_atomic(place, json.dumps([each.to_json() for each in kept]).encode())
+    return kept
+
+
+def _kept(place: str) -> list[Probed] | None:
+    try:
+        return [Probed.from_json(values) for values in json.loads(storage.read_bytes(place))]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _probe(found: Found, *, root: str, settings: IngestSettings, decoder: Decoder) -> Probed:
+    sha256 = ""
+    try:
+        with fetch.local_copy(root, found) as path:
+            sha256 = fetch.file_sha256(path)
+            num_clips, parts, duration = decoder.probe(
+                {"path": path},
+                clip_plan(settings, found),
+                part_seconds=settings.part_seconds,
+                seconds=settings.seconds_per_video,
+            )
+        return Probed(found, sha256, num_clips, tuple(parts), duration)
+    except VideoError as error:
+        return Probed(found, sha256, rejection=rejected(found, error))
+
 
 # What a JPEG at quality 92 takes of its raw frame, roughly: only the size of shards depends on it.
 _JPEG_SHARE = 0.1

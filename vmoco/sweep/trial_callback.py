@@ -9,7 +9,7 @@ from typing import Any
 from ray import tune
 
 from vmoco import tracking
-from vmoco.sweep.ledger import Sweep, Trial
+from vmoco.sweep.record import Sweep, Trial
 from vmoco.sweep.space import said
 from vmoco.train.run import PreparedRun, run_id_of
 

@@ -8,15 +8,22 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from vmoco import tracking
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vmoco import storage, tracking
 from vmoco.data.manifest import Manifest
 from vmoco.encoders import foreign, registry
-from vmoco.encoders.export import add_scores, encoder_in, write_encoder, write_folder
-from vmoco.encoders.promotion import Score, label_free_score, record
-from vmoco.encoders.publish_options import Options
+from vmoco.encoders.encoder import Encoder, Preprocessing
+from vmoco.encoders.package import NO_LICENCE, SETTINGS, VIDEO_FIELDS, VIDEOS, add_scores, write_folder
+from vmoco.encoders.promotion import Score, record
 from vmoco.encoders.registry import ARTIFACT_FOLDER, Registered
-from vmoco.evaluate.score import TooFewVideosError, score_encoder
+from vmoco.evaluate.score import TooFewVideosError, label_free_score, score_encoder
+from vmoco.job_settings import RegisterOptions
+from vmoco.model.backbone import build_backbone
 from vmoco.train import state
 from vmoco.train.checkpoints import LIST, Kept, parse_list
 from vmoco.train.resume import local_copy
@@ -33,6 +40,73 @@ _ORIGIN = {
         "of Kinetics stay with those who uploaded them",
     },
 }
+
+
+def encoder_in(checkpoint: Path, *, manifest: Manifest) -> Encoder:
+    """The query encoder's backbone of a checkpoint, in evaluation mode and without a card.
+
+    Args:
+        checkpoint: folder that `TrainState.save` wrote.
+        manifest: data set that it was trained on.
+
+    Raises:
+        ValueError: the checkpoint is damaged or none.
+    """
+    record = state.Record.read(checkpoint)
+    assert record.manifest_hash == manifest.hash, "an encoder's lineage names the data that it was trained on"
+    settings = state.read_settings(checkpoint)
+    prefix = "query.backbone."
+    tensors = state.read_tensors(checkpoint, record)
+    backbone = build_backbone(settings.model.backbone)
+    backbone.load_state_dict(
+        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    )
+    preprocessing = Preprocessing(
+        num_frames=settings.data.num_frames,
+        fps=float(np.median(manifest.table["fps"].to_numpy())) / settings.data.stride,
+        size=settings.augment.size,
+        standardise=settings.augment.standardise,
+    )
+    return Encoder(backbone, preprocessing, {}).eval()
+
+
+def write_encoder(
+    checkpoint: Path, folder: Path, *, manifest: Manifest, onnx: bool = False, data_licence: str = ""
+) -> dict[str, Any]:
+    """Takes the query encoder's backbone out of a checkpoint.
+
+    Args:
+        checkpoint: folder that `TrainState.save` wrote.
+        folder: receives the encoder's files.
+        manifest: data set that it was trained on.
+        onnx: also write encoder.onnx.
+        data_licence: note on the videos; that of the run's settings when left out.
+
+    Returns:
+        The card: what encoder.json says.
+
+    Raises:
+        ValueError: the checkpoint is damaged or none, or ONNX is not installed.
+    """
+    encoder = encoder_in(checkpoint, manifest=manifest)
+    record, settings = state.Record.read(checkpoint), state.read_settings(checkpoint)
+    lineage = {
+        "step": record.step,
+        "run_id": record.run_id,
+        "settings_hash": record.settings_hash,
+        "checkpoint_sha256": record.sha256,
+        "data": {
+            "manifest_hash": record.manifest_hash,
+            "uri": manifest.uri,
+            "counts": manifest.counts,
+            "licence": data_licence or settings.tracking.data_licence or NO_LICENCE,
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SETTINGS).write_bytes((checkpoint / state.SETTINGS).read_bytes())
+    pq.write_table(_videos(manifest), folder / VIDEOS, compression="zstd")
+    backbone, preprocessing = encoder.backbone, encoder.preprocessing
+    return write_folder(folder, backbone, settings.model.backbone, preprocessing, lineage=lineage, onnx=onnx)
 
 
 def publish(
@@ -72,7 +146,7 @@ def publish(
 
 
 def publish_run(
-    run: str, options: Options, *, step: int | None = None, note: str = "", show: Callable[[str], None] = print
+    run: str, options: RegisterOptions, *, step: int | None = None, note: str = "", show: Callable[[str], None] = print
 ) -> Registered:
     """Registers the encoder of one of a run's kept checkpoints, with the score that it got during training.
 
@@ -103,7 +177,9 @@ def publish_run(
         raise ValueError(f"{error}, though the run tracked it: bring it back; the run has also kept {others}") from None
 
 
-def _publish_kept(kept: Kept, run_id: str, what: str, options: Options, show: Callable[[str], None]) -> Registered:
+def _publish_kept(
+    kept: Kept, run_id: str, what: str, options: RegisterOptions, show: Callable[[str], None]
+) -> Registered:
     score = None
     with local_copy(kept.uri) as checkpoint, tempfile.TemporaryDirectory() as place:
         if state.Record.read(checkpoint).sha256 != kept.sha256:
@@ -125,7 +201,7 @@ def _publish_kept(kept: Kept, run_id: str, what: str, options: Options, show: Ca
     return registered
 
 
-def publish_file(path: Path, options: Options) -> Registered:
+def publish_file(path: Path, options: RegisterOptions) -> Registered:
     """Registers weights of torchvision, or of the released VideoMoCo code; whose they are is told by their keys.
 
     Args:
@@ -138,7 +214,7 @@ def publish_file(path: Path, options: Options) -> Registered:
     registry.check_alias(options.alias)
     kind, encoder = foreign.read(path)
     name = encoder.card["backbone"]
-    sha256 = state.file_sha256(path)
+    sha256 = storage.file_sha256(str(path))
     run_id = tracking.create_import(f"{kind}-{name}-{sha256[:8]}", tags={"vmoco.imported_sha256": sha256})
     data = dict(_ORIGIN[kind]) | ({"licence": options.data_licence} if options.data_licence else {})
     lineage = {
@@ -183,3 +259,8 @@ def _score(checkpoint: Path, manifest: Manifest, show: Callable[[str], None]) ->
     except TooFewVideosError as error:
         show(f"not scored: {error}")
         return None
+
+
+def _videos(manifest: Manifest) -> pa.Table:
+    grouped = manifest.table.group_by("video_id").aggregate([("held_out", "max")]).sort_by("video_id")
+    return grouped.rename_columns({"held_out_max": "held_out"}).select(VIDEO_FIELDS.names).cast(VIDEO_FIELDS)

@@ -5,6 +5,9 @@ as fit beside what was asked for before. Two things are wrong in these books. Wh
 them for three minutes, so an elastic run on the same nodes gets no workers until then: the next run strikes it out.
 And the evaluation is not in them, so a run that has lost a node would wait for ever for workers that find no room
 beside it: it is written down. (A run of a fixed size does not ask: Ray starts its workers as soon as they fit.)
+
+
+How many trials a cluster holds at once: Ray would wait for ever for the workers of one more.
 """
 
 from __future__ import annotations
@@ -21,10 +24,9 @@ import ray.util
 from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ResourceRequestPriority
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.experimental import internal_kv
-from ray.util.placement_group import PlacementGroup, placement_group_table
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
-from vmoco.config import PretrainSettings
-from vmoco.train.evaluation import reserve, resources
+from vmoco.config import EvaluationSettings, PretrainSettings
 
 NAMESPACE = "vmoco"
 """Ray's namespace of our actors with a name, and of our notes in Ray's store."""
@@ -34,6 +36,31 @@ _ANSWER_SECONDS = 5.0
 # The evaluation's resources are there within this time, or never: `check_room` has counted them.
 _RESERVE_SECONDS = 60.0
 _NODES_SECONDS = 3600.0  # where an autoscaler has to bring the node first
+
+
+def resources(settings: EvaluationSettings) -> dict[str, float]:
+    """What the task needs of the cluster; empty where it shares what the workers have."""
+    wanted = {"CPU": float(settings.num_cpus), "GPU": float(settings.use_gpu)}
+    return {name: number for name, number in wanted.items() if number and settings.enabled}
+
+
+def reserve(settings: EvaluationSettings, *, timeout: float) -> PlacementGroup | None:
+    """Sets the task's resources aside for the whole run, so that workers, also elastic ones, never take them.
+
+    Raises:
+        ValueError: the cluster does not have them free.
+    """
+    wanted = resources(settings)
+    if not wanted:
+        return None
+    group = placement_group([wanted])
+    if not group.wait(timeout):
+        ray.util.remove_placement_group(group)
+        raise ValueError(
+            f"no node has {wanted} free for the evaluation of checkpoints: lower evaluation.num-cpus (0 shares those "
+            "of the workers), set evaluation.no-enabled, or add nodes"
+        )
+    return group
 
 
 class Room:
@@ -179,3 +206,39 @@ def _count(node: Mapping[str, float], worker: Mapping[str, float]) -> int:
 
 def _said(wanted: Mapping[str, float]) -> str:
     return " + ".join(f"{number:.0f} {name}" for name, number in wanted.items())
+
+
+def capacity(settings: Sequence[PretrainSettings], nodes: Sequence[dict[str, float]]) -> int:
+    """Trials that the nodes hold at once, counting the largest trial with all its workers; at least one.
+
+    Args:
+        settings: of the trials.
+        nodes: resources of each node.
+
+    Raises:
+        ValueError: they do not hold one, and it does not wait for more.
+    """
+    for each in settings:
+        if not each.scaling.wait_for_nodes and (problem := lacking(each, nodes)):
+            raise ValueError(problem)
+    return max(1, min(_capacity(each, nodes) for each in settings))
+
+
+def _capacity(settings: PretrainSettings, nodes: Sequence[dict[str, float]]) -> int:
+    scaling = settings.scaling
+    worker = {"CPU": float(scaling.cpus_per_worker)} | ({"GPU": 1.0} if scaling.use_gpu else {})
+    bundles = [worker] * scaling.num_workers + [each for each in [resources(settings.evaluation)] if each]
+    free = [dict(node) for node in nodes]
+    count = 0
+    while all(_take(bundle, free) for bundle in bundles):
+        count += 1
+    return count
+
+
+def _take(bundle: dict[str, float], free: list[dict[str, float]]) -> bool:
+    for node in free:
+        if all(node.get(name, 0.0) >= number for name, number in bundle.items()):
+            for name, number in bundle.items():
+                node[name] -= number
+            return True
+    return False

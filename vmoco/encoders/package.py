@@ -21,24 +21,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load, save_file
 
 from vmoco import storage
-from vmoco.data.manifest import Manifest
 from vmoco.encoders.encoder import Encoder, Preprocessing
 from vmoco.encoders.encoder_program import CARD, PROGRAM
-from vmoco.encoders.program import ONNX, write_onnx, write_program
+from vmoco.encoders.portable import ONNX, write_onnx, write_program
 from vmoco.model.backbone import Backbone, build_backbone
-from vmoco.train import state
 
-__all__ = ["Encoder", "Preprocessing", "load_encoder", "read_encoder", "write_encoder", "write_folder"]
+__all__ = ["Encoder", "Preprocessing", "load_encoder", "read_encoder", "write_folder"]
 
 VERSION = 2
-WEIGHTS, VIDEOS = "encoder.safetensors", "videos.parquet"
+WEIGHTS, SETTINGS, VIDEOS = "encoder.safetensors", "settings.json", "videos.parquet"
 VIDEO_FIELDS = pa.schema([("video_id", pa.string()), ("held_out", pa.bool_())])
 
 NO_LICENCE = (
@@ -46,73 +42,6 @@ NO_LICENCE = (
     "(--tracking.data-licence records it)"
 )
 _PACKAGES = ("vmoco", "torch", "torchvision", "numpy", "safetensors", "pyarrow", "av", "mlflow", "ray")
-
-
-def write_encoder(
-    checkpoint: Path, folder: Path, *, manifest: Manifest, onnx: bool = False, data_licence: str = ""
-) -> dict[str, Any]:
-    """Takes the query encoder's backbone out of a checkpoint.
-
-    Args:
-        checkpoint: folder that `TrainState.save` wrote.
-        folder: receives the encoder's files.
-        manifest: data set that it was trained on.
-        onnx: also write encoder.onnx.
-        data_licence: note on the videos; that of the run's settings when left out.
-
-    Returns:
-        The card: what encoder.json says.
-
-    Raises:
-        ValueError: the checkpoint is damaged or none, or ONNX is not installed.
-    """
-    encoder = encoder_in(checkpoint, manifest=manifest)
-    record, settings = state.Record.read(checkpoint), state.read_settings(checkpoint)
-    lineage = {
-        "step": record.step,
-        "run_id": record.run_id,
-        "settings_hash": record.settings_hash,
-        "checkpoint_sha256": record.sha256,
-        "data": {
-            "manifest_hash": record.manifest_hash,
-            "uri": manifest.uri,
-            "counts": manifest.counts,
-            "licence": data_licence or settings.tracking.data_licence or NO_LICENCE,
-        },
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / state.SETTINGS).write_bytes((checkpoint / state.SETTINGS).read_bytes())
-    pq.write_table(_videos(manifest), folder / VIDEOS, compression="zstd")
-    backbone, preprocessing = encoder.backbone, encoder.preprocessing
-    return write_folder(folder, backbone, settings.model.backbone, preprocessing, lineage=lineage, onnx=onnx)
-
-
-def encoder_in(checkpoint: Path, *, manifest: Manifest) -> Encoder:
-    """The query encoder's backbone of a checkpoint, in evaluation mode and without a card.
-
-    Args:
-        checkpoint: folder that `TrainState.save` wrote.
-        manifest: data set that it was trained on.
-
-    Raises:
-        ValueError: the checkpoint is damaged or none.
-    """
-    record = state.Record.read(checkpoint)
-    assert record.manifest_hash == manifest.hash, "an encoder's lineage names the data that it was trained on"
-    settings = state.read_settings(checkpoint)
-    prefix = "query.backbone."
-    tensors = state.read_tensors(checkpoint, record)
-    backbone = build_backbone(settings.model.backbone)
-    backbone.load_state_dict(
-        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    )
-    preprocessing = Preprocessing(
-        num_frames=settings.data.num_frames,
-        fps=float(np.median(manifest.table["fps"].to_numpy())) / settings.data.stride,
-        size=settings.augment.size,
-        standardise=settings.augment.standardise,
-    )
-    return Encoder(backbone, preprocessing, {}).eval()
 
 
 def write_folder(
@@ -145,7 +74,7 @@ def write_folder(
     write_program(encoder, folder)
     if onnx:
         write_onnx(encoder, folder)
-    names = (WEIGHTS, state.SETTINGS, VIDEOS, PROGRAM, ONNX)
+    names = (WEIGHTS, SETTINGS, VIDEOS, PROGRAM, ONNX)
     card = {
         "version": VERSION,
         "backbone": backbone_name,
@@ -154,7 +83,7 @@ def write_folder(
         **lineage,
         "git_commit": git_commit(),
         "versions": _versions(),
-        "files": {name: state.file_sha256(folder / name) for name in names if (folder / name).exists()},
+        "files": {name: storage.file_sha256(str(folder / name)) for name in names if (folder / name).exists()},
     }
     storage.write_atomic(str(folder / CARD), json.dumps(card, indent=1, sort_keys=True).encode())
     return card
@@ -256,8 +185,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions | {"torch": torch.__version__}  # with its build
-
-
-def _videos(manifest: Manifest) -> pa.Table:
-    grouped = manifest.table.group_by("video_id").aggregate([("held_out", "max")]).sort_by("video_id")
-    return grouped.rename_columns({"held_out_max": "held_out"}).select(VIDEO_FIELDS.names).cast(VIDEO_FIELDS)
