@@ -28,6 +28,7 @@ HOMES = {
         "vmoco.train.system_metrics",
         "vmoco.train.channel",
         "vmoco.train.evaluation",
+        "vmoco.cluster.ray_internals",
         "vmoco.cluster.reservation",
     },
     "mlflow": {
@@ -37,7 +38,7 @@ HOMES = {
         "vmoco.train.system_metrics",
     },
     "av": {"vmoco.data.video"},
-    "optuna": {"vmoco.sweep.search"},
+    "optuna": {"vmoco.sweep.space"},
     "plotly": {"vmoco.sweep.report"},
     "faiss": {"vmoco.evaluate.knn"},
     "sklearn": {"vmoco.evaluate.probe", "vmoco.evaluate.gallery"},
@@ -46,7 +47,14 @@ HOMES = {
 # From the ground up: a module imports from its own package and from those below it. `vmoco.cluster` stands beside the
 # packages that use it: it knows settings, storage, tracker and networks, and nothing of a training run.
 GROUND = {"vmoco", "vmoco.config", "vmoco.job_settings", "vmoco.presets", "vmoco.storage", "vmoco.seed"}
-GROUND |= {"vmoco.progress", "vmoco.spool", "vmoco.tracking", "vmoco.job"}
+GROUND |= {
+    "vmoco.progress",
+    "vmoco.spool",
+    "vmoco.tracking",
+    "vmoco.job",
+    "vmoco.own_folder",
+    "vmoco.cluster.ray_internals",
+}
 PACKAGES = ("data", "model", "encoders", "cluster", "evaluate", "train", "sweep")
 
 

@@ -7,23 +7,21 @@ own, which ends with it. Whatever happens, the last line of its output is a sent
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import os
 import queue
-import secrets
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # how Ray's job server tells a driver that it is a submitted job
+from vmoco.cluster import ray_internals
+from vmoco.own_folder import make_folder
+
 _OBJECT_STORE_MEMORY = 512 * 2**20
 _received: list[int] = []
 """Signals that end this process."""
@@ -88,23 +86,15 @@ def root_cause(error: BaseException) -> tuple[BaseException, int | None]:
     seen: set[int] = set()
     while id(error) not in seen:
         seen.add(id(error))
-        failures: dict[int, BaseException] = _own(error, "worker_failures") or {}
+        failures, inner = ray_internals.wrapped_errors(error)
         if failures:
-            # When one rank raises, the others lose their connection to it: prefer the error that somebody worded.
-            rank = min(failures, key=lambda at: (not is_user_error(root_cause(failures[at])[0]), at))
+            # When one rank raises, the others lose their connection to it: prefer the error that is meant for users.
+            ranked = {at: not is_user_error(root_cause(each)[0]) for at, each in failures.items()}
+            rank = min(failures, key=lambda at: (ranked[at], at))
             error = failures[rank]
-            continue
-        for name in ("cause", "controller_failure", "_base_exc"):  # RayTaskError, ControllerError, Train's on a worker
-            inner = _own(error, name)
-            if isinstance(inner, BaseException):
-                error = inner
-                break
+        elif inner is not None:
+            error = inner
     return error, rank
-
-
-def _own(error: BaseException, name: str) -> Any:
-    # Not getattr: Ray's RayTaskError(ValueError) passes unknown names on to its cause.
-    return vars(error).get(name)
 
 
 def _sentence(error: BaseException) -> str:
@@ -119,7 +109,7 @@ def _sentence(error: BaseException) -> str:
 
 def in_submitted_job() -> bool:
     """Whether this process was started by `ray job submit`."""
-    return _submission_id() is not None
+    return ray_internals.submission_id() is not None
 
 
 def stop_command(dashboard_url: str | None = None) -> str | None:
@@ -129,19 +119,13 @@ def stop_command(dashboard_url: str | None = None) -> str | None:
     environment, or `dashboard_url` (what `connect` returns) where that is the loopback: then whoever submitted it is
     on that machine too.
     """
-    submission_id = _submission_id()
+    submission_id = ray_internals.submission_id()
     if submission_id is None:
         return None
     address = os.environ.get("RAY_API_SERVER_ADDRESS")
     if not address and dashboard_url and dashboard_url.startswith(("127.", "localhost")):
         address = f"http://{dashboard_url}"
     return f"ray job stop {submission_id} --address {address or '<the one you submitted to>'}"
-
-
-def _submission_id() -> str | None:
-    metadata = json.loads(os.environ.get(_JOB_CONFIG) or "{}").get("metadata") or {}
-    found: str | None = metadata.get("job_submission_id")
-    return found
 
 
 def connect(*, dashboard: bool = False, worker_output: bool = True) -> str | None:
@@ -158,9 +142,9 @@ def connect(*, dashboard: bool = False, worker_output: bool = True) -> str | Non
         ValueError: the cluster does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # Ray's 2 s block each report for as long
+    os.environ.setdefault(ray_internals.HEALTH_CHECK_SECONDS, "0.2")  # Ray's 2 s block each report for as long
     address = os.environ.get("RAY_ADDRESS")
-    folder = None if address else _own_folder()  # before Ray is imported: it reads how to authenticate then
+    folder = "" if address else _own_folder()  # before Ray is imported: it reads how to authenticate then
     import ray
 
     if address:
@@ -172,13 +156,12 @@ def connect(*, dashboard: bool = False, worker_output: bool = True) -> str | Non
                 "Check the address and RAY_AUTH_TOKEN_PATH, or unset RAY_ADDRESS to run on this machine alone"
             ) from error
     else:
-        context = ray.init(
-            address="local",
+        context = ray_internals.start_local(
+            folder,
             include_dashboard=dashboard,
             object_store_memory=_OBJECT_STORE_MEMORY,
             logging_level=logging.WARNING,
             log_to_driver=worker_output,
-            _temp_dir=folder,
         )
     _exit_on_signals()  # again, because Ray's own handler prints a stack of C++ frames
     found: str | None = context.dashboard_url
@@ -200,12 +183,9 @@ def _exit_on(signum: int, frame: FrameType | None) -> NoReturn:
 
 def _own_folder() -> str:
     """A folder for Ray's sockets, logs and token that goes away with this process."""
-    folder = tempfile.mkdtemp(prefix="vmoco-", dir="/tmp" if os.path.isdir("/tmp") else None)  # socket paths are short
-    token = Path(folder, "token")
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_urlsafe(32))
+    folder = str(make_folder())
     # Ray's ports listen on all interfaces, so a token guards them, as in `local.py`.
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=os.path.join(folder, "token"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)  # runs after Ray's own, which was registered later
     return folder
 

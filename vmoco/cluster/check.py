@@ -387,7 +387,7 @@ def _time_line(settings: PretrainSettings, cost: StepCost, speed: Speed) -> str:
 def _resource_problems(settings: PretrainSettings) -> list[str]:
     import ray  # in each function: Ray reads how to authenticate when it is imported, and a job connects first
 
-    from vmoco.cluster.reservation import lacking
+    from vmoco.cluster.reservation import shortage
 
     scaling = settings.scaling
     if scaling.wait_for_nodes:
@@ -397,7 +397,7 @@ def _resource_problems(settings: PretrainSettings) -> list[str]:
             f"preset {settings.preset} wants {scaling.num_workers} GPUs and the cluster has none: add GPU nodes, take "
             "--scaling.wait-for-nodes where an autoscaler brings them, or another preset for CPUs"
         ]
-    problem = lacking(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    problem = shortage(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     return [problem] if problem else []
 
 

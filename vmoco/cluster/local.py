@@ -23,7 +23,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
@@ -32,6 +31,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from vmoco.own_folder import make_folder
 
 STOP_JOB_SECONDS = 60
 """How long a stopped job has to write its checkpoint; the head must know it, as RAY_JOB_STOP_WAIT_TIME_S."""
@@ -191,12 +192,8 @@ class LocalCluster:
         Raises:
             ValueError: the head died, or did not answer in time; the message ends with its last words.
         """
-        # A short path in /tmp: sockets lie below it, and their paths may have 107 bytes.
-        self._folder = Path(tempfile.mkdtemp(prefix="vmoco-", dir="/tmp" if os.path.isdir("/tmp") else None))
-        token = self._folder / "token"
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_urlsafe(32))
-        self.environment = self._make_environment(token)
+        self._folder = make_folder()
+        self.environment = self._make_environment(self._folder / "token")
         ports = [f"{flag}={port}" for flag, port in self._ports.items()]
         command = [
             str(Path(sys.executable).parent / "ray"),
