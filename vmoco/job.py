@@ -1,7 +1,7 @@
 """How a job begins and ends: the connection to Ray, requests to stop, and the last line that says what went wrong.
 
-The same job runs in a submitted job, against a cluster named by RAY_ADDRESS, or alone; then it starts a Ray of its
-own, which ends with it. Whatever happens, the last line of its output is a sentence for a person, below any traceback.
+A job is submitted to a cluster, runs on the cluster of RAY_ADDRESS, or runs alone; alone it starts a Ray of its own,
+which ends with it. Whatever happens, the last line of its output says how it ended, below any traceback.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from vmoco.own_folder import make_folder
 
 _OBJECT_STORE_MEMORY = 512 * 2**20
 _received: list[int] = []
-"""Signals that end this process."""
+"""Signals that this process has received and that end it."""
 
 
 def show(line: str) -> None:
-    """Prints a line for a person, at once; can be pickled, as `print` cannot after Ray has put its own in its place."""
+    """Prints a line at once. It can be pickled; `print` cannot, because Ray replaces it by a function of its own."""
     print(line, flush=True)
 
 
@@ -41,7 +41,7 @@ def run_job(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         line, code = "stopped", 130
     except SystemExit as ended:
-        # Ray makes another one, with the code 1, of what a handler raised while it waited.
+        # Where a handler raises it while Ray waits, Ray replaces it by another one with the code 1.
         wanted = 128 + _received[0] if _received else ended.code
         if wanted not in (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
             raise
@@ -51,8 +51,8 @@ def run_job(main: Callable[[], None]) -> NoReturn:
         if not is_user_error(root_cause(error)[0]):
             traceback.print_exc()
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # from here on there is nothing left to break off
-    _disconnect()  # before the last line: it forwards what workers still have to say
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # from here on there is nothing to interrupt
+    _disconnect()  # before the last line, because it still prints what workers have printed
     sys.stdout.flush()
     if line:
         print(line, file=sys.stderr, flush=True)
@@ -60,28 +60,25 @@ def run_job(main: Callable[[], None]) -> NoReturn:
 
 
 def describe(error: BaseException) -> str:
-    """One line for a person: `error: <sentence>`, with the rank and the type where they help."""
+    """The error message as one line: `error: MESSAGE`, with the rank, and with the type of an unexpected error."""
     cause, rank = root_cause(error)
-    text = _sentence(cause)
+    text = _one_line(cause)
     if not is_user_error(cause):
         text = f"{type(cause).__name__}: {text}" if text else type(cause).__name__
     return f"error: {text}" if rank is None else f"error: {text} (on rank {rank})"
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether the message alone says what to do: a ValueError of ours, or a setting that pydantic refused.
+    """Whether the message alone tells the user what to do: a ValueError of vmoco, or a setting that pydantic refused.
 
-    A subclass that another library raised (a decoding error, an Arrow error) is none: its traceback is needed.
+    A subclass that another library raised (a decoding error, an Arrow error) does not: its traceback is needed.
     """
     home = type(error).__module__.split(".")[0]
     return isinstance(error, ValueError) and (type(error) is ValueError or home in ("vmoco", "pydantic_core"))
 
 
 def root_cause(error: BaseException) -> tuple[BaseException, int | None]:
-    """The error that began it, freed of what Ray wrapped around it, and the rank where it happened, if on one.
-
-    Read by attributes, so that a job without Ray need not import it.
-    """
+    """The error that caused this one, without what Ray wrapped around it, and the rank where it happened, if any."""
     rank: int | None = None
     seen: set[int] = set()
     while id(error) not in seen:
@@ -97,12 +94,12 @@ def root_cause(error: BaseException) -> tuple[BaseException, int | None]:
     return error, rank
 
 
-def _sentence(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     if type(error).__module__.startswith("pydantic_core") and hasattr(error, "errors"):
         problems = ((".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors())
-        return "; ".join(f"{field}: {said}" if field else said for field, said in problems)
+        return "; ".join(f"{field}: {message}" if field else message for field, message in problems)
     text = str(error).strip()
-    if '  File "' in text:  # Ray puts a whole remote traceback into the message; its last line names the cause
+    if '  File "' in text:  # Ray puts a remote traceback into the message, and its last line names the cause
         text = text.splitlines()[-1]
     return " ".join(text.split())
 
@@ -113,11 +110,10 @@ def in_submitted_job() -> bool:
 
 
 def stop_command(dashboard_url: str | None = None) -> str | None:
-    """The line that stops this submitted job so that it can checkpoint; None where this is no submitted job.
+    """The command that stops this submitted job so that it can checkpoint; None where it is no submitted job.
 
-    A job cannot know through which address it was submitted. It takes RAY_API_SERVER_ADDRESS from the head's
-    environment, or `dashboard_url` (what `connect` returns) where that is the loopback: then whoever submitted it is
-    on that machine too.
+    A job cannot know the address that it was submitted to. It uses RAY_API_SERVER_ADDRESS of the head's environment, or
+    `dashboard_url` (what `connect` returns) where that is the loopback: then the user is on that machine too.
     """
     submission_id = ray_internals.submission_id()
     if submission_id is None:
@@ -132,8 +128,8 @@ def connect(*, dashboard: bool = False, worker_output: bool = True) -> str | Non
     """Connects to the cluster of RAY_ADDRESS (a submitted job has one), or starts a Ray that ends with this process.
 
     Args:
-        dashboard: whether a Ray of our own serves its State API; without it Ray Tune leaks workers of stopped trials.
-        worker_output: whether what workers print is shown here, each line behind the name of its process.
+        dashboard: whether a Ray of its own serves the State API; without it Ray Tune leaks workers of stopped trials.
+        worker_output: whether the output of workers is printed here, each line after the name of its process.
 
     Returns:
         host:port of the dashboard, where there is one.
@@ -152,8 +148,8 @@ def connect(*, dashboard: bool = False, worker_output: bool = True) -> str | Non
             context = ray.init(address=address, logging_level=logging.WARNING, log_to_driver=worker_output)
         except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
             raise ValueError(
-                f"cannot connect to the Ray cluster at RAY_ADDRESS {address}: {_sentence(error)}. "
-                "Check the address and RAY_AUTH_TOKEN_PATH, or unset RAY_ADDRESS to run on this machine alone"
+                f"cannot connect to the Ray cluster at RAY_ADDRESS {address}: {_one_line(error)}. "
+                "Check the address and RAY_AUTH_TOKEN_PATH, or unset RAY_ADDRESS to run on this machine"
             ) from error
     else:
         context = ray_internals.start_local(
@@ -170,9 +166,9 @@ def connect(*, dashboard: bool = False, worker_output: bool = True) -> str | Non
 
 def _exit_on_signals() -> None:
     if threading.current_thread() is not threading.main_thread():
-        return  # only there may a handler be set
+        return  # only the main thread may set a handler
     for signum in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup means it
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup has it ignored
             signal.signal(signum, _exit_on)
 
 
@@ -182,7 +178,7 @@ def _exit_on(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _own_folder() -> str:
-    """A folder for Ray's sockets, logs and token that goes away with this process."""
+    """A folder for Ray's sockets, logs and token, which is removed when this process ends."""
     folder = str(make_folder())
     # Ray's ports listen on all interfaces, so a token guards them, as in `local.py`.
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=os.path.join(folder, "token"))
@@ -197,12 +193,11 @@ def _disconnect() -> None:
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a request that a long job can obey at the next step.
+    """Turns SIGTERM and SIGINT into a request to stop that a long job obeys after its current step.
 
-    Enter it in the main thread after `connect`, which sets a handler of its own. `on_stop` runs once, in a normal
-    thread: a signal handler interrupts the main thread anywhere, even while it holds a lock that the callback needs.
-    A second Ctrl-C raises KeyboardInterrupt; a second SIGTERM changes nothing, because whoever sends it kills in the
-    end.
+    Enter it in the main thread, after `connect`, which sets a handler of its own. `on_stop` runs once, in a normal
+    thread: a signal handler interrupts the main thread anywhere, also while it holds a lock that the callback needs. A
+    second Ctrl-C raises KeyboardInterrupt. A second SIGTERM changes nothing: its sender kills the job in the end.
     """
 
     def __init__(self, on_stop: Callable[[], None]) -> None:

@@ -102,10 +102,10 @@ def check_places(settings: PretrainSettings, *, show: Callable[[str], None]) -> 
         ValueError: one does not.
     """
     places = {
-        "run.storage": settings.run.storage or storage.join(storage.home(), "runs"),
-        "data.uri": settings.data.uri,
+        "--run.storage": settings.run.storage or storage.join(storage.home(), "runs"),
+        "--data.uri": settings.data.uri,
     }
-    check_nodes(places, writes="run.storage", tracker=tracking.tracking_uri(), show=show)
+    check_nodes(places, writes="--run.storage", tracker=tracking.tracking_uri(), show=show)
 
 
 def _pretrain(
