@@ -72,7 +72,7 @@ def train(
     interval = Interval(settings, state, loader, utilisation)
     dropped = DroppedFrames(settings.data.num_frames, settings.num_dropped)  # since the last checkpoint
     stopping = False
-    # Ranks reach the end of these steps at different times: they read first, or torch compiles for each of them.
+    # In these steps a rank may be minutes later than another: it resumes from a slow store, or it compiles.
     slow_steps = {state.step} | ({settings.generator_start} if settings.train.compile else set())
     for batch in loader:
         slow = batch.step in slow_steps
