@@ -128,7 +128,7 @@ def test_the_rank_with_the_user_error_is_named() -> None:
 
 
 def test_a_refused_setting_is_one_line() -> None:
-    """Settings refuse in one sentence; pydantic's own refusal is folded into one."""
+    """Settings refuse with one line, and an error of pydantic becomes one line."""
 
     class Plain(pydantic.BaseModel):
         steps: int
@@ -196,7 +196,7 @@ def test_a_second_ctrl_c_interrupts() -> None:
 def test_a_failing_submitted_job_ends_with_our_line(
     local_cluster: LocalCluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """In the log of a submitted job our line is the last, below what workers said; the exit code is 1."""
+    """In the log of a submitted job our line is the last, below the output of workers; the exit code is 1."""
     (tmp_path / "fail.py").write_text(FAILING_JOB)
     assert local_cluster.submit(["python", "fail.py"], tmp_path) == 1
     log = capfd.readouterr().out

@@ -209,7 +209,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether somebody asked the job to stop."""
+        """Whether the job has been asked to stop."""
         return self.signal_name is not None
 
     def __enter__(self) -> StopRequest:

@@ -43,7 +43,7 @@ def sweep(service: Service, name: str, space: dict[str, Any], *flags: str) -> An
 
 
 def finished(job: subprocess.Popen[str]) -> str:
-    """What a job said that ended well; each trial starts some processes, which takes a busy machine half a minute."""
+    """The output of a job that ended well. A busy machine takes half a minute to start the processes of a trial."""
     said, _ = job.communicate(timeout=500)
     assert job.returncode == 0, said
     return said

@@ -74,8 +74,8 @@ def preemption_info() -> str | None:
     """The machines of this run that will be taken away, as a message; None where there are none.
 
     The public `ray.train.get_preemption_info` is a barrier: all ranks wait at each call for an answer from an actor,
-    which costs each step a round trip. This reads what Ray has told this rank. The ranks agree by the sum that they
-    exchange in each step anyway.
+    which costs each step a round trip. This reads what this rank has received from Ray. The ranks agree by the sum
+    that they exchange in each step anyway.
     """
     from ray.train.v2._internal.execution.context import get_train_context
 
@@ -93,7 +93,7 @@ def requester_of(trainer: TorchTrainer) -> str:
 
 
 def request_resources(requester: str, bundle: Mapping[str, float], *, seconds: float) -> None:
-    """Tells Ray's autoscaling coordinator that somebody needs resources, for some seconds; returns at once.
+    """Asks Ray's autoscaling coordinator for resources under a name, for some seconds; returns at once.
 
     The priority is that of Ray Train: of two such requests the earlier one counts.
     """
@@ -108,7 +108,7 @@ def request_resources(requester: str, bundle: Mapping[str, float], *, seconds: f
 
 
 def cancel_request(requester: str, *, timeout: float) -> None:
-    """Makes Ray's autoscaling coordinator forget what somebody has asked for.
+    """Cancels a request to Ray's autoscaling coordinator.
 
     Raises:
         ray.exceptions.RayError: the coordinator does not answer within `timeout` seconds.
@@ -119,7 +119,7 @@ def cancel_request(requester: str, *, timeout: float) -> None:
 
 
 def reserved_resources(requester: str, *, timeout: float) -> dict[str, dict[str, float]]:
-    """What Ray's autoscaling coordinator has set aside for somebody, by node."""
+    """What Ray's autoscaling coordinator has reserved for a request, by node."""
     import ray
 
     found: dict[str, dict[str, float]] = ray.get(

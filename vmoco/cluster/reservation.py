@@ -41,7 +41,7 @@ def resources(settings: EvaluationSettings) -> dict[str, float]:
 
 
 def reserve(settings: EvaluationSettings, *, timeout: float) -> PlacementGroup | None:
-    """Reserves the evaluation's resources for the whole run, so that workers, also elastic ones, never take them.
+    """Reserves the evaluation's resources for the run's lifetime, so that workers, also elastic ones, never take them.
 
     Raises:
         ValueError: no node has them free within `timeout` seconds.

@@ -85,7 +85,7 @@ class Range:
     low: float
     high: float
     log: bool
-    whole: bool
+    integer: bool
 
     def fields(self, label: Any) -> dict[str, Any]:
         """The fields that a value sets."""
@@ -97,7 +97,7 @@ class Range:
             value = math.exp(random.uniform(math.log(self.low), math.log(self.high)))
         else:
             value = float(random.uniform(self.low, self.high))
-        return round(value) if self.whole else value
+        return round(value) if self.integer else value
 
 
 @dataclass(frozen=True)
@@ -341,7 +341,7 @@ def _distribution(axis: Any) -> Any:
 
     if not isinstance(axis, Range):
         return CategoricalDistribution(range(len(axis.choices)))  # by place, as a value may be a list
-    if axis.whole:
+    if axis.integer:
         return IntDistribution(int(axis.low), int(axis.high), log=axis.log)
     return FloatDistribution(axis.low, axis.high, log=axis.log)
 
@@ -422,4 +422,4 @@ def _moved(value: object, axis: Choices | Range, random: np.random.Generator) ->
     width = (axis.high - axis.low) * (_FACTOR - 1)
     near = value * (_FACTOR if up else 1 / _FACTOR) if axis.log else value + (width if up else -width)
     kept = min(max(near, axis.low), axis.high)
-    return round(kept) if axis.whole else float(kept)
+    return round(kept) if axis.integer else float(kept)

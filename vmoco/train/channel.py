@@ -62,7 +62,7 @@ class Channel:
         self._stop.set()
 
     async def stop_requested(self) -> bool:
-        """Waits until somebody asks the workers to stop."""
+        """Waits until the driver asks the workers to stop."""
         return await self._stop.wait()
 
 
