@@ -64,7 +64,7 @@ class ScalingSettings(Settings):
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores, and threads, of each worker."""
     max_failures: int = Field(3, ge=0)
-    """Times a run restarts from its last checkpoint after a worker or node was lost."""
+    """How often a run restarts from one checkpoint after a worker or node was lost. Each new checkpoint counts anew."""
     wait_for_nodes: bool = False
     """Wait for an autoscaler to bring what the cluster lacks, instead of refusing to start."""
 

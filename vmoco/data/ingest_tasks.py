@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vmoco import storage
+from vmoco.cluster import ray_internals
 from vmoco.data import fetch, shard
 from vmoco.data.clips import ClipPlan, Part
 from vmoco.data.decoder import Decoder
@@ -72,7 +73,7 @@ def run_tasks(task: Callable[[str], str], items: list[str], *, num_cpus: float) 
     bars, level = context.enable_progress_bars, log.level
     context.enable_progress_bars = False
     log.setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that bars are off
+    logging.getLogger(ray_internals.PROGRESS_LOGGER).setLevel(logging.ERROR)  # it warns that bars are off
     try:
         # One block per text is one task per text.
         blocks = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
