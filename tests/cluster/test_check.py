@@ -17,7 +17,7 @@ from vmoco.model.cost import Speed
 from vmoco.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
-SERVER = "https://door:5443"
+SERVER = "https://gateway:5443"
 VERSIONS = {"python": "3.11.7", "ray": "2.60.0", "torch": "2.14.1", "vmoco": "aaaa"}
 GOOD = NodeReport(
     address="192.0.2.10",

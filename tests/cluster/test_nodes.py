@@ -45,6 +45,6 @@ def test_builds_of_one_version_are_one_version() -> None:
 def test_a_database_file_is_for_one_machine() -> None:
     """Nodes of one machine may share it, also several; machines may not."""
     assert tracker_problems("sqlite:////home/mlflow.db", {"192.0.2.10"}) == []
-    assert tracker_problems("https://door:5443", {"192.0.2.10", "192.0.2.11"}) == []
+    assert tracker_problems("https://gateway:5443", {"192.0.2.10", "192.0.2.11"}) == []
     (problem,) = tracker_problems("sqlite:////home/mlflow.db", {"192.0.2.10", "192.0.2.11"})
     assert "is a file of one machine, and the cluster has 2 nodes: set MLFLOW_TRACKING_URI" in problem
