@@ -133,9 +133,9 @@ def test_a_refused_setting_is_one_line() -> None:
     class Plain(pydantic.BaseModel):
         steps: int
 
-    with pytest.raises(ValueError, match=r"train\.steps -3 is not allowed") as ours:
+    with pytest.raises(ValueError, match=r"--train\.steps -3 is not allowed") as ours:
         TrainSettings(steps=-3)
-    assert job.describe(ours.value).startswith("error: train.steps -3 is not allowed: ")
+    assert job.describe(ours.value).startswith("error: --train.steps -3 is not allowed: ")
     with pytest.raises(pydantic.ValidationError) as theirs:
         Plain.model_validate({"steps": "x"})
     assert job.describe(theirs.value).startswith("error: steps: Input should be a valid integer")
