@@ -20,18 +20,24 @@ _FILL_AGAIN = 0.9
 """Share of the bound that is left after making room: not every newcomer has to look through all files."""
 
 
+class CacheError(ValueError):
+    """The folder or the disk of a cache cannot take a file."""
+
+
 class ClipCache:
     """A folder of clips.
 
     Args:
         folder: on this node's disk; made if it is not there.
         max_bytes: most that it may hold.
+        setting: what names the folder, for error messages.
 
     Raises:
-        ValueError: the folder cannot be used.
+        CacheError: the folder cannot be used.
     """
 
-    def __init__(self, folder: Path, *, max_bytes: int) -> None:
+    def __init__(self, folder: Path, *, max_bytes: int, setting: str = "--data.cache") -> None:
+        self._setting = setting
         self._folder = folder
         self._max_bytes = max_bytes
         try:
@@ -39,18 +45,17 @@ class ClipCache:
             with self._account():
                 pass
         except OSError as error:
-            raise ValueError(f"data.cache {folder} cannot be used ({error.strerror}): give another folder") from error
+            raise CacheError(f"{setting} {folder} cannot be used ({error.strerror}): give another folder") from error
 
-    def get(self, name: str, num_bytes: int, *, fetch: Callable[[], bytes]) -> Path:
+    def get(self, name: str, *, fetch: Callable[[], bytes]) -> Path:
         """The file of a clip; fetched first where it is not there.
 
         Args:
             name: SHA-256 of its bytes.
-            num_bytes: its size.
             fetch: returns its bytes.
 
         Raises:
-            ValueError: there is no room for it.
+            CacheError: there is no room for it.
         """
         path = self._folder / name[:2] / name
         try:
@@ -64,14 +69,14 @@ class ClipCache:
         with self._account() as account:
             if path.exists():  # another process was faster
                 return path
-            self._make_room(num_bytes, account)
+            self._make_room(len(content), account)
             try:
                 path.parent.mkdir(exist_ok=True)
                 temporary.write_bytes(content)
                 os.replace(temporary, path)
             except OSError as error:
-                raise ValueError(
-                    f"data.cache {self._folder} cannot take a clip ({error.strerror}): lower data.cache-gib below what "
+                raise CacheError(
+                    f"{self._setting} {self._folder} cannot take a file ({error.strerror}): lower its bound below what "
                     "the disk has free, or give another folder"
                 ) from error
             finally:
@@ -89,8 +94,9 @@ class ClipCache:
 
     def _make_room(self, num_bytes: int, account: Path) -> None:
         if num_bytes > self._max_bytes:
-            raise ValueError(
-                f"data.cache-gib {self._max_bytes / 2**30:.3f} is below one clip of {num_bytes} bytes: raise it"
+            raise CacheError(
+                f"{self._setting} {self._folder} may hold {self._max_bytes / 2**30:.3f} GiB, less than one file of "
+                f"{num_bytes} bytes: raise its bound"
             )
         used = int(account.read_text() or 0) + num_bytes
         if used > self._max_bytes:

@@ -105,8 +105,7 @@ class ClipReader:
 
     def _remote(self, clip: int) -> memoryview:
         assert self._cache is not None, "called for remote shards alone"
-        size = int(self._num_bytes[clip])
-        path = self._cache.get(self._sha256[clip].as_py(), size, fetch=lambda: self._fetch(clip))
+        path = self._cache.get(self._sha256[clip].as_py(), fetch=lambda: self._fetch(clip))
         try:
             return _mapped(path)
         except (FileNotFoundError, ValueError):  # removed by another process to make room, just now

@@ -17,7 +17,6 @@ import importlib.metadata
 import json
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from vmoco.encoders.encoder_program import CARD, PROGRAM
 from vmoco.encoders.portable import ONNX, write_onnx, write_program
 from vmoco.model.backbone import Backbone, build_backbone
 
-__all__ = ["Encoder", "Preprocessing", "load_encoder", "read_encoder", "write_folder"]
+__all__ = ["Encoder", "Preprocessing", "load_encoder", "write_folder"]
 
 VERSION = 2
 WEIGHTS, SETTINGS, VIDEOS = "encoder.safetensors", "settings.json", "videos.parquet"
@@ -107,54 +106,44 @@ def load_encoder(uri: str) -> Encoder:
     if uri.startswith(("models:/", "runs:/")):
         from vmoco.encoders import registry
 
-        with tempfile.TemporaryDirectory() as folder:
-            sha256 = registry.fetch(uri, Path(folder), names=(CARD, WEIGHTS))
-            return read_encoder(Path(folder), uri, sha256=sha256)
-    return read_encoder(Path(uri), uri)
-
-
-def read_encoder(folder: Path, uri: str, *, sha256: str | None = None) -> Encoder:
-    """Reads an encoder from a folder.
-
-    Args:
-        folder: with card and weights.
-        uri: its name in errors.
-        sha256: of its card, as the registry recorded it; None for a folder of one's own, which has no other record.
-
-    Raises:
-        ValueError: as for `load_encoder`.
-    """
-    content = read_card(folder, uri, sha256=sha256)
-    card = json.loads(content)
-    if card.get("version") != VERSION:
-        raise ValueError(f"encoder {uri} is of version {card.get('version')}, this vmoco reads version {VERSION}")
-    try:
-        weights = (folder / WEIGHTS).read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"encoder {uri} is damaged: it has no {WEIGHTS}") from None
+        located = registry.locate(uri)
+        card = _parsed(registry.pull(located, CARD, sha256=located.card_sha256), uri)
+        return _encoder(card, registry.pull(located, WEIGHTS, sha256=card["files"][WEIGHTS]))
+    folder = Path(uri)
+    card = _parsed(_read(folder / CARD, f"{uri} is not an encoder of vmoco"), uri)
+    weights = _read(folder / WEIGHTS, f"encoder {uri} is damaged")
     if hashlib.sha256(weights).hexdigest() != card["files"].get(WEIGHTS):
-        raise ValueError(f"encoder {uri} is damaged or was changed: its weights do not have the hash that {CARD} says")
-    backbone = build_backbone(card["backbone"])
-    backbone.load_state_dict(load(weights))  # the very bytes that were checked
-    return Encoder(backbone, Preprocessing.from_json(card["preprocessing"]), card).eval()
+        raise ValueError(f"encoder {uri} is damaged or was changed: its weights do not have the hash in its {CARD}")
+    return _encoder(card, weights)
 
 
-def read_card(folder: Path, uri: str, *, sha256: str | None) -> bytes:
-    """The bytes of a card, checked against the registry's record of it, where there is one.
+def _read(path: Path, problem: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{problem}: it has no {path.name}") from None
+
+
+def _parsed(content: bytes, uri: str) -> dict[str, Any]:
+    """The card of an encoder.
 
     Raises:
-        ValueError: there is none, or it is another.
+        ValueError: it is no JSON, or of another version.
     """
     try:
-        content = (folder / CARD).read_bytes()
-        json.loads(content)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{uri} is not an encoder of vmoco: it has no {CARD}") from None
+        card: dict[str, Any] = json.loads(content)
     except ValueError:
         raise ValueError(f"encoder {uri} is damaged: its {CARD} is no JSON") from None
-    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"encoder {uri} is damaged or was changed: its {CARD} is not the one that was registered")
-    return content
+    if card.get("version") != VERSION:
+        raise ValueError(f"encoder {uri} is of version {card.get('version')}, this vmoco reads version {VERSION}")
+    return card
+
+
+def _encoder(card: dict[str, Any], weights: bytes) -> Encoder:
+    """An encoder from a card and from weights, both of which were checked."""
+    backbone = build_backbone(card["backbone"])
+    backbone.load_state_dict(load(weights))
+    return Encoder(backbone, Preprocessing.from_json(card["preprocessing"]), card).eval()
 
 
 def git_commit() -> str | None:

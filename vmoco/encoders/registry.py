@@ -13,27 +13,34 @@ which is fetched once.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vmoco import tracking
+from vmoco import storage, tracking
+from vmoco.data.clip_cache import CacheError, ClipCache
 from vmoco.encoders import encoder_program, model_card
 from vmoco.encoders.encoder_program import CARD, SHA256_TAG
-from vmoco.encoders.package import VIDEOS, read_card
+from vmoco.encoders.package import VIDEOS
 from vmoco.storage import file_sha256
 
 ARTIFACT_FOLDER = "encoder"
 CANDIDATE, CHAMPION = "candidate", "champion"
+_PAGE = 100  # entries in one answer of the registry
+_CACHE_GIB = 10.0
 _METRICS = ("loss", "accuracy", "retrieval", "effective_rank", "embedding_std", "generator_loss")
 """Of a run, those that its model card shows, where they were tracked."""
 
@@ -119,21 +126,24 @@ def check_alias(alias: str) -> None:
         )
 
 
-def fetch(uri: str, folder: Path, *, names: Sequence[str]) -> str | None:
-    """Copies files of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/ID/FOLDER` into a folder.
+@dataclass(frozen=True)
+class Located:
+    """Where the files of an encoder are, and what the tracker's database says about them."""
 
-    Args:
-        uri: which encoder.
-        folder: receives the files.
-        names: files of the encoder; those that it has not are left out.
+    uri: str
+    """As it was asked for."""
+    source: str
+    """Artifact URI of its folder."""
+    card_sha256: str
+    """SHA-256 of its card, as it was recorded when the encoder was registered or attached."""
 
-    Returns:
-        The SHA-256 of its card, as it was recorded when the encoder was registered or attached.
+
+def locate(uri: str) -> Located:
+    """Finds `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/ID/FOLDER`.
 
     Raises:
-        ValueError: there is no such name, alias or version; what there is, is listed.
+        ValueError: there is no such name, alias or version; the message lists what there is.
     """
-    import mlflow
     from mlflow.exceptions import MlflowException
 
     tracker = tracking.client()
@@ -147,16 +157,59 @@ def fetch(uri: str, folder: Path, *, names: Sequence[str]) -> str | None:
             run = tracker.get_run(run_id)
             source = f"{run.info.artifact_uri}/{artifact_folder}"
             record = run.data.tags.get(f"{SHA256_TAG}.{artifact_folder}")
-        if record is None:
-            raise ValueError(f"{uri} has no record of its hash: it was not registered by vmoco, so it is not read")
-        for name in names:
-            got = mlflow.artifacts.download_artifacts(
-                artifact_uri=f"{source}/{name}", tracking_uri=tracking.tracking_uri()
-            )
-            shutil.copy(got, folder / name)
     except (MlflowException, OSError) as error:
         raise ValueError(f"{uri} cannot be fetched from {tracking.tracking_uri()}: {error}") from error
-    return str(record)
+    if record is None:
+        raise ValueError(f"{uri} has no record of its hash: it was not registered by vmoco, so it is not read")
+    return Located(uri, source, str(record))
+
+
+def pull(located: Located, name: str, *, sha256: str) -> bytes:
+    """A file of an encoder whose hash is known: from the cache below $VMOCO_HOME, or from where the encoder is stored.
+
+    The cache is bounded (10 GiB, or VMOCO_ENCODER_CACHE_GIB) and named by hashes, so equal files are kept once; what
+    it holds is checked on each load.
+
+    Raises:
+        ValueError: the file is missing, damaged or was changed.
+    """
+    place = Path(storage.join(storage.home(), "encoders"))
+    gib = float(os.environ.get("VMOCO_ENCODER_CACHE_GIB") or _CACHE_GIB)
+    fetched: list[bytes] = []
+
+    def fetch() -> bytes:
+        fetched.append(_download(located, name, sha256))
+        return fetched[0]
+
+    try:
+        cache = ClipCache(place, max_bytes=int(gib * 2**30), setting="VMOCO_ENCODER_CACHE_GIB")
+        path = cache.get(sha256, fetch=fetch)
+    except CacheError:  # a home that cannot be written, or too small a bound, keeps nobody from an encoder
+        return fetched[0] if fetched else fetch()
+    with contextlib.suppress(FileNotFoundError):  # removed by another process just now, to make room
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() == sha256:
+            return content
+        cache.drop(sha256)  # damaged on this machine's disk: where the encoder is stored it is complete
+    return _download(located, name, sha256)
+
+
+def _download(located: Located, name: str, sha256: str) -> bytes:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = mlflow.artifacts.download_artifacts(
+                artifact_uri=f"{located.source}/{name}", dst_path=folder, tracking_uri=tracking.tracking_uri()
+            )
+            content = Path(path).read_bytes()
+        except (MlflowException, OSError) as error:
+            raise ValueError(f"{located.uri} cannot be fetched from {tracking.tracking_uri()}: {error}") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        record = "the one that was registered" if sha256 == located.card_sha256 else f"the one that its {CARD} records"
+        raise ValueError(f"encoder {located.uri} is damaged or was changed: its {name} is not {record}")
+    return content
 
 
 def find_version(uri: str) -> Any:
@@ -209,7 +262,7 @@ def find_run(run: str) -> Any:
     try:
         return tracker.get_run(run)
     except MlflowException:
-        experiments = [experiment.experiment_id for experiment in tracker.search_experiments()]
+        experiments = [experiment.experiment_id for experiment in _paged(tracker.search_experiments)]
         quoted = run.replace("'", "")
         named = tracker.search_runs(
             experiments, f"attributes.run_name = '{quoted}'", max_results=1, order_by=["attributes.start_time DESC"]
@@ -238,7 +291,7 @@ def versions(name: str | None = None) -> list[Any]:
     names = [name] if name else [model.name for model in _models(tracker)]
     found = []
     for each in names:
-        listed = tracker.search_model_versions(f"name = '{each}'", max_results=1000)
+        listed = _paged(tracker.search_model_versions, f"name = '{each}'")
         # The search leaves tags and aliases of some stores out; the version itself has them.
         found += [tracker.get_model_version(each, version.version) for version in listed]
     return sorted(found, key=lambda version: (version.name, -int(version.version)))
@@ -246,7 +299,18 @@ def versions(name: str | None = None) -> list[Any]:
 
 def _models(tracker: Any) -> list[Any]:
     # The search leaves aliases out; the model itself has them.
-    return [tracker.get_registered_model(model.name) for model in tracker.search_registered_models(max_results=100)]
+    return [tracker.get_registered_model(model.name) for model in _paged(tracker.search_registered_models)]
+
+
+def _paged(search: Callable[..., Any], filter_string: str | None = None) -> list[Any]:
+    """All entries of a search of MLflow, which gives them page by page."""
+    found, token = [], None
+    while True:
+        page = search(filter_string=filter_string, max_results=_PAGE, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
 
 
 def _write_mlmodel(folder: Path, card: dict[str, Any]) -> None:
@@ -308,17 +372,14 @@ def encoders_that_saw(video_id: str) -> Lineage:
     found_in: dict[str, tuple[bool, bool]] = {}  # by the hash of the list: whether it is in it, and held out
     for version in versions():
         uri = f"models:/{version.name}/{version.version}"
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place)
-            sha256 = fetch(uri, folder, names=(CARD,))
-            card = json.loads(read_card(folder, uri, sha256=sha256))
-            listed = card["files"].get(VIDEOS)
-            if listed is None:
-                unknown.append(uri)
-                continue
-            if listed not in found_in:
-                fetch(uri, folder, names=(VIDEOS,))
-                found_in[listed] = _look_up(folder / VIDEOS, video_id, sha256=listed, uri=uri)
+        located = locate(uri)
+        card = json.loads(pull(located, CARD, sha256=located.card_sha256))
+        listed = card["files"].get(VIDEOS)
+        if listed is None:
+            unknown.append(uri)
+            continue
+        if listed not in found_in:
+            found_in[listed] = _look_up(pull(located, VIDEOS, sha256=listed), video_id)
         seen, held_out = found_in[listed]
         if seen:
             aliases = tuple(sorted(version.aliases))
@@ -326,8 +387,6 @@ def encoders_that_saw(video_id: str) -> Lineage:
     return Lineage(tuple(sightings), tuple(unknown))
 
 
-def _look_up(path: Path, video_id: str, *, sha256: str, uri: str) -> tuple[bool, bool]:
-    if file_sha256(str(path)) != sha256:
-        raise ValueError(f"encoder {uri} is damaged or was changed: its {VIDEOS} does not have the hash of its card")
-    row = pq.read_table(path, filters=pc.field("video_id") == video_id)
+def _look_up(videos: bytes, video_id: str) -> tuple[bool, bool]:
+    row = pq.read_table(pa.BufferReader(videos), filters=pc.field("video_id") == video_id)
     return row.num_rows > 0, bool(row.num_rows and row["held_out"][0].as_py())
