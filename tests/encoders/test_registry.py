@@ -76,7 +76,9 @@ def test_encoders_are_pulled_by_alias_and_version(folder: Path, manifest: Manife
 
 def test_the_champion_is_not_given_away(folder: Path, manifest: Manifest, tracker_home: Path) -> None:
     """Registration refuses the alias, and says how it is earned."""
-    with pytest.raises(ValueError, match=r"alias 'champion' is not given at registration.*jobs/registry.py promote"):
+    with pytest.raises(
+        ValueError, match=r"alias 'champion' cannot be set when an encoder is registered.*jobs/registry.py promote"
+    ):
         registry.register("no run", name="tested", alias="champion")
 
 

@@ -1,13 +1,15 @@
-"""The encoder as a thing of its own: a folder that any process can load, without Ray.
+"""An exported encoder: a folder that any process can load, without Ray.
 
     encoder.safetensors   weights of the backbone
-    encoder.json          the card: preprocessing, lineage, and the SHA-256 of every other file of this list
-    settings.json         the resolved settings of the run, the same bytes as in its checkpoint and in MLflow
-    videos.parquet        which videos it was trained on, and which were held out
-    program.pt2           the same network for whoever has no vmoco (`vmoco/encoders/encoder_program.py`)
+    encoder.json          the card: preprocessing, lineage, and the SHA-256 of each file listed here
+    settings.json         all settings of the run, the same bytes as in its checkpoint and in MLflow
+    videos.parquet        the videos of its data set, and which of them were held out
+    program.pt2           the network as a program that needs no vmoco (`encoder_program.py`)
+    encoder.onnx          the same for ONNX Runtime, if it was asked for
 
-`load_encoder` reads safetensors and JSON alone, so nothing in the folder can run code, and only files whose hash is
-the recorded one: the card holds the files' hashes, the registry the card's.
+Imported weights have no settings.json and no videos.parquet. `registry.attach` adds README.md and plots/ for people,
+and MLmodel, requirements and code/ for MLflow. `load_encoder` reads safetensors and JSON only, so no file of the folder
+can run code, and it reads only bytes that have the recorded hash: the card records the files, the registry the card.
 """
 
 from __future__ import annotations
@@ -52,14 +54,14 @@ def write_folder(
     lineage: dict[str, Any],
     onnx: bool = False,
 ) -> dict[str, Any]:
-    """Writes weights, program and, last, the card, which accounts for every file in the folder.
+    """Writes weights, program and, last, the card, with the hash of every file in the folder.
 
     Args:
-        folder: exists; what the encoder brings along is in it already.
+        folder: exists, and already holds settings.json and videos.parquet if the encoder has them.
         backbone: its weights.
         backbone_name: for `build_backbone`.
         preprocessing: of the encoder.
-        lineage: where it comes from: entries of the card.
+        lineage: entries of the card about its origin.
         onnx: also write encoder.onnx.
 
     Returns:
@@ -89,7 +91,7 @@ def write_folder(
 
 
 def add_scores(folder: Path, scores: dict[str, dict[str, Any]]) -> None:
-    """Notes scores in the card of an encoder that is not registered yet, by protocol."""
+    """Adds scores, by protocol, to the card of an encoder that is not registered yet."""
     card = json.loads((folder / CARD).read_text())
     storage.write_atomic(str(folder / CARD), json.dumps(card | {"scores": scores}, indent=1, sort_keys=True).encode())
 
@@ -98,10 +100,10 @@ def load_encoder(uri: str) -> Encoder:
     """Loads an encoder in evaluation mode, on the CPU.
 
     Args:
-        uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/ID/encoder`, or a folder that `write_encoder` wrote.
+        uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/ID/encoder`, or a folder that `write_folder` wrote.
 
     Raises:
-        ValueError: there is none, it is damaged or was changed, or it is of another version.
+        ValueError: there is none, it is damaged or was changed, or its format has another version.
     """
     if uri.startswith(("models:/", "runs:/")):
         from vmoco.encoders import registry
@@ -128,7 +130,7 @@ def _parsed(content: bytes, uri: str) -> dict[str, Any]:
     """The card of an encoder.
 
     Raises:
-        ValueError: it is no JSON, or of another version.
+        ValueError: it is not JSON, or its format has another version.
     """
     try:
         card: dict[str, Any] = json.loads(content)
@@ -140,19 +142,19 @@ def _parsed(content: bytes, uri: str) -> dict[str, Any]:
 
 
 def _encoder(card: dict[str, Any], weights: bytes) -> Encoder:
-    """An encoder from a card and from weights, both of which were checked."""
+    """Builds an encoder from a card and weights whose hashes were checked."""
     backbone = build_backbone(card["backbone"])
     backbone.load_state_dict(load(weights))
     return Encoder(backbone, Preprocessing.from_json(card["preprocessing"]), card).eval()
 
 
 def git_commit() -> str | None:
-    """The commit of vmoco's own sources, `+changes` where they differ from it; None outside a git checkout.
+    """The commit of vmoco's sources, with `+changes` if files differ from it; None outside a git checkout.
 
-    VMOCO_COMMIT overrides it, for images and working directories that travel without .git.
+    VMOCO_COMMIT overrides it, for images and working directories without .git.
     """
-    if told := os.environ.get("VMOCO_COMMIT"):
-        return told
+    if given := os.environ.get("VMOCO_COMMIT"):
+        return given
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -173,4 +175,4 @@ def _versions() -> dict[str, str]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions | {"torch": torch.__version__}  # with its build
+    return versions | {"torch": torch.__version__}  # with the build, such as +cpu

@@ -14,8 +14,9 @@ from tests.dataset import make_data_set
 from tests.made import TINY, clips, save_checkpoint
 from vmoco.data.manifest import Manifest
 from vmoco.encoders import package
+from vmoco.storage import file_sha256
 from vmoco.train import publish
-from vmoco.train.state import TrainState, file_sha256
+from vmoco.train.state import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_the_card_says_where_it_comes_from(written: tuple[Path, TrainState], man
     assert {"vmoco", "torch", "torchvision", "safetensors"} <= set(card["versions"])
     assert "git_commit" in card
     others = {path.name for path in written[0].iterdir()} - {package.CARD}
-    assert card["files"] == {name: file_sha256(written[0] / name) for name in others}
+    assert card["files"] == {name: file_sha256(str(written[0] / name)) for name in others}
     assert others == {"encoder.safetensors", "settings.json", "videos.parquet", "program.pt2"}
 
 
