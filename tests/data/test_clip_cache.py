@@ -26,7 +26,7 @@ def put(cache: ClipCache, number: int, size: int = 1000) -> bool:
         fetched.append(number)
         return content
 
-    assert cache.get(hashlib.sha256(content).hexdigest(), size, fetch=fetch).read_bytes() == content
+    assert cache.get(hashlib.sha256(content).hexdigest(), fetch=fetch).read_bytes() == content
     return bool(fetched)
 
 
@@ -71,8 +71,8 @@ def test_what_a_killed_process_left_is_counted(tmp_path: Path) -> None:
 
 
 def test_a_clip_above_the_bound_is_an_error(tmp_path: Path) -> None:
-    """The message names the flag."""
-    with pytest.raises(ValueError, match=r"--data\.cache-gib 0\.000 is below one clip of 1000 bytes: raise it"):
+    """The message names the setting."""
+    with pytest.raises(ValueError, match=r"--data\.cache .* may hold 0\.000 GiB, less than one file of 1000 bytes"):
         put(ClipCache(tmp_path, max_bytes=500), 1)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"--data\.cache .*file cannot be used"):

@@ -40,18 +40,24 @@ def cache_for(uri: str, *, folder: str | None = None, gib: float = 50.0) -> Clip
     return ClipCache(place / "clips", max_bytes=int(gib * 2**30))
 
 
+class CacheError(ValueError):
+    """The folder or the disk of a cache cannot take a file."""
+
+
 class ClipCache:
     """A folder of clips.
 
     Args:
         folder: on this node's disk; made if it is not there.
         max_bytes: most that it may hold.
+        setting: what names the folder, for error messages.
 
     Raises:
-        ValueError: the folder cannot be used.
+        CacheError: the folder cannot be used.
     """
 
-    def __init__(self, folder: Path, *, max_bytes: int) -> None:
+    def __init__(self, folder: Path, *, max_bytes: int, setting: str = "--data.cache") -> None:
+        self._setting = setting
         self._folder = folder
         self._max_bytes = max_bytes
         try:
@@ -59,18 +65,17 @@ class ClipCache:
             with self._locked_size():
                 pass
         except OSError as error:
-            raise ValueError(f"--data.cache {folder} cannot be used ({error.strerror}): give another folder") from error
+            raise CacheError(f"{setting} {folder} cannot be used ({error.strerror}): give another folder") from error
 
-    def get(self, name: str, num_bytes: int, *, fetch: Callable[[], bytes]) -> Path:
+    def get(self, name: str, *, fetch: Callable[[], bytes]) -> Path:
         """The file of a clip; fetched first where it is not there.
 
         Args:
             name: SHA-256 of its bytes.
-            num_bytes: its size.
             fetch: returns its bytes.
 
         Raises:
-            ValueError: the cache or the disk is too small for it.
+            CacheError: the cache or the disk is too small for it.
         """
         path = self._folder / name[:2] / name
         try:
@@ -84,15 +89,15 @@ class ClipCache:
         with self._locked_size() as size_file:
             if path.exists():  # another process was faster
                 return path
-            self._make_space(num_bytes, size_file)
+            self._make_space(len(content), size_file)
             try:
                 path.parent.mkdir(exist_ok=True)
                 temporary.write_bytes(content)
                 os.replace(temporary, path)
             except OSError as error:
-                raise ValueError(
-                    f"--data.cache {self._folder}: a clip cannot be written ({error.strerror}); lower --data.cache-gib "
-                    "below the free space of the disk, or give another folder"
+                raise CacheError(
+                    f"{self._setting} {self._folder}: a file cannot be written ({error.strerror}); lower its bound below "
+                    "the free space of the disk, or give another folder"
                 ) from error
             finally:
                 temporary.unlink(missing_ok=True)
@@ -109,8 +114,9 @@ class ClipCache:
 
     def _make_space(self, num_bytes: int, size_file: Path) -> None:
         if num_bytes > self._max_bytes:
-            raise ValueError(
-                f"--data.cache-gib {self._max_bytes / 2**30:.3f} is below one clip of {num_bytes} bytes: raise it"
+            raise CacheError(
+                f"{self._setting} {self._folder} may hold {self._max_bytes / 2**30:.3f} GiB, less than one file of "
+                f"{num_bytes} bytes: raise its bound"
             )
         used = int(size_file.read_text() or 0) + num_bytes
         if used > self._max_bytes:

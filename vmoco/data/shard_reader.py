@@ -160,8 +160,7 @@ class ClipReader:
             return self._mapped(clip)
         if self._cache is None:
             return memoryview(self._fetch(clip))
-        size = int(self._num_bytes[clip])
-        path = self._cache.get(self._sha256[clip].as_py(), size, fetch=lambda: self._fetch(clip))
+        path = self._cache.get(self._sha256[clip].as_py(), fetch=lambda: self._fetch(clip))
         try:
             return _map(path)
         except FileNotFoundError:  # another process has just removed it to make space

@@ -251,7 +251,7 @@ def _send_rest(run: Run, show: Callable[[str], None]) -> None:
     if not storage.exists(file):
         return
     show(f"waiting for the tracker, up to {_TRACKER_SECONDS:.0f} s")
-    spool = tracking.spool(tracking.tracking_uri(), run.run_id, file=file)
+    spool = tracking.spool(tracking.tracking_uri(), run.run_id, file=file, warn=show)
     if problem := spool.close(timeout=_TRACKER_SECONDS):
         raise ValueError(f"run {run.settings.run.name} has trained to its end, and {problem}: {_how_to_resume(run)}")
 

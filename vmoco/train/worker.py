@@ -134,7 +134,9 @@ class RayHost:
                     failed=self._not_scored,
                 )
         if context.get_local_rank() == 0:  # one of each machine says how the machine is
-            self._spool = tracking.spool(config["tracking_uri"], config["run_id"], file=file, may_send=may_send)
+            self._spool = tracking.spool(
+                config["tracking_uri"], config["run_id"], file=file, may_send=may_send, warn=self.say
+            )
             node = "" if context.get_node_rank() == 0 else f"node-{context.get_node_rank()}"
             self._system = SystemMetrics(node)
 
