@@ -96,8 +96,8 @@ class ClipCache:
                 os.replace(temporary, path)
             except OSError as error:
                 raise CacheError(
-                    f"{self._setting} {self._folder}: a file cannot be written ({error.strerror}); lower its bound below "
-                    "the free space of the disk, or give another folder"
+                    f"{self._setting} {self._folder}: a file cannot be written ({error.strerror}); lower its bound "
+                    "below the free space of the disk, or give another folder"
                 ) from error
             finally:
                 temporary.unlink(missing_ok=True)
