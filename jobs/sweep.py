@@ -14,14 +14,12 @@ command goes on with a sweep that was stopped: trials that have ended are not re
 checkpoints, and those that failed are tried again.
 """
 
-import tyro
-
 from vmoco import job
-from vmoco.job_settings import SWEEPS
+from vmoco.job_settings import SWEEPS, read_preset
 
 
 def main() -> None:
-    settings = tyro.extras.overridable_config_cli(SWEEPS, description=__doc__)
+    settings = read_preset(SWEEPS, description=__doc__)
     from vmoco.sweep.prepare import prepare
 
     prepared = prepare(settings)

@@ -6,13 +6,17 @@ pretraining; the settings of a sweep contain those, because each of its trials i
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 from pydantic import Field
+from tyro.constructors import MISSING, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from vmoco.config import PretrainSettings, Settings, Unhashed
 from vmoco.presets import PRESETS
+
+_Read = TypeVar("_Read")
 
 Encoding = Literal["raw", "jpeg"]
 Layout = Literal["table", "kinetics", "ucf101", "hmdb51"]
@@ -226,3 +230,45 @@ class SweepSettings(Settings):
 
 SWEEPS = {name: (about, SweepSettings(pretrain=settings)) for name, (about, settings) in PRESETS.items()}
 """The presets of `jobs/pretrain.py`, to start a sweep from."""
+
+
+class _NotAllowedError(Exception):
+    """The message of a ValueError, which tyro does not catch."""
+
+
+def _settings_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+    if not (isinstance(info.type, type) and issubclass(info.type, Settings)):
+        return None
+    kind = info.type
+    hints = get_type_hints(kind, include_extras=True)
+
+    def build(**values: Any) -> Settings:
+        try:
+            return kind(**values)
+        except ValueError as error:
+            raise _NotAllowedError(str(error)) from None
+
+    build.__doc__ = kind.__doc__
+    fields = []
+    for name, field in kind.model_fields.items():
+        default = MISSING if field.is_required() else field.default
+        if isinstance(info.default, Settings):
+            default = getattr(info.default, name)
+        fields.append(StructFieldSpec(name=name, type=hints[name], default=default, helptext=field.description))
+    return StructConstructorSpec(instantiate=build, fields=tuple(fields))
+
+
+def read_preset(presets: Mapping[str, tuple[str, _Read]], *, description: str | None) -> _Read:
+    """Reads a preset and the flags that change it from the command line; `--help` and unknown flags end the process.
+
+    tyro would print a value that is not allowed in a box, under a name of its own (`__tyro-dummy-inner__.moco`).
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.struct_rule(_settings_rule)
+    try:
+        return tyro.extras.overridable_config_cli(dict(presets), description=description, registry=registry)
+    except _NotAllowedError as error:
+        raise ValueError(str(error)) from None
