@@ -306,7 +306,7 @@ class ScalingSettings(Settings):
     cpus_per_worker: int = Field(1, ge=1)
     """Number of CPU cores, and of threads, of each worker."""
     max_failures: int = Field(3, ge=0)
-    """How often the run restarts from its last checkpoint after a worker or a node was lost, before it fails."""
+    """How often the run restarts from one checkpoint after a worker or a node was lost. Each new checkpoint counts anew."""
     wait_for_nodes: bool = False
     """Waits until an autoscaler has added the nodes that the cluster lacks. Otherwise the job fails at once."""
 
