@@ -16,13 +16,14 @@ Ctrl-C or `ray job stop` saves a checkpoint and ends the job. To resume a run, s
 
 import signal
 
+import tyro
+
 from vmoco import job
-from vmoco.job_settings import read_preset
 from vmoco.presets import PRESETS
 
 
 def main() -> None:
-    settings = read_preset(PRESETS, description=__doc__)
+    settings = tyro.extras.overridable_config_cli(PRESETS, description=__doc__)
     from vmoco.train import run
 
     prepared = run.prepare(settings)

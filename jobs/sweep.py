@@ -14,12 +14,14 @@ A space is a built-in name, or a YAML file with one line per axis: a list (`moco
 not repeated, others go on from their checkpoints, and trials that failed are tried again.
 """
 
+import tyro
+
 from vmoco import job
-from vmoco.job_settings import SWEEPS, read_preset
+from vmoco.job_settings import SWEEPS
 
 
 def main() -> None:
-    settings = read_preset(SWEEPS, description=__doc__)
+    settings = tyro.extras.overridable_config_cli(SWEEPS, description=__doc__)
     from vmoco.sweep.prepare import prepare
 
     prepared = prepare(settings)

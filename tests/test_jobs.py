@@ -61,18 +61,23 @@ def test_help_names_the_flags(words: str, flag: str) -> None:
     assert float(seconds.split()[1]) < 15
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sweep"])
-@pytest.mark.parametrize(
-    ("flags", "line"),
-    [
-        (["--moco.momentum", "4"], "error: --moco.momentum 4.0 is not allowed: it must be less than 1"),
-        (
-            ["--moco.queue-size", "4"],
-            "error: --moco.queue-size 4 is below --train.global-batch 8: lower the batch or raise the queue",
-        ),
-    ],
-)
-def test_a_wrong_value_is_answered_with_its_flag(name: str, flags: list[str], line: str) -> None:
-    """The same line for a value that is wrong alone and for two that do not fit, and nothing else."""
-    ended = run(f"jobs/{name}.py", "tiny", "--data.uri", "a", *flags)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", line + "\n")
+WRONG = {
+    "pretrain tiny --data.uri a --moco.momentum 4": "--moco.momentum 4.0 is not allowed: it must be less than 1",
+    "sweep tiny --data.uri a --moco.queue-size 4": "--moco.queue-size 4 is below --train.global-batch 8: lower the "
+    "batch or raise the queue",
+    "sweep tiny --data.uri a --samples 0": "--samples 0 is not allowed: it must be greater than or equal to 1",
+    "check cluster tiny --moco.momentum 4": "--moco.momentum 4.0 is not allowed: it must be less than 1",
+    "ingest --videos a --output b --height 3": "--height 3 is not allowed: it must be greater than or equal to 16",
+    "embed a --videos a --output b --batch-size 0": "--batch-size 0 is not allowed: it must be greater than or equal "
+    "to 1",
+    "evaluate a --data a --finetune.epochs 0": "--finetune.epochs 0 is not allowed: it must be greater than or equal "
+    "to 1",
+}
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG.items(), ids=list(WRONG))
+def test_a_wrong_value_is_answered_with_its_flag(words: str, message: str) -> None:
+    """One line with the flag as it is typed, whether the value is wrong alone or beside another, and nothing else."""
+    name, *flags = words.split()
+    ended = run(f"jobs/{name}.py", *flags)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", f"error: {message}\n")
