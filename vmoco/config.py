@@ -47,6 +47,12 @@ class Settings(BaseModel):
             raise ValueError("; ".join(map(self._message, error.errors()))) from None
 
     @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        for field in cls.model_fields.values():
+            if field.description:  # one line: the help has breaks of its own
+                field.description = " ".join(field.description.split())
+
+    @classmethod
     def _message(cls, problem: Any) -> str:
         if problem["type"] == "value_error":  # raised by a check of ours, here or in a group: complete already
             return str(problem["ctx"]["error"])
@@ -227,7 +233,7 @@ class MocoSettings(Settings):
     temperature: float = Field(0.07, gt=0)
     """Temperature of the contrastive loss. Lower values weigh the most similar negatives more (MoCo v2: 0.2)."""
     decay: float = Field(0.99999, gt=0, le=1)
-    """t: a key of age a has the weight t ** a. 1 turns the decay off."""
+    """The t in t ** a, the weight of a key with age a. 1 turns the decay off."""
     decay_schedule: DecaySchedule = "constant"
     """How t changes during training: not at all, towards --moco.decay-end in one of three ways, or lower the more the
     generator's drops change the embeddings (adversarial)."""
@@ -288,7 +294,7 @@ class TrainSettings(Settings):
 
 
 class ScalingSettings(Settings):
-    """Where the run computes. Changing it keeps the order of the batches, their augmentation and the queue."""
+    """Where the run computes. A change has no effect on the batches, their order, their augmentation or the queue."""
 
     group = "scaling"
 
@@ -306,8 +312,7 @@ class ScalingSettings(Settings):
     cpus_per_worker: int = Field(1, ge=1)
     """Number of CPU cores, and of threads, of each worker."""
     max_failures: int = Field(3, ge=0)
-    """How often the run restarts from one checkpoint after a worker or a node was lost. Each new checkpoint counts
-    anew."""
+    """How often the run restarts from one checkpoint after losing workers. A new checkpoint resets the count."""
     wait_for_nodes: bool = False
     """Waits until an autoscaler has added the nodes that the cluster lacks. Otherwise the job fails at once."""
 

@@ -20,6 +20,7 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from vmoco.cluster import ray_internals
+from vmoco.job_settings import plain_errors
 from vmoco.own_folder import make_folder
 
 _OBJECT_STORE_MEMORY = 512 * 2**20
@@ -36,7 +37,8 @@ def run_job(main: Callable[[], None]) -> NoReturn:
     """Calls `main` and ends the process: exit code 0, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM."""
     _exit_on_signals()
     try:
-        main()
+        with plain_errors():
+            main()
         line, code = "", 0
     except KeyboardInterrupt:
         line, code = "stopped", 130

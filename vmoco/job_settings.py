@@ -1,4 +1,4 @@
-"""The settings of the jobs other than pretraining: ingest, embed, evaluate, register, sweep.
+"""The settings of ingest, embed, evaluate, register and sweep, and the errors of a job that reads settings.
 
 One class a job, one docstring per field, which `--help` shows. `vmoco/config.py` has the base class and the settings of
 pretraining; the settings of a sweep contain those, because each of its trials is a pretraining.
@@ -6,10 +6,13 @@ pretraining; the settings of a sweep contain those, because each of its trials i
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import contextlib
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 from pydantic import Field
+from tyro.constructors import MISSING, ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from vmoco.config import PretrainSettings, Settings, Unhashed
 from vmoco.presets import PRESETS
@@ -209,8 +212,8 @@ class SweepSettings(Settings):
     metric: Metric = "retrieval"
     """Score that chooses the best trial; higher is better. knn needs labels."""
     scheduler: Literal["none", "asha", "pbt"] = "none"
-    """none trains every trial to its end. asha stops the worse trials at 1/3, 1/9, ... of their steps. pbt trains
-    --samples trials together; every --pbt-steps the worst ones copy the best ones and change their settings."""
+    """What happens to bad trials. none: nothing. asha: they stop at 1/3, 1/9, ... of their steps. pbt: --samples trials
+    train together, and every --pbt-steps the worst copy the best and change their settings."""
     asha_grace_steps: int = Field(100, ge=1)
     """With asha: number of steps that every trial gets. Scores come with checkpoints, every --train.checkpoint-every
     steps."""
@@ -226,3 +229,45 @@ class SweepSettings(Settings):
 
 SWEEPS = {name: (about, SweepSettings(pretrain=settings)) for name, (about, settings) in PRESETS.items()}
 """The presets of `jobs/pretrain.py`, to start a sweep from."""
+
+
+class _NotAllowedError(Exception):
+    """The message of a ValueError, in a type that tyro does not catch."""
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Where tyro reads settings inside this context, a value that is not allowed is a ValueError with its message.
+
+    Otherwise tyro prints the message in a box and puts an internal name before it (`__tyro-dummy-inner__.moco`).
+    """
+    registry = ConstructorRegistry()
+    registry.struct_rule(_settings_rule)
+    try:
+        with registry:
+            yield
+    except _NotAllowedError as error:
+        raise ValueError(str(error)) from None
+
+
+def _settings_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """How tyro builds settings: from the fields of the class, as its own rule for pydantic does, apart from errors."""
+    if not (isinstance(info.type, type) and issubclass(info.type, Settings)):
+        return None
+    kind = info.type
+    hints = get_type_hints(kind, include_extras=True)
+
+    def build(**values: Any) -> Settings:
+        try:
+            return kind(**values)
+        except ValueError as error:
+            raise _NotAllowedError(str(error)) from None
+
+    build.__doc__ = kind.__doc__  # the help shows it above the flags of a group
+    fields = []
+    for name, field in kind.model_fields.items():
+        default = MISSING if field.is_required() else field.default
+        if isinstance(info.default, Settings):  # of a preset
+            default = getattr(info.default, name)
+        fields.append(StructFieldSpec(name=name, type=hints[name], default=default, helptext=field.description))
+    return StructConstructorSpec(instantiate=build, fields=tuple(fields))
