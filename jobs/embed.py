@@ -18,7 +18,7 @@ from typing import Annotated
 import tyro
 
 from vmoco import job
-from vmoco.evaluate.embed_settings import EmbedSettings
+from vmoco.job_settings import EmbedSettings
 
 
 def embed(
@@ -30,11 +30,11 @@ def embed(
         encoder: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/encoder, or a folder.
         settings: what, and how.
     """
-    from vmoco.encoders import export
+    from vmoco.encoders import package
     from vmoco.evaluate import embed as embedding
     from vmoco.evaluate.gallery import write_gallery
 
-    loaded = export.load_encoder(encoder)
+    loaded = package.load_encoder(encoder)
     job.connect(worker_output=False)
     made = embedding.embed(loaded, settings, show=job.show)
     job.show(

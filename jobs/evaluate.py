@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from vmoco import job
-from vmoco.evaluate.evaluate_settings import EvaluateSettings
+from vmoco.job_settings import EvaluateSettings
 
 if TYPE_CHECKING:
     from vmoco.encoders.promotion import Score
@@ -34,13 +34,13 @@ def evaluate(
         encoder: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/encoder, or a folder.
         settings: how.
     """
-    from vmoco.encoders import export, foreign, promotion
+    from vmoco.encoders import foreign, package, promotion
     from vmoco.evaluate import evaluate as evaluation
 
     planned = evaluation.plan(settings)
     for note in planned.notes:
         job.show(f"note: {note}")
-    loaded = export.load_encoder(encoder)
+    loaded = package.load_encoder(encoder)
     rows = {encoder: loaded}
     if settings.reference:
         rows["random initialisation"] = foreign.random_initialisation(loaded, seed=settings.seed)

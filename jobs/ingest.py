@@ -14,7 +14,7 @@ Run it again to continue after an interruption or to add new videos: what is don
 from __future__ import annotations
 
 from vmoco import job
-from vmoco.data.ingest_settings import IngestSettings
+from vmoco.job_settings import IngestSettings
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     settings = tyro.cli(IngestSettings, description=__doc__)
 
     from vmoco import storage
-    from vmoco.cluster.nodes import check_nodes
+    from vmoco.cluster.check import check_nodes
     from vmoco.data.ingest import ingest
     from vmoco.data.source import split_pattern
 

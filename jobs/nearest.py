@@ -12,7 +12,7 @@ import tyro
 import vmoco
 from vmoco import job, storage
 from vmoco.data.manifest import Manifest
-from vmoco.evaluate.retrieval import nearest_clips
+from vmoco.evaluate.knn import nearest_clips
 
 
 def nearest(encoder: Annotated[str, tyro.conf.Positional], /, *, data: str, queries: int = 20) -> None:

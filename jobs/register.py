@@ -13,13 +13,13 @@ from typing import Annotated
 import tyro
 
 from vmoco import job
-from vmoco.encoders.publish_options import Options
+from vmoco.job_settings import RegisterOptions
 
 
 def register(
     source: Annotated[str, tyro.conf.Positional],
     /,
-    options: Annotated[Options, tyro.conf.arg(name="")],
+    options: Annotated[RegisterOptions, tyro.conf.arg(name="")],
     step: int | None = None,
 ) -> None:
     """Registers an encoder.
@@ -29,7 +29,7 @@ def register(
         options: how.
         step: of the run's checkpoint; the last one when left out.
     """
-    from vmoco.encoders.publish import publish_file, publish_run
+    from vmoco.train.publish import publish_file, publish_run
 
     if Path(source).is_file():
         if step is not None:

@@ -59,9 +59,9 @@ def saw(video: Word) -> None:
     Args:
         video: its id in the manifest: the path below the folder that was ingested.
     """
-    from vmoco.encoders import lineage
+    from vmoco.encoders import registry
 
-    found = lineage.encoders_that_saw(video)
+    found = registry.encoders_that_saw(video)
     for each in found.sightings:
         how = "held out from" if each.held_out else "trained on"
         print(f"{each.uri}  {', '.join(each.aliases) or '-'}  {how} in data {each.manifest_hash}")

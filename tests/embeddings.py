@@ -11,8 +11,7 @@ from tests.dataset import write_data_set
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard import Clip
 from vmoco.encoders.encoder import Encoder
-from vmoco.evaluate.embed import shard_items
-from vmoco.evaluate.embed_task import EmbedTask, Work
+from vmoco.evaluate.embed import EmbedTask, Work, shard_items
 from vmoco.evaluate.features import window
 from vmoco.evaluate.table import FeatureTable
 from vmoco.seed import hash64

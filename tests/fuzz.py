@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.data import videos
-from vmoco.data.container import FORMATS
-from vmoco.data.scale import MAX_PIXELS, Scaler
+from vmoco.data.video import FORMATS, MAX_PIXELS, Scaler
 
 SIZE, NUM_FRAMES, STRIDE = (24, 32), 8, 2
 MAX_CLIPS = 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,34 +18,49 @@ SOURCES = sorted([*ROOT.glob("vmoco/**/*.py"), *ROOT.glob("jobs/*.py")])
 HOMES = {
     "ray": {
         "vmoco.job",
-        "vmoco.sweep.trial",
         "vmoco.sweep.sweep",
-        "vmoco.sweep.board",
+        "vmoco.sweep.trial_callback",
         "vmoco.evaluate.embed",
         "vmoco.evaluate.evaluate",
         "vmoco.cluster.check",
-        "vmoco.cluster.nodes",
-        "vmoco.data.tasks",
+        "vmoco.data.ingest_tasks",
         "vmoco.train.launch",
         "vmoco.train.worker",
-        "vmoco.train.gauges",
+        "vmoco.train.system_metrics",
         "vmoco.train.channel",
         "vmoco.train.evaluation",
-        "vmoco.train.room",
+        "vmoco.cluster.ray_internals",
+        "vmoco.cluster.reservation",
     },
-    "mlflow": {"vmoco.tracking", "vmoco.encoders.registry", "vmoco.encoders.encoder_program", "vmoco.train.machine"},
-    "av": {"vmoco.data.container", "vmoco.data.video", "vmoco.data.scale"},
-    "optuna": {"vmoco.sweep.search"},
+    "mlflow": {
+        "vmoco.tracking",
+        "vmoco.encoders.registry",
+        "vmoco.encoders.encoder_program",
+        "vmoco.mlflow_internals",
+    },
+    "av": {"vmoco.data.video"},
+    "optuna": {"vmoco.sweep.space"},
     "plotly": {"vmoco.sweep.report"},
     "faiss": {"vmoco.evaluate.knn"},
     "sklearn": {"vmoco.evaluate.probe", "vmoco.evaluate.gallery"},
 }
 
-# From the ground up: a module imports from its own layer and from those below it.
-BASE = {"vmoco", "vmoco.settings", "vmoco.config", "vmoco.placement", "vmoco.presets", "vmoco.storage", "vmoco.seed"}
-BASE |= {"vmoco.transfer"}
-WORK = {"vmoco.data.ingest", "vmoco.data.footage", "vmoco.data.tasks", "vmoco.tracking", "vmoco.spool", "vmoco.job"}
-WORK_PACKAGES = ("vmoco.train", "vmoco.evaluate", "vmoco.sweep", "vmoco.encoders", "vmoco.cluster")
+# Modules of Ray and MLflow that are private by their name, or by their documentation.
+PRIVATE = re.compile(r"\b(?:(?:ray|mlflow)(?:\.\w+)*\._\w+|ray\.experimental|mlflow\.system_metrics)[\w.]*")
+
+# From the ground up: a module imports from its own package and from those below it. `vmoco.cluster` stands beside the
+# packages that use it: it knows settings, storage, tracker and networks, and nothing of a training run.
+GROUND = {"vmoco", "vmoco.config", "vmoco.job_settings", "vmoco.presets", "vmoco.storage", "vmoco.seed"}
+GROUND |= {
+    "vmoco.progress",
+    "vmoco.spool",
+    "vmoco.tracking",
+    "vmoco.job",
+    "vmoco.own_folder",
+    "vmoco.mlflow_internals",
+    "vmoco.cluster.ray_internals",
+}
+PACKAGES = ("data", "model", "encoders", "cluster", "evaluate", "train", "sweep")
 
 
 def name_of(path: Path) -> str:
@@ -54,15 +70,14 @@ def name_of(path: Path) -> str:
 
 def layer(module: str) -> int:
     if module.startswith("jobs"):
-        return 5
+        return len(PACKAGES) + 2
     if module == "vmoco.demo":
-        return 4
-    if module in BASE:
+        return len(PACKAGES) + 1
+    if module in GROUND:
         return 0
-    if module in WORK or module.startswith(WORK_PACKAGES):
-        return 3
-    assert module.startswith(("vmoco.data", "vmoco.model")), f"{module} has no layer: give it one in this test"
-    return 1 if module.startswith("vmoco.data") else 2
+    parts = module.split(".")
+    assert parts[1] in PACKAGES, f"{module} has no layer: give it one in this test"
+    return 1 + PACKAGES.index(parts[1])
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
@@ -90,7 +105,7 @@ def test_imports_go_down(path: Path) -> None:
     own = layer(name_of(path))
     for imported, _ in imports(path):
         if imported.split(".")[0] in ("vmoco", "jobs"):
-            lazily_from_the_top = name_of(path) == "vmoco" and imported == "vmoco.encoders.export"
+            lazily_from_the_top = name_of(path) == "vmoco" and imported == "vmoco.encoders.package"
             assert layer(imported) <= own or lazily_from_the_top, f"{path} imports {imported}, which lies above it"
 
 
@@ -103,6 +118,15 @@ def test_ray_mlflow_and_av_stay_at_home(path: Path) -> None:
             assert name_of(path) in HOMES[library], f"{path} imports {library}: only {sorted(HOMES[library])} may"
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_private_names_of_ray_and_mlflow_stay_in_their_file(path: Path) -> None:
+    """Only `ray_internals` names a private module of Ray, and only `mlflow_internals` one of MLflow."""
+    if name_of(path) in ("vmoco.cluster.ray_internals", "vmoco.mlflow_internals"):
+        return
+    found = PRIVATE.findall(path.read_text())
+    assert not found, f"{path} names {found[0]}: move it to vmoco/cluster/ray_internals.py or vmoco/mlflow_internals.py"
+
+
 @pytest.mark.parametrize("module", ["vmoco", "vmoco.config", "vmoco.job", "vmoco.cluster.local", "vmoco.demo"])
 def test_light_modules_import_nothing_heavy(module: str) -> None:
     """Importing the package, its settings or the cluster's owner loads neither torch nor Ray nor MLflow."""
@@ -112,13 +136,23 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_files_are_short(path: Path) -> None:
-    """A file of the library has at most 300 lines of code, and a job at most 80."""
+def test_files_fit_in_a_head(path: Path) -> None:
+    """A file of the library has at most 450 lines, and a job at most 80."""
     lines = len(path.read_text().splitlines())
-    allowed = 80 if name_of(path).startswith("jobs") else 300
+    allowed = 80 if name_of(path).startswith("jobs") else 450
     assert lines <= allowed, f"{path} has {lines} lines, allowed are {allowed}"
 
 
 def test_no_file_is_named_after_nothing() -> None:
     """No utils, misc, helpers or common: a file is named after what is in it."""
     assert not {"utils", "misc", "helpers", "common"} & {path.stem for path in SOURCES}
+
+
+def test_loading_an_encoder_imports_nothing_of_training() -> None:
+    """Whoever pulls an encoder loads no file of `vmoco.train`, `vmoco.evaluate` or `vmoco.sweep`."""
+    code = (
+        "import sys, vmoco.encoders.package; print(sorted(name for name in sys.modules if name.startswith('vmoco.')))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert "vmoco.encoders.package" in loaded
+    assert not any(f"vmoco.{package}" in loaded for package in ("train", "evaluate", "sweep"))

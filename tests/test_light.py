@@ -19,7 +19,8 @@ from tests.dataset import make_data_set
 from tests.environments import installed_environment, light_environment
 from tests.made import clips, save_checkpoint, settings_for
 from vmoco import tracking
-from vmoco.encoders import export, registry
+from vmoco.encoders import package, registry
+from vmoco.train import publish
 
 HEAVY = ("ray", "mlflow", "sqlalchemy", "scikit-learn", "pandas", "faiss-cpu", "matplotlib", "tensorboard")
 USE = """
@@ -77,7 +78,7 @@ def test_the_light_install_pulls_from_a_server(make: Callable[..., Path], server
     python = make(tmp_path / "environment", "vmoco", without=HEAVY)
     manifest = make_data_set(tmp_path / "data")
     save_checkpoint(tmp_path / "checkpoint", manifest)
-    export.write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", manifest=manifest)
+    publish.write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", manifest=manifest)
     run_id = tracking.create_run(settings_for(manifest), tags={})
     registry.attach(tmp_path / "encoder", run_id=run_id)
     registry.register(run_id, name="tested", alias="candidate")
@@ -93,7 +94,7 @@ def test_the_light_install_pulls_from_a_server(make: Callable[..., Path], server
 
     used = use(server)
     assert used.returncode == 0, used.stderr
-    found, encoder = np.load(tmp_path / "features.npz"), export.load_encoder(str(tmp_path / "encoder"))
+    found, encoder = np.load(tmp_path / "features.npz"), package.load_encoder(str(tmp_path / "encoder"))
     for name, source in (("array", clips()), ("tensor", clips()), ("path", video)):
         np.testing.assert_allclose(found[name], encoder.embed(source).numpy(), atol=1e-6)
     refused = use("")

@@ -20,8 +20,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from tests import processes
-from vmoco.cluster.job_server import JobServer
-from vmoco.cluster.local import LocalCluster
+from vmoco.cluster.local import JobServer, LocalCluster
 from vmoco.encoders.promotion import scores_of
 from vmoco.train.state import file_sha256
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vmoco.encoders.export import Encoder
+    from vmoco.encoders.package import Encoder
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["__version__", "load_encoder"]
 
 
 def load_encoder(uri: str) -> Encoder:
-    """Loads a pretrained encoder; see `vmoco.encoders.export.load_encoder`."""
-    from vmoco.encoders import export  # torch and mlflow are imported on the first call, not with the package
+    """Loads a pretrained encoder; see `vmoco.encoders.package.load_encoder`."""
+    from vmoco.encoders import package  # torch and mlflow are imported on the first call, not with the package
 
-    return export.load_encoder(uri)
+    return package.load_encoder(uri)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from vmoco.config import (
     AugmentSettings,
     DataSettings,
+    EvaluationSettings,
     GeneratorSettings,
     MocoSettings,
     ModelSettings,
     PretrainSettings,
+    ScalingSettings,
+    TrackingSettings,
     TrainSettings,
 )
-from vmoco.placement import EvaluationSettings, ScalingSettings, TrackingSettings
 
 # 200 epochs of one clip from each of Kinetics-400's about 240,000 training videos, in batches of 256.
 PAPER_STEPS = 200 * 240_000 // 256

@@ -52,8 +52,7 @@ from vmoco.evaluate.probe import fit_probe
 from vmoco.model.backbone import Backbone
 from vmoco.seed import hash64
 from vmoco.train.loop import train
-from vmoco.train.optimizer import build_optimizer
-from vmoco.train.schedule import learning_rate
+from vmoco.train.optimizer import build_optimizer, learning_rate
 from vmoco.train.state import TrainState
 
 PRETRAIN_MAPS, FIT_MAPS, TEST_MAPS = range(1, 17), range(17, 25), range(25, 33)

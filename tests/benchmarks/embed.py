@@ -27,11 +27,10 @@ from tests.made import encoder_of
 from vmoco import job
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard import Clip
-from vmoco.evaluate.embed import run_items, shard_items
-from vmoco.evaluate.embed_settings import EmbedSettings
-from vmoco.evaluate.embed_task import Work
+from vmoco.evaluate.embed import Work, run_items, shard_items
 from vmoco.evaluate.features import window
 from vmoco.evaluate.table import FeatureTable, part_uri
+from vmoco.job_settings import EmbedSettings
 from vmoco.seed import hash64
 
 T, H, W = 16, 128, 171

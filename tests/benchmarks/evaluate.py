@@ -21,9 +21,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from tests.embeddings import table_of
-from vmoco.evaluate.evaluate_settings import EvaluateSettings
-from vmoco.evaluate.protocols import measure_knn, measure_probe
-from vmoco.evaluate.split import find_splits
+from vmoco.evaluate.protocols import find_splits, measure_knn, measure_probe
+from vmoco.job_settings import EvaluateSettings
 
 
 def main() -> None:

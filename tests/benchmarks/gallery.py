@@ -18,10 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from vmoco import storage
-from vmoco.evaluate.evaluate_settings import EvaluateSettings
-from vmoco.evaluate.protocols import MEASURES
-from vmoco.evaluate.split import find_splits
+from vmoco.evaluate.protocols import MEASURES, find_splits
 from vmoco.evaluate.table import FeatureTable, part_bytes, part_uri
+from vmoco.job_settings import EvaluateSettings
 
 CLASSES, CLIPS_PER_VIDEO, BLOCK = 400, 10, 4000
 

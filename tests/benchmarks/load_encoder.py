@@ -24,7 +24,8 @@ import torch
 from tests.dataset import make_data_set
 from tests.made import TINY, clips
 from vmoco import tracking
-from vmoco.encoders import export, registry
+from vmoco.encoders import package, registry
+from vmoco.train import publish
 from vmoco.train.state import TrainState
 
 PULL = """
@@ -50,7 +51,7 @@ def main() -> None:
         state = TrainState(settings, manifest_hash=manifest.hash, device=torch.device("cpu"))
         (folder / "checkpoint").mkdir()
         state.save(folder / "checkpoint")
-        export.write_encoder(folder / "checkpoint", folder / "encoder", manifest=manifest)
+        publish.write_encoder(folder / "checkpoint", folder / "encoder", manifest=manifest)
         run_id = tracking.create_run(settings, tags={})
         registry.attach(folder / "encoder", run_id=run_id)
         registry.register(run_id, name="measured", alias="candidate")
@@ -62,7 +63,10 @@ def main() -> None:
             processes.append(time.perf_counter() - started)
             calls.append(float(pulled.stdout))
 
-        encoder, frames = export.load_encoder("models:/measured@candidate"), clips(4, num_frames=8, height=64, width=80)
+        encoder, frames = (
+            package.load_encoder("models:/measured@candidate"),
+            clips(4, num_frames=8, height=64, width=80),
+        )
         with torch.inference_mode():
             backbone = state.moco.query.backbone.eval()
             registered = torch.nn.functional.normalize(backbone(encoder.preprocess(frames)), dim=1).numpy()

@@ -28,10 +28,10 @@ from tests.dataset import write_data_set
 from tests.train.test_step import changed
 from vmoco import job, storage, tracking
 from vmoco.data.manifest import Manifest
-from vmoco.encoders.export import encoder_in
-from vmoco.sweep.ledger import Sweep, Trial
+from vmoco.job_settings import SweepSettings
 from vmoco.sweep.prepare import prepare
-from vmoco.sweep.sweep_settings import SweepSettings
+from vmoco.sweep.record import Sweep, Trial
+from vmoco.train.publish import encoder_in
 
 SPACE = {
     "generator.drop_ratio": [0.0, 0.25, 0.5, 0.75],

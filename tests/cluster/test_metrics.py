@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from tests.train.test_loop import Notes, run
-from vmoco.train.gauges import metric_name
+from vmoco.train.system_metrics import metric_name
 
 METRICS = Path(__file__).parents[2] / "cluster/metrics"
 

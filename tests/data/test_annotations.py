@@ -11,8 +11,8 @@ import pytest
 
 from vmoco.data.annotations import list_annotated
 from vmoco.data.ingest import list_inputs
-from vmoco.data.ingest_settings import IngestSettings
 from vmoco.data.source import Found, Listing
+from vmoco.job_settings import IngestSettings
 
 
 def make(root: Path, *names: str) -> str:

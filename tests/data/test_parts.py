@@ -9,8 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmoco.data.clips import ClipPlan, clip_indices
-from vmoco.data.parts import Part, split
+from vmoco.data.clips import ClipPlan, Part, clip_indices, split
 
 MILLISECONDS = Fraction(1, 1000)
 

@@ -85,8 +85,8 @@ import sys, threading, time
 from pathlib import Path
 from tests.data.test_shard_task import settings
 from vmoco.data.decoder import Decoder
-from vmoco.data.probe_task import Probed
-from vmoco.data.shard_task import make_shard, plan_shards
+from vmoco.data.ingest_tasks import Probed
+from vmoco.data.ingest_tasks import make_shard, plan_shards
 from vmoco.data.source import list_videos
 def own_mib():
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]

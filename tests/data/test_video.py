@@ -15,10 +15,9 @@ import pytest
 import torch
 
 from tests.data import videos
-from vmoco.data import scale, video
-from vmoco.data.clips import ClipPlan, clip_indices, start_indices
+from vmoco.data import video
+from vmoco.data.clips import ClipPlan, clip_indices, split, start_indices
 from vmoco.data.ledger import VideoError
-from vmoco.data.parts import split
 from vmoco.data.video import probe
 
 SETTINGS: dict[str, Any] = {"num_frames": 8, "stride": 2, "height": 48, "width": 64, "max_clips": 3}
@@ -318,7 +317,7 @@ def test_a_huge_frame_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(VideoError, match=r"probe: frame-too-large: 96 x 72") as caught:
         cut_clips(str(path), **SETTINGS)
     monkeypatch.undo()
-    monkeypatch.setattr(scale, "MAX_PIXELS", 100_000)
+    monkeypatch.setattr(video, "MAX_PIXELS", 100_000)
     with pytest.raises(VideoError, match=r"decode: frame-too-large: 96 x 72 would be 1067 x 800 scaled") as caught:
         cut_clips(str(path), **{**SETTINGS, "height": 800, "width": 64})
     assert not caught.value.transient

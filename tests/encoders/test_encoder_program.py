@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.made import clips, encoder_of
-from vmoco.encoders import encoder_program, export
+from vmoco.encoders import encoder_program, package
 from vmoco.encoders.encoder_program import CARD, PROGRAM, SHA256_TAG
 from vmoco.train.state import file_sha256
 
@@ -19,7 +19,7 @@ from vmoco.train.state import file_sha256
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     encoder = encoder_of()
-    export.write_folder(tmp_path, encoder.backbone, "r3d_nano", encoder.preprocessing, lineage={})
+    package.write_folder(tmp_path, encoder.backbone, "r3d_nano", encoder.preprocessing, lineage={})
     return tmp_path
 
 

@@ -13,7 +13,8 @@ import torch
 from tests.dataset import make_data_set
 from tests.made import TINY, clips, save_checkpoint
 from vmoco.data.manifest import Manifest
-from vmoco.encoders import export
+from vmoco.encoders import package
+from vmoco.train import publish
 from vmoco.train.state import TrainState, file_sha256
 
 
@@ -27,7 +28,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> tup
     """An encoder's folder, and the state that it was taken from."""
     place = tmp_path_factory.mktemp("written")
     state = save_checkpoint(place / "checkpoint", manifest)
-    export.write_encoder(place / "checkpoint", place / "encoder", manifest=manifest, data_licence="mine, CC0")
+    publish.write_encoder(place / "checkpoint", place / "encoder", manifest=manifest, data_licence="mine, CC0")
     return place / "encoder", state
 
 
@@ -39,7 +40,7 @@ def folder(written: tuple[Path, TrainState], tmp_path: Path) -> Path:
 
 def test_features_are_those_of_the_query_encoder(written: tuple[Path, TrainState]) -> None:
     """Bit for bit, at the same preprocessing: weights and running statistics are the query encoder's."""
-    encoder = export.load_encoder(str(written[0]))
+    encoder = package.load_encoder(str(written[0]))
     backbone = written[1].moco.query.backbone.eval()
     with torch.inference_mode():
         expected = torch.nn.functional.normalize(backbone(encoder.preprocess(clips())), dim=1)
@@ -53,15 +54,15 @@ def test_the_normalisation_of_the_run_travels_with_it(manifest: Manifest, tmp_pa
     state = TrainState(settings, manifest_hash=manifest.hash, device=torch.device("cpu"))
     (tmp_path / "checkpoint").mkdir()
     state.save(tmp_path / "checkpoint")
-    export.write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", manifest=manifest)
-    encoder = export.load_encoder(str(tmp_path / "encoder"))
+    publish.write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", manifest=manifest)
+    encoder = package.load_encoder(str(tmp_path / "encoder"))
     lighter = encoder.preprocess(clips() // 2 + 60)
     torch.testing.assert_close(lighter, encoder.preprocess(clips()), rtol=0, atol=0.03)
 
 
 def test_the_card_says_where_it_comes_from(written: tuple[Path, TrainState], manifest: Manifest) -> None:
     """Data set with hash, counts and licence, run, step, preprocessing with frame rate, versions, commit, hashes."""
-    card = json.loads((written[0] / export.CARD).read_text())
+    card = json.loads((written[0] / package.CARD).read_text())
     assert card["data"] == {
         "manifest_hash": manifest.hash,
         "uri": manifest.uri,
@@ -72,23 +73,23 @@ def test_the_card_says_where_it_comes_from(written: tuple[Path, TrainState], man
     assert card["preprocessing"]["fps"] == 25.0
     assert {"vmoco", "torch", "torchvision", "safetensors"} <= set(card["versions"])
     assert "git_commit" in card
-    others = {path.name for path in written[0].iterdir()} - {export.CARD}
+    others = {path.name for path in written[0].iterdir()} - {package.CARD}
     assert card["files"] == {name: file_sha256(written[0] / name) for name in others}
     assert others == {"encoder.safetensors", "settings.json", "videos.parquet", "program.pt2"}
 
 
 def test_the_commit_is_that_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """40 hex digits, with a mark where files were changed; an image names its own."""
-    commit = export.git_commit()
+    commit = package.git_commit()
     if commit is not None:  # else the sources are not a checkout
         assert len(commit.removesuffix("+changes")) == 40
     monkeypatch.setenv("VMOCO_COMMIT", "abc")
-    assert export.git_commit() == "abc"
+    assert package.git_commit() == "abc"
 
 
 def test_the_videos_travel_with_it(written: tuple[Path, TrainState], manifest: Manifest) -> None:
     """One row per video, sorted, with what was held out."""
-    table = pq.read_table(written[0] / export.VIDEOS)
+    table = pq.read_table(written[0] / package.VIDEOS)
     assert table["video_id"].to_pylist() == [f"video-{video:03d}" for video in range(12)]
     assert table["held_out"].to_pylist() == [False] * 9 + [True] * 3
 
@@ -96,40 +97,40 @@ def test_the_videos_travel_with_it(written: tuple[Path, TrainState], manifest: M
 @pytest.mark.parametrize("how", ["flipped", "truncated", "empty"])
 def test_changed_weights_are_refused(folder: Path, how: str) -> None:
     """One bit, half of the file, all of it."""
-    path = folder / export.WEIGHTS
+    path = folder / package.WEIGHTS
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes({"flipped": content, "truncated": content[: len(content) // 2], "empty": b""}[how])
     with pytest.raises(ValueError, match=r"is damaged or was changed"):
-        export.load_encoder(str(folder))
+        package.load_encoder(str(folder))
 
 
 def test_weights_changed_together_with_the_card_are_refused(folder: Path) -> None:
     """Who changes both is found out by the record of the registry, which is kept elsewhere."""
-    record = file_sha256(folder / export.CARD)
-    export.read_encoder(folder, "mine", sha256=record)
-    other = bytearray((folder / export.WEIGHTS).read_bytes())
+    record = file_sha256(folder / package.CARD)
+    package.read_encoder(folder, "mine", sha256=record)
+    other = bytearray((folder / package.WEIGHTS).read_bytes())
     other[-1] ^= 1
-    (folder / export.WEIGHTS).write_bytes(other)
-    card = json.loads((folder / export.CARD).read_text())
-    card["files"][export.WEIGHTS] = file_sha256(folder / export.WEIGHTS)
-    (folder / export.CARD).write_text(json.dumps(card))
-    export.read_encoder(folder, "mine")  # consistent in itself
+    (folder / package.WEIGHTS).write_bytes(other)
+    card = json.loads((folder / package.CARD).read_text())
+    card["files"][package.WEIGHTS] = file_sha256(folder / package.WEIGHTS)
+    (folder / package.CARD).write_text(json.dumps(card))
+    package.read_encoder(folder, "mine")  # consistent in itself
     with pytest.raises(ValueError, match=r"mine is damaged or was changed: its encoder.json is not the one that was"):
-        export.read_encoder(folder, "mine", sha256=record)
+        package.read_encoder(folder, "mine", sha256=record)
 
 
 def test_what_is_no_encoder_is_said(folder: Path, tmp_path: Path) -> None:
     """No folder, no card, no weights, a card that is cut off, and one of another version."""
     for place in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(ValueError, match=r"is not an encoder of vmoco: it has no encoder.json"):
-            export.load_encoder(str(place))
-    (folder / export.WEIGHTS).unlink()
+            package.load_encoder(str(place))
+    (folder / package.WEIGHTS).unlink()
     with pytest.raises(ValueError, match=r"has no encoder.safetensors"):
-        export.load_encoder(str(folder))
-    (folder / export.CARD).write_text('{"version": 1}')
+        package.load_encoder(str(folder))
+    (folder / package.CARD).write_text('{"version": 1}')
     with pytest.raises(ValueError, match=r"is of version 1, this vmoco reads version 2"):
-        export.load_encoder(str(folder))
-    (folder / export.CARD).write_text('{"version": ')
+        package.load_encoder(str(folder))
+    (folder / package.CARD).write_text('{"version": ')
     with pytest.raises(ValueError, match=r"its encoder.json is no JSON"):
-        export.load_encoder(str(folder))
+        package.load_encoder(str(folder))

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from tests.made import clips, encoder_of
-from vmoco.encoders import program
+from vmoco.encoders import portable
 
 
 @pytest.mark.parametrize(("name", "size"), [("r3d_nano", 32), pytest.param("s3d", 40, marks=pytest.mark.slow)])
 def test_torch_export_is_bitwise_the_encoder(tmp_path: Path, name: str, size: int) -> None:
     """Also for one clip, for frames of exactly the size, larger and smaller ones: difference 0."""
     encoder = encoder_of(name, size=size)
-    archive = torch.export.load(str(program.write_program(encoder, tmp_path))).module()
+    archive = torch.export.load(str(portable.write_program(encoder, tmp_path))).module()
     for count, side in ((1, size), (3, 2 * size), (2, size // 2)):
         frames = clips(count, height=side, width=side)
         assert torch.equal(archive(frames), encoder.embed(frames)), (count, side)
@@ -27,7 +27,7 @@ def test_a_program_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.
     encoder = encoder_of()
     monkeypatch.setattr(encoder, "embed", lambda source: torch.zeros(len(source), encoder.feature_dim))
     with pytest.raises(RuntimeError, match="the exported program differs from the encoder by"):
-        program.write_program(encoder, tmp_path)
+        portable.write_program(encoder, tmp_path)
 
 
 def test_onnx_is_numerically_the_encoder(tmp_path: Path) -> None:
@@ -35,8 +35,8 @@ def test_onnx_is_numerically_the_encoder(tmp_path: Path) -> None:
     import onnxruntime
 
     encoder = encoder_of("r2plus1d_nano")
-    session = onnxruntime.InferenceSession(str(program.write_onnx(encoder, tmp_path)))
+    session = onnxruntime.InferenceSession(str(portable.write_onnx(encoder, tmp_path)))
     for count, side in ((1, 32), (3, 64)):
         frames = clips(count, height=side, width=side)
         found = session.run(None, {"clips": frames.numpy()})[0]
-        np.testing.assert_allclose(found, encoder.embed(frames).numpy(), atol=program.ONNX_TOLERANCE)
+        np.testing.assert_allclose(found, encoder.embed(frames).numpy(), atol=portable.ONNX_TOLERANCE)

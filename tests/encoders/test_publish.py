@@ -15,11 +15,11 @@ from torchvision.models import video as torchvision_video
 from tests.dataset import make_data_set
 from tests.made import TINY, clips, tracked_run
 from vmoco.data.manifest import Manifest
-from vmoco.encoders import lineage, promotion, registry
-from vmoco.encoders.export import load_encoder
-from vmoco.encoders.publish import publish_file, publish_run
-from vmoco.encoders.publish_options import Options
+from vmoco.encoders import promotion, registry
+from vmoco.encoders.package import load_encoder
 from vmoco.evaluate.score import scored_clips
+from vmoco.job_settings import RegisterOptions
+from vmoco.train.publish import publish_file, publish_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,8 +45,8 @@ def test_any_kept_checkpoint_of_a_run_becomes_an_encoder(
     """By name and step, scored on the held-out videos; the last one without a step. What is not there is listed."""
     run_id = tracked_run(tmp_path, manifest, steps=(10, 20))
     said: list[str] = []
-    first = publish_run("a-run", Options(name="tested"), step=10, show=said.append)
-    last = publish_run(run_id, Options(name="tested", score=False))
+    first = publish_run("a-run", RegisterOptions(name="tested"), step=10, show=said.append)
+    last = publish_run(run_id, RegisterOptions(name="tested", score=False))
     encoders = [load_encoder(f"models:/tested/{registered.version}") for registered in (first, last)]
     assert [encoder.card["step"] for encoder in encoders] == [10, 20]
     assert not torch.equal(encoders[0].embed(clips()), encoders[1].embed(clips()))
@@ -58,9 +58,9 @@ def test_any_kept_checkpoint_of_a_run_becomes_an_encoder(
     card = Path(scored.source, "README.md").read_text()
     assert f"| label-free | {score.value:.1%} |" in card
     with pytest.raises(ValueError, match=r"has no checkpoint of step 15: it has kept those of step 10, 20"):
-        publish_run("a-run", Options(name="tested"), step=15)
+        publish_run("a-run", RegisterOptions(name="tested"), step=15)
     with pytest.raises(ValueError, match=r"run 'none' is not in .*the newest there are a-run"):
-        publish_run("none", Options(name="tested"))
+        publish_run("none", RegisterOptions(name="tested"))
 
 
 def test_a_score_of_training_is_not_measured_again(manifest: Manifest, tracker_home: Path, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_score_of_training_is_not_measured_again(manifest: Manifest, tracker_h
     tracked_run(tmp_path, manifest, steps=(10, 20), scores={10: known})
     said: list[str] = []
     for step in (10, 20):
-        publish_run("a-run", Options(name="tested"), step=step, show=said.append)
+        publish_run("a-run", RegisterOptions(name="tested"), step=step, show=said.append)
     versions = [registry.find_version(f"models:/tested/{number}") for number in (1, 2)]
     (first,), (second,) = map(promotion.scores_of, versions)
     assert first == known
@@ -84,12 +84,12 @@ def test_a_checkpoint_that_is_gone_or_changed_is_said(manifest: Manifest, tracke
     record = tmp_path / "a-run" / "step-00000010" / "state.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"sha256": "0" * 64}))
     with pytest.raises(ValueError, match="is not the one that was tracked"):
-        publish_run("a-run", Options(name="tested"), step=10)
+        publish_run("a-run", RegisterOptions(name="tested"), step=10)
     (tmp_path / "a-run" / "step-00000020" / "state.safetensors").unlink()
     with pytest.raises(
         ValueError, match=r"step-00000020 has no state.safetensors, though the run tracked it: .* also kept 10"
     ):
-        publish_run("a-run", Options(name="tested"))
+        publish_run("a-run", RegisterOptions(name="tested"))
     assert registry.versions() == []
 
 
@@ -99,18 +99,18 @@ def test_which_encoders_saw_a_video(
     """Of two data sets and an import: those that trained on it, that held it out, and those that nobody knows of."""
     for name, data in (("one", manifest), ("two", other_manifest)):
         tracked_run(tmp_path, data, name=name)
-        publish_run(name, Options(name=name, score=False))
+        publish_run(name, RegisterOptions(name=name, score=False))
     torch.save(torchvision_video.r3d_18().state_dict(), tmp_path / "theirs.pth")
-    publish_file(tmp_path / "theirs.pth", Options(name="theirs"))
-    found = lineage.encoders_that_saw("video-002")
+    publish_file(tmp_path / "theirs.pth", RegisterOptions(name="theirs"))
+    found = registry.encoders_that_saw("video-002")
     assert [(each.uri, each.held_out) for each in found.sightings] == [
         ("models:/one/1", False),
         ("models:/two/1", False),
     ]
     assert found.unknown == ("models:/theirs/1",)
-    held_out = lineage.encoders_that_saw("video-011")
+    held_out = registry.encoders_that_saw("video-011")
     assert [(each.uri, each.held_out) for each in held_out.sightings] == [("models:/one/1", True)]
-    assert lineage.encoders_that_saw("none").sightings == ()
+    assert registry.encoders_that_saw("none").sightings == ()
     printed = job("registry", "saw", "video-011").stdout
     assert f"models:/one/1  candidate  held out from in data {manifest.hash}" in printed
     assert "not known of models:/theirs/1: imported weights" in printed
@@ -143,7 +143,7 @@ def test_weights_of_the_released_code(tracker_home: Path, tmp_path: Path) -> Non
     for side, encoder in (("encoder_q", query), ("encoder_k", key)):
         tensors |= {f"module.{side}.{name}": value for name, value in encoder.state_dict().items()}
     torch.save({"epoch": 200, "arch": "r3d_18", "state_dict": tensors}, tmp_path / "checkpoint.pth.tar")
-    publish_file(tmp_path / "checkpoint.pth.tar", Options(name="released", data_licence="ask them"))
+    publish_file(tmp_path / "checkpoint.pth.tar", RegisterOptions(name="released", data_licence="ask them"))
     pulled = load_encoder("models:/released@candidate")
     frames = clips(num_frames=4, height=112, width=112)
     assert torch.equal(pulled.embed(frames), features_of(query, pulled.preprocess(frames)))
@@ -155,7 +155,7 @@ def test_a_file_that_is_no_such_weights_is_said(tracker_home: Path, tmp_path: Pa
     """Of another network, and with a flag that makes no sense; in one line, and nothing is registered."""
     torch.save(torchvision_video.mvit_v1_b().state_dict(), tmp_path / "mvit.pth")
     with pytest.raises(ValueError, match=r"of no network that is known, their first keys are .*torchvision's r3d_18"):
-        publish_file(tmp_path / "mvit.pth", Options(name="other"))
+        publish_file(tmp_path / "mvit.pth", RegisterOptions(name="other"))
     ended = job("register", str(tmp_path / "mvit.pth"), "--name", "other", "--step", "3")
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].startswith("error: --step chooses a checkpoint of a run")

@@ -17,7 +17,8 @@ from tests.environments import light_environment
 from tests.made import clips, save_checkpoint, settings_for
 from vmoco import tracking
 from vmoco.data.manifest import Manifest
-from vmoco.encoders import export, registry
+from vmoco.encoders import package, registry
+from vmoco.train import publish
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 def folder(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> Path:
     place = tmp_path_factory.mktemp("written")
     save_checkpoint(place / "checkpoint", manifest)
-    export.write_encoder(place / "checkpoint", place / "encoder", manifest=manifest)
+    publish.write_encoder(place / "checkpoint", place / "encoder", manifest=manifest)
     return place / "encoder"
 
 
@@ -51,18 +52,18 @@ def test_encoders_are_pulled_by_alias_and_version(folder: Path, manifest: Manife
     An unknown name, and an unknown alias, list what there is.
     """
     with pytest.raises(ValueError, match=r"nothing is registered there yet"):
-        export.load_encoder("models:/tested@candidate")
+        package.load_encoder("models:/tested@candidate")
     run_id, first = register(folder, manifest)
     second = registry.register(run_id, name="tested", alias="staging")
     assert (first.version, second.version, second.uri) == ("1", "2", "models:/tested@staging")
     assert registry.find_version("models:/tested@candidate").version == 2, "every new version is the candidate"
-    expected = export.load_encoder(str(folder)).embed(clips())
+    expected = package.load_encoder(str(folder)).embed(clips())
     for uri in ("models:/tested@candidate", "models:/tested/1", f"runs:/{run_id}/encoder"):
-        assert torch.equal(export.load_encoder(uri).embed(clips()), expected)
+        assert torch.equal(package.load_encoder(uri).embed(clips()), expected)
     with pytest.raises(ValueError, match=r"there are tested \(candidate, staging\)"):
-        export.load_encoder("models:/tested@champion")
+        package.load_encoder("models:/tested@champion")
     with pytest.raises(ValueError, match=r"cannot be fetched .*"):
-        export.load_encoder("runs:/0123456789abcdef0123456789abcdef/encoder")
+        package.load_encoder("runs:/0123456789abcdef0123456789abcdef/encoder")
     code = (
         "import sys, vmoco; vmoco.load_encoder('models:/tested@candidate'); "
         "assert not {'ray', 'av', 'sklearn'} & set(sys.modules), 'a pull needs none of them'"
@@ -80,15 +81,15 @@ def test_a_changed_registered_encoder_is_refused(folder: Path, manifest: Manifes
     """Weights with a card that fits them again: the registry's record of the card is in its database."""
     register(folder, manifest)
     place = stored()
-    (place / export.WEIGHTS).write_bytes(b"other weights")
-    card = json.loads((place / export.CARD).read_text())
-    card["files"][export.WEIGHTS] = export.state.file_sha256(place / export.WEIGHTS)
-    (place / export.CARD).write_text(json.dumps(card))
+    (place / package.WEIGHTS).write_bytes(b"other weights")
+    card = json.loads((place / package.CARD).read_text())
+    card["files"][package.WEIGHTS] = package.state.file_sha256(place / package.WEIGHTS)
+    (place / package.CARD).write_text(json.dumps(card))
     with pytest.raises(ValueError, match=r"its encoder.json is not the one that was registered"):
-        export.load_encoder("models:/tested@candidate")
-    (place / export.CARD).unlink()
+        package.load_encoder("models:/tested@candidate")
+    (place / package.CARD).unlink()
     with pytest.raises(ValueError, match=r"models:/tested@candidate cannot be fetched"):
-        export.load_encoder("models:/tested@candidate")
+        package.load_encoder("models:/tested@candidate")
 
 
 def test_a_version_holds_a_model_card_with_plots(folder: Path, manifest: Manifest, tracker_home: Path) -> None:
@@ -136,4 +137,4 @@ def test_mlflow_alone_gives_the_same_features(
     pulled = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
     assert pulled.returncode == 0, pulled.stderr
     assert "refused" in pulled.stdout
-    assert np.array_equal(np.load(tmp_path / "features.npy"), export.load_encoder(str(folder)).embed(frames).numpy())
+    assert np.array_equal(np.load(tmp_path / "features.npy"), package.load_encoder(str(folder)).embed(frames).numpy())

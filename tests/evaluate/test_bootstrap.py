@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vmoco.evaluate.bootstrap import estimate
+from vmoco.evaluate.score import estimate
 
 
 def test_it_covers_the_truth_as_often_as_it_says() -> None:

@@ -11,10 +11,9 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
 from tests.embeddings import table_of
-from vmoco.evaluate.evaluate_settings import EvaluateSettings
-from vmoco.evaluate.protocols import measure_knn, measure_probe, measure_retrieval, video_right
-from vmoco.evaluate.split import Split, find_splits
+from vmoco.evaluate.protocols import Split, find_splits, measure_knn, measure_probe, measure_retrieval, video_right
 from vmoco.evaluate.table import FeatureTable
+from vmoco.job_settings import EvaluateSettings
 
 SETTINGS = EvaluateSettings(data="none", k=9)
 

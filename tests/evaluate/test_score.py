@@ -10,7 +10,7 @@ import torch
 
 from tests.dataset import make_data_set, write_data_set
 from vmoco.data.shard import Clip
-from vmoco.encoders.export import Encoder, Preprocessing
+from vmoco.encoders.package import Encoder, Preprocessing
 from vmoco.evaluate.score import LabelFreeScore, choose_pairs, effective_rank, score, score_encoder
 from vmoco.model.backbone import build_backbone
 from vmoco.train import metrics

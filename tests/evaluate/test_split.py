@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from vmoco.evaluate.split import find_splits
+from vmoco.evaluate.protocols import find_splits
 
 
 def rows(labels: list[str | None], **columns: list[object]) -> pa.Table:

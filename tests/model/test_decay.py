@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vmoco.config import MocoSettings
-from vmoco.model.decay import decay_at, key_weights, oldest_key_weight
+from vmoco.model.queue import decay_at, key_weights, oldest_key_weight
 
 
 def test_weights_are_powers_of_t() -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from tests.train.test_step import changed
+from vmoco.job_settings import SweepSettings
 from vmoco.presets import PRESETS
-from vmoco.sweep.sweep_settings import SweepSettings
 
 
 @dataclass

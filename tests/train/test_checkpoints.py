@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.train.test_step import CPU, changed
-from vmoco import transfer
+from vmoco import storage
 from vmoco.encoders.promotion import Score
 from vmoco.presets import PRESETS
 from vmoco.train.checkpoints import LIST, Checkpoints, Kept
@@ -84,13 +84,13 @@ def test_last_and_best_stay(tmp_path: Path) -> None:
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`keep` returns before a byte is written, and what is written is the state of then, not of now."""
-    gate, publish = threading.Event(), transfer.publish
+    gate, publish = threading.Event(), storage.publish
 
     def slow(path: Path, uri: str) -> None:
         assert gate.wait(20)
         publish(path, uri)
 
-    monkeypatch.setattr(transfer, "publish", slow)
+    monkeypatch.setattr(storage, "publish", slow)
     keeper = Keeper(tmp_path)
     keeper.keep(10)
     assert steps(str(tmp_path)) == []
@@ -163,7 +163,7 @@ def test_a_full_disk_costs_one_checkpoint_and_no_run(tmp_path: Path, monkeypatch
         raise ValueError(f"cannot write {uri}: {os.strerror(errno.ENOSPC)}")
 
     with monkeypatch.context() as patched:
-        patched.setattr(transfer, "publish", full)
+        patched.setattr(storage, "publish", full)
         keeper.keep(20)
         with pytest.raises(ValueError, match=r"step 20 could not be kept \(.*No space left.*go on from step 10"):
             keeper.checkpoints.finish(20)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from vmoco.train.determinism import require_determinism
+from vmoco.model.precision import require_determinism
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from vmoco.train.dropped import DroppedFrames
+from vmoco.train.metrics import DroppedFrames
 
 T, K = 8, 2
 

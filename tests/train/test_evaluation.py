@@ -58,7 +58,8 @@ def test_checkpoints_are_scored_and_a_damaged_one_is_said(ray_cluster: LocalClus
     """
     import ray
 
-    from vmoco.train.evaluation import SCORE, Evaluator, reserve
+    from vmoco.cluster.reservation import reserve
+    from vmoco.train.evaluation import SCORE, Evaluator
 
     manifest = make_data_set(tmp_path / "data", num_videos=16, clips_per_video=3, num_held_out=6, labels=("a", "b"))
     settings = changed(SETTINGS, data={"uri": str(tmp_path / "data")}, evaluation={"num_cpus": 1})

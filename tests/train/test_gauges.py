@@ -16,7 +16,7 @@ def test_numbers_are_seen_at_the_metrics_port(ray_cluster: LocalCluster) -> None
     """A number set in a worker is there within seconds, with a name that Prometheus takes and the run as its label."""
     import ray
 
-    from vmoco.train.gauges import Gauges
+    from vmoco.train.system_metrics import Gauges
 
     @ray.remote(num_cpus=0)
     class Worker:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from vmoco.train.machine import SystemMetrics
+from vmoco.train.system_metrics import SystemMetrics
 
 
 def test_the_machine_is_watched() -> None:

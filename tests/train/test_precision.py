@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vmoco.train.precision import autocast_dtype
+from vmoco.model.precision import autocast_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

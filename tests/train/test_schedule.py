@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vmoco.config import TrainSettings
-from vmoco.train.schedule import learning_rate
+from vmoco.train.optimizer import learning_rate
 
 
 def rates(base: float = 1.0, **fields: object) -> list[float]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vmoco.train.sheet import contact_sheet
+from vmoco.data.contact_sheet import dropped_frames_sheet
 
 CELL, PITCH, LEFT, TOP = 96, 102, 108, 58
 NUM_CLIPS, NUM_FRAMES = 3, 5
@@ -21,7 +21,7 @@ def test_frames_stand_in_their_cells_and_dropped_ones_are_framed_and_grey() -> N
     clips = torch.from_numpy(np.broadcast_to(colours[:, :, None, None], (NUM_CLIPS, NUM_FRAMES, 24, 24, 3)).copy())
     dropped = torch.zeros(NUM_CLIPS, NUM_FRAMES, dtype=torch.bool)
     dropped[0, 1] = dropped[2, 0] = dropped[2, 4] = True
-    content = contact_sheet(clips, dropped, names=["a", "b", "c"], shares=[0.5, 0, 1, 0.25, 0], title="step 1")
+    content = dropped_frames_sheet(clips, dropped, names=["a", "b", "c"], shares=[0.5, 0, 1, 0.25, 0], title="step 1")
     sheet = np.asarray(Image.open(io.BytesIO(content)))
     assert sheet.shape[1] == LEFT + NUM_FRAMES * PITCH + 6
     for row in range(NUM_CLIPS):
@@ -45,5 +45,5 @@ def test_frames_stand_in_their_cells_and_dropped_ones_are_framed_and_grey() -> N
 def test_equal_content_gives_equal_bytes() -> None:
     """A checkpoint that is written again after a restart writes the same sheet."""
     clips, dropped = torch.zeros(1, 2, 16, 16, 3, dtype=torch.uint8), torch.tensor([[True, False]])
-    first, second = (contact_sheet(clips, dropped, names=["a"], shares=[1, 0], title="step 1") for _ in range(2))
+    first, second = (dropped_frames_sheet(clips, dropped, names=["a"], shares=[1, 0], title="step 1") for _ in range(2))
     assert first == second

@@ -11,9 +11,9 @@ from tests.dataset import make_data_set
 from tests.train.test_step import CPU, changed
 from vmoco.data.loader import Loader
 from vmoco.presets import PRESETS
-from vmoco.train.staleness import oldest_key_similarity
 from vmoco.train.state import TrainState
 from vmoco.train.step import TrainStep
+from vmoco.train.system_metrics import oldest_key_similarity
 
 
 @pytest.mark.parametrize("positives", ["same_clip", "two_clips"])

@@ -9,8 +9,8 @@ from torchvision.models import video
 from tests.train.test_step import CPU, changed
 from vmoco.model.cost import step_cost
 from vmoco.presets import PRESETS
-from vmoco.train import utilisation
-from vmoco.train.utilisation import Utilisation
+from vmoco.train import system_metrics
+from vmoco.train.system_metrics import Utilisation
 
 SETTINGS = changed(PRESETS["paper"][1], data={"num_frames": 16}, scaling={"num_workers": 1})
 
@@ -31,7 +31,7 @@ def test_a_forward_costs_what_torchvision_says(backbone: str, weights: video.R3D
 
 def test_the_share_is_operations_over_time_and_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """4 forwards of each clip before the generator starts and 6 after, on a device of 1e12 operations a second."""
-    monkeypatch.setattr(utilisation, "_peak_flops", lambda device, dtype: 1e12)
+    monkeypatch.setattr(system_metrics, "_peak_flops", lambda device, dtype: 1e12)
     found = Utilisation(SETTINGS, CPU, None)
     one = step_cost(SETTINGS, bf16=False).forward_flops * SETTINGS.train.global_batch / 1e12
     start = SETTINGS.generator_start
@@ -41,4 +41,4 @@ def test_the_share_is_operations_over_time_and_peak(monkeypatch: pytest.MonkeyPa
 
 def test_the_peak_is_measured() -> None:
     """Some billions of operations a second, on any CPU."""
-    assert 1e8 < utilisation._peak_flops(CPU, torch.float32) < 1e14
+    assert 1e8 < system_metrics._peak_flops(CPU, torch.float32) < 1e14

@@ -17,7 +17,7 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -27,8 +27,8 @@ import pyarrow.parquet
 from vmoco import storage
 from vmoco.data.ledger import Rejection
 from vmoco.data.source import Found, Listing, list_videos
+from vmoco.job_settings import Layout
 
-Layout = Literal["table", "kinetics", "ucf101", "hmdb51"]
 TABLES = (".csv", ".parquet", ".jsonl")
 
 _COLUMNS = {"path", "start_seconds", "end_seconds", "label", "video_id", "split"}

@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from vmoco.data import fetch, frames
-from vmoco.data.clips import ClipPlan, clip_indices
+from vmoco.data.clips import ClipPlan, Part, clip_indices, split
 from vmoco.data.frames import Encoding
 from vmoco.data.ledger import VideoError
-from vmoco.data.parts import Part, split
 
 MEMORY_BYTES = 768 * 2**20
 # What a decoder dies of by itself; another signal (the kernel was short of memory) may not come again.

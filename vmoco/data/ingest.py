@@ -17,18 +17,25 @@ from typing import Any
 import pyarrow as pa
 
 from vmoco import storage
-from vmoco.data import contact_sheet, ledger, probe_task
+from vmoco.data import contact_sheet, ingest_tasks, ledger
 from vmoco.data.annotations import TABLES, list_annotated
 from vmoco.data.decoder import Decoder
-from vmoco.data.ingest_settings import IngestSettings
+from vmoco.data.ingest_tasks import (
+    CPUS_OF_LONG_TASKS,
+    CPUS_OF_WAITING_TASKS,
+    Probed,
+    ShardPlan,
+    found_from_json,
+    make_shard,
+    plan_shards,
+    run_tasks,
+)
 from vmoco.data.ledger import Rejection
 from vmoco.data.manifest import FIELDS, NAME, SHARDS, Manifest, write_manifest
-from vmoco.data.probe_task import Probed, found_from_json
-from vmoco.data.progress import Progress
 from vmoco.data.shard import ShardFile
-from vmoco.data.shard_task import ShardPlan, make_shard, plan_shards
 from vmoco.data.source import Found, Listing, list_videos, split_pattern
-from vmoco.data.tasks import CPUS_OF_LONG_TASKS, CPUS_OF_WAITING_TASKS, run_tasks
+from vmoco.job_settings import IngestSettings
+from vmoco.progress import Progress
 
 
 def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) -> Manifest:
@@ -83,7 +90,7 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
             shards={**(previous.shards if previous else {}), **made.files},
             num_rejected=len(whole_ledger),
         )
-        storage.delete_folder(storage.join(output, probe_task.FOLDER))
+        storage.delete_folder(storage.join(output, ingest_tasks.FOLDER))
     if whole_ledger:
         progress(f"ingest  rejected {len(whole_ledger)}: {ledger.totals(whole_ledger)}; see {output}/{ledger.NAME}")
     _check_rejected(manifest.counts["videos"] if table.num_rows else 0, whole_ledger, output, settings)
@@ -143,23 +150,24 @@ def _probe(
     videos: list[Found], *, root: str, output: str, settings: IngestSettings, progress: Callable[[str], None]
 ) -> list[Probed]:
     """Looks at all videos in Ray tasks, a group in each; in the order of the videos."""
-    size = probe_task.VIDEOS_PER_TASK
+    size = ingest_tasks.VIDEOS_PER_TASK
     groups = [videos[at : at + size] for at in range(0, len(videos), size)]
 
     def task(text: str) -> str:
         group = [found_from_json(found) for found in json.loads(text)]
-        probed = probe_task.probe_videos(group, root=root, output=output, settings=settings, decoder=_decoder())
+        probed = ingest_tasks.probe_videos(group, root=root, output=output, settings=settings, decoder=_decoder())
         return json.dumps([each.to_json() for each in probed])
 
-    report = Progress(progress, "looked at", total=len(videos), num_videos=len(videos))
+    report = Progress(
+        progress, "ingest  looked at", total=len(videos), unit="videos", counts=["rejected", "clips"], rate="clips"
+    )
     probed: list[Probed] = []
     items = [json.dumps([dataclasses.asdict(found) for found in group]) for group in groups]
     for text in run_tasks(task, items, num_cpus=CPUS_OF_WAITING_TASKS):
         done = [Probed.from_json(values) for values in json.loads(text)]
         rejected = sum(each.rejection is not None for each in done)
-        report.add(len(done), videos=len(done), rejected=rejected, clips=sum(each.num_clips for each in done))
+        report.add(len(done), rejected=rejected, clips=sum(each.num_clips for each in done))
         probed += done
-    report.print()
     return sorted(probed, key=lambda each: each.found.video_id)
 
 
@@ -201,7 +209,15 @@ def _make_shards(
 
     num_videos = len({unit.found.video_id for plan in plans for unit in plan.units})
     work = {plan.name: sum(unit.found.num_bytes // unit.num_parts for unit in plan.units) for plan in plans}
-    report = Progress(progress, "cut", total=sum(work.values()), num_videos=num_videos)
+    report = Progress(
+        progress,
+        "ingest  cut",
+        total=num_videos,
+        unit="videos",
+        counts=["rejected", "clips"],
+        rate="clips",
+        total_work=sum(work.values()),
+    )
     parts: list[dict[str, Any]] = []
     counted: set[str] = set()
     by_name = {plan.name: plan for plan in plans}
@@ -212,10 +228,8 @@ def _make_shards(
         parts.append(made)
         videos = {unit.found.video_id for unit in by_name[made["shard"]].units} - counted
         counted |= videos
-        count = {"videos": len(videos), "rejected": len(made["rejected"]), "clips": len(made["rows"])}
-        report.add(work[made["shard"]], **count, reused=made["reused"])
-    if plans:
-        report.print()
+        count = {"rejected": len(made["rejected"]), "clips": len(made["rows"])}
+        report.add(len(videos), work=work[made["shard"]], reused=made["reused"], **count)
     parts.sort(key=lambda made: made["shard"])
     return _Made(
         [row for made in parts for row in made["rows"]],

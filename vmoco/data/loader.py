@@ -1,4 +1,11 @@
-"""Batches for one rank: frames copied from memory-mapped shards, a few batches ahead of the step.
+"""Memory for batches that is used again once nobody holds the batch any more.
+
+New memory costs more than the copy into it: the system hands it out page by page, zeroed. A tensor and all its views
+keep one NumPy array alive, and when that goes its memory comes back. For GPUs torch does the same with page-locked
+memory, and also waits for copies that are under way.
+
+
+Batches for one rank: frames copied from memory-mapped shards, a few batches ahead of the step.
 
 The loader never converts, and decodes nothing but frames that are stored as JPEG: uint8 frames go to the device as they
 lie on disk, and a background thread does the copying. It has no state of its own. What it yields is a function of
@@ -7,23 +14,49 @@ lie on disk, and a background thread does the copying. It has no state of its ow
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.compute as pc
 import torch
 
 from vmoco.config import PretrainSettings
 from vmoco.data import augment
-from vmoco.data.batch_memory import BatchMemory
-from vmoco.data.clip_reader import ClipReader, cache_for
+from vmoco.data.clip_cache import cache_for
 from vmoco.data.manifest import Manifest
 from vmoco.data.plan import Draws, Int64Array, Plan
+from vmoco.data.shard_reader import ClipReader
 from vmoco.seed import UInt64Array, hash64, mix64, uniform, uniforms
+
+
+class BatchMemory:
+    """Hands out uint8 tensors.
+
+    Args:
+        pin_memory: page-locked, for a GPU.
+    """
+
+    def __init__(self, *, pin_memory: bool) -> None:
+        self._pin_memory = pin_memory
+        self._free: dict[int, list[npt.NDArray[np.uint8]]] = {}
+
+    def take(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor whose content is whatever it was."""
+        if self._pin_memory:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        size = math.prod(shape)
+        free = self._free.setdefault(size, [])
+        memory = free.pop() if free else np.empty(size, np.uint8)
+        lent = memory.reshape(shape)  # another object than `memory`: it lives as long as somebody has the tensor
+        weakref.finalize(lent, free.append, memory).atexit = False
+        return torch.from_numpy(lent)
 
 
 @dataclass(frozen=True)
@@ -99,9 +132,8 @@ class Loader:
         self._rows = manifest.table.filter(pc.invert(manifest.table["held_out"]))
         self.clip_ids: list[str] = self._rows["clip_id"].to_pylist()
         data = settings.data
-        self._reader = ClipReader(
-            manifest, self._rows, cache=cache_for(manifest, folder=data.cache, gib=data.cache_gib)
-        )
+        cache = cache_for(manifest.uri, folder=data.cache, gib=data.cache_gib)
+        self._reader = ClipReader.of(manifest, self._rows, cache=cache)
         videos = self._rows["video_id"].combine_chunks().dictionary_encode()
         names = videos.dictionary.to_pylist()
         # A hash and not the index: a key keeps its meaning when the data set grows between two runs.
@@ -195,8 +227,9 @@ class Loader:
         frames = self._memory.take(shape)
         target = frames.numpy()
         starts = self._window_starts(window_seeds).tolist()
-        for place, (stored, start) in enumerate(zip(self._reader.several(clips.tolist()), starts, strict=True)):
-            target[place] = stored[start : start + data.num_frames * data.stride : data.stride]
+        windows = (range(start, start + _span(self._settings), data.stride) for start in starts)
+        for place, window in enumerate(self._reader.several(clips.tolist(), windows)):
+            target[place] = window
         table = augment.draw(self._view_seeds(draws, name), self._settings.augment, height=height, width=width)
         return View(frames, torch.from_numpy(table))
 

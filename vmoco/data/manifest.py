@@ -18,9 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vmoco import storage
-from vmoco.data.account import VERSION
 from vmoco.data.frames import Encoding, Shape
-from vmoco.data.shard import METADATA_KEY, ROW_FIELDS, ShardFile
+from vmoco.data.shard import METADATA_KEY, ROW_FIELDS, VERSION, ShardFile
 
 NAME = "manifest.parquet"
 SHARDS = "shards"

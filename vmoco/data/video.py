@@ -1,4 +1,11 @@
-"""Decodes the frames of a video that are needed, scaled and cropped.
+"""Opens a video and reads it with PyAV: a closed list of formats, one thread, and errors that name what is wrong.
+
+With `video.py` and `scale.py` all that knows PyAV.
+
+
+Scales decoded frames to cover the stored frame, turned and shaped as their metadata says, and crops the middle.
+
+Decodes the frames of a video that are needed, scaled and cropped.
 
 A video is read twice: once without decoding, which finds its time stamps and cut files, and once decoding, which keeps
 only the frames of the chosen clips. So memory holds one decoded frame and one clip, however long the video. A video
@@ -9,19 +16,137 @@ A decoder may hang or crash, and nothing here can help that: `decoder.py` runs i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import av
 import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
 
-from vmoco.data.clips import ClipPlan, Int64Array, clip_indices, clip_span
-from vmoco.data.container import Source, decoded, errors, open_video, video_stream
+from vmoco.data.clips import ClipPlan, Int64Array, Part, clip_indices, clip_span
 from vmoco.data.frames import Frames
-from vmoco.data.ledger import NOT_SEEKABLE, VideoError
-from vmoco.data.parts import Part
-from vmoco.data.scale import MAX_PIXELS, Scaler
+from vmoco.data.ledger import NOT_SEEKABLE, Stage, VideoError
+
+# Formats that are one file by themselves. Playlists (hls, concat, dash) are left out: a file of the user's could make
+# FFmpeg open other files or addresses.
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,h264,hevc,m4v,nut,gif,ivf"
+
+Source = str | BinaryIO
+"""Path of a local file, or a file opened for reading, with a name."""
+
+
+def open_video(source: Source) -> Any:
+    """PyAV's container, to be closed by the caller; raises av.error.FFmpegError, which `errors` turns."""
+    if not isinstance(source, str):
+        source.seek(0)  # it is opened twice
+    # ENOENT and the like were met when the file was read for its hash; here every failure is one of the format.
+    # Titles are in whatever encoding; nobody reads them here.
+    options = {"format_whitelist": FORMATS}
+    return av.open(source, mode="r", options=options, buffer_size=2**20, metadata_errors="replace")
+
+
+@contextlib.contextmanager
+def errors(stage: Stage, reason: str) -> Iterator[None]:
+    """Turns FFmpeg's errors into a VideoError, with the last line that FFmpeg logged and nothing that varies."""
+    av.logging.set_skip_repeated(False)  # "(repeated 3 more times)" would depend on the video before
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        with av.logging.Capture():
+            yield
+    except (MemoryError, av.error.MemoryError) as error:
+        raise VideoError("decode", "too-much-memory", f"one frame and its references do not fit: {error}") from None
+    except av.error.FileNotFoundError:
+        raise VideoError("read", "missing", "it was listed, but is gone", transient=True) from None
+    except av.error.FFmpegError as error:
+        said = [error.strerror or type(error).__name__]
+        logged: Any = error.log  # (level, part of FFmpeg, line); PyAV's type is wrong
+        if logged is not None:
+            said.append(f"{logged[1]}: {logged[2].strip()}")
+        raise VideoError(stage, reason, "; ".join(said)) from None
+    finally:
+        av.logging.set_level(level)
+
+
+def video_stream(container: Any) -> Any:
+    """The first stream of moving pictures, set to decode the same way everywhere; VideoError where there is none."""
+    cover = av.stream.Disposition.attached_pic
+    streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+    if not streams:
+        raise VideoError(
+            "probe", "no-video-stream", f"it holds {len(container.streams)} streams, and no moving picture"
+        )
+    stream = streams[0]
+    if stream.codec_context is None:
+        raise VideoError("probe", "no-decoder", "FFmpeg has no decoder for its codec")
+    # Threads of frames can deadlock when decoding stops early, and one task has one core.
+    stream.thread_type = "NONE"
+    stream.codec_context.thread_count = 1
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS), "err_detect": "explode"}
+    return stream
+
+
+def decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """The frames of a stream, in the order in which they are shown."""
+    for packet in container.demux(stream):
+        try:
+            yield from packet.decode()
+        except av.error.FFmpegError:
+            # Some codecs report a frame for which there is no memory as a damaged one. What they hold is not freed yet,
+            # so another frame would not fit either: MemoryError. 3 bytes a pixel, for 4:4:4 or 10 bits of 4:2:0.
+            np.empty((stream.codec_context.height, stream.codec_context.width, 3), np.uint8)
+            raise
+
+
+MAX_PIXELS = 8192 * 4352
+"""Largest frame, decoded or scaled: a damaged header may promise any size, and one frame must fit in memory."""
+
+# swscale's bilinear filter widens when it shrinks, so it is antialiased: with chroma at full width it is within 52 to
+# 58 dB of torch's antialiased resize of the RGB frame (area: 38 to 53 dB, 20 % faster; decoding takes 2 to 5 times as
+# long as either). The last two flags make it give the same bytes on every CPU.
+SCALING = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+
+
+class Scaler:
+    """Scales the frames of one video to cover height x width."""
+
+    def __init__(self, *, height: int, width: int) -> None:
+        self._height, self._width = height, width
+        self.pixel_aspect: Fraction | None = None
+        self._reformatter = VideoReformatter()  # keeps swscale's tables from frame to frame
+        self._covers: dict[tuple[int, int, int], tuple[int, int]] = {}
+
+    def scale(self, frame: Any) -> Frames:
+        """The frame as it is stored: uint8 (H, W, 3), RGB."""
+        turns = round(frame.rotation / 90) % 4  # counter-clockwise
+        height, width = (self._width, self._height) if turns % 2 else (self._height, self._width)
+        shape = (frame.width, frame.height, turns % 2)
+        tall, wide = self._covers.get(shape) or self._covers.setdefault(shape, self._cover(frame, height, width))
+        # One pass from the codec's colours at full size to RGB at the small size; one thread, as for decoding.
+        scaled = self._reformatter.reformat(
+            frame, width=wide, height=tall, format="rgb24", interpolation=SCALING, threads=1
+        )
+        plane = scaled.planes[0]
+        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[:tall, : wide * 3]
+        top, left = (tall - height) // 2, (wide - width) // 2
+        return np.rot90(rows.reshape(tall, wide, 3)[top : top + height, left : left + width], turns)
+
+    def _cover(self, frame: Any, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the scaled frame before it is cropped."""
+        # Width of a pixel over its height; values that no camera makes come from damaged headers.
+        aspect = self.pixel_aspect
+        shown = frame.width * (aspect if aspect and Fraction(1, 8) <= aspect <= 8 else Fraction(1))
+        factor = max(Fraction(height) / frame.height, Fraction(width) / shown)
+        tall, wide = max(height, round(frame.height * factor)), max(width, round(shown * factor))
+        if tall * wide > MAX_PIXELS:
+            raise VideoError(
+                "decode", "frame-too-large", f"{frame.width} x {frame.height} would be {wide} x {tall} scaled"
+            )
+        return tall, wide
+
 
 # Formats that keep the time at which each frame is shown. Elsewhere FFmpeg guesses, and guesses otherwise after a seek.
 _SEEKABLE = {"mov", "matroska"}

@@ -16,7 +16,6 @@ from typing import Any
 from vmoco import tracking
 from vmoco.encoders import registry
 from vmoco.encoders.registry import CANDIDATE, CHAMPION
-from vmoco.evaluate.score import LabelFreeScore
 
 LABEL_FREE = "label-free"
 _SCORE_TAG, _HISTORY_TAG = "vmoco.score", "vmoco.champions"
@@ -44,13 +43,6 @@ class Score:
 
     def __str__(self) -> str:
         return f"{self.protocol} {self.value:.1%} [{self.low:.1%}, {self.high:.1%}] on {self.evaluation_set}"
-
-
-def label_free_score(found: LabelFreeScore) -> Score:
-    """The label-free score as it is recorded."""
-    beside = f"mean colour {found.by_colour:.1%}, chance {found.chance:.1%}, effective rank {found.effective_rank:.1f}"
-    kept = found.retrieval
-    return Score(LABEL_FREE, found.evaluation_set, kept.value, kept.low, kept.high, beside)
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,43 @@
-"""Videos or a data set -> table of embeddings, by a pool of Ray Data actors that each hold the encoder.
+"""Embeds videos or a data set: a pool of Ray Data actors, each with the encoder, writes a table of embeddings.
 
-As in ingest, all is planned before it is scheduled: the name of a part follows from the clips that go into it, so what
-is there is not made again, whoever made it and however the job ended.
+All work is planned before it is scheduled, as in ingest. The name of a part of the table follows from the clips in it,
+so a part that is there is not made again, whichever job made it and however that job ended.
+
+`EmbedTask` is what one actor does; it knows nothing of Ray. Its clips come from the shards of a data set, or from
+videos that it decodes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import pyarrow.compute as pc
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
 
 from vmoco import storage
-from vmoco.data import ledger, source
+from vmoco.data import fetch, ledger, source
+from vmoco.data.decoder import Decoder
+from vmoco.data.ledger import Rejection, VideoError
 from vmoco.data.manifest import NAME, Manifest
+from vmoco.data.shard_reader import ClipReader
 from vmoco.encoders.encoder import Encoder
-from vmoco.evaluate.embed_settings import EmbedSettings, PoolSettings
-from vmoco.evaluate.embed_task import EmbedTask, Work
-from vmoco.evaluate.features import Window, window
-from vmoco.evaluate.table import SPLITS, FeatureTable, part_rejected
+from vmoco.evaluate.features import Frames, Window, embed_batch, mean_colour, window, without_colour
+from vmoco.evaluate.table import SPLITS, FeatureTable, part_bytes, part_rejected, part_uri
+from vmoco.job_settings import EmbedSettings, PoolSettings
+from vmoco.seed import hash64
 
 ABOUT = "embeddings.json"
+_ROW_NAMES = ["clip_id", "video_id", "start_seconds", "label", *SPLITS, "held_out", "shard", "row"]
+_ROW_NAMES += ["offset", "num_bytes", "sha256", "height", "width"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +96,13 @@ def shard_items(manifest: Manifest, chosen: Any = None) -> list[dict[str, Any]]:
         chosen: boolean column, which clips are embedded; all when left out.
     """
     table = manifest.table if chosen is None else manifest.table.filter(chosen)
-    names = ["clip_id", "video_id", "start_seconds", "label", *SPLITS, "held_out", "row", "sha256", "height", "width"]
+    table = table.select([*_ROW_NAMES, "fps"]).sort_by([("shard", "ascending"), ("row", "ascending")])
+    about = {"data_set": manifest.uri, "frame_shape": manifest.frame_shape, "encoding": manifest.encoding}
     items = []
-    for shard in sorted(table["shard"].unique().to_pylist()):
-        members = table.filter(pc.equal(table["shard"], shard)).sort_by("row")
-        rows = members.select(names).to_pylist()
-        for row, fps in zip(rows, members["fps"].to_pylist(), strict=True):
-            row |= {"source": shard, "clip_seconds": manifest.frame_shape[0] / fps}
+    for shard, members in itertools.groupby(table.to_pylist(), key=lambda row: str(row["shard"])):
+        rows = [row | {"source": shard, "clip_seconds": manifest.frame_shape[0] / row.pop("fps")} for row in members]
         clips = "".join(row["clip_id"] + row["sha256"] for row in rows)
-        plan = {"shard": manifest.shard_uri(shard), "rows": rows}
-        items.append({"part": _digest(shard, clips), "plan": json.dumps(plan)})
+        items.append({"part": _digest(shard, clips), "plan": json.dumps(about | {"rows": rows})})
     return items
 
 
@@ -199,3 +208,112 @@ def _claim(output: str, encoder: Encoder, about: dict[str, Any]) -> None:
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+_Clip = tuple[dict[str, Any], Frames]
+"""A row of the table, and the frames that the encoder sees."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """How clips are embedded, the same for all items of a job."""
+
+    output: str
+    """Folder of the table."""
+    window: Window
+    """Which frames of a stored clip the encoder sees."""
+    batch_size: int
+    colour: bool = True
+    """False shows the encoder the clips `without_colour`."""
+    max_clips_per_video: int = 32
+    seconds_per_video: float = 600.0
+    device: str = "cpu"
+    num_threads: int | None = None
+    """Of torch; None leaves them as they are."""
+
+
+class EmbedTask:
+    """Makes parts of a table of embeddings.
+
+    Args:
+        encoder: in evaluation mode.
+        work: see `Work`.
+    """
+
+    def __init__(self, encoder: Encoder, work: Work) -> None:
+        if work.num_threads:
+            torch.set_num_threads(work.num_threads)
+        self._encoder = encoder.to(work.device).eval()
+        self._decoder = Decoder()  # its process starts with the first video
+        self._work = work
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Makes one part.
+
+        Args:
+            item: `part`, its name; `plan`, JSON: a data set and rows of its manifest, or a folder and videos.
+
+        Returns:
+            `clips`, the number of them; `error`, an error message that the user can act on, or empty.
+        """
+        plan = json.loads(item["plan"])
+        rejected: list[Rejection] = []
+        try:
+            clips = self._of_videos(plan, rejected) if "videos" in plan else self._of_data_set(plan)
+            rows, features = self._embed(clips)
+            content = part_bytes(rows, features, rejected=rejected)
+            storage.write_atomic(part_uri(self._work.output, item["part"]), content)
+        except (OSError, ValueError) as error:  # as a value: an exception ends the job with Ray's stack around it
+            return {"clips": 0, "error": str(error)}
+        return {"clips": len(rows), "error": ""}
+
+    def _embed(self, clips: Iterable[_Clip]) -> tuple[list[dict[str, Any]], npt.NDArray[np.float32]]:
+        """Rows and features of clips, in batches of one size."""
+        rows: list[dict[str, Any]] = []
+        parts = [torch.zeros(0, self._encoder.feature_dim)]  # a part may have no clip
+        clips = iter(clips)
+        while batch := list(itertools.islice(clips, self._work.batch_size)):
+            rows += [row for row, _ in batch]
+            seen = [frames if self._work.colour else without_colour(frames) for _, frames in batch]
+            parts.append(embed_batch(self._encoder, seen))
+        return rows, torch.cat(parts).numpy()
+
+    def _of_data_set(self, plan: dict[str, Any]) -> Iterator[_Clip]:
+        shape, rows = tuple(plan["frame_shape"]), plan["rows"]
+        table = pa.Table.from_pylist(rows)
+        reader = ClipReader(plan["data_set"], table, frame_shape=shape, encoding=plan["encoding"], crop=True)
+        seen = self._work.window.numbers(shape[0])
+        for row, frames in zip(rows, reader.several(range(len(rows))), strict=True):  # all frames: for the mean colour
+            yield row | {"colour": mean_colour(frames).tolist()}, frames[seen.start : seen.stop : seen.step]
+
+    def _of_videos(self, plan: dict[str, Any], rejected: list[Rejection]) -> Iterator[_Clip]:
+        for name, num_bytes in plan["videos"]:
+            found = source.Found(name, num_bytes)
+            try:
+                with fetch.local_copy(plan["folder"], found) as path:
+                    sha256 = fetch.file_sha256(path)
+                    cut = self._encoder.cut_video(
+                        path,
+                        decoder=self._decoder,
+                        max_clips=self._work.max_clips_per_video,
+                        seconds=self._work.seconds_per_video,
+                    )
+            except VideoError as error:
+                why = (error.stage, error.reason, error.message, error.transient)
+                rejected.append(Rejection(name, *why, entry=found.entry))
+                continue
+            for place, frames in enumerate(cut.frames):
+                yield (
+                    {
+                        "clip_id": f"{hash64(name, cut.start_times[place]):016x}",
+                        "video_id": name,
+                        "start_seconds": cut.start_seconds[place],
+                        "clip_seconds": cut.clip_seconds,
+                        "held_out": False,
+                        "source": name,
+                        "row": place,
+                        "sha256": sha256,
+                        "colour": mean_colour(frames).tolist(),
+                    },
+                    frames,
+                )

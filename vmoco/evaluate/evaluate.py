@@ -18,17 +18,15 @@ import pyarrow.compute as pc
 from vmoco import storage
 from vmoco.data.manifest import Manifest
 from vmoco.encoders.encoder import Encoder
-from vmoco.encoders.promotion import Score, label_free_score
+from vmoco.encoders.promotion import Score
 from vmoco.evaluate import score as label_free
-from vmoco.evaluate.bootstrap import estimate
-from vmoco.evaluate.embed import run_items, shard_items
-from vmoco.evaluate.embed_task import Work
-from vmoco.evaluate.evaluate_settings import EvaluateSettings, Protocol
+from vmoco.evaluate.embed import Work, run_items, shard_items
 from vmoco.evaluate.features import Window, window
 from vmoco.evaluate.finetune import finetune
-from vmoco.evaluate.protocols import MEASURES, Measured
-from vmoco.evaluate.split import Split, find_splits
+from vmoco.evaluate.protocols import MEASURES, Measured, Split, find_splits
+from vmoco.evaluate.score import estimate, label_free_score
 from vmoco.evaluate.table import SPLITS, FeatureTable
+from vmoco.job_settings import EvaluateSettings, Protocol
 from vmoco.seed import hash64
 
 LABEL_FREE: Protocol = "label-free"

@@ -1,4 +1,10 @@
-"""The score that needs no labels: does an encoder find another moment of the same video, other than by its colours?
+"""How sure a score is: intervals by resampling videos.
+
+Clips of one video are not independent, so whole videos are drawn, each with all that was measured on it. The draws
+follow from a seed: the same measurements give the same interval.
+
+
+The score that needs no labels: does an encoder find another moment of the same video, other than by its colours?
 
 For each held-out video, one clip of its first half is looked up among one clip of the second half of every video, and
 the other way round; chance is one over the number of videos. Clips of one video share their colours, so the encoder
@@ -17,9 +23,51 @@ import pyarrow as pa
 
 from vmoco.data.manifest import Manifest
 from vmoco.encoders.encoder import Encoder
-from vmoco.evaluate.bootstrap import Estimate, estimate
+from vmoco.encoders.promotion import LABEL_FREE, Score
 from vmoco.evaluate.features import Features, clip_features, mean_colours
-from vmoco.seed import hash64, permutation
+from vmoco.seed import hash64, permutation, uniform
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over videos with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
+
+
+def estimate(
+    values: npt.ArrayLike, groups: npt.ArrayLike, *, num_samples: int = 1000, level: float = 0.95, seed: int = 0
+) -> Estimate:
+    """The mean of measurements, and the interval that it keeps to when other videos of the same kind are drawn.
+
+    Args:
+        values: (N,), one number per measurement, such as 1 where a clip was classified right.
+        groups: (N,), the video of each.
+        num_samples: sets of videos that are drawn, with replacement.
+        level: share of them whose mean lies inside the interval.
+        seed: of the draws.
+
+    Raises:
+        ValueError: there is nothing to measure.
+    """
+    numbers = np.asarray(values, np.float64)
+    if not len(numbers):
+        raise ValueError("there is nothing to estimate: no clip was measured")
+    names, members = np.unique(np.asarray(groups), return_inverse=True)
+    sums, counts = np.bincount(members, numbers), np.bincount(members)
+    means = np.empty(num_samples)
+    places = np.arange(len(names), dtype=np.uint64)
+    for sample in range(num_samples):
+        drawn = (uniform(places, hash64("bootstrap", seed, sample)) * len(names)).astype(np.int64)
+        means[sample] = sums[drawn].sum() / counts[drawn].sum()
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(float(numbers.mean()), float(low), float(high))
+
 
 MAX_VIDEOS = 2000
 """Videos that take part: bounds the work (8 clips of each are embedded) and the memory (some 50 MB)."""
@@ -67,6 +115,13 @@ class LabelFreeScore:
             f"same video at another time {self.retrieval} without colour, mean colour alone {self.by_colour:.1%}, "
             f"chance {self.chance:.1%}, of {self.num_videos} videos; effective rank {self.effective_rank:.1f}"
         )
+
+
+def label_free_score(found: LabelFreeScore) -> Score:
+    """The label-free score as it is recorded."""
+    beside = f"mean colour {found.by_colour:.1%}, chance {found.chance:.1%}, effective rank {found.effective_rank:.1f}"
+    kept = found.retrieval
+    return Score(LABEL_FREE, found.evaluation_set, kept.value, kept.low, kept.high, beside)
 
 
 def score(

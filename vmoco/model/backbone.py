@@ -1,4 +1,7 @@
-"""Networks from a clip to a feature: torchvision's video networks, and small ones of the same blocks for a CPU."""
+"""Networks from a clip to a feature: torchvision's video networks, and small ones of the same blocks for a CPU.
+
+Projection from a feature to the embedding that is compared; thrown away after pretraining.
+"""
 
 from __future__ import annotations
 
@@ -100,3 +103,10 @@ def _nano(convolution: Callable[..., nn.Module]) -> Backbone:
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv3d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def build_head(kind: str, feature_dim: int, embedding_dim: int) -> nn.Module:
+    """A linear layer (MoCo, VideoMoCo) or two layers with a ReLU between (MoCo v2): (B, feature_dim) -> (B, D)."""
+    if kind == "linear":
+        return nn.Linear(feature_dim, embedding_dim)
+    return nn.Sequential(nn.Linear(feature_dim, feature_dim), nn.ReLU(), nn.Linear(feature_dim, embedding_dim))

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from vmoco.config import PretrainSettings
-from vmoco.model.backbone import build_backbone
+from vmoco.model.backbone import build_backbone, build_head
 from vmoco.model.generator import Generator
-from vmoco.model.head import build_head
 from vmoco.model.queue import KeyQueue
 from vmoco.seed import hash64
 

@@ -1,13 +1,16 @@
 """Runs a sweep from the driver: Ray Tune starts the trials, then the best encoder is registered.
 
-Each trial is a run with a name of its own. So submitting the same sweep again hands Ray Tune those that have not
-ended, and a trial goes on from its checkpoint as any run does; nothing is kept of Ray Tune itself.
+Each trial is a run with its own name: the pretraining of `jobs/pretrain.py` within a trial of Ray Tune. A sweep that is
+submitted again gives Ray Tune the trials that have not ended, and each goes on from its checkpoint as any run does.
+Nothing is kept of Ray Tune itself. An error that the user has to fix ends its trial, with the reason as its result.
+Only a lost process or node raises an error, so that Ray Tune starts the trial again.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -16,19 +19,57 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from vmoco import storage, tracking
-from vmoco.encoders.publish import publish_run
-from vmoco.encoders.publish_options import Options
-from vmoco.sweep import trial
-from vmoco.sweep.board import Board
-from vmoco.sweep.capacity import capacity
-from vmoco.sweep.ledger import Sweep
+from vmoco import job, storage, tracking
+from vmoco.cluster import ray_internals
+from vmoco.cluster.reservation import trials_at_once
+from vmoco.config import PretrainSettings
+from vmoco.job_settings import RegisterOptions
 from vmoco.sweep.prepare import PreparedSweep
-from vmoco.sweep.space import said
+from vmoco.sweep.record import Sweep
+from vmoco.sweep.space import as_text
+from vmoco.sweep.trial_callback import TrialCallback
+from vmoco.train import run
 from vmoco.train.launch import check_places
+from vmoco.train.publish import publish_run
 from vmoco.train.run import run_id_of
 
-_LOST = 3  # times that Ray Tune starts a trial again after its process or node was lost
+MEMORY = 64 * 2**20
+"""What the process around a trial asks of Ray: no CPU, or it could keep its own workers from starting."""
+_TRACKER_SECONDS = 3600.0
+"""How long a trial waits at its start for the tracker: one that is down for a while must not fail all trials."""
+_MAX_LOST = 3
+"""How often Ray Tune starts a trial again after its process or node was lost."""
+
+
+def train_trial(config: dict[str, Any]) -> dict[str, Any]:
+    """Runs one trial in Ray Tune; returns step, score/* and run_id; or `failed`, the reason.
+
+    Args:
+        config: settings (JSON), parent (MLflow run), environment, and index (the trial's place in its sweep).
+    """
+    os.environ.update(config["environment"])
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    from vmoco.train import launch
+
+    settings = PretrainSettings.model_validate_json(config["settings"])
+    try:
+        tracking.await_answer(timeout=_TRACKER_SECONDS, show=job.show)
+        prepared = run.prepare(settings)
+        if prepared.finished:
+            run_id = run.run_id_of(prepared)
+            assert run_id is not None, "it has ended"
+        else:
+            run_id = launch.pretrain(
+                prepared,
+                show=job.show,
+                callbacks=[TuneReportCallback()],
+                parent_run=config["parent"],
+            ).run_id
+        return {"step": settings.last_step, "run_id": run_id, **tracking.scores(run_id)}
+    except Exception as error:
+        traceback.print_exc()
+        return {"failed": job.describe(error).removeprefix("error: ")}
 
 
 def run_sweep(prepared: PreparedSweep, *, show: Callable[[str], None]) -> Sweep:
@@ -36,17 +77,17 @@ def run_sweep(prepared: PreparedSweep, *, show: Callable[[str], None]) -> Sweep:
 
     Args:
         prepared: what `prepare` returned.
-        show: takes each line for a person.
+        show: prints a line.
 
     Raises:
         ValueError: the cluster cannot hold a trial, or the tracker cannot be used.
     """
     settings, sweep = prepared.settings, prepared.sweep
-    for sentence in prepared.refused:
-        show(f"warning: left out, because no run can have it: {sentence}")
-    told = len(prepared.refused)
+    for reason in prepared.refused:
+        show(f"warning: left out, because it is not valid: {reason}")
+    num_shown = len(prepared.refused)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    at_once = capacity([settings.pretrain, *(each.settings for each in prepared.runs)], nodes)
+    at_once = trials_at_once([settings.pretrain, *(each.settings for each in prepared.runs)], nodes)
     check_places(prepared.runs[0].settings if prepared.runs else settings.pretrain, show=show)
     at_once = min(at_once, settings.max_concurrent or at_once)
     if sweep.parent_run:
@@ -73,21 +114,21 @@ def run_sweep(prepared: PreparedSweep, *, show: Callable[[str], None]) -> Sweep:
     except (KeyboardInterrupt, SystemExit):
         _note_stopped(prepared, show)
         raise
-    for sentence in prepared.refused[told:]:
-        show(f"warning: not tried, because no run can have it: {sentence}")
+    for reason in prepared.refused[num_shown:]:
+        show(f"warning: not tried, because it is not valid: {reason}")
     return sweep
 
 
 def _note_stopped(prepared: PreparedSweep, show: Callable[[str], None]) -> None:
-    """Tells the tracker that the running trials are stopped: their processes end with this one, and cannot."""
-    for each, run in zip(prepared.sweep.trials, prepared.runs, strict=True):
-        run_id = run_id_of(run) if each.status == "running" else None
+    """Tells the tracker that the running trials are stopped: their processes end with this one."""
+    for each, its_run in zip(prepared.sweep.trials, prepared.runs, strict=True):
+        run_id = run_id_of(its_run) if each.status == "running" else None
         if run_id and (problem := tracking.finish_run(run_id, "KILLED")):
             show(f"warning: {problem}")
 
 
 class _Feed(Searcher):
-    """Hands Ray Tune the trials that have not ended, then those that the search makes of what was learned."""
+    """Gives Ray Tune the trials that have not ended, then those that a search suggests."""
 
     def __init__(self, prepared: PreparedSweep) -> None:
         super().__init__()
@@ -107,29 +148,29 @@ class _Feed(Searcher):
         }
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Nothing: the board has it in the sweep's own record."""
+        """Does nothing: the trial callback writes it to the sweep's own record."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing, for the same reason."""
+        """Does nothing, for the same reason."""
 
 
 def _environment() -> dict[str, str]:
     return {
         "VMOCO_HOME": storage.home(),
         "MLFLOW_TRACKING_URI": tracking.tracking_uri(),
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": os.environ.get("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2"),
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        ray_internals.HEALTH_CHECK_SECONDS: os.environ.get(ray_internals.HEALTH_CHECK_SECONDS, "0.2"),
+        ray_internals.CHANGE_DIRECTORY: "0",
     }
 
 
 def _fit(prepared: PreparedSweep, count: int, at_once: int, show: Callable[[str], None]) -> None:
     sweep, settings = prepared.sweep, prepared.settings
-    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # the first reports come before the first score
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # MLflow has all of it
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the job at once: the trials have their checkpoints
-    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)  # it misses those loggers
+    # The first reports have no score yet; MLflow has what Tune would log; and Ctrl-C ends the job at once, because the
+    # trials have their checkpoints.
+    os.environ.update(dict.fromkeys(ray_internals.TUNE_SWITCHES, "1"))
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)  # it warns without its loggers
     tuner = tune.Tuner(
-        tune.with_resources(trial.train_trial, {"memory": trial.MEMORY}),
+        tune.with_resources(train_trial, {"memory": MEMORY}),
         tune_config=tune.TuneConfig(
             metric=sweep.score,
             mode="max",
@@ -141,8 +182,8 @@ def _fit(prepared: PreparedSweep, count: int, at_once: int, show: Callable[[str]
         run_config=tune.RunConfig(
             name="tune",
             storage_path=sweep.folder,
-            failure_config=tune.FailureConfig(max_failures=_LOST),
-            callbacks=[Board(sweep, prepared.runs, show=show, seconds=settings.table_seconds)],
+            failure_config=tune.FailureConfig(max_failures=_MAX_LOST),
+            callbacks=[TrialCallback(sweep, prepared.runs, show=show, seconds=settings.table_seconds)],
             verbose=0,
         ),
     )
@@ -154,13 +195,13 @@ def _scheduler(prepared: PreparedSweep) -> TrialScheduler:
         return FIFOScheduler()
     steps = prepared.settings.pretrain.train.steps
     return ASHAScheduler(
-        # The step that the score is of: a report carries the newest score, which is of a checkpoint before. And Tune's
-        # own count of reports begins anew when a trial is resumed.
+        # The step of the score: a report carries the newest score, which is of an earlier checkpoint. Tune's own count
+        # of reports starts anew when a trial is resumed.
         time_attr="scored_step",
         max_t=steps,
         grace_period=min(prepared.settings.asha_grace_steps, steps),
         reduction_factor=3,
-        stop_last_trials=False,  # the last step is followed by its score, and by what the run still has to say
+        stop_last_trials=False,  # after the last step its score and its export follow
     )
 
 
@@ -168,7 +209,7 @@ def register_best(prepared: PreparedSweep, *, show: Callable[[str], None]) -> st
     """Registers the encoder of the best trial, once; returns models:/NAME/VERSION, or "" where none has finished.
 
     Raises:
-        ValueError: the tracker cannot be used, or what the trial kept is gone.
+        ValueError: the tracker cannot be used, or the checkpoint of the best trial is gone.
     """
     sweep, tracked = prepared.sweep, prepared.settings.pretrain.tracking
     best = sweep.best()
@@ -177,9 +218,9 @@ def register_best(prepared: PreparedSweep, *, show: Callable[[str], None]) -> st
     assert best.run_id is not None, "it has finished"
     made = publish_run(
         best.run_id,
-        Options(name=tracked.register_as or sweep.name, alias=tracked.alias, data_licence=tracked.data_licence),
+        RegisterOptions(name=tracked.register_as or sweep.name, alias=tracked.alias, data_licence=tracked.data_licence),
         note=f"best of {len(sweep.trials)} trials of sweep {sweep.name} by {sweep.score} "
-        f"{best.scores[sweep.score]:.3f}: {said(best.values)}; ",
+        f"{best.scores[sweep.score]:.3f}: {as_text(best.values)}; ",
         show=show,
     )
     sweep.registered, sweep.registered_trial = f"models:/{made.name}/{made.version}", best.name

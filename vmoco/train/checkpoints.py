@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vmoco import storage, transfer
+from vmoco import storage
 from vmoco.encoders.promotion import Score
 from vmoco.train.resume import steps, uri_of
 from vmoco.train.state import RECORD, SETTINGS, TENSORS, Snapshot, TrainState
@@ -182,13 +182,13 @@ class Checkpoints:
             record = snapshot.write(place, run_id=self._run_id)
             self._before(snapshot.step)
             storage.delete_file(storage.join(uri, RECORD))  # without it a folder is no checkpoint
-            transfer.make_folder(uri)
+            storage.make_folder(uri)
             for name in (TENSORS, SETTINGS):
-                transfer.publish(place / name, storage.join(uri, name))
-            if transfer.file_sha256(storage.join(uri, TENSORS)) != record.sha256:
+                storage.publish(place / name, storage.join(uri, name))
+            if storage.file_sha256(storage.join(uri, TENSORS)) != record.sha256:
                 raise ValueError(f"{uri} was written and reads back as something else: the storage is faulty")
             self._may_write()
-            transfer.publish(place / RECORD, storage.join(uri, RECORD))
+            storage.publish(place / RECORD, storage.join(uri, RECORD))
         others = [row for row in self._kept if row.step != record.step]
         self._list([*others, Kept(record.step, uri, record.sha256)])
 

@@ -18,48 +18,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import torch
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from vmoco.cluster.reservation import resources
 from vmoco.config import PretrainSettings
 from vmoco.data.manifest import Manifest
 from vmoco.encoders.encoder import Encoder
-from vmoco.encoders.export import encoder_in
-from vmoco.encoders.promotion import Score, label_free_score
+from vmoco.encoders.promotion import Score
 from vmoco.evaluate.features import clip_features
 from vmoco.evaluate.knn import classify
-from vmoco.evaluate.score import score_encoder
-from vmoco.placement import EvaluationSettings
+from vmoco.evaluate.score import label_free_score, score_encoder
 from vmoco.train.checkpoints import Kept
+from vmoco.train.publish import encoder_in
 from vmoco.train.resume import local_copy
 
 SCORE = "score/retrieval"
 """The number that chooses among checkpoints: higher is better."""
-
-
-def resources(settings: EvaluationSettings) -> dict[str, float]:
-    """What the task needs of the cluster; empty where it shares what the workers have."""
-    wanted = {"CPU": float(settings.num_cpus), "GPU": float(settings.use_gpu)}
-    return {name: number for name, number in wanted.items() if number and settings.enabled}
-
-
-def reserve(settings: EvaluationSettings, *, timeout: float) -> PlacementGroup | None:
-    """Sets the task's resources aside for the whole run, so that workers, also elastic ones, never take them.
-
-    Raises:
-        ValueError: the cluster does not have them free.
-    """
-    wanted = resources(settings)
-    if not wanted:
-        return None
-    group = placement_group([wanted])
-    if not group.wait(timeout):
-        ray.util.remove_placement_group(group)
-        raise ValueError(
-            f"no node has {wanted} free for the evaluation of checkpoints: lower evaluation.num-cpus (0 shares those "
-            "of the workers), set evaluation.no-enabled, or add nodes"
-        )
-    return group
 
 
 @ray.remote(max_retries=2)

@@ -8,16 +8,14 @@ from typing import Protocol
 import torch
 
 from vmoco.config import PretrainSettings
+from vmoco.data.contact_sheet import dropped_frames_sheet
 from vmoco.data.loader import Loader, RankBatch
 from vmoco.data.manifest import Manifest
 from vmoco.train import distributed
-from vmoco.train.dropped import DroppedFrames
-from vmoco.train.interval import Interval
-from vmoco.train.sheet import contact_sheet
-from vmoco.train.staleness import oldest_key_similarity
+from vmoco.train.metrics import DroppedFrames, Interval
 from vmoco.train.state import TrainState
 from vmoco.train.step import NonFiniteError, TrainStep
-from vmoco.train.utilisation import Utilisation
+from vmoco.train.system_metrics import Utilisation, oldest_key_similarity
 
 _CLIPS_SHOWN = 4
 _PIECE = 2**18  # values that fit a processor's cache as float64
@@ -74,7 +72,11 @@ def train(
     interval = Interval(settings, state, loader, utilisation)
     dropped = DroppedFrames(settings.data.num_frames, settings.num_dropped)  # since the last checkpoint
     stopping = False
+    # In these steps a rank may be minutes later than another: it resumes from a slow store, or it compiles.
+    slow_steps = {state.step} | ({settings.generator_start} if settings.train.compile else set())
     for batch in loader:
+        slow = batch.step in slow_steps
+        distributed.wait_at_most(distributed.SLOW_STEP_SECONDS if slow else distributed.STEP_SECONDS)
         metrics = step(batch, stop_requested=host.stop_requested(), checkpoint_requested=host.checkpoint_requested())
         interval.dropped.add(metrics.dropped())
         dropped.add(metrics.dropped())
@@ -121,7 +123,9 @@ def show_generator(
     frames, chosen = step.dropped_frames(batch, num_clips=_CLIPS_SHOWN)
     title = f"step {number}: the generator drops {settings.num_dropped} of {settings.data.num_frames} frames (red)"
     names = [clip_id[:12] for clip_id in batch.clip_ids]
-    host.document(f"{name}.png", contact_sheet(frames, chosen, names=names, shares=dropped.shares(), title=title))
+    host.document(
+        f"{name}.png", dropped_frames_sheet(frames, chosen, names=names, shares=dropped.shares(), title=title)
+    )
 
 
 def check_state(state: TrainState) -> None:

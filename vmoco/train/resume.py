@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmoco import storage, transfer
+from vmoco import storage
 from vmoco.train import distributed
 from vmoco.train.state import RECORD, SETTINGS, TENSORS, DamagedCheckpointError, Record, TrainState
 
@@ -40,7 +40,7 @@ def local_copy(uri: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as place:
         for name in (RECORD, SETTINGS, TENSORS):
             try:
-                transfer.fetch(storage.join(uri, name), Path(place, name))
+                storage.fetch(storage.join(uri, name), Path(place, name))
             except FileNotFoundError:
                 raise DamagedCheckpointError(f"checkpoint {uri} has no {name}") from None
         yield Path(place)

@@ -18,9 +18,9 @@ from vmoco import storage, tracking
 from vmoco.config import PretrainSettings
 from vmoco.data.loader import check_fits
 from vmoco.data.manifest import Manifest
-from vmoco.encoders import export
-from vmoco.model.decay import decay_at, oldest_key_weight
-from vmoco.train import interval
+from vmoco.encoders import package
+from vmoco.model.queue import decay_at, oldest_key_weight
+from vmoco.train import metrics
 from vmoco.train.fork import check_fork
 from vmoco.train.state import differences
 
@@ -119,7 +119,7 @@ def open_run(prepared: PreparedRun, *, parent_run: str | None = None) -> Run:
     if settings.model.init:
         tags |= {"init": settings.model.init, "init_sha256": _copy_encoder(settings, prepared.folder)}
     run_id = tracking.create_run(
-        settings, tags={f"vmoco.{key}": value for key, value in tags.items()}, note=interval.NOTE, parent_run=parent_run
+        settings, tags={f"vmoco.{key}": value for key, value in tags.items()}, note=metrics.NOTE, parent_run=parent_run
     )
     record = {
         "run_id": run_id,
@@ -144,7 +144,7 @@ def _copy_encoder(settings: PretrainSettings, folder: str) -> str:
         ValueError: there is none, it is damaged, or of another backbone.
     """
     assert settings.model.init is not None, "asked before"
-    encoder = export.load_encoder(settings.model.init)
+    encoder = package.load_encoder(settings.model.init)
     if encoder.card["backbone"] != settings.model.backbone:
         raise ValueError(
             f"--init {settings.model.init} is a {encoder.card['backbone']}, model.backbone is "

@@ -1,0 +1,289 @@
+"""The one reader of shards: it finds clips by their byte ranges and checks them by their hashes.
+
+A clip is a range of bytes of its shard. A shard on this machine's disk is memory-mapped, so a raw clip is a view of the
+file and costs no copy. From a remote shard only the range is fetched, into the cache of this node, and mapped there.
+
+`ClipReader` reads clips in any order. `ShardScan` reads one shard from its first byte to its last, as a check of
+the complete file needs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from vmoco import storage
+from vmoco.data import frames as storing
+from vmoco.data.clip_cache import ClipCache
+from vmoco.data.frames import Encoding, Frames, Shape
+from vmoco.data.manifest import Manifest, shard_uri
+from vmoco.data.shard import ShardFile
+
+MAX_OPEN = 64
+"""Shards that a reader keeps open: memory maps, or connections to a store."""
+_FETCH_THREADS = 16
+"""Clips that are fetched from remote shards at once: each waits for one round trip to the store."""
+_DECODE_THREADS = 8
+"""Most threads that decode JPEGs; the decoder lets other threads run."""
+_PIECE = 2**22  # bytes
+_FIX = "restore the shard, or remove it and run jobs/ingest.py again"
+
+
+class ClipReader:
+    """Reads clips of a data set, local or remote. Several threads may use one reader.
+
+    Args:
+        uri: folder of the data set.
+        rows: rows of its manifest with clip_id, shard, offset, num_bytes and sha256; a clip is named by its place here.
+        frame_shape: (T, H, W, C) of every stored clip.
+        encoding: how its frames are stored.
+        shard_bytes: sizes of the shards by name, to notice a truncated one before its first clip is read.
+        crop: cut off the padding of pictures that do not fill the frame; `rows` then has their height and width.
+        cache: for clips of remote shards that are read more than once; without one they are fetched each time.
+        max_open: shards that are kept open; the one that was used longest ago is closed first.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        rows: pa.Table,
+        *,
+        frame_shape: Shape,
+        encoding: Encoding,
+        shard_bytes: Mapping[str, int] | None = None,
+        crop: bool = False,
+        cache: ClipCache | None = None,
+        max_open: int = MAX_OPEN,
+    ) -> None:
+        self._uri, self._frame_shape, self._encoding, self._shard_bytes = uri, frame_shape, encoding, shard_bytes or {}
+        self._clip_ids = rows["clip_id"].combine_chunks()
+        self._sha256 = rows["sha256"].combine_chunks()
+        self._shards = rows["shard"].combine_chunks().dictionary_encode()
+        self._shard_of = self._shards.indices.to_numpy()
+        self._offset, self._num_bytes = rows["offset"].to_numpy(), rows["num_bytes"].to_numpy()
+        self._pictures = (rows["height"].to_numpy(), rows["width"].to_numpy()) if crop else None
+        self._checked = np.zeros(rows.num_rows, bool)
+        self._cache, self._is_remote = cache, storage.local_path(uri) is None
+        self._open: OrderedDict[int, Future[Any]] = OrderedDict()
+        self._max_open = max_open
+        self._lock = threading.Lock()  # of `_open`; never held while a file is opened or read
+        threads = _FETCH_THREADS if self._is_remote else min(_DECODE_THREADS, os.cpu_count() or 1)
+        # A view of a mapped file costs less than a task of a pool.
+        self._pool = ThreadPoolExecutor(threads, "clips") if self._is_remote or encoding == "jpeg" else None
+        self._ahead = 2 * threads
+
+    @classmethod
+    def of(
+        cls, manifest: Manifest, rows: pa.Table | None = None, *, crop: bool = False, cache: ClipCache | None = None
+    ) -> ClipReader:
+        """A reader of some rows of a manifest's table, or of all."""
+        return cls(
+            manifest.uri,
+            manifest.table if rows is None else rows,
+            frame_shape=manifest.frame_shape,
+            encoding=manifest.encoding,
+            shard_bytes={name: file.num_bytes for name, file in manifest.shards.items()},
+            crop=crop,
+            cache=cache,
+        )
+
+    def frames(self, clip: int, numbers: Sequence[int] | None = None) -> Frames:
+        """Frames of a clip; no others are decoded.
+
+        Args:
+            clip: its place in the rows.
+            numbers: of the frames that are wanted, in order; all when left out.
+
+        Returns:
+            uint8 (len(numbers), H, W, C); of a raw clip a read-only view where the numbers are a `range`.
+
+        Raises:
+            ValueError: its shard is missing or truncated, or its bytes are not those that ingest wrote.
+            OSError: the store cannot be reached.
+        """
+        stored = self._stored(clip)
+        try:
+            frames = storing.decode(stored, self._encoding, self._frame_shape, numbers)
+        except ValueError as error:
+            raise ValueError(f"{self._name(clip)} cannot be decoded: {error}; {_FIX}") from None
+        if self._pictures is None:
+            return frames
+        height, width = (int(sizes[clip]) for sizes in self._pictures)
+        return frames[:, :height, :width]
+
+    def several(
+        self, clips: Iterable[int], numbers: Iterable[Sequence[int] | None] = itertools.repeat(None)
+    ) -> Iterator[Frames]:
+        """`frames` of each clip, in the order asked for; JPEG and remote clips are read by several threads.
+
+        Reads only a few clips ahead of the caller, so any number of clips may be asked for.
+        """
+        if self._pool is None:
+            yield from map(self.frames, clips, numbers)
+            return
+        waiting: deque[Future[Frames]] = deque()
+        try:
+            for clip, wanted in zip(clips, numbers, strict=False):
+                waiting.append(self._pool.submit(self.frames, clip, wanted))
+                if len(waiting) == self._ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def _stored(self, clip: int) -> memoryview:
+        """The stored bytes of a clip, hashed when they are read for the first time."""
+        stored = self._read(clip)
+        if not self._checked[clip]:
+            if not self._is_intact(clip, stored):
+                if not self._is_remote or self._cache is None:
+                    raise ValueError(self._damage(clip, stored))
+                self._cache.drop(self._sha256[clip].as_py())  # this disk has damaged it: the store has the original
+                stored = self._read(clip)
+            self._checked[clip] = True
+        return stored
+
+    def _read(self, clip: int) -> memoryview:
+        if not self._is_remote:
+            return self._mapped(clip)
+        if self._cache is None:
+            return memoryview(self._fetch(clip))
+        size = int(self._num_bytes[clip])
+        path = self._cache.get(self._sha256[clip].as_py(), size, fetch=lambda: self._fetch(clip))
+        try:
+            return _map(path)
+        except FileNotFoundError:  # another process has just removed it to make space
+            return memoryview(self._fetch(clip))
+
+    def _mapped(self, clip: int) -> memoryview:
+        mapped = self._opened(clip)
+        begin = int(self._offset[clip])
+        end = begin + int(self._num_bytes[clip])
+        if end > mapped.nbytes:
+            raise ValueError(
+                f"shard {self._shard_uri(clip)} is truncated or was changed: it has {mapped.nbytes} bytes, and clip "
+                f"{self._clip_ids[clip]} ends at byte {end}; {_FIX}"
+            )
+        return mapped[begin:end]
+
+    def _fetch(self, clip: int) -> bytes:
+        size, begin = int(self._num_bytes[clip]), int(self._offset[clip])
+        content = bytes(storage.patiently(lambda: self._opened(clip).read_at(size, begin)))
+        if not self._is_intact(clip, content):  # damage never enters the cache
+            raise ValueError(self._damage(clip, content))
+        return content
+
+    def _opened(self, clip: int) -> Any:
+        """The shard of a clip: its mapped bytes, or the remote file. One thread opens it, others wait for that one."""
+        shard = int(self._shard_of[clip])
+        with self._lock:
+            future = self._open.get(shard)
+            opens = future is None
+            if future is None:
+                future = self._open[shard] = Future()
+                if len(self._open) > self._max_open:
+                    self._open.popitem(last=False)  # whoever still reads it keeps it open
+            else:
+                self._open.move_to_end(shard)
+        if opens:
+            try:
+                future.set_result(self._open_shard(clip))
+            except BaseException as error:
+                with self._lock:
+                    if self._open.get(shard) is future:
+                        del self._open[shard]  # the next try opens it again
+                future.set_exception(error)
+        return future.result()
+
+    def _open_shard(self, clip: int) -> Any:
+        uri = self._shard_uri(clip)
+        filesystem, path = storage.filesystem(uri)
+        try:
+            if self._is_remote:
+                return filesystem.open_input_file(path)
+            mapped = _map(Path(path))
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(f"shard {uri} is missing: {_FIX}") from None
+        known = self._shard_bytes.get(self._shard_name(clip), mapped.nbytes)
+        if mapped.nbytes != known:
+            raise ValueError(f"shard {uri} is truncated or was changed: {mapped.nbytes} bytes of {known}; {_FIX}")
+        return mapped
+
+    def _is_intact(self, clip: int, stored: bytes | memoryview) -> bool:
+        return hashlib.sha256(stored).hexdigest() == self._sha256[clip].as_py()
+
+    def _damage(self, clip: int, stored: bytes | memoryview) -> str:
+        return (
+            f"{self._name(clip)} is damaged: the SHA-256 of its {len(stored)} bytes is not that of the manifest; {_FIX}"
+        )
+
+    def _name(self, clip: int) -> str:
+        return f"clip {self._clip_ids[clip]} of shard {self._shard_uri(clip)}"
+
+    def _shard_uri(self, clip: int) -> str:
+        return shard_uri(self._uri, self._shard_name(clip))
+
+    def _shard_name(self, clip: int) -> str:
+        name: str = self._shards.dictionary[int(self._shard_of[clip])].as_py()
+        return name
+
+
+def _map(path: Path) -> memoryview:
+    """A file as memory; it takes no file descriptor, and stays mapped until the last view of it has gone."""
+    with pa.memory_map(str(path)) as file:
+        return memoryview(file.read_buffer())
+
+
+class ShardScan:
+    """Reads a shard once, from one end to the other: its stored clips, and in the end its size and hash.
+
+    Args:
+        uri: of the shard.
+        rows: its clips, as rows of the shard or the manifest, in any order.
+    """
+
+    def __init__(self, uri: str, rows: list[dict[str, Any]]) -> None:
+        self._uri = uri
+        self._rows = sorted(rows, key=lambda row: int(row["offset"]))
+        self._sha256, self._num_bytes = hashlib.sha256(), 0
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], bytes, bool]]:
+        """Each row, its stored bytes, and whether their SHA-256 is that of the row.
+
+        Raises:
+            OSError: the shard cannot be read.
+        """
+        filesystem, path = storage.filesystem(self._uri)
+        with filesystem.open_input_stream(path) as file:
+            for row in self._rows:
+                self._skip(file, row["offset"] - self._num_bytes)
+                stored = self._read(file, row["num_bytes"])
+                yield row, stored, hashlib.sha256(stored).hexdigest() == row["sha256"]
+            self._skip(file, 2**62)
+
+    @property
+    def file(self) -> ShardFile:
+        """Size and hash of what was read: of the complete shard once the iteration has ended."""
+        return ShardFile(self._num_bytes, self._sha256.hexdigest())
+
+    def _skip(self, file: Any, size: int) -> None:
+        while size > 0 and (piece := self._read(file, min(_PIECE, size))):
+            size -= len(piece)
+
+    def _read(self, file: Any, size: int) -> bytes:
+        piece: bytes = file.read(size)
+        self._sha256.update(piece)
+        self._num_bytes += len(piece)
+        return piece

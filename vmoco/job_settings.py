@@ -1,0 +1,228 @@
+"""The settings of the jobs other than pretraining: ingest, embed, evaluate, register, sweep.
+
+One class a job, one docstring per field, which `--help` shows. `vmoco/config.py` has the base class and the settings of
+pretraining; the settings of a sweep contain those, because each of its trials is a pretraining.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import tyro
+from pydantic import Field
+
+from vmoco.config import PretrainSettings, Settings, Unhashed
+from vmoco.presets import PRESETS
+
+Encoding = Literal["raw", "jpeg"]
+Layout = Literal["table", "kinetics", "ucf101", "hmdb51"]
+
+
+class IngestSettings(Settings):
+    """Turns a folder of videos into a data set: Arrow shards, a manifest and a ledger of rejected videos."""
+
+    videos: Annotated[str, Unhashed]
+    """Folder of the videos or URI prefix (file://, s3://, gs://), searched with its subfolders; or a pattern such as
+    '/data/**/a-*.mp4'; or a list (.csv, .parquet, .jsonl) of paths relative to its own folder."""
+    output: Annotated[str, Unhashed]
+    """Folder or URI of the data set. It is created if it does not exist, and continued if the settings are the same."""
+    annotations: Annotated[str | None, Unhashed] = None
+    """File with the videos to take, and optionally their labels and splits. When left out, all videos are taken."""
+    layout: Annotated[Layout, Unhashed] = "table"
+    """Format of --annotations: a table (CSV, Parquet, JSON lines) with the column path and optionally start_seconds,
+    end_seconds, label, video_id, split; or the official files of kinetics, ucf101 or hmdb51."""
+    num_frames: int = Field(16, ge=2)
+    """Number of frames in a stored clip. Training may take shorter clips, never longer ones."""
+    stride: int = Field(1, ge=1)
+    """Distance between neighbouring frames of a clip, in frames of the video or of --fps. 2 takes every second one."""
+    fps: float | None = Field(None, gt=0)
+    """Frames per second to take, by their time stamps, for example 12.5. Use it if videos differ in their rate. When
+    left out, every frame is taken."""
+    short_videos: Literal["reject", "loop"] = "reject"
+    """What to do with a video that is shorter than one clip: reject it, or repeat its frames until the clip is full."""
+    short_side: Annotated[int | None, Unhashed] = Field(None, ge=16)
+    """Sets the height of stored frames, in pixels; the width is 4/3 of it. Replaces --height and --width."""
+    height: int = Field(128, ge=16)
+    """Height of stored frames, in pixels. Each frame is scaled to cover height x width, then cropped at the centre."""
+    width: int = Field(171, ge=16)
+    """Width of stored frames, in pixels."""
+    encoding: Encoding = "raw"
+    """How frames are stored: raw is fastest to read; jpeg takes about 11 times less space and is decoded during
+    training."""
+    jpeg_quality: int = Field(92, ge=1, le=100)
+    """Quality of JPEG frames, from 1 to 100. Has no effect on raw frames."""
+    max_clips_per_video: int = Field(32, ge=1)
+    """Largest number of clips from one video. They are spread evenly over it."""
+    held_out_percent: float = Field(10.0, ge=0, le=90)
+    """Percentage of videos kept out of training, for scores. A hash of the name chooses them, so adding videos changes
+    nothing for those that are there."""
+    max_rejected_percent: Annotated[float, Unhashed] = Field(50.0, ge=0, le=100)
+    """Percentage of rejected videos above which the job fails."""
+    duplicates: Annotated[Literal["reject", "keep"], Unhashed] = "reject"
+    """What to do with a file that has the same content as another one. Of duplicates, the first name is kept."""
+    shard_megabytes: Annotated[int, Unhashed] = Field(256, ge=1)
+    """Approximate size of a shard file, in MiB. One Ray task writes one shard."""
+    videos_per_shard: Annotated[int, Unhashed] = Field(64, ge=1)
+    """Largest number of videos in one shard. Lower it if few videos should be spread over many workers."""
+    part_seconds: Annotated[float, Unhashed] = Field(600.0, ge=1)
+    """Length in seconds of the parts in which several tasks decode a video that lasts more than 1.5 times as long."""
+    seconds_per_video: Annotated[float, Unhashed] = Field(600.0, gt=0)
+    """Time limit in seconds for decoding one video, or one part of a long one. A slower decoder is killed."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a stored frame in pixels."""
+        return (self.short_side, round(self.short_side * 4 / 3)) if self.short_side else (self.height, self.width)
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int, int]:
+        """(T, H, W, C) of every clip."""
+        return (self.num_frames, *self.size, 3)
+
+    def content(self) -> dict[str, Any]:
+        """The fields that decide the clips of a data set: those of the base class, with the size of stored frames."""
+        found = super().content()
+        if self.encoding == "raw":
+            del found["jpeg_quality"]
+        height, width = self.size
+        return found | {"height": height, "width": width}
+
+
+class PoolSettings(Settings):
+    """The workers that compute embeddings."""
+
+    max_workers: int = Field(0, ge=0)
+    """Largest number of workers. 0 starts one for each free CPU, or for each free GPU with --use-gpu."""
+    use_gpu: bool = False
+    """Gives each worker one GPU. Otherwise workers compute on CPUs."""
+    cpus_per_worker: int = Field(1, ge=1)
+    """Number of CPU cores, and of threads, of each worker."""
+    batch_size: int = Field(16, ge=1)
+    """Number of clips that a worker embeds at once. Lower it if memory runs out."""
+
+
+class EmbedSettings(PoolSettings):
+    """Embeds videos, or a data set, with a pretrained encoder."""
+
+    videos: str
+    """Folder or URI prefix of videos, or a data set made by jobs/ingest.py."""
+    output: str
+    """Folder or URI of the table of embeddings. It is continued if it was made with the same encoder."""
+    max_clips_per_video: int = Field(32, ge=1)
+    """Largest number of clips from one video, spread evenly over it. Has no effect on a data set, whose clips are
+    fixed."""
+    videos_per_part: int = Field(8, ge=1)
+    """Number of videos that one task decodes and embeds. An interrupted job repeats only its unfinished tasks."""
+    seconds_per_video: float = Field(600.0, gt=0)
+    """Time limit in seconds for decoding one video. A slower decoder is killed."""
+    gallery: bool = True
+    """Also writes gallery.html, a page with some clips, their nearest clips, and a map of all clips."""
+    queries: int = Field(12, ge=1)
+    """Number of clips whose nearest clips the gallery shows."""
+
+
+Protocol = Literal["label-free", "knn", "probe", "retrieval", "finetune"]
+
+
+class FinetuneSettings(Settings):
+    """Fine-tuning of all weights, as usual for UCF101 and HMDB51."""
+
+    group = "finetune"
+
+    epochs: int = Field(50, ge=1)
+    """Number of passes over the training videos, each with one clip of every video. The last weights are tested, not
+    the best ones."""
+    batch_size: int = Field(32, ge=2)
+    """Number of clips in one step."""
+    learning_rate: float = Field(0.01, gt=0)
+    """Learning rate of SGD with momentum 0.9. It falls to zero on a cosine."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """L2 penalty of SGD."""
+    dropout: float = Field(0.5, ge=0, lt=1)
+    """Probability that a feature is dropped before the classifier."""
+    min_area: float = Field(0.3, gt=0, le=1)
+    """Smallest part of the frame's area that a random crop covers, from 0 to 1."""
+    flip_probability: float = Field(0.5, ge=0, le=1)
+    """Probability that a training clip is mirrored left to right. Set 0 if left and right differ in meaning."""
+    clips_per_video: int = Field(10, ge=1)
+    """Number of clips of a test video, spread evenly over it, whose predictions are averaged."""
+
+
+class EvaluateSettings(PoolSettings):
+    """Evaluates a pretrained encoder by the field's protocols."""
+
+    data: str
+    """Folder or URI of a data set made by jobs/ingest.py."""
+    protocols: tuple[Protocol, ...] = ()
+    """What to measure, for example knn probe. When left out: all that the labels of the data set allow, except
+    finetune."""
+    splits: tuple[Literal[1, 2, 3], ...] = ()
+    """Official splits to use, for example 1 2 3. When left out: all that the data set has, or else its held-out videos
+    as the test set."""
+    reference: bool = False
+    """Also evaluates two encoders of the same network for comparison: one with random weights, and torchvision's, which
+    was trained with the labels of Kinetics."""
+    k: int = Field(200, ge=1)
+    """Number of nearest training clips that vote in kNN."""
+    temperature: float = Field(0.07, gt=0)
+    """Temperature of the votes in kNN. Lower values weigh the nearest clips more."""
+    max_probe_clips: int = Field(200_000, ge=10)
+    """Largest number of training clips for the linear probe, spread evenly over all. Lower it if memory runs out."""
+    finetune: FinetuneSettings = FinetuneSettings()
+    features: str | None = None
+    """Folder or URI for tables of features, which all nodes must reach. When left out: $VMOCO_HOME/features."""
+    record: bool = True
+    """Saves the scores with the registered version, if the encoder is one."""
+    seed: int = 0
+    """Every random draw of fine-tuning and of random weights depends on this number."""
+
+
+class RegisterOptions(Settings):
+    """How an encoder is registered."""
+
+    name: str
+    """Name of the registered encoder, for example videomoco-kinetics."""
+    alias: str = "candidate"
+    """Second alias of the new version, besides candidate, which it always gets."""
+    onnx: bool = False
+    """Also writes encoder.onnx, and checks that it gives the same features as the encoder."""
+    score: bool = True
+    """Scores the encoder of a run on the held-out videos of its data set, without labels."""
+    data_licence: str = ""
+    """Note on the owner and the licence of the videos, which is saved with the encoder. Example: 'CC BY 4.0, by us'."""
+
+
+Metric = Literal["retrieval", "effective_rank", "knn"]
+
+
+class SweepSettings(Settings):
+    """A sweep over settings of pretraining."""
+
+    space: str = "ratio-decay"
+    """What to try: ratio-decay (drop ratios x kinds of decay), or a YAML file with one field and its values a line, for
+    example 'moco.decay: [0.99, 1.0]'."""
+    search: Literal["grid", "random", "optuna"] = "grid"
+    """How to choose combinations: grid takes all of them; random and optuna take --samples of them. optuna learns from
+    the scores of earlier trials."""
+    samples: int = Field(16, ge=1)
+    """Number of trials, if --search is not grid. Submit the sweep again with a larger number to add trials."""
+    metric: Metric = "retrieval"
+    """Score that chooses the best trial; higher is better. knn needs labels."""
+    scheduler: Literal["none", "asha", "pbt"] = "none"
+    """none trains every trial to its end. asha stops the worse trials at 1/3, 1/9, ... of their steps. pbt trains
+    --samples trials together; every --pbt-steps the worst ones copy the best ones and change their settings."""
+    asha_grace_steps: int = Field(100, ge=1)
+    """With asha: number of steps that every trial gets. Scores come with checkpoints, every --train.checkpoint-every
+    steps."""
+    pbt_steps: int = Field(100, ge=1)
+    """With pbt: number of steps between two copies. Each starts new runs, so give it some minutes of training."""
+    max_concurrent: int = Field(0, ge=0)
+    """Largest number of trials at the same time. 0 runs as many as the cluster has resources for."""
+    table_seconds: float = Field(30.0, ge=0)
+    """Shortest time between two tables of the trials in the log, in seconds."""
+    pretrain: Annotated[PretrainSettings, tyro.conf.arg(name="")]
+    """The settings of all trials. --run.name names the sweep, --tracking.register-as its best encoder."""
+
+
+SWEEPS = {name: (about, SweepSettings(pretrain=settings)) for name, (about, settings) in PRESETS.items()}
+"""The presets of `jobs/pretrain.py`, to start a sweep from."""

@@ -1,0 +1,266 @@
+"""From a run, one of its kept checkpoints, or a file of somebody else's weights to a registered encoder.
+
+Everything is read, checked and scored in a folder of this machine first: what fails leaves nothing in the registry.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vmoco import storage, tracking
+from vmoco.data.manifest import Manifest
+from vmoco.encoders import foreign, registry
+from vmoco.encoders.encoder import Encoder, Preprocessing
+from vmoco.encoders.package import NO_LICENCE, SETTINGS, VIDEO_FIELDS, VIDEOS, add_scores, write_folder
+from vmoco.encoders.promotion import Score, record
+from vmoco.encoders.registry import ARTIFACT_FOLDER, Registered
+from vmoco.evaluate.score import TooFewVideosError, label_free_score, score_encoder
+from vmoco.job_settings import RegisterOptions
+from vmoco.model.backbone import build_backbone
+from vmoco.train import state
+from vmoco.train.checkpoints import LIST, Kept, parse_list
+from vmoco.train.resume import local_copy
+
+_ORIGIN = {
+    "torchvision": {
+        "description": "Kinetics-400, with its labels, by the authors of torchvision.",
+        "licence": "the weights come under torchvision's licence (BSD-3-Clause); the rights to the videos of "
+        "Kinetics stay with those who uploaded them",
+    },
+    "released": {
+        "description": "Kinetics-400, without labels, by the authors of VideoMoCo.",
+        "licence": "the released code and its weights carry no licence: ask their authors; the rights to the videos "
+        "of Kinetics stay with those who uploaded them",
+    },
+}
+
+
+def encoder_in(checkpoint: Path, *, manifest: Manifest) -> Encoder:
+    """The query encoder's backbone of a checkpoint, in evaluation mode and without a card.
+
+    Args:
+        checkpoint: folder that `TrainState.save` wrote.
+        manifest: data set that it was trained on.
+
+    Raises:
+        ValueError: the checkpoint is damaged or none.
+    """
+    record = state.Record.read(checkpoint)
+    assert record.manifest_hash == manifest.hash, "an encoder's lineage names the data that it was trained on"
+    settings = state.read_settings(checkpoint)
+    prefix = "query.backbone."
+    tensors = state.read_tensors(checkpoint, record)
+    backbone = build_backbone(settings.model.backbone)
+    backbone.load_state_dict(
+        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    )
+    preprocessing = Preprocessing(
+        num_frames=settings.data.num_frames,
+        fps=float(np.median(manifest.table["fps"].to_numpy())) / settings.data.stride,
+        size=settings.augment.size,
+        standardise=settings.augment.standardise,
+    )
+    return Encoder(backbone, preprocessing, {}).eval()
+
+
+def write_encoder(
+    checkpoint: Path, folder: Path, *, manifest: Manifest, onnx: bool = False, data_licence: str = ""
+) -> dict[str, Any]:
+    """Takes the query encoder's backbone out of a checkpoint.
+
+    Args:
+        checkpoint: folder that `TrainState.save` wrote.
+        folder: receives the encoder's files.
+        manifest: data set that it was trained on.
+        onnx: also write encoder.onnx.
+        data_licence: note on the videos; that of the run's settings when left out.
+
+    Returns:
+        The card: what encoder.json says.
+
+    Raises:
+        ValueError: the checkpoint is damaged or none, or ONNX is not installed.
+    """
+    encoder = encoder_in(checkpoint, manifest=manifest)
+    record, settings = state.Record.read(checkpoint), state.read_settings(checkpoint)
+    lineage = {
+        "step": record.step,
+        "run_id": record.run_id,
+        "settings_hash": record.settings_hash,
+        "checkpoint_sha256": record.sha256,
+        "data": {
+            "manifest_hash": record.manifest_hash,
+            "uri": manifest.uri,
+            "counts": manifest.counts,
+            "licence": data_licence or settings.tracking.data_licence or NO_LICENCE,
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SETTINGS).write_bytes((checkpoint / state.SETTINGS).read_bytes())
+    pq.write_table(_videos(manifest), folder / VIDEOS, compression="zstd")
+    backbone, preprocessing = encoder.backbone, encoder.preprocessing
+    return write_folder(folder, backbone, settings.model.backbone, preprocessing, lineage=lineage, onnx=onnx)
+
+
+def publish(
+    folder: Path,
+    *,
+    run_id: str,
+    name: str | None,
+    alias: str,
+    description: str,
+    score: Score | None = None,
+    artifact_folder: str = ARTIFACT_FOLDER,
+) -> Registered | None:
+    """Logs an encoder with its run and, where it has a name, registers it.
+
+    Args:
+        folder: what `export.write_encoder` or `export.write_folder` wrote.
+        run_id: MLflow run that trained it, or that stands for its import.
+        name: registered name.
+        alias: a further alias of the version.
+        description: of the version, one line.
+        score: of the encoder, for its card and the version.
+        artifact_folder: where it goes among the run's artifacts.
+
+    Raises:
+        ValueError: the name or the alias is not allowed.
+    """
+    if score is not None:
+        add_scores(folder, {score.protocol: score.row()})
+    registry.attach(folder, run_id=run_id, artifact_folder=artifact_folder)
+    if name is None:
+        return None
+    registered = registry.register(
+        run_id, name=name, alias=alias, description=description, artifact_folder=artifact_folder
+    )
+    record(f"models:/{registered.name}/{registered.version}", [score] if score else [])
+    return registered
+
+
+def publish_run(
+    run: str, options: RegisterOptions, *, step: int | None = None, note: str = "", show: Callable[[str], None] = print
+) -> Registered:
+    """Registers the encoder of one of a run's kept checkpoints, with the score that it got during training.
+
+    Args:
+        run: MLflow id or name of the run.
+        options: see `Options`.
+        step: of the checkpoint; the last one when left out.
+        note: why it is registered, as a sentence in front of its description.
+        show: takes a line for a person.
+
+    Raises:
+        ValueError: the run, the checkpoint or its data is not there, or something is damaged.
+    """
+    registry.check_alias(options.alias)
+    found = registry.find_run(run)
+    run_id, run_name = found.info.run_id, found.info.run_name
+    rows = {row.step: row for row in parse_list(registry.read_text(run_id, LIST) or "[]")}
+    if not rows:
+        raise ValueError(f"run {run_name} has kept no checkpoint yet, so it has no encoder to register")
+    wanted = max(rows) if step is None else step
+    if wanted not in rows:
+        steps = ", ".join(map(str, sorted(rows)))
+        raise ValueError(f"run {run_name} has no checkpoint of step {wanted}: it has kept those of step {steps}")
+    try:
+        return _publish_kept(rows[wanted], run_id, f"{note}run {run_name}", options, show)
+    except state.DamagedCheckpointError as error:
+        others = ", ".join(str(at) for at in sorted(rows) if at != wanted) or "no other step"
+        raise ValueError(f"{error}, though the run tracked it: bring it back; the run has also kept {others}") from None
+
+
+def _publish_kept(
+    kept: Kept, run_id: str, what: str, options: RegisterOptions, show: Callable[[str], None]
+) -> Registered:
+    score = None
+    with local_copy(kept.uri) as checkpoint, tempfile.TemporaryDirectory() as place:
+        if state.Record.read(checkpoint).sha256 != kept.sha256:
+            raise ValueError(f"checkpoint {kept.uri} is not the one that was tracked: it was changed since")
+        manifest, folder = _manifest(checkpoint), Path(place)
+        write_encoder(checkpoint, folder, manifest=manifest, onnx=options.onnx, data_licence=options.data_licence)
+        if options.score and (score := kept.score or _score(checkpoint, manifest, show)) is not None:
+            show(str(score))
+        registered = publish(
+            folder,
+            run_id=run_id,
+            name=options.name,
+            alias=options.alias,
+            description=f"{what}, step {kept.step}, data {manifest.hash}",
+            score=score,
+            artifact_folder=f"{ARTIFACT_FOLDER}-{kept.step:08d}",
+        )
+    assert registered is not None, "it has a name"
+    return registered
+
+
+def publish_file(path: Path, options: RegisterOptions) -> Registered:
+    """Registers weights of torchvision, or of the released VideoMoCo code; whose they are is told by their keys.
+
+    Args:
+        path: local file, as it was downloaded.
+        options: see `Options`.
+
+    Raises:
+        ValueError: it cannot be read as weights, or they are of no network that is known.
+    """
+    registry.check_alias(options.alias)
+    kind, encoder = foreign.read(path)
+    name = encoder.card["backbone"]
+    sha256 = storage.file_sha256(str(path))
+    run_id = tracking.create_import(f"{kind}-{name}-{sha256[:8]}", tags={"vmoco.imported_sha256": sha256})
+    data = dict(_ORIGIN[kind]) | ({"licence": options.data_licence} if options.data_licence else {})
+    lineage = {
+        "step": None,
+        "run_id": run_id,
+        "imported": {"file": path.name, "format": kind, "sha256": sha256},
+        "data": {"manifest_hash": None, "uri": None, "counts": None, **data},
+    }
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_folder(folder, encoder.backbone, name, encoder.preprocessing, lineage=lineage, onnx=options.onnx)
+        registered = publish(
+            folder,
+            run_id=run_id,
+            name=options.name,
+            alias=options.alias,
+            description=f"{kind} weights of {path.name}",
+        )
+    assert registered is not None, "it has a name"
+    return registered
+
+
+def _manifest(checkpoint: Path) -> Manifest:
+    """The data set that a checkpoint was trained on, as it was then."""
+    wanted, uri = state.Record.read(checkpoint).manifest_hash, state.read_settings(checkpoint).data.uri
+    manifest = Manifest.load(uri)
+    if manifest.hash != wanted:
+        raise ValueError(
+            f"data set {uri} is {manifest.hash} now, the run was trained on {wanted}: videos were added or removed "
+            "since, so it cannot be said what the encoder saw. Put the data set back as it was"
+        )
+    return manifest
+
+
+def _score(checkpoint: Path, manifest: Manifest, show: Callable[[str], None]) -> Score | None:
+    """The label-free score, on the clips of the run's own evaluation; none where the data set has too little for it."""
+    max_videos = state.read_settings(checkpoint).evaluation.max_videos
+    try:
+        return label_free_score(
+            score_encoder(encoder_in(checkpoint, manifest=manifest), manifest, max_videos=max_videos)
+        )
+    except TooFewVideosError as error:
+        show(f"not scored: {error}")
+        return None
+
+
+def _videos(manifest: Manifest) -> pa.Table:
+    grouped = manifest.table.group_by("video_id").aggregate([("held_out", "max")]).sort_by("video_id")
+    return grouped.rename_columns({"held_out_max": "held_out"}).select(VIDEO_FIELDS.names).cast(VIDEO_FIELDS)
