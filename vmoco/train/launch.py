@@ -32,13 +32,12 @@ from vmoco.encoders import registry
 from vmoco.encoders.promotion import Score
 from vmoco.job import StopRequest, is_user_error
 from vmoco.train.channel import Channel, Listener
-from vmoco.train.checkpoints import Kept
 from vmoco.train.evaluation import score_now
 from vmoco.train.lease import Lease
 from vmoco.train.publish import publish, write_encoder
-from vmoco.train.resume import local_copy
 from vmoco.train.run import PreparedRun, Run, close_run, introduce, open_run
-from vmoco.train.worker import SPOOL, run_worker
+from vmoco.train.run_folder import SPOOL, Checkpoint, local_copy
+from vmoco.train.worker import run_worker
 
 # A rank that has lost another waits this long in a collective before it gives up, in seconds.
 _COLLECTIVE_TIMEOUT = 120
@@ -154,7 +153,7 @@ def _stop_requests(channel: Any) -> Iterator[StopRequest | None]:
 
 def _fit(
     run: Run, channel: Any, lease: Lease, room: Room, *, show: Callable[[str], None], callbacks: Sequence[Any]
-) -> Kept:
+) -> Checkpoint:
     """Trains to the end, or to a stop; returns the last checkpoint."""
     settings, scaling = run.settings, run.settings.scaling
     assert settings.run.storage is not None
@@ -217,7 +216,7 @@ def _fit(
         raise errors[0]
     last = results[0].return_value  # type: ignore[attr-defined]
     assert last is not None, "a run that ends, or stops, has kept its state"
-    return Kept(**last)
+    return Checkpoint(**last)
 
 
 def _settle(run: Run, show: Callable[[str], None]) -> None:
@@ -239,7 +238,7 @@ def _rest(run: Run) -> str:
     return f"when it answers, the same command with --run.name {run.settings.run.name} does the rest"
 
 
-def _export(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) -> registry.Registered | None:
+def _export(run: Run, last: Checkpoint, evaluation: Any, show: Callable[[str], None]) -> registry.Registered | None:
     """Logs the encoder with its run, and registers it where the settings name it.
 
     Raises:
@@ -256,7 +255,7 @@ def _export(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) 
         ) from error
 
 
-def _register(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) -> registry.Registered | None:
+def _register(run: Run, last: Checkpoint, evaluation: Any, show: Callable[[str], None]) -> registry.Registered | None:
     settings = run.settings
     score = last.score or _score(run, last, evaluation, show)
     with tempfile.TemporaryDirectory() as folder, local_copy(last.uri) as checkpoint:
@@ -271,13 +270,13 @@ def _register(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]
         )
 
 
-def _score(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) -> Score | None:
+def _score(run: Run, last: Checkpoint, evaluation: Any, show: Callable[[str], None]) -> Score | None:
     """The score of an encoder that the workers could not wait for; one that cannot be had takes no encoder away."""
     if run.settings.tracking.register_as is None or not run.settings.evaluation.enabled:
         return None
     try:
         return score_now(last, run.settings, evaluation)
-    except ray.exceptions.RayError as error:
+    except (ray.exceptions.RayError, TimeoutError) as error:
         said = str(error).splitlines()[-1]
         show(f"warning: the encoder is registered without a score, and `jobs/evaluate.py` gives it one: {said}")
         return None
