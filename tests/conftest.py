@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,9 +23,43 @@ if TYPE_CHECKING:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Slow tests come last, in this order: first those that share the session's cluster, then those that start nodes or
+# hosts of their own, the longest at the end. A mistake shows as early as it can.
+SLOW_ORDER = ("tests/encoders", "tests/data", "tests/model", "tests/train", "tests/sweep", "tests/cluster")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that connect this process to a cluster come first: Ray reads its token once, when anything imports it."""
-    items.sort(key=lambda item: "ray_cluster" not in getattr(item, "fixturenames", ()))
+    items.sort(key=lambda item: (_is_slow(item), "ray_cluster" not in getattr(item, "fixturenames", ()), _place(item)))
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
+
+
+def _place(item: pytest.Item) -> int:
+    folders = [place for place, folder in enumerate(SLOW_ORDER) if item.nodeid.startswith(folder)]
+    return folders[0] if folders and _is_slow(item) else -1
+
+
+_seconds: dict[str, float] = {}
+"""What the slow tests of each file have taken, with their fixtures."""
+
+
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """Adds up the time of slow tests, by file."""
+    if _is_slow(item):
+        file = item.nodeid.partition("::")[0]
+        _seconds[file] = _seconds.get(file, 0.0) + call.duration
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says what the slow tests cost: each file, and the total."""
+    if _seconds:
+        terminalreporter.section("time of slow tests")
+        for file, seconds in sorted(_seconds.items(), key=lambda row: -row[1]):
+            terminalreporter.write_line(f"{seconds / 60:6.1f} min  {file}")
+        terminalreporter.write_line(f"{sum(_seconds.values()) / 60:6.1f} min  all slow tests")
 
 
 @pytest.fixture(scope="session")

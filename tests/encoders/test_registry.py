@@ -83,7 +83,7 @@ def test_a_changed_registered_encoder_is_refused(folder: Path, manifest: Manifes
     place = stored()
     (place / package.WEIGHTS).write_bytes(b"other weights")
     card = json.loads((place / package.CARD).read_text())
-    card["files"][package.WEIGHTS] = package.state.file_sha256(place / package.WEIGHTS)
+    card["files"][package.WEIGHTS] = package.storage.file_sha256(str(place / package.WEIGHTS))
     (place / package.CARD).write_text(json.dumps(card))
     with pytest.raises(ValueError, match=r"its encoder.json is not the one that was registered"):
         package.load_encoder("models:/tested@candidate")

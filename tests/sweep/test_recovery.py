@@ -7,17 +7,18 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
+from tests import processes
 from tests.dataset import make_data_set
 from tests.nodes import Nodes
 from tests.test_pretrain import ROOT, wait_for
 from tests.tracking_server import TrackingServer
+from tests.waiting import wait_until
 from vmoco.cluster.local import LocalCluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -55,6 +56,11 @@ class Sweeps:
         """Waits until a trial has kept a checkpoint."""
         trial = self.home / "runs" / name / "trials" / f"{name}-{place:03d}"
         wait_for(trial / f"step-{step:08d}" / "state.json", seconds=300)
+
+    def workers(self) -> list[str]:
+        """The live workers of Ray Train that belong to these sweeps, as `ps` shows them."""
+        marked = processes.with_mark(self.environment["RAY_AUTH_TOKEN_PATH"])
+        return [line for line in marked if "ray::RayTrainWorker" in line]
 
     def record(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.home / "runs" / name / "sweep.json").read_text())
@@ -148,7 +154,8 @@ def test_a_tracker_that_is_away_fails_no_trial_and_a_stop_is_noted(sweeps: Sweep
         sweeps.wait_for_step("away", 0, 12)
         server.stop()
         sweeps.wait_for_step("away", 0, 60)
-        time.sleep(45)  # the workers wait 30 s for it, then leave their points on disk
+        # The workers wait 30 s for the tracker, then leave their points on disk and end.
+        wait_until(lambda: not sweeps.workers(), "the workers of the first trial end")
         assert sweeps.record("away")["trials"][0]["status"] == "running"
         server.start()
         sweeps.wait_for_step("away", 1, 12)

@@ -24,8 +24,9 @@ from mlflow import MlflowClient
 from tests import processes
 from tests.dataset import make_data_set
 from tests.nodes import Nodes
+from tests.waiting import wait_until
 from vmoco.data.manifest import Manifest
-from vmoco.train.state import TENSORS
+from vmoco.train.state import STATE_TENSORS
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60
@@ -60,10 +61,8 @@ class Runs:
 
     def wait_for_step(self, name: str, step: int, seconds: float = 240) -> None:
         """Waits until a checkpoint is kept."""
-        path, end = self.folder(name) / f"step-{step:08d}" / "state.json", time.monotonic() + seconds
-        while not path.exists():
-            assert time.monotonic() < end, f"{path} never came"
-            time.sleep(0.02)
+        path = self.folder(name) / f"step-{step:08d}" / "state.json"
+        wait_until(path.exists, f"{path} is there", seconds=seconds)
 
     def workers(self) -> list[int]:
         """Process ids of the workers on these nodes; they have the environment of the node and not of the job."""
@@ -172,11 +171,11 @@ def test_a_damaged_checkpoint_falls_back(two: Runs, undisturbed: str) -> None:
     job.kill()
     job.communicate()
     newest = sorted(path.parent for path in two.folder("damaged").glob("step-*/state.json"))[-1]
-    content = bytearray((newest / TENSORS).read_bytes())
+    content = bytearray((newest / STATE_TENSORS).read_bytes())
     content[len(content) // 2] ^= 1
-    (newest / TENSORS).write_bytes(content)
+    (newest / STATE_TENSORS).write_bytes(content)
     said = end(two.start("damaged"))
-    assert f"warning: {newest}/{TENSORS} is damaged" in said
+    assert f"warning: {newest}/{STATE_TENSORS} is damaged" in said
     assert f"from step {int(newest.name.removeprefix('step-')) - 10}" in said
     assert two.kept("damaged")[-1]["sha256"] == undisturbed
 
@@ -191,11 +190,10 @@ def test_a_full_disk_stops_no_run(two: Runs, undisturbed: str) -> None:
     first = two.workers()[0]
     for worker in two.workers():
         subprocess.run(["prlimit", f"--pid={worker}", "--fsize=100000:unlimited"], check=True)
-    time.sleep(3)
+    follow(job, "warning: a checkpoint was not kept")
     for worker in two.workers():
         subprocess.run(["prlimit", f"--pid={worker}", "--fsize=unlimited:unlimited"], check=True)
-    said = end(job)
-    assert "warning: a checkpoint was not kept" in said
+    end(job)
     assert first not in two.workers()
     assert two.kept("full")[-1]["sha256"] == undisturbed
 
