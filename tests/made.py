@@ -16,7 +16,7 @@ from vmoco.encoders.encoder import Encoder, Preprocessing
 from vmoco.encoders.promotion import Score
 from vmoco.model.backbone import build_backbone
 from vmoco.presets import PRESETS
-from vmoco.train.checkpoints import LIST, Kept, list_text
+from vmoco.train.run_folder import CHECKPOINTS, Checkpoint, checkpoints_to_json
 from vmoco.train.state import TrainState
 
 TINY = PRESETS["tiny"][1]
@@ -69,10 +69,10 @@ def tracked_run(
         save_checkpoint(kept, manifest, run_id=run_id, seed=step)
         record = json.loads((kept / "state.json").read_text())
         (kept / "state.json").write_text(json.dumps(record | {"step": step}))
-        rows.append(Kept(step, str(kept), record["sha256"], scores.get(step)))
+        rows.append(Checkpoint(step, str(kept), record["sha256"], scores.get(step)))
     spool = tracking.spool(tracking.tracking_uri(), run_id)
     for step in range(5):
         spool.points({"loss": 5.0 - step, "effective_rank": 3.0 + step}, step=step)
-    spool.document(LIST, list_text(rows))
+    spool.document(CHECKPOINTS, checkpoints_to_json(rows))
     assert spool.close() == ""
     return run_id

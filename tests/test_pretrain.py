@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from tests import processes
 from vmoco.cluster.local import JobServer, LocalCluster
 from vmoco.encoders.promotion import scores_of
-from vmoco.train.state import file_sha256
+from vmoco.storage import file_sha256
 
 ROOT = Path(__file__).parents[1]
 SIZES = [
@@ -136,7 +136,7 @@ def test_every_kept_checkpoint_is_tracked_with_its_hash(service: Service, undist
     assert rows == service.kept("undisturbed")
     assert [row["step"] for row in rows] == [16, 32, 48]
     for row in rows:
-        assert file_sha256(Path(row["uri"], "state.safetensors")) == row["sha256"]
+        assert file_sha256(str(Path(row["uri"], "state.safetensors"))) == row["sha256"]
     assert [point.step for point in tracker.get_metric_history(run.info.run_id, "loss")] == [
         5,
         10,

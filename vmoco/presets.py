@@ -91,6 +91,8 @@ PRESETS: dict[str, tuple[str, PretrainSettings]] = {
                 checkpoint_every=1000,
             ),
             scaling=ScalingSettings(num_workers=8, use_gpu=True),
+            # 500 videos would take this encoder hours on CPUs; 50 take about 11 min on 4 cores.
+            evaluation=EvaluationSettings(num_cpus=4, max_videos=50),
         ),
     ),
     "recommended": (
@@ -119,6 +121,8 @@ PRESETS: dict[str, tuple[str, PretrainSettings]] = {
                 checkpoint_every=1000,
             ),
             scaling=ScalingSettings(num_workers=8, use_gpu=True),
+            # About 11 min on 4 cores for each checkpoint.
+            evaluation=EvaluationSettings(num_cpus=4, max_videos=100),
         ),
     ),
 }

@@ -126,7 +126,7 @@ def run_arm(arm: str, seed: int, folder: Path) -> dict[str, Any]:
     if arm == "supervised":
         train_supervised(backbone, settings, manifest)
     elif arm != "random initialisation":
-        host.say = lambda line: print(f"{arm}, seed {seed}: {line}", flush=True)  # type: ignore[method-assign]
+        host.show = lambda line: print(f"{arm}, seed {seed}: {line}", flush=True)  # type: ignore[method-assign]
         assert train(settings, manifest, state, device=CPU, host=host)
     result = {"arm": arm, "seed": seed, "cpu_seconds": round(time.process_time() - started)}
     documents = [json.loads(text) for name, text in sorted(host.documents.items()) if name.endswith(".json")]

@@ -19,10 +19,12 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks.step import state_and_step
-from vmoco.train.checkpoints import Checkpoints
+from tests.train.test_checkpoint_writer import Tracker
+from vmoco.spool import Spool
+from vmoco.train.checkpoint_writer import CheckpointWriter
 from vmoco.train.loop import check_state
-from vmoco.train.resume import resume, uri_of
-from vmoco.train.state import TENSORS
+from vmoco.train.run_folder import RunFolder
+from vmoco.train.state import STATE_TENSORS
 
 
 def main() -> None:
@@ -34,16 +36,11 @@ def main() -> None:
     torch.set_num_threads(2)
     state, step = state_and_step(arguments.backbone)
     plain, stalls, extra = [], [], []
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoints = Checkpoints(
-            folder,
-            run_id=None,
-            keep=2,
-            keep_best=0,
-            may_write=lambda: None,
-            before=lambda step: None,
-            changed=lambda kept: None,
-            failed=print,
+    with tempfile.TemporaryDirectory() as place:
+        folder = RunFolder(place)
+        folder.claim(lease="benchmark")
+        writer = CheckpointWriter(
+            folder, state.settings.train, run_id=None, spool=Spool(Tracker(), name="none"), evaluator=None, show=print
         )
         step()
         for _ in range(arguments.checkpoints):
@@ -53,20 +50,21 @@ def main() -> None:
                 plain.append(time.perf_counter() - started)
             started = time.perf_counter()
             check_state(state)
-            checkpoints.keep(state)
+            writer.keep(state)
             stalls.append(time.perf_counter() - started)
             beside = 0.0
-            while checkpoints.is_writing():
+            while writer.is_writing():
                 started = time.perf_counter()
                 step()
                 beside += time.perf_counter() - started - statistics.median(plain)
             extra.append(beside)
         fresh, _ = state_and_step(arguments.backbone)
         started = time.perf_counter()
-        found = resume(folder, fresh)
+        writer.close()
+        found = folder.resume(fresh)
         resumed = time.perf_counter() - started
         assert found is not None
-        size = Path(uri_of(folder, found.record.step), TENSORS).stat().st_size
+        size = Path(folder.checkpoint_uri(found.record.step), STATE_TENSORS).stat().st_size
     of_a_step = statistics.median(plain)
     result = {
         "stall_steps": round(statistics.median(stalls) / of_a_step, 3),

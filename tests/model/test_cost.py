@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.train.test_step import changed
 from vmoco.model.backbone import build_backbone
-from vmoco.model.cost import step_cost
+from vmoco.model.cost import SCORE_SECONDS, scoring_seconds, step_cost
 from vmoco.presets import PRESETS
 
 
@@ -63,3 +63,28 @@ def test_the_network_carries_twice_the_gradients() -> None:
     pair = step_cost(settings, bf16=False)
     assert pair.gradient_bytes == 4 * pair.num_parameters
     assert pair.key_bytes == 16 // 2 * 4 * 128
+
+
+@pytest.mark.parametrize("preset", ["paper", "recommended"])
+def test_scoring_fits_the_preset(preset: str) -> None:
+    """On the CPU cores of the preset the score of a checkpoint takes less than half of the time that it may take.
+
+    With 500 videos on one core, the defaults, it takes hours.
+    """
+    settings = PRESETS[preset][1]
+    assert scoring_seconds(settings, num_videos=12_000) < SCORE_SECONDS / 2
+    defaults = changed(settings, evaluation={"num_cpus": 1, "max_videos": 500})
+    assert scoring_seconds(defaults, num_videos=12_000) > 2 * 3600
+    assert scoring_seconds(changed(defaults, evaluation={"use_gpu": True}), num_videos=12_000) < SCORE_SECONDS
+
+
+def test_scoring_time_is_that_of_its_forwards() -> None:
+    """16 clips of each video that takes part; twice the cores take half the time; sharing counts as one core."""
+    settings = changed(PRESETS["demo"][1], evaluation={"num_cpus": 1, "max_videos": 50})
+    one = step_cost(settings, bf16=False).forward_flops / 5e10
+    assert scoring_seconds(settings, num_videos=10) == pytest.approx(160 * one)
+    assert scoring_seconds(settings, num_videos=1000) == pytest.approx(800 * one)
+    double = changed(settings, evaluation={"num_cpus": 2})
+    assert scoring_seconds(double, num_videos=10) == pytest.approx(80 * one)
+    shared = changed(settings, evaluation={"num_cpus": 0})
+    assert scoring_seconds(shared, num_videos=10) == pytest.approx(160 * one)

@@ -12,8 +12,8 @@ from tests.train.test_step import CPU, changed
 from vmoco.job_settings import SweepSettings
 from vmoco.presets import PRESETS
 from vmoco.sweep.prepare import PreparedSweep, prepare
-from vmoco.train.resume import uri_of
 from vmoco.train.run import close_run, open_run
+from vmoco.train.run_folder import RunFolder
 from vmoco.train.state import TrainState
 
 SPACE = {"moco.decay": {"low": 0.9, "high": 1.0}}
@@ -33,7 +33,7 @@ def population(tmp_path: Path, tracker_home: Path) -> SweepSettings:
 def end(prepared: PreparedSweep, place: int, score: float) -> None:
     """Ends a trial, with a checkpoint."""
     trial, run = prepared.sweep.trials[place], prepared.runs[place]
-    folder = Path(uri_of(run.folder, trial.steps))
+    folder = Path(RunFolder(run.folder).checkpoint_uri(trial.steps))
     folder.mkdir(parents=True)
     state = TrainState(run.settings, manifest_hash=run.manifest.hash, device=CPU)
     state.step = trial.steps
@@ -66,7 +66,7 @@ def test_a_generation_whose_donors_are_gone_ends_the_sweep_with_a_reason(populat
     for trial in prepared.sweep.trials:
         trial.status, trial.scores = "finished", {"score/retrieval": 0.5}
     assert not prepared.next_generation()
-    assert all("is no checkpoint" in reason for reason in prepared.refused)
+    assert all("is not a checkpoint" in reason for reason in prepared.refused)
     assert len(prepared.refused) == 3
 
 

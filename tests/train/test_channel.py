@@ -11,8 +11,8 @@ from tests.train.test_step import changed
 from vmoco.cluster.local import LocalCluster
 from vmoco.job import describe
 from vmoco.presets import PRESETS
-from vmoco.train.resume import uri_of
 from vmoco.train.run import Run, prepare
+from vmoco.train.run_folder import RunFolder
 from vmoco.train.state import RECORD
 
 CHECKPOINTS = 3
@@ -24,7 +24,7 @@ def fail_after_a_checkpoint(config: dict[str, str]) -> None:
 
     kept = len(list(Path(config["folder"]).glob("step-*")))
     if kept < CHECKPOINTS:
-        place = Path(uri_of(config["folder"], 10 * (kept + 1)))
+        place = Path(RunFolder(config["folder"]).checkpoint_uri(10 * (kept + 1)))
         place.mkdir(parents=True)
         (place / RECORD).touch()
     with errors_reported(None):  # it is no error for the user, so nothing is reported

@@ -11,7 +11,7 @@ from tests.train.test_loop import SETTINGS, Notes
 from tests.train.test_step import CPU, changed
 from vmoco.data.manifest import Manifest
 from vmoco.train import distributed
-from vmoco.train.loop import train
+from vmoco.train.loop import Requests, train
 from vmoco.train.state import TrainState
 
 STEP_SECONDS = 4.0
@@ -29,8 +29,8 @@ class SlowHost(Notes):
         self._seconds = seconds
         self.last_step_began = 0.0
 
-    def stop_requested(self) -> bool:
-        found = super().stop_requested()
+    def requests(self) -> Requests:
+        found = super().requests()
         time.sleep(self._seconds.get(self._asked, 0.0))
         self.last_step_began = time.monotonic()
         return found

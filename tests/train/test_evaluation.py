@@ -1,60 +1,44 @@
-"""Checkpoints are scored beside training, one at a time, and what goes wrong there stops nothing."""
+"""Checkpoints are scored while training goes on, one at a time, within a time, and a failure there stops nothing."""
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.dataset import make_data_set
+from tests.train.test_checkpoint_writer import Tracker
 from tests.train.test_step import CPU, changed
+from tests.waiting import wait_until
 from vmoco.cluster.local import LocalCluster
-from vmoco.encoders.promotion import Score
 from vmoco.evaluate.score import scored_clips
 from vmoco.presets import PRESETS
-from vmoco.train.checkpoints import Kept
-from vmoco.train.resume import uri_of
+from vmoco.spool import Spool
+from vmoco.train.run_folder import CHECKPOINTS, Checkpoint, RunFolder, checkpoints_from_json
 from vmoco.train.state import TrainState
-
-pytestmark = pytest.mark.cluster
 
 SETTINGS = PRESETS["tiny"][1]
 
 
-class Looks:
-    """What an evaluator was asked for and said, and which checkpoints it held."""
-
-    def __init__(self) -> None:
-        self.scored: dict[int, tuple[Score, dict[str, float]]] = {}
-        self.failed: list[str] = []
-        self.held: set[int] = set()
-
-    @contextlib.contextmanager
-    def hold(self, step: int) -> Iterator[None]:
-        self.held.add(step)
-        yield
-        self.held.discard(step)
-
-    def done(self, kept: Kept, score: Score, numbers: dict[str, float]) -> None:
-        self.scored[kept.step] = score, numbers
-
-
-def checkpoint(folder: Path, step: int, manifest_hash: str) -> Kept:
+def checkpoint(folder: RunFolder, step: int, manifest_hash: str) -> Checkpoint:
+    """Writes and lists a checkpoint of an untrained state."""
     state = TrainState(SETTINGS, manifest_hash=manifest_hash, device=CPU)
     state.step = step
-    place = Path(uri_of(str(folder), step))
+    place = Path(folder.checkpoint_uri(step))
     place.mkdir(parents=True)
-    return Kept(step, str(place), state.save(place).sha256)
+    made = Checkpoint(step, str(place), state.save(place).sha256)
+    folder.add(made)
+    return made
 
 
-def test_checkpoints_are_scored_and_a_damaged_one_is_said(ray_cluster: LocalCluster, tmp_path: Path) -> None:
-    """Retrieval beside mean colour, rank, and kNN as there are labels; of three that wait, the newest is looked at.
+@pytest.mark.cluster
+def test_checkpoints_are_scored_and_a_damaged_one_is_reported(ray_cluster: LocalCluster, tmp_path: Path) -> None:
+    """Retrieval beside mean colour, rank, and kNN because there are labels; of three that wait the newest is scored.
 
-    While one is looked at or waits it is held; in the end none is.
+    A checkpoint that waits or is being scored is in use; in the end none is. The score is in the list and the tracker.
     """
     import ray
 
@@ -64,29 +48,64 @@ def test_checkpoints_are_scored_and_a_damaged_one_is_said(ray_cluster: LocalClus
     manifest = make_data_set(tmp_path / "data", num_videos=16, clips_per_video=3, num_held_out=6, labels=("a", "b"))
     settings = changed(SETTINGS, data={"uri": str(tmp_path / "data")}, evaluation={"num_cpus": 1})
     group = reserve(settings.evaluation, timeout=60)
-    looks = Looks()
-    evaluator = Evaluator(settings, group, hold=looks.hold, done=looks.done, failed=looks.failed.append)
-    kept = {step: checkpoint(tmp_path / "run", step, manifest.hash) for step in (1, 2, 3, 4)}
-    Path(kept[1].uri, "state.json").write_text("{")
-    evaluator.submit(kept[1])
-    end = time.monotonic() + 60
-    while not looks.failed and time.monotonic() < end:
-        time.sleep(0.1)
-    assert "checkpoint of step 1 was not scored" in looks.failed[0]
+    folder, tracker, lines = RunFolder(str(tmp_path / "run")), Tracker(), list[str]()
+    folder.claim(lease="this job")
+    made = {step: checkpoint(folder, step, manifest.hash) for step in (1, 2, 3, 4)}
+    spool = Spool(tracker, name="the tracker")
+    evaluator = Evaluator(folder, settings, group, spool=spool, show=lines.append)
+    Path(made[1].uri, "state.json").write_text("{")
+    evaluator.submit(made[1])
+    wait_until(lambda: evaluator.num_failed == 1, "the damaged checkpoint has failed", seconds=60)
+    assert "warning: checkpoint of step 1 was not scored" in lines[0]
     for step in (2, 3, 4):
-        evaluator.submit(kept[step])
-    assert looks.held >= {4}
+        evaluator.submit(made[step])
+    assert evaluator.in_use() >= {4}
     assert evaluator.close(wait_seconds=120)
-    assert 4 in looks.scored
-    assert 3 not in looks.scored
-    assert looks.held == set()
-    score, numbers = looks.scored[4]
-    assert score.value == numbers[SCORE]
-    assert score.evaluation_set == scored_clips(manifest, max_videos=settings.evaluation.max_videos)[1]
+    assert evaluator.in_use() == set()
+    assert spool.close() == ""
+    scores = {row.step: row.score for row in folder.checkpoints()}
+    assert scores[3] is None
+    assert scores[4] is not None
+    numbers = evaluator.numbers
+    assert numbers["scored_step"] == 4
+    assert scores[4].value == numbers[SCORE]
+    assert scores[4].evaluation_set == scored_clips(manifest, max_videos=settings.evaluation.max_videos)[1]
+    assert checkpoints_from_json(tracker.documents[CHECKPOINTS]) == folder.checkpoints()
     assert {SCORE, f"{SCORE}_by_colour", "score/effective_rank", "score/knn"} <= set(numbers)
     assert all(np.isfinite(value) for value in numbers.values())
     assert 0 <= numbers["score/knn"] <= 1
     ray.util.remove_placement_group(group)
-    with pytest.raises(ValueError, match=r"no node has \{'CPU': 99.0\} free .*: lower evaluation\.num-cpus"):
+    with pytest.raises(ValueError, match=r"no node has \{'CPU': 99.0\} free .*: lower .*evaluation\.num-cpus"):
         reserve(changed(SETTINGS, evaluation={"num_cpus": 99}).evaluation, timeout=1)
     assert reserve(changed(SETTINGS, evaluation={"num_cpus": 0}).evaluation, timeout=1) is None
+
+
+@pytest.mark.cluster
+def test_a_score_that_takes_too_long_is_cancelled(ray_cluster: LocalCluster, tmp_path: Path) -> None:
+    """After the limit the message names the flags to change; the driver waits no longer."""
+    from vmoco.train.evaluation import score_now
+
+    manifest = make_data_set(tmp_path / "data", num_videos=16, clips_per_video=3, num_held_out=6)
+    settings = changed(SETTINGS, data={"uri": str(tmp_path / "data")})
+    made = checkpoint(RunFolder(str(tmp_path / "run")), 1, manifest.hash)
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"lower --evaluation\.max-videos 20, raise --evaluation\.num-cpus 0"):
+        score_now(made, settings, None, timeout=0.01)
+    assert time.monotonic() - started < 30
+
+
+def test_a_score_computes_where_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --evaluation.use-gpu off it stays on the CPU of a machine with a GPU, and its task sees none."""
+    from vmoco.train.evaluation import score_checkpoint, task_options
+
+    manifest = make_data_set(tmp_path / "data", num_videos=16, clips_per_video=3, num_held_out=6)
+    made = checkpoint(RunFolder(str(tmp_path / "run")), 1, manifest.hash)
+    # This PyTorch has no GPU: whatever moves there, because there seems to be one, fails.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    score, _ = score_checkpoint(made.uri, str(tmp_path / "data"), max_videos=6, device="cpu")
+    assert 0 <= score.value <= 1
+    hidden = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+    assert task_options(changed(SETTINGS, evaluation={"num_cpus": 2}), None)["runtime_env"] == hidden
+    with_gpu = task_options(changed(SETTINGS, evaluation={"use_gpu": True}), None)
+    assert with_gpu["num_gpus"] == 1
+    assert "runtime_env" not in with_gpu

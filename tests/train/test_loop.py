@@ -1,9 +1,10 @@
-"""The loop logs and keeps when it is told to, stops when it is asked to, and its losses are those of before."""
+"""The loop reports and keeps the state when it should, stops when it is asked to, and its losses do not change."""
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,14 @@ import torch
 from PIL import Image
 
 from tests.dataset import make_data_set
+from tests.ranks import run_on_ranks
 from tests.train.test_step import CPU, changed
 from vmoco.data.loader import Loader
 from vmoco.presets import PRESETS
-from vmoco.train.loop import _fingerprint, check_state, train
+from vmoco.spool import Document
+from vmoco.train import distributed
+from vmoco.train import loop as module
+from vmoco.train.loop import Requests, _fingerprint, check_state, train
 from vmoco.train.state import TrainState
 from vmoco.train.step import NonFiniteError, TrainStep
 
@@ -22,39 +27,31 @@ SETTINGS = changed(PRESETS["tiny"][1], train={"steps": 12, "log_every": 3, "chec
 
 
 class Notes:
-    """A host that writes down what it is asked for, and asks to stop after a step."""
+    """A host that remembers what it gets, and asks to stop after a step, or to keep the state at one."""
 
     def __init__(self, stop_after: int | None = None, preempted_at: int | None = None) -> None:
         self.points: dict[int, dict[str, float]] = {}
         self.lines: list[str] = []
         self.kept: list[int] = []
-        self.documents: dict[str, str | bytes] = {}
+        self.documents: dict[str, Document] = {}
         self._stop_after = stop_after
         self._preempted_at = preempted_at
         self._asked = 0
-        self.finished_at: int | None = None
 
-    def stop_requested(self) -> bool:
+    def requests(self) -> Requests:
         self._asked += 1
-        return self._stop_after is not None and self._asked > self._stop_after
+        stop = self._stop_after is not None and self._asked > self._stop_after
+        return Requests(stop=stop, checkpoint=self._asked == self._preempted_at)
 
-    def checkpoint_requested(self) -> bool:
-        return self._asked == self._preempted_at
+    def track(self, numbers: Mapping[str, float], *, step: int) -> None:
+        self.points[step] = dict(numbers)
 
-    def track(self, numbers: dict[str, float], *, step: int) -> None:
-        self.points[step] = numbers
-
-    def say(self, line: str) -> None:
+    def show(self, line: str) -> None:
         self.lines.append(line)
 
-    def document(self, name: str, content: str | bytes) -> None:
-        self.documents[name] = content
-
-    def checkpoint(self, state: TrainState) -> None:
+    def checkpoint(self, state: TrainState, documents: Mapping[str, Document]) -> None:
         self.kept.append(state.step)
-
-    def finish(self, state: TrainState) -> None:
-        self.finished_at = state.step
+        self.documents |= documents
 
 
 def run(folder: Path, host: Notes) -> tuple[bool, TrainState]:
@@ -132,10 +129,10 @@ def test_losses_are_golden(tmp_path: Path) -> None:
 
 
 def test_a_machine_that_goes_away_is_answered_with_a_checkpoint(tmp_path: Path) -> None:
-    """Told during step 3, it keeps that step besides the usual ones, once, and trains on to the end."""
+    """Asked during step 3, it keeps that step besides the usual ones, once, and trains to the end."""
     host = Notes(preempted_at=3)
     finished, _ = run(tmp_path, host)
-    assert (finished, host.kept, host.finished_at) == (True, [3, 5, 10, 12], 12)
+    assert (finished, host.kept) == (True, [3, 5, 10, 12])
 
 
 def test_what_is_tracked(tmp_path: Path) -> None:
@@ -152,20 +149,60 @@ def test_what_is_tracked(tmp_path: Path) -> None:
     assert host.points[3]["checkpoint_stall_seconds"] == 0 < host.points[6]["checkpoint_stall_seconds"]
 
 
+def checksum(tensor: torch.Tensor) -> int:
+    return int(_fingerprint(tensor)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+def test_a_fingerprint_is_a_sum_of_integers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is sum(bits[i] * (2 i + 1)) modulo 2**64, in plain Python, whatever the order in which a processor adds up.
+
+    Ranks on CPUs of different types add up in different orders. Here that is other sizes of the pieces.
+    """
+    values = (torch.randn(1000, generator=torch.Generator().manual_seed(1)) * 1e6).to(dtype)
+    bits = values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]).tolist()
+    expected = sum(bit * (2 * place + 1) for place, bit in enumerate(bits)) % 2**64
+    for size in (1000, 64, 7):
+        monkeypatch.setattr(module, "_PIECE", {"cpu": size})
+        found, finite = _fingerprint(values)
+        assert int(found) % 2**64 == expected
+        assert int(finite) == 1
+
+
+def states_of_ranks() -> str:
+    """Checks a state that is equal on all ranks, and then one of which rank 1 has another last bit of one weight."""
+    state = TrainState(SETTINGS, manifest_hash="data", device=CPU)
+    check_state(state)
+    if distributed.rank() == 1:
+        next(iter(state.moco.query.parameters())).data.view(torch.int32)[0, 0, 0, 0, 0] ^= 1
+    try:
+        check_state(state)
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_differ_in_one_bit_are_noticed() -> None:
+    """On every rank, with the name of the tensor; equal ranks pass."""
+    first, second = run_on_ranks(2, states_of_ranks)
+    assert first == second
+    assert first.startswith("ranks hold different states at step 0: query.backbone")
+
+
 @pytest.mark.parametrize("shape", [(7,), (3, 2**18 + 5), (4, 3, 2, 5, 5)])
 def test_a_fingerprint_sees_a_value_and_a_swap(shape: tuple[int, ...]) -> None:
     """One value among many, or two that change places, near or far, in either memory layout; equal ones give equal."""
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     for layout in (tensor, tensor.to(memory_format=torch.channels_last_3d) if tensor.ndim == 5 else tensor):
-        before = float(_fingerprint(layout))
-        assert before == float(_fingerprint(layout.clone()))
+        before = checksum(layout)
+        assert before == checksum(layout.clone())
         changed_one = layout.clone()
         changed_one[(0,) * layout.ndim] += 1e-3
-        assert float(_fingerprint(changed_one)) != before
+        assert checksum(changed_one) != before
         swapped = layout.clone()
         first, last = (0,) * layout.ndim, tuple(size - 1 for size in shape)
         swapped[first], swapped[last] = layout[last], layout[first]
-        assert float(_fingerprint(swapped)) != before
+        assert checksum(swapped) != before
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

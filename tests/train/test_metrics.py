@@ -1,7 +1,9 @@
-"""Metrics are means over the clips of all ranks, and the spread of embeddings is what its name says."""
+"""Metrics are means over the clips of all ranks; dropped frames and spread of embeddings match their definitions."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 
 import numpy as np
@@ -11,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.ranks import run_on_ranks
+from vmoco.evaluate.score import effective_rank
 from vmoco.model.loss import Contrast
 from vmoco.train import distributed
-from vmoco.train.metrics import StepMetrics, effective_rank, embedding_std
+from vmoco.train.metrics import DroppedFrames, StepMetrics, embedding_std
 
 CPU = torch.device("cpu")
 
@@ -25,24 +28,13 @@ def orthogonal(count: int, dim: int) -> torch.Tensor:
     return torch.cat([rows, -rows])
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 16])
-def test_effective_rank_counts_equal_directions(count: int) -> None:
-    """k orthogonal directions, each used as much, have effective rank k."""
-    assert effective_rank(orthogonal(count, 16)) == pytest.approx(count, rel=1e-4)
-
-
-def test_effective_rank_of_unequal_directions_is_by_the_definition() -> None:
-    """Singular values 3 and 1 have shares 3/4 and 1/4, and e to their entropy is 1.755."""
-    rows = torch.tensor([[3.0, 0, 0], [-3.0, 0, 0], [0, 1.0, 0], [0, -1.0, 0]])
-    expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
-    assert effective_rank(rows) == pytest.approx(expected, rel=1e-5)
-    assert effective_rank(rows + torch.tensor([5.0, 5.0, 5.0])) == pytest.approx(expected, rel=1e-4)
-
-
-def test_effective_rank_of_collapsed_embeddings_is_one() -> None:
-    """All on one point: no direction but that point, also where rounding leaves something."""
-    point = F.normalize(torch.randn(1, 128, generator=torch.Generator().manual_seed(1)), dim=1)
-    assert effective_rank(point.expand(64, -1)) == pytest.approx(1, abs=1e-3)
+def test_effective_rank_is_that_of_the_score() -> None:
+    """The metric of a step and the score of an encoder are one function: k orthogonal directions have rank k."""
+    metrics = reduced(contrast_of(1.0))
+    metrics.keys = orthogonal(5, 16)
+    assert metrics.numbers()["effective_rank"] == effective_rank(metrics.keys.numpy()) == pytest.approx(5, rel=1e-4)
+    metrics.keys = F.normalize(torch.ones(1, 16), dim=1).expand(64, -1)
+    assert metrics.numbers()["effective_rank"] == pytest.approx(1, abs=1e-3)
 
 
 def test_embedding_std_is_one_when_spread_and_zero_when_collapsed() -> None:
@@ -151,3 +143,58 @@ def test_numbers_on_ranks_are_those_of_one_process() -> None:
         assert stop
         assert bad
     assert not alone.stop()
+
+
+T, K = 8, 2
+
+
+def counted(*steps: list[tuple[int, ...]]) -> DroppedFrames:
+    """Steps of clips, each given by the frames that it lost."""
+    dropped = DroppedFrames(T, K)
+    for clips in steps:
+        counts = torch.zeros(T)
+        for frame in itertools.chain(*clips):
+            counts[frame] += 1
+        dropped.add(counts)
+    return dropped
+
+
+def test_overlap_is_that_of_all_pairs_of_clips() -> None:
+    """The share of dropped frames in common, averaged over every pair of 30 random clips in 3 steps."""
+    random = np.random.default_rng(1)
+    clips = [tuple(random.choice(T, K, replace=False, p=np.arange(1, T + 1) / 36).tolist()) for _ in range(30)]
+    dropped = counted(clips[:10], clips[10:20], clips[20:])
+    pairs = [len(set(one) & set(other)) / K for one, other in itertools.combinations(clips, 2)]
+    assert dropped.numbers()["dropped_overlap"] == pytest.approx(np.mean(pairs))
+    shares = [np.mean([frame in clip for clip in clips]) for frame in range(T)]
+    assert dropped.shares() == pytest.approx(shares)
+    entropy = -sum(share / K * math.log(share / K) for share in shares if share) / math.log(T)
+    assert dropped.numbers()["dropped_entropy"] == pytest.approx(entropy)
+
+
+def test_numbers_tell_even_from_collapsed() -> None:
+    """Each set as often: entropy 1, overlap near K / T. The same set always: log K / log T and 1."""
+    even = counted(list(itertools.combinations(range(T), K)) * 20).numbers()
+    assert even == pytest.approx({"dropped_entropy": 1, "dropped_overlap": K / T}, abs=2e-3)
+    collapsed = counted([(3, 4)] * 20).numbers()
+    assert collapsed == pytest.approx({"dropped_entropy": math.log(K) / math.log(T), "dropped_overlap": 1})
+
+
+def test_nothing_is_said_before_the_generator_starts() -> None:
+    """No clips, no numbers; also where nothing is ever dropped, and after a new beginning."""
+    assert counted([], []).numbers() == {}
+    never = DroppedFrames(T, 0)
+    never.add(torch.zeros(T))
+    assert (never.num_clips(), never.numbers()) == (0, {})
+    dropped = counted([(0, 1), (2, 3)])
+    assert dropped.num_clips() == 2
+    dropped.begin()
+    assert (dropped.num_clips(), dropped.numbers()) == (0, {})
+
+
+def test_document_is_the_histogram() -> None:
+    """JSON with the step, the number of clips, and the share of each position."""
+    found = json.loads(counted([(0, 1), (1, 2)], [(1, 5), (1, 7)]).document(step=40))
+    assert (found["step"], found["clips"]) == (40, 4)
+    assert found["dropped_share"] == [0.25, 1, 0.25, 0, 0, 0.25, 0, 0.25]
+    assert found["dropped_overlap"] == pytest.approx(0.5)

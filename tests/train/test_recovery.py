@@ -26,7 +26,7 @@ from tests.dataset import make_data_set
 from tests.nodes import Nodes
 from tests.waiting import wait_until
 from vmoco.data.manifest import Manifest
-from vmoco.train.state import TENSORS
+from vmoco.train.state import STATE_TENSORS
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60
@@ -171,11 +171,11 @@ def test_a_damaged_checkpoint_falls_back(two: Runs, undisturbed: str) -> None:
     job.kill()
     job.communicate()
     newest = sorted(path.parent for path in two.folder("damaged").glob("step-*/state.json"))[-1]
-    content = bytearray((newest / TENSORS).read_bytes())
+    content = bytearray((newest / STATE_TENSORS).read_bytes())
     content[len(content) // 2] ^= 1
-    (newest / TENSORS).write_bytes(content)
+    (newest / STATE_TENSORS).write_bytes(content)
     said = end(two.start("damaged"))
-    assert f"warning: {newest}/{TENSORS} is damaged" in said
+    assert f"warning: {newest}/{STATE_TENSORS} is damaged" in said
     assert f"from step {int(newest.name.removeprefix('step-')) - 10}" in said
     assert two.kept("damaged")[-1]["sha256"] == undisturbed
 

@@ -26,8 +26,8 @@ def settings(tmp_path: Path, vmoco_home: Path) -> PretrainSettings:
     [
         ("data", {"num_frames": 11}, r"data\.num-frames 11 at data\.stride 1 spans 11 frames, .* have 10: lower"),
         ("augment", {"size": 41}, r"augment\.size 41 is larger than the stored frames of .*\(40x48\): lower it"),
-        ("data", {"uri": ""}, r"data\.uri is missing: give --data\.uri"),
-        ("run", {"name": "a/b"}, r"run\.name 'a/b' is not allowed"),
+        ("data", {"uri": ""}, r"--data\.uri is missing: give the data set"),
+        ("run", {"name": "a/b"}, r"--run\.name 'a/b' is not allowed"),
     ],
 )
 def test_what_does_not_fit_is_said_before_any_work(
@@ -44,10 +44,10 @@ def test_name_of_a_run_belongs_to_its_architecture_and_data(settings: PretrainSe
     """Once opened, the name takes neither another backbone nor other data; scaling may change."""
     run = open_run(prepare(settings))
     assert run.is_new
-    with pytest.raises(ValueError, match=r"other settings \(model\.backbone r3d_nano -> r2plus1d_nano\): set them as"):
+    with pytest.raises(ValueError, match=r"other settings \(--model\.backbone r3d_nano -> r2plus1d_nano\): set"):
         prepare(changed(settings, model={"backbone": "r2plus1d_nano"}))
     make_data_set(tmp_path / "other", num_videos=14)
-    with pytest.raises(ValueError, match=r"belongs to a run on data set \w+, .*other is \w+: give data\.uri as it was"):
+    with pytest.raises(ValueError, match=r"belongs to a run on data set \w+, .*other is \w+: give --data\.uri as"):
         prepare(changed(settings, data={"uri": str(tmp_path / "other")}))
     again = open_run(prepare(changed(settings, scaling={"num_workers": 2})))
     assert not again.is_new

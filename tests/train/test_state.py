@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from tests.dataset import make_data_set
 from tests.ranks import run_on_ranks
 from tests.train.test_step import CPU, changed
+from vmoco import storage
 from vmoco.config import PretrainSettings
 from vmoco.data.loader import Loader
 from vmoco.data.manifest import Manifest
 from vmoco.presets import PRESETS
 from vmoco.train import distributed
-from vmoco.train.state import RECORD, TENSORS, TrainState, file_sha256
+from vmoco.train.state import STATE_RECORD, STATE_TENSORS, TrainState
 from vmoco.train.step import TrainStep
 
 # 12 videos, batches of 16 on 4 ranks: step 5 lies in the middle of an epoch, and the generator starts at step 4.
@@ -128,7 +129,7 @@ def test_state_survives_writing_and_reading(kept: Path) -> None:
     state = fresh(kept)
     record = state.load(kept)
     assert (state.step, record.step) == (6, 6)
-    stored = load_file(kept / TENSORS)
+    stored = load_file(kept / STATE_TENSORS)
     assert set(stored) == set(state.tensors())
     assert all(torch.equal(stored[name], tensor) for name, tensor in state.tensors().items())
     assert any(name.startswith("optimizer.generator") for name in stored)
@@ -137,7 +138,7 @@ def test_state_survives_writing_and_reading(kept: Path) -> None:
 
 def test_a_flipped_byte_is_noticed(kept: Path) -> None:
     """The hash in the record does not match, and the sentence says which file."""
-    path = kept / TENSORS
+    path = kept / STATE_TENSORS
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -150,20 +151,22 @@ def test_a_flipped_byte_is_noticed(kept: Path) -> None:
 )
 def test_a_missing_tensor_is_refused(kept: Path, missing: str) -> None:
     """A checkpoint without a tensor is no checkpoint, also where only an optimizer would notice."""
-    tensors = load_file(kept / TENSORS)
+    tensors = load_file(kept / STATE_TENSORS)
     del tensors[missing]
-    save_file(tensors, kept / TENSORS)
-    record = json.loads((kept / RECORD).read_text())
-    (kept / RECORD).write_text(json.dumps(record | {"sha256": file_sha256(kept / TENSORS)}))
+    save_file(tensors, kept / STATE_TENSORS)
+    record = json.loads((kept / STATE_RECORD).read_text())
+    (kept / STATE_RECORD).write_text(json.dumps(record | {"sha256": storage.file_sha256(str(kept / STATE_TENSORS))}))
     with pytest.raises(ValueError, match=rf"missing .*{missing}"):
         fresh(kept).load(kept)
 
 
 def rewrite(kept: Path, tensors: dict[str, torch.Tensor], **record: object) -> None:
     """Puts other tensors into a checkpoint whose record then fits them."""
-    save_file(tensors, kept / TENSORS)
-    before = json.loads((kept / RECORD).read_text())
-    (kept / RECORD).write_text(json.dumps(before | {"sha256": file_sha256(kept / TENSORS)} | record))
+    save_file(tensors, kept / STATE_TENSORS)
+    before = json.loads((kept / STATE_RECORD).read_text())
+    (kept / STATE_RECORD).write_text(
+        json.dumps(before | {"sha256": storage.file_sha256(str(kept / STATE_TENSORS))} | record)
+    )
 
 
 def test_another_architecture_is_refused_and_changes_nothing(kept: Path) -> None:
@@ -171,9 +174,9 @@ def test_another_architecture_is_refused_and_changes_nothing(kept: Path) -> None
     other = changed(SETTINGS, model={"backbone": "r2plus1d_nano"})
     state = fresh(kept, other)
     before = {name: tensor.clone() for name, tensor in state.tensors().items()}
-    with pytest.raises(ValueError, match=r"other settings \(model\.backbone r3d_nano -> r2plus1d_nano\): set them"):
+    with pytest.raises(ValueError, match=r"other settings \(--model\.backbone r3d_nano -> r2plus1d_nano\): set them"):
         state.load(kept)
-    tensors = load_file(kept / TENSORS)
+    tensors = load_file(kept / STATE_TENSORS)
     rewrite(kept, tensors, settings_hash=other.content_hash())
     with pytest.raises(ValueError, match=r"does not fit this run: missing .*key\.backbone.*, unknown"):
         state.load(kept)

@@ -1,11 +1,8 @@
-"""What training an encoder costs, by shapes alone: arithmetic, memory, network. Nothing is computed.
+"""What a run costs: arithmetic, memory and network by shapes alone, and how fast a worker really computes.
 
 Costs are counted in forwards of the encoder. A step needs 4 before the generator starts (query 1, its backward 2, key
-1) and 6 after (q_real 1, the gradient of the pixels 1). The generator, augmentation and loss are left out: they are
-small beside the encoders, so a real step is somewhat slower.
-
-
-How fast a worker trains the encoder of a run: measured for a few seconds, on clips of noise, without a data set.
+1) and 6 after (q_real 1, the gradient of the pixels 1). The generator, the augmentation and the loss are left out. They
+are small beside the encoders, so a real step is somewhat slower.
 """
 
 from __future__ import annotations
@@ -38,12 +35,12 @@ class StepCost:
     rank_bytes: int
     """Memory of a rank: two encoders, gradients, optimizer, queue, and the activations of one micro-batch."""
     gradient_bytes: int
-    """What each rank sends in an all-reduce of the gradients, as a ring does it: twice, but for its own share."""
+    """What each rank sends in a ring all-reduce of the gradients: nearly twice their size."""
     key_bytes: int
     """What each rank receives of other ranks' keys."""
 
     def run_flops(self, settings: PretrainSettings) -> float:
-        """Arithmetic of the whole run."""
+        """Arithmetic of the complete run."""
         before = min(settings.generator_start, settings.last_step)
         return before * self.flops_before + (settings.last_step - before) * self.flops_after
 
@@ -59,7 +56,7 @@ def step_cost(settings: PretrainSettings, *, bf16: bool) -> StepCost:
     saved: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        # By storage: a tensor that two operations keep is there once.
+        # By storage: a tensor that two operations keep counts once.
         saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         kept.append(tensor)
         return tensor
@@ -69,7 +66,7 @@ def step_cost(settings: PretrainSettings, *, bf16: bool) -> StepCost:
         encoder = MocoEncoder(model.backbone, embedding_dim=model.embedding_dim, head=model.head)
         clips = torch.empty(2, 3, settings.data.num_frames, settings.augment.size, settings.augment.size)
         with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, note):
-            encoder.head(encoder.backbone(clips))  # not through its own forward: autocast knows no device of shapes
+            encoder.head(encoder.backbone(clips))  # not its own forward: autocast does not support the meta device
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
     weights = {parameter.untyped_storage()._cdata for parameter in encoder.parameters()}
     activations = sum(size for storage, size in saved.items() if storage not in weights) // len(clips)
@@ -91,22 +88,41 @@ def step_cost(settings: PretrainSettings, *, bf16: bool) -> StepCost:
     )
 
 
+SCORE_SECONDS = 1800.0
+"""Longest time in which a checkpoint must be scored; the presets need about a third of it."""
+_CLIPS_PER_VIDEO = 16  # 8 for the label-free score, and 8 for kNN where the videos have labels
+_FLOPS_PER_SECOND = {"cpu": 5e10, "cuda": 1e13}  # of one CPU core (66e9 measured), of one GPU in float32
+
+
+def scoring_seconds(settings: PretrainSettings, *, num_videos: int) -> float:
+    """Estimates how long the score of one checkpoint takes, for videos with labels.
+
+    Args:
+        settings: of the run.
+        num_videos: held-out videos of the data set; `evaluation.max_videos` of them at most take part.
+    """
+    evaluation = settings.evaluation
+    clips = _CLIPS_PER_VIDEO * min(num_videos, evaluation.max_videos)
+    speed = _FLOPS_PER_SECOND["cuda"] if evaluation.use_gpu else _FLOPS_PER_SECOND["cpu"] * max(evaluation.num_cpus, 1)
+    return clips * step_cost(settings, bf16=False).forward_flops / speed
+
+
 _SECONDS = 3.0
 _CLIPS = {"cpu": 2, "cuda": 16}
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What one worker reaches."""
+    """Speed of one worker."""
 
     flops_per_second: float
     """In a forward and backward of the encoder; a product and its sum are two operations."""
     bf16: bool
-    """Whether the encoders run in bfloat16 here."""
+    """Whether the encoders run in bfloat16 on this machine."""
 
 
 def measure_speed(settings_json: str) -> Speed:
-    """Runs forward and backward of the encoder of a run for about 3 seconds, with the threads that a worker has.
+    """Measures a worker for about 3 seconds: forward and backward of the encoder on clips of zeros, without a data set.
 
     Args:
         settings_json: `PretrainSettings` as JSON.
@@ -122,7 +138,7 @@ def measure_speed(settings_json: str) -> Speed:
     size = settings.augment.size
     shape = (min(settings.train.micro_batch, _CLIPS[device.type]), 3, settings.data.num_frames, size, size)
     clips = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last_3d)
-    _once(encoder, clips)  # the first one chooses kernels
+    _once(encoder, clips)  # the first call chooses kernels
     started, rounds = time.perf_counter(), 0
     while rounds == 0 or time.perf_counter() - started < _SECONDS:
         _once(encoder, clips)
@@ -135,4 +151,4 @@ def measure_speed(settings_json: str) -> Speed:
 def _once(encoder: MocoEncoder, clips: torch.Tensor) -> None:
     encoder(clips).square().sum().backward()
     if clips.device.type == "cuda":
-        torch.cuda.synchronize()  # without it only the launch of the kernels would be measured
+        torch.cuda.synchronize()  # otherwise only the launch of the kernels is measured

@@ -16,9 +16,8 @@ from vmoco.sweep import space as spaces
 from vmoco.sweep.record import Sweep, Trial, read_sweep
 from vmoco.sweep.space import Point, Points, Space, Values, as_text, load_space
 from vmoco.train import run
-from vmoco.train.fork import FIXED
-from vmoco.train.resume import uri_of
 from vmoco.train.run import PreparedRun
+from vmoco.train.run_folder import FIXED_BY_FORK, RunFolder
 
 
 @dataclass
@@ -86,7 +85,7 @@ class PreparedSweep:
         places_of = {self.sweep.trials[place].name: place for place in places}
         added = []
         for member in spaces.next_generation(self.space, members, score=self.sweep.score):
-            donor = uri_of(self.runs[places_of[member.donor.name]].folder, member.donor.steps)
+            donor = RunFolder(self.runs[places_of[member.donor.name]].folder).checkpoint_uri(member.donor.steps)
             added.append(self.add(self.point(member.values, generation=members[0].generation + 1, fork=donor)))
         self.sweep.save()  # all at once: after a kill the sweep goes on with a complete generation
         return any(place is not None for place in added)
@@ -197,7 +196,7 @@ def _check_population(settings: SweepSettings, space: Space) -> None:
             f"--pbt-steps {settings.pbt_steps} leaves a single generation, as --train.steps is "
             f"{settings.pretrain.train.steps}: lower --pbt-steps, or raise --train.steps"
         )
-    if fixed := sorted(space.fields() & (set(FIXED) | {"train.steps", "train.stop_after"})):
+    if fixed := sorted(space.fields() & (set(FIXED_BY_FORK) | {"train.steps", "train.stop_after"})):
         raise ValueError(
             f"the space names {', '.join(fixed)}, which cannot change within a run, and the members of a population go "
             "on from each other: leave it out, or choose another --scheduler"

@@ -19,7 +19,7 @@ import ray.train
 
 from vmoco.cluster import ray_internals
 from vmoco.job import describe, is_user_error, root_cause
-from vmoco.train.resume import steps
+from vmoco.train.run_folder import RunFolder
 
 
 @ray.remote(num_cpus=0)
@@ -158,7 +158,7 @@ class RestartLimit(ray.train.UserCallback):
 
     def _newest_step(self) -> int | None:
         try:
-            found = steps(self._folder)
+            found = RunFolder(self._folder).steps()
         except (OSError, ValueError):  # the storage does not answer: no progress that is known
             return self._step
         return found[-1] if found else None

@@ -1,4 +1,4 @@
-"""The few things ranks say to each other: gloo on CPUs, nccl on GPUs, and nothing where there is one process."""
+"""What ranks exchange: by gloo on CPUs, by nccl on GPUs. One process alone exchanges nothing."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def wait_at_most(seconds: float) -> None:
 
 
 def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
-    """Wraps a module so that its gradients are averaged over ranks in backward; as it is where there is one process."""
+    """Wraps a module so that its gradients are averaged over ranks in backward; one process gets it unchanged."""
     if not dist.is_initialized():
         return module
-    # Weights of 1x1x1 kernels have two equally good memory layouts, and DDP warns that it chose the other one.
+    # Weights of 1x1x1 kernels have two equivalent memory layouts, and DDP warns that it chose the other one.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     with warnings.catch_warnings():
-        # torch 2.14 announces another name for broadcast_buffers, which older versions do not know.
+        # torch 2.14 announces a new name for broadcast_buffers, which older versions do not have.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         return DistributedDataParallel(
             module,
             device_ids=[device] if device.type == "cuda" else None,
             broadcast_buffers=False,  # running statistics are averaged by `average_`, from all ranks
-            # By default DDP sorts its buckets anew after the first backward. A resumed run would then add its first
-            # gradients up in another order than the run that was not interrupted; this keeps the first layout.
+            # By default DDP sorts its buckets again after the first backward. A resumed run would then add up its
+            # first gradients in another order than an uninterrupted run. This keeps the first layout.
             find_unused_parameters=True,
             gradient_as_bucket_view=True,
         )
@@ -57,11 +57,11 @@ def gather_rows(rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
 
     Args:
         rows: (counts[rank], ...) of this rank.
-        counts: number of rows of each rank; known everywhere, because the plan says so.
+        counts: number of rows of each rank; every rank knows it from the plan.
     """
     if world_size() == 1:
         return rows
-    # Ranks may hold different numbers of rows; the collective wants equal ones, so the shorter are padded.
+    # Ranks may hold different numbers of rows; the collective needs equal ones, so shorter ones are padded.
     longest = max(counts)
     padded = rows.new_zeros((longest, *rows.shape[1:]))
     padded[: len(rows)] = rows
@@ -78,9 +78,9 @@ def sum_(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def average_(tensors: list[torch.Tensor]) -> None:
-    """Replaces each tensor by its mean over ranks, in one collective; all ranks end with the same bits.
+    """Replaces each tensor by its mean over ranks, in one collective; all ranks get the same bits.
 
-    Ranks count alike, also where one has fewer micro-batches than another.
+    Every rank has the same weight, also if one has fewer micro-batches than another.
     """
     if world_size() == 1 or not tensors:
         return

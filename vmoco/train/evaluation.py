@@ -1,22 +1,21 @@
-"""The look at each new checkpoint while training goes on: a Ray task with resources of its own, on a frozen copy.
+"""Scores each new checkpoint while training goes on, in a Ray task with resources of its own.
 
-The task takes the encoder out of the checkpoint's files, so it needs nothing of the workers, and training never waits
-for it. One is looked at at a time; where checkpoints come faster, the newest that waits takes the place of an older
-one, which then stays without a score.
+The task reads the encoder from the checkpoint's files, so it needs nothing of the workers, and training never waits for
+it. One checkpoint is scored at a time. Where checkpoints come faster than scores, the newest one that waits replaces an
+older one, which then has no score.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+import ray.exceptions
 import torch
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -29,17 +28,24 @@ from vmoco.encoders.promotion import Score
 from vmoco.evaluate.features import clip_features
 from vmoco.evaluate.knn import classify
 from vmoco.evaluate.score import label_free_score, score_encoder
-from vmoco.train.checkpoints import Kept
+from vmoco.model.cost import SCORE_SECONDS
+from vmoco.spool import Spool
 from vmoco.train.publish import encoder_in
-from vmoco.train.resume import local_copy
+from vmoco.train.run_folder import CHECKPOINTS, Checkpoint, RunFolder, checkpoints_to_json, local_copy
 
 SCORE = "score/retrieval"
 """The number that chooses among checkpoints: higher is better."""
+Scored = tuple[Score, dict[str, float]]
 
 
-@ray.remote(max_retries=2)
-def evaluate(uri: str, data_uri: str, max_videos: int) -> tuple[Score, dict[str, float]]:
+def score_checkpoint(uri: str, data_uri: str, *, max_videos: int, device: str) -> Scored:
     """Scores the encoder of a checkpoint on the held-out videos of its data set.
+
+    Args:
+        uri: of the checkpoint.
+        data_uri: of the data set.
+        max_videos: largest number of held-out videos that take part.
+        device: "cpu" or "cuda".
 
     Returns:
         The label-free score, as it is recorded; all numbers, by name.
@@ -49,7 +55,7 @@ def evaluate(uri: str, data_uri: str, max_videos: int) -> tuple[Score, dict[str,
     """
     manifest = Manifest.load(data_uri)
     with local_copy(uri) as checkpoint:
-        encoder = encoder_in(checkpoint, manifest=manifest).to("cuda" if torch.cuda.is_available() else "cpu")
+        encoder = encoder_in(checkpoint, manifest=manifest).to(torch.device(device))
     found = score_encoder(encoder, manifest, max_videos=max_videos)
     numbers = found.numbers()
     if (accuracy := knn_accuracy(encoder, manifest, max_clips=4 * max_videos)) is not None:
@@ -57,37 +63,72 @@ def evaluate(uri: str, data_uri: str, max_videos: int) -> tuple[Score, dict[str,
     return label_free_score(found), {f"score/{name}": value for name, value in numbers.items()}
 
 
-def score_now(kept: Kept, settings: PretrainSettings, group: PlacementGroup | None) -> Score:
-    """The score of a checkpoint, waited for.
+def task_options(settings: PretrainSettings, group: PlacementGroup | None) -> dict[str, Any]:
+    """Options of the Ray task: its resources and where it runs.
+
+    Args:
+        settings: of the run.
+        group: resources that are reserved for the task; None where it shares those of the workers.
+    """
+    wanted = resources(settings.evaluation)
+    options: dict[str, Any] = {
+        "num_cpus": wanted.get("CPU", 0),
+        "num_gpus": wanted.get("GPU", 0),
+        "max_retries": 2,
+        # Without this a task would inherit the placement group of the worker that starts it, and never run.
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group) if group else "DEFAULT",
+    }
+    if not settings.evaluation.use_gpu:
+        # Ray 2.60 hides no GPU from a task that asks for none, and libraries take memory on a GPU that they see.
+        options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+    return options
+
+
+def score_now(
+    checkpoint: Checkpoint, settings: PretrainSettings, group: PlacementGroup | None, *, timeout: float = SCORE_SECONDS
+) -> Score:
+    """The label-free score of a checkpoint; raises as `score_in_task` does."""
+    return score_in_task(checkpoint, settings, group, timeout=timeout)[0]
+
+
+def score_in_task(
+    checkpoint: Checkpoint, settings: PretrainSettings, group: PlacementGroup | None, *, timeout: float = SCORE_SECONDS
+) -> Scored:
+    """Scores a checkpoint in a Ray task, and waits for it; after `timeout` seconds the task is cancelled.
 
     Raises:
+        TimeoutError: it took longer; the message says what to change.
         ray.exceptions.RayError: the task failed.
     """
-    found: tuple[Score, dict[str, float]] = ray.get(_start(kept, settings, group))
-    return found[0]
-
-
-def _start(kept: Kept, settings: PretrainSettings, group: PlacementGroup | None) -> Any:
-    wanted = resources(settings.evaluation)
-    task = evaluate.options(
-        num_cpus=wanted.get("CPU", 0),
-        num_gpus=wanted.get("GPU", 0),
-        # Without this a task would inherit the placement group of the worker that starts it, and never run.
-        scheduling_strategy=PlacementGroupSchedulingStrategy(group) if group else "DEFAULT",
+    remote: Any = ray.remote  # mypy knows only functions without keyword arguments
+    device = "cuda" if settings.evaluation.use_gpu else "cpu"
+    reference = (
+        remote(score_checkpoint)
+        .options(**task_options(settings, group))
+        .remote(checkpoint.uri, settings.data.uri, max_videos=settings.evaluation.max_videos, device=device)
     )
-    return task.remote(kept.uri, settings.data.uri, settings.evaluation.max_videos)
+    try:
+        scored: Scored = ray.get(reference, timeout=timeout)
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(reference, force=True)
+        raise TimeoutError(
+            f"the score took more than {timeout / 60:.0f} min: lower --evaluation.max-videos "
+            f"{settings.evaluation.max_videos}, raise --evaluation.num-cpus {settings.evaluation.num_cpus}, or set "
+            "--evaluation.use-gpu"
+        ) from None
+    return scored
 
 
 def knn_accuracy(encoder: Encoder, manifest: Manifest, *, max_clips: int) -> float | None:
-    """Share of labelled held-out clips that their nearest training clips class right.
+    """Share of labelled held-out clips whose class their nearest training clips predict.
 
     Args:
         encoder: in evaluation mode.
         manifest: data set.
-        max_clips: at most so many clips of either part take part, evenly spread.
+        max_clips: largest number of clips of each part, evenly spread.
 
     Returns:
-        None where either part has no labelled clip.
+        None where one of the parts has no labelled clip.
     """
     labelled = manifest.table.filter(pc.is_valid(manifest.table["label"]))
     parts = [_spread(labelled.filter(pc.equal(labelled["held_out"], held)), max_clips) for held in (False, True)]
@@ -106,55 +147,57 @@ def _spread(rows: pa.Table, count: int) -> pa.Table:
     return rows.take(np.linspace(0, rows.num_rows - 1, count).round().astype(np.int64))
 
 
-@dataclass
-class _Waiting:
-    kept: Kept
-    release: Callable[[], Any]
-
-
 class Evaluator:
-    """Has new checkpoints scored, one at a time, in a thread.
+    """Scores checkpoints in a thread, one at a time.
 
     Args:
+        folder: of the run; its list receives the scores.
         settings: of the run.
-        group: from `reserve`.
-        hold: keeps the checkpoint of a step from being removed.
-        done: takes the score of a checkpoint, and all numbers.
-        failed: takes a sentence about one that could not be scored; training goes on.
+        group: resources that are reserved for the task; None where it shares those of the workers.
+        spool: receives the numbers.
+        show: prints a line.
+
+    Attributes:
+        num_failed: number of checkpoints that could not be scored.
+        numbers: of the last checkpoint that was scored, with its step; for Ray Tune.
     """
 
     def __init__(
         self,
+        folder: RunFolder,
         settings: PretrainSettings,
         group: PlacementGroup | None,
         *,
-        hold: Callable[[int], contextlib.AbstractContextManager[None]],
-        done: Callable[[Kept, Score, dict[str, float]], None],
-        failed: Callable[[str], None],
+        spool: Spool,
+        show: Callable[[str], None],
     ) -> None:
+        self._folder = folder
         self._settings = settings
         self._group = group
-        self._hold = hold
-        self._done = done
-        self._failed = failed
-        self._waiting: _Waiting | None = None
+        self._spool = spool
+        self._show = show
+        self.num_failed = 0
+        self.numbers: dict[str, float] = {}
+        self._waiting: Checkpoint | None = None
+        self._current: Checkpoint | None = None
         self._wake = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="evaluator", daemon=True)
         self._thread.start()
 
-    def submit(self, kept: Kept) -> None:
-        """Has a checkpoint scored; takes the place of one that still waits."""
-        held = self._hold(kept.step)
-        held.__enter__()
+    def submit(self, checkpoint: Checkpoint) -> None:
+        """Scores a checkpoint, after the one that is being scored; replaces another one that waits."""
         with self._wake:
-            before, self._waiting = self._waiting, _Waiting(kept, lambda: held.__exit__(None, None, None))
+            self._waiting = checkpoint
             self._wake.notify()
-        if before is not None:
-            before.release()
+
+    def in_use(self) -> set[int]:
+        """Steps of the checkpoints that wait or are being scored: they must not be deleted."""
+        with self._wake:
+            return {checkpoint.step for checkpoint in (self._waiting, self._current) if checkpoint is not None}
 
     def close(self, *, wait_seconds: float) -> bool:
-        """Ends, when what waits is scored or the time is over; returns whether all was scored."""
+        """Ends when the checkpoint that waits is scored, or after `wait_seconds`; returns whether all were scored."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -164,15 +207,28 @@ class Evaluator:
     def _run(self) -> None:
         while True:
             with self._wake:
+                self._current = None
                 while self._waiting is None and not self._closing:
                     self._wake.wait()
                 if self._waiting is None:
                     return
-                now, self._waiting = self._waiting, None
+                checkpoint = self._current = self._waiting
+                self._waiting = None
             try:
-                score, numbers = ray.get(_start(now.kept, self._settings, self._group))
-                self._done(now.kept, score, numbers)
-            except Exception as error:  # whatever goes wrong with a look, training goes on
-                self._failed(f"checkpoint of step {now.kept.step} was not scored: {str(error).splitlines()[-1]}")
-            finally:
-                now.release()
+                self._score(checkpoint)
+            except Exception as error:  # whatever goes wrong here, training goes on
+                self.num_failed += 1
+                self._show(
+                    f"warning: checkpoint of step {checkpoint.step} was not scored: {str(error).splitlines()[-1]}"
+                )
+
+    def _score(self, checkpoint: Checkpoint) -> None:
+        score, numbers = score_in_task(checkpoint, self._settings, self._group)
+        self.numbers = numbers | {"scored_step": float(checkpoint.step)}
+        self._spool.points(numbers, step=checkpoint.step)
+        self._folder.add_score(checkpoint.step, score)
+        self._spool.document(CHECKPOINTS, checkpoints_to_json(self._folder.checkpoints()))
+        self._show(
+            f"checkpoint of step {checkpoint.step} scores {score.value:.3f}; mean colour alone "
+            f"{numbers[f'{SCORE}_by_colour']:.3f}"
+        )

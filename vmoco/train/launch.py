@@ -34,13 +34,12 @@ from vmoco.encoders.promotion import Score
 from vmoco.job import StopRequest, is_user_error
 from vmoco.train import distributed
 from vmoco.train.channel import Channel, Listener, RestartLimit
-from vmoco.train.checkpoints import Kept
 from vmoco.train.evaluation import score_now
 from vmoco.train.lease import Lease
 from vmoco.train.publish import publish, write_encoder
-from vmoco.train.resume import local_copy
 from vmoco.train.run import PreparedRun, Run, close_run, introduce, open_run
-from vmoco.train.worker import SPOOL, run_worker
+from vmoco.train.run_folder import SPOOL, Checkpoint, local_copy
+from vmoco.train.worker import run_worker
 
 _TRACKER_SECONDS = 300.0  # how long a run that has trained waits for a tracker that does not answer
 _SILENT_SECONDS = 60.0  # after this time without a worker a line says what the run waits for
@@ -161,7 +160,7 @@ def _fit(
     *,
     show: Callable[[str], None],
     callbacks: Sequence[Any],
-) -> Kept:
+) -> Checkpoint:
     """Trains to the end, or until a stop; returns the last checkpoint."""
     settings, scaling = run.settings, run.settings.scaling
     per_worker = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.use_gpu else {})
@@ -218,7 +217,7 @@ def _fit(
         raise errors[0]
     last = results[0].return_value  # type: ignore[attr-defined]
     assert last is not None, "a run that ends, or stops, has kept its state"
-    return Kept(**last)
+    return Checkpoint(**last)
 
 
 def run_config(run: Run, channel: Any, callbacks: Sequence[Any]) -> ray.train.RunConfig:
@@ -260,8 +259,8 @@ def _how_to_resume(run: Run) -> str:
     return f"when it answers, submit the same command with --run.name {run.settings.run.name} to do the rest"
 
 
-def _export(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) -> registry.Registered | None:
-    """Logs the encoder with its run, and registers it if the settings give it a name.
+def _export(run: Run, last: Checkpoint, evaluation: Any, show: Callable[[str], None]) -> registry.Registered | None:
+    """Logs the encoder with its run, and registers it where the settings name it.
 
     Raises:
         ValueError: the tracker does not take it; the run is not lost.
@@ -277,7 +276,7 @@ def _export(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) 
         ) from error
 
 
-def _register(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) -> registry.Registered | None:
+def _register(run: Run, last: Checkpoint, evaluation: Any, show: Callable[[str], None]) -> registry.Registered | None:
     settings = run.settings
     score = last.score or _score(run, last, evaluation, show)
     with tempfile.TemporaryDirectory() as folder, local_copy(last.uri) as checkpoint:
@@ -292,7 +291,7 @@ def _register(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]
         )
 
 
-def _score(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) -> Score | None:
+def _score(run: Run, last: Checkpoint, evaluation: Any, show: Callable[[str], None]) -> Score | None:
     """The score of an encoder that the workers could not wait for. An encoder without a score is registered too."""
     if run.settings.tracking.register_as is None or not run.settings.evaluation.enabled:
         return None

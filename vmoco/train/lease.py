@@ -1,9 +1,9 @@
-"""Who may write into a run's folder: one job at a time, and of its workers one group at a time.
+"""Who may write into a run's folder: one job at a time, and of that job one group of workers at a time.
 
-Two files in the folder. `lease.json` belongs to the job: its beat counts up while the job lives, so a second job with
-the same name is refused, and takes over when the beat has stood still. `writer.json` belongs to the first rank of the
-latest group of workers: a rank that was cut off and lives on finds another name in it, and writes nothing any more.
-Clocks are never compared, because machines disagree about the time.
+`lease.json` belongs to the job. Its beat counts up while the job lives. A second job with the same name is refused, and
+takes over when the beat stands still. `writer.json` belongs to the first rank of the latest group of workers. A rank
+that was cut off from the cluster and still runs finds another token in it, and stops writing. Clocks are never
+compared, because machines disagree about the time.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from vmoco import storage
 LEASE, WRITER = "lease.json", "writer.json"
 BEAT_SECONDS = 3.0
 STILL_SECONDS = 20.0
-"""A job whose beat has stood still for so long is taken for dead."""
-_SETTLE_SECONDS = 0.5  # two jobs that start at once both look again after this time; the later one has won
+"""A job is considered dead when its beat stands still for this long."""
+_SETTLE_SECONDS = 0.5  # two jobs that start at once both read the lease again after this time; the later one has won
 
 
 class FencedError(RuntimeError):
-    """Another group of workers has taken the run over: this one must end."""
+    """Another group of workers has taken over the run: this one must end."""
 
 
 class Lease:
@@ -38,14 +38,14 @@ class Lease:
 
     Args:
         folder: URI of the run's folder.
-        on_lost: called once, with a sentence, when another job has taken the run over.
-        show: takes a line for a person.
+        on_lost: called once, with an error message, when another job has taken over the run.
+        show: prints a line.
 
     Attributes:
-        token: name of the holder; its workers show it.
+        token: identifies the holder; its workers present it.
 
     Raises:
-        ValueError: on entering: another job holds it.
+        ValueError: on entering, if another job holds the run.
     """
 
     def __init__(self, folder: str, *, on_lost: Callable[[str], None], show: Callable[[str], None]) -> None:
@@ -77,7 +77,7 @@ class Lease:
                 storage.delete_file(self._uri)
 
     def _wait_until_still(self, holder: dict[str, Any]) -> None:
-        self._show(f"{_held(holder)}; looking for up to {STILL_SECONDS:.0f} s whether it still lives")
+        self._show(f"{_held(holder)}; waiting up to {STILL_SECONDS:.0f} s to see whether that job still runs")
         end = time.monotonic() + STILL_SECONDS
         while time.monotonic() < end:
             time.sleep(0.5)
@@ -96,7 +96,7 @@ class Lease:
                     return
                 self._write()
             except (OSError, ValueError):
-                continue  # a storage that is away for a moment: the next beat tries again
+                continue  # the storage does not answer for a moment: the next beat tries again
 
     def _write(self) -> None:
         self._beat += 1
@@ -105,14 +105,14 @@ class Lease:
 
 
 class Fence:
-    """The right of one group of workers to write; made by its first rank, which thereby ends every earlier one's.
+    """The right of one group of workers to write. Its first rank makes it, and so ends the right of earlier groups.
 
     Args:
         folder: URI of the run's folder.
         lease: token of the job.
 
     Raises:
-        FencedError: the run belongs to another job by now.
+        FencedError: another job holds the run by now.
     """
 
     def __init__(self, folder: str, *, lease: str) -> None:
@@ -133,7 +133,7 @@ class Fence:
         writer = _read(self._uri) or {}
         if writer.get("token") != self._token:
             where = f"process {writer.get('pid')} on {writer.get('host')}" if writer else "nobody"
-            raise FencedError(f"{where} writes to this run now: these workers were cut off, and end without writing")
+            raise FencedError(f"{where} writes to this run now: these workers were cut off and end without writing")
 
 
 def _read(uri: str) -> dict[str, Any] | None:
@@ -147,12 +147,12 @@ def _read(uri: str) -> dict[str, Any] | None:
 def _held(holder: dict[str, Any]) -> str:
     return (
         f"this run.name is being trained by process {holder.get('pid')} on {holder.get('host')}: stop that job first, "
-        "or give another run.name"
+        "or give another --run.name"
     )
 
 
 def _machine() -> str:
-    """Names this boot of this machine and its process numbers: containers may share a host name."""
+    """Identifies this boot of this machine and its namespace of process ids: containers may share a host name."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -160,11 +160,11 @@ def _machine() -> str:
 
 
 def _has_died(holder: dict[str, Any]) -> bool:
-    """Whether the holder surely is no more; on another machine nobody can say."""
+    """Whether the holder has certainly ended; on another machine this is unknown."""
     if not _machine() or holder.get("machine") != _machine():
         return False
     try:
         state = Path(f"/proc/{holder['pid']}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return True
-    return state == "Z"  # it has ended, and its parent has not looked yet
+    return state == "Z"  # it has ended, and its parent has not waited for it yet

@@ -1,9 +1,10 @@
-"""The training loop: one screen. What it needs from outside (checkpoints, tracking, printing) it asks of a `Host`."""
+"""The training loop, on one screen. What it needs from outside it asks of a `Host`."""
 
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -11,6 +12,7 @@ from vmoco.config import PretrainSettings
 from vmoco.data.contact_sheet import dropped_frames_sheet
 from vmoco.data.loader import Loader, RankBatch
 from vmoco.data.manifest import Manifest
+from vmoco.spool import Document
 from vmoco.train import distributed
 from vmoco.train.metrics import DroppedFrames, Interval
 from vmoco.train.state import TrainState
@@ -18,32 +20,37 @@ from vmoco.train.step import NonFiniteError, TrainStep
 from vmoco.train.system_metrics import Utilisation, oldest_key_similarity
 
 _CLIPS_SHOWN = 4
-_PIECE = 2**18  # values that fit a processor's cache as float64
+_PIECE = {"cpu": 2**18, "cuda": 2**24}  # values; as int64 they fit the cache of a CPU
+
+
+class Requests(NamedTuple):
+    """What a rank has been asked for since the last step."""
+
+    stop: bool = False
+    """Stop after the next step."""
+    checkpoint: bool = False
+    """Keep the state, because a machine will be taken away."""
 
 
 class Host(Protocol):
-    """Whoever runs the loop: Ray Train's worker, or a test. Called on every rank unless said otherwise."""
+    """Runs the loop: a worker of Ray Train, or a test. Every rank calls every method, unless it says otherwise."""
 
-    def stop_requested(self) -> bool:
-        """Whether this rank has been asked to stop after the next step."""
+    def requests(self) -> Requests:
+        """What this rank has been asked for; called once before each step."""
 
-    def checkpoint_requested(self) -> bool:
-        """Whether this rank has just been asked to keep the state, because its machine will be taken away."""
+    def show(self, line: str) -> None:
+        """Prints a progress line; called on rank 0 only."""
 
-    def track(self, numbers: dict[str, float], *, step: int) -> None:
-        """Takes the numbers of a step; empty but on rank 0. Must not wait for anything slow."""
+    def track(self, numbers: Mapping[str, float], *, step: int) -> None:
+        """Takes the numbers of a step; they are empty on other ranks than 0. Must not wait for anything slow."""
 
-    def say(self, line: str) -> None:
-        """Shows a line to a person; rank 0 only."""
+    def checkpoint(self, state: TrainState, documents: Mapping[str, Document]) -> None:
+        """Keeps the state, and returns when the state may change again.
 
-    def document(self, name: str, content: str | bytes) -> None:
-        """Takes a text or a picture for the tracker; rank 0 only. Must not wait for anything slow."""
-
-    def checkpoint(self, state: TrainState) -> None:
-        """Keeps the state; returns when it is safe to change it."""
-
-    def finish(self, state: TrainState) -> None:
-        """Returns when the last state, given to `checkpoint` before, is kept for good."""
+        Args:
+            state: finite, and equal on all ranks.
+            documents: texts and pictures for the tracker, by name; empty on other ranks than 0.
+        """
 
 
 def train(
@@ -52,11 +59,11 @@ def train(
     """Trains from the state's step to the last one.
 
     Returns:
-        False where it stopped before the end because it was asked to; the state has been kept then.
+        False if it stopped before the end because it was asked to. In both cases the host has the last state.
 
     Raises:
-        NonFiniteError: a loss or gradient is not finite.
-        ValueError: the data do not fit the settings, a shard is gone, or the last state could not be kept.
+        NonFiniteError: a loss, a gradient or the state is not finite.
+        ValueError: the data do not fit the settings, or a shard is missing.
     """
     loader = Loader(
         manifest,
@@ -77,7 +84,8 @@ def train(
     for batch in loader:
         slow = batch.step in slow_steps
         distributed.wait_at_most(distributed.SLOW_STEP_SECONDS if slow else distributed.STEP_SECONDS)
-        metrics = step(batch, stop_requested=host.stop_requested(), checkpoint_requested=host.checkpoint_requested())
+        requests = host.requests()
+        metrics = step(batch, stop_requested=requests.stop, checkpoint_requested=requests.checkpoint)
         interval.dropped.add(metrics.dropped())
         dropped.add(metrics.dropped())
         is_last = state.step == settings.last_step
@@ -87,75 +95,82 @@ def train(
                 numbers = interval.numbers(metrics)
                 if (similarity := oldest_key_similarity(step, state, loader)) is not None:
                     numbers["oldest_key_similarity"] = similarity
-                host.say(interval.line(numbers))
+                host.show(interval.line(numbers))
             host.track(numbers, step=state.step)
-        # Every rank sees the same sum of requests, so all of them stop, and keep, at the same step.
+        # Every rank sees the same sum of requests, so all of them stop and keep at the same step.
         stopping = metrics.stop()
         if stopping or is_last or metrics.checkpoint() or state.step % settings.train.checkpoint_every == 0:
+            shown = is_first and dropped.num_clips() > 0
+            documents = generator_documents(batch, step, dropped, settings=settings) if shown else {}
             started = time.perf_counter()
             check_state(state)
-            host.checkpoint(state)
+            host.checkpoint(state, documents)
             interval.stalled(time.perf_counter() - started)
-            if is_first and dropped.num_clips():
-                show_generator(batch, step, dropped, settings=settings, host=host)
             dropped.begin()
         if stopping:
             break
-    host.finish(state)
     return not stopping or state.step == settings.last_step
 
 
-def show_generator(
-    batch: RankBatch,
-    step: TrainStep,
-    dropped: DroppedFrames,
-    *,
-    settings: PretrainSettings,
-    host: Host,
-) -> None:
-    """Hands over what the generator does at a checkpoint: the positions that it drops, and a sheet of a few clips.
+def generator_documents(
+    batch: RankBatch, step: TrainStep, dropped: DroppedFrames, *, settings: PretrainSettings
+) -> dict[str, Document]:
+    """What the generator does at a checkpoint: the positions that it drops (JSON), and a contact sheet of a few clips.
 
-    A file for each checkpoint, so a run that starts again from one writes over nothing that still holds.
+    Each checkpoint has files of its own, so a run that resumes from one overwrites nothing that is still true.
     """
     number = batch.step + 1
     name = f"generator/step-{number:08d}"
-    host.document(f"{name}.json", dropped.document(step=number))
     frames, chosen = step.dropped_frames(batch, num_clips=_CLIPS_SHOWN)
     title = f"step {number}: the generator drops {settings.num_dropped} of {settings.data.num_frames} frames (red)"
     names = [clip_id[:12] for clip_id in batch.clip_ids]
-    host.document(
-        f"{name}.png", dropped_frames_sheet(frames, chosen, names=names, shares=dropped.shares(), title=title)
-    )
+    sheet = dropped_frames_sheet(frames, chosen, names=names, shares=dropped.shares(), title=title)
+    return {f"{name}.json": dropped.document(step=number), f"{name}.png": sheet}
 
 
 def check_state(state: TrainState) -> None:
-    """Checks that the state is worth keeping: finite, and the same on all ranks by a fingerprint of every tensor.
+    """Checks that the state is worth keeping: finite, and the same bits on all ranks.
 
     Raises:
-        NonFiniteError: it is not finite, on all ranks: the last update was one from a finite gradient to infinity.
+        NonFiniteError: it is not finite, on all ranks: the last update went from a finite gradient to infinity.
         AssertionError: ranks differ; this is a fault of vmoco or of the hardware.
     """
-    # How many batches a normalisation has seen is each rank's own, and decides nothing.
+    # Each rank has its own count of the batches that a normalisation has seen, and it decides nothing.
     named = {name: tensor for name, tensor in state.tensors().items() if "num_batches_tracked" not in name}
-    mine = torch.stack([_fingerprint(tensor).to(state.moco.queue.keys.device) for tensor in named.values()])
-    everyone = distributed.gather_rows(mine[None], [1] * distributed.world_size())  # every rank waits for all
-    broken = [name for at, name in enumerate(named) if not everyone[:, at].isfinite().all()]
+    device = state.moco.queue.keys.device
+    mine = torch.stack([torch.stack(_fingerprint(tensor)).to(device) for tensor in named.values()])  # int64 (N, 2)
+    # Every rank waits for all. One transfer, because each read of a number waits for the device.
+    everyone = distributed.gather_rows(mine[None], [1] * distributed.world_size()).cpu()
+    broken = [name for name, finite in zip(named, everyone[:, :, 1].all(dim=0).tolist(), strict=True) if not finite]
     if broken:
         raise NonFiniteError(
             f"the state after step {state.step} is not finite ({', '.join(broken[:3])}): it is not kept. Lower "
-            "train.learning-rate, or set train.precision to fp32"
+            "--train.learning-rate, or set --train.precision fp32"
         )
-    differing = [name for at, name in enumerate(named) if len(everyone[:, at].unique()) > 1]
+    equal = (everyone[:, :, 0] == everyone[:1, :, 0]).all(dim=0).tolist()
+    differing = [name for name, same in zip(named, equal, strict=True) if not same]
     assert not differing, f"ranks hold different states at step {state.step}: {', '.join(differing[:5])}"
 
 
-def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """One float64 number that changes when a value does, or when two values change places."""
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _fingerprint(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A checksum of the bits, and 1 if all values are finite (else 0): two int64 scalars on the tensor's device.
+
+    The checksum is the sum of bits[i] * (2 i + 1), modulo 2**64. It changes when a value changes, or when two values
+    change places. Integers add up to the same sum in any order, so CPUs and GPUs of different types agree.
+    """
     # In the order of memory, which is the same on all ranks, so that nothing is copied; and piece by piece, because
-    # training waits for it: float64 numbers of a whole tensor would go through memory several times.
+    # training waits for it, and int64 copies of a whole tensor would pass through memory several times.
     order = sorted(range(tensor.ndim), key=lambda dimension: -tensor.stride()[dimension])
     values = tensor.detach().permute(order).flatten()
-    weights = torch.arange(min(len(values), _PIECE), device=values.device).double() % 8191 + 1
-    sums = [piece.double() @ weights[: len(piece)] for piece in values.split(_PIECE)]
-    found = torch.stack(sums)
-    return found @ (torch.arange(len(found), device=found.device).double() % 127 + 1)
+    size = _PIECE.get(values.device.type, _PIECE["cpu"])
+    weights = torch.arange(1, 2 * min(len(values), size) + 1, 2, device=values.device)
+    checksum, finite = weights.new_zeros(()), weights.new_ones(())
+    for piece in values.split(size):
+        bits = piece.view(_BITS[piece.element_size()]).long()
+        checksum += (bits * weights[: len(piece)]).sum()
+        finite *= piece.isfinite().all()
+        weights += 2 * size
+    return checksum, finite

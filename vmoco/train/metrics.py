@@ -1,14 +1,6 @@
-"""What a step reports. All of it is a sum over clips until it is read, so that ranks and steps simply add up.
+"""What a run reports: the metrics of a step, the frames that the generator drops, and the numbers of an interval.
 
-Which frame positions the generator drops, counted over the clips of many steps.
-
-Two numbers say whether it still looks at the clip. The entropy of the positions is 1 where all are dropped as
-often. The overlap is the share of dropped frames that two clips have in common: num_dropped / T where each clip is
-judged by itself or at random, 1 where all clips lose the same frames. It compares clips with each other, because a
-fixed set would have to be known beforehand, and the set of an earlier interval misses a collapse that moves.
-
-
-What one interval of steps says: the numbers for the tracker and the line for a person, and what they mean.
+Everything is a sum over clips until it is read, so ranks and steps simply add up.
 """
 
 from __future__ import annotations
@@ -24,6 +16,7 @@ from torch import nn
 
 from vmoco.config import PretrainSettings
 from vmoco.data.loader import Loader
+from vmoco.evaluate.score import effective_rank
 from vmoco.model.loss import Contrast
 from vmoco.model.queue import oldest_key_weight
 from vmoco.train import distributed
@@ -36,7 +29,7 @@ _FLAGS = ("non_finite", "stop", "checkpoint")
 
 
 class StepMetrics:
-    """Sums over the clips of a step, on the device: reading a number waits for it, adding does not.
+    """Sums over the clips of a step, on the device: reading a number waits for the device, adding does not.
 
     Attributes:
         keys: float32 (G, D), the keys of the step.
@@ -54,7 +47,7 @@ class StepMetrics:
 
     @classmethod
     def zeros(cls, device: torch.device, *, num_frames: int = 0) -> StepMetrics:
-        """Before the first clip; `num_frames` (T) is how many positions can be dropped."""
+        """Metrics without clips; `num_frames` (T) is the number of positions that can be dropped."""
         return cls(torch.zeros(len(_SUMS) + len(_FLAGS) + num_frames, device=device))
 
     def add(self, compared: Contrast) -> None:
@@ -75,13 +68,13 @@ class StepMetrics:
         self._sums[len(_SUMS) + len(_FLAGS) :] += (mask == 0).sum(dim=0)
 
     def add_flags(self, *, stop: bool, checkpoint: bool = False) -> None:
-        """Notes whether this rank was asked to stop or to keep its state, and whether its losses are finite."""
+        """Adds whether this rank was asked to stop or to keep its state, and whether its losses are finite."""
         self._sums[len(_SUMS)] = (~torch.isfinite(self._sums[: len(_SUMS)]).all()).float()
         self._sums[len(_SUMS) + 1] = float(stop)
         self._sums[len(_SUMS) + 2] = float(checkpoint)
 
     def reduce_(self, query: nn.Module, generator: nn.Module) -> None:
-        """Adds up over ranks; then a gradient that is not finite counts as well (it is the same on all ranks)."""
+        """Adds up over ranks; then checks the gradients, which are the same on all ranks, for numbers not finite."""
         distributed.sum_(self._sums)
         self.gradient_norm, self.generator_gradient_norm = _gradient_norm(query), _gradient_norm(generator)
         norms = torch.stack([self.gradient_norm, self.generator_gradient_norm])
@@ -96,7 +89,7 @@ class StepMetrics:
         return self._sums[6] / self._sums[5]
 
     def dropped(self) -> torch.Tensor:
-        """How many clips of all ranks lost each frame to the generator, float32 (T,), after `reduce_`."""
+        """Number of clips, over all ranks, that lost each frame to the generator: float32 (T,), after `reduce_`."""
         return self._sums[len(_SUMS) + len(_FLAGS) :]
 
     def stop(self) -> bool:
@@ -108,7 +101,7 @@ class StepMetrics:
         return bool(self._sums[len(_SUMS) + 2] > 0)
 
     def numbers(self) -> dict[str, float]:
-        """Means over the clips, by the name that they are tracked under."""
+        """Means over the clips, by the name under which they are tracked."""
         sums = dict(zip(_SUMS, self._sums.tolist(), strict=False))
         clips = max(sums["clips"], 1)
         means = {name: sums[name] / clips for name in _SUMS[1:5]}
@@ -118,7 +111,7 @@ class StepMetrics:
         means["decay"] = self.decay
         means["gradient_norm"] = float(self.gradient_norm)
         means["embedding_std"] = embedding_std(self.keys)
-        means["effective_rank"] = effective_rank(self.keys)
+        means["effective_rank"] = effective_rank(self.keys.cpu().numpy())
         return means
 
 
@@ -133,15 +126,12 @@ def embedding_std(embeddings: torch.Tensor) -> float:
     return float(deviation)
 
 
-def effective_rank(embeddings: torch.Tensor) -> float:
-    """Directions that embeddings (B, D) use: e to the entropy of their singular values (Roy and Vetterli, 2007)."""
-    values = torch.linalg.svdvals(embeddings.float() - embeddings.float().mean(dim=0))
-    shares = values / values.sum().clamp(min=1e-12)
-    return float(torch.exp(-(shares * (shares + 1e-12).log()).sum()))
-
-
 class DroppedFrames:
-    """Counts since `begin`.
+    """Counts which frame positions the generator drops, over the clips of many steps since `begin`.
+
+    Two numbers show whether the generator looks at the clip. The entropy of the positions is 1 if all are dropped
+    equally often. The overlap is the share of dropped frames that two clips have in common: num_dropped / T if each
+    clip is judged by itself or at random, 1 if all clips lose the same frames.
 
     Args:
         num_frames: T.
@@ -154,12 +144,12 @@ class DroppedFrames:
         self.begin()
 
     def begin(self) -> None:
-        """Starts to count anew."""
+        """Starts counting at zero."""
         self._counts: torch.Tensor | None = None
 
     def add(self, counts: torch.Tensor) -> None:
         """Adds the clips of a step, float32 (T,): how many lost each frame. Does not wait for the device."""
-        # float64: the clips of a long interval are more than float32 counts exactly
+        # float64: a long interval has more clips than float32 counts exactly.
         self._counts = counts.double() if self._counts is None else self._counts + counts
 
     def num_clips(self) -> int:
@@ -167,19 +157,20 @@ class DroppedFrames:
         return 0 if self._counts is None else round(float(self._counts.sum()) / max(self._num_dropped, 1))
 
     def shares(self) -> list[float]:
-        """Of each position, the share of clips that lost it."""
-        assert self._counts is not None, "counted before"
+        """Share of clips that lost each position."""
+        assert self._counts is not None, "`num_clips` is above 0"
         return (self._counts / self.num_clips()).tolist()
 
     def numbers(self) -> dict[str, float]:
-        """Entropy and overlap, by the name that they are tracked under; empty before the generator starts."""
+        """Entropy and overlap, by the name under which they are tracked; empty before the generator starts."""
         clips = self.num_clips()
         if self._counts is None or clips < 2:
             return {}
         counts = self._counts.cpu()
         share = counts / counts.sum()
         entropy = float(-torch.special.xlogy(share, share).sum()) / math.log(self._num_frames)
-        # of all ordered pairs of clips, those that both lost position t: n_t (n_t - 1)
+        # Of all ordered pairs of clips, n_t (n_t - 1) both lost position t. A fixed set to compare with would have to
+        # be known beforehand, and the set of an earlier interval misses a collapse that moves.
         overlap = float((counts * (counts - 1)).sum()) / (clips * (clips - 1) * self._num_dropped)
         return {"dropped_entropy": entropy, "dropped_overlap": overlap}
 
@@ -189,33 +180,33 @@ class DroppedFrames:
         return json.dumps(content, indent=1)
 
 
-NOTE = """`loss` rises at first: each key that enters the queue makes the task harder. It means something once
+NOTE = """`loss` rises at first, because each key that enters the queue makes the task harder. It can be read once
 `queue_filled` is 1. Losses cannot be compared between settings of the queue, the drops or the decay; scores can.
 
 - `score/retrieval`: share of held-out clips whose nearest clip of another time is of the same video, seen without
-  colour; it chooses the best checkpoint. `score/retrieval_by_colour`: what mean colour alone reaches. `score/knn`:
-  share of held-out clips that their neighbours class right, where the data set has labels. `checkpoints.json` has the
-  scores of the kept checkpoints with their intervals, and the hash of the clips on which they were measured.
+  colour; it chooses the best checkpoint. `score/retrieval_by_colour`: the same by mean colour alone. `score/knn`:
+  share of held-out clips whose class their neighbours predict, where the data set has labels. `checkpoints.json` has
+  the scores of the kept checkpoints with their intervals, and the hash of the clips on which they were measured.
 - `effective_rank`, `embedding_std`: directions that the embeddings use, and their spread; both fall in a collapse.
 - `accuracy`: share of queries whose own key beats all negatives.
-- `oldest_key_similarity`: cosine between the oldest keys of the queue and what the key encoder makes of their clips
-  now. Where it is low the queue is too long for the momentum. `oldest_key_weight`: what the decay leaves of them.
-- `dropped_entropy`, `dropped_overlap`: 1 and the dropped share where the generator looks at each clip; 0 and 1 where it
+- `oldest_key_similarity`: cosine between the oldest keys of the queue and the keys of the same clips by the key encoder
+  of now. If it is low, the queue is too long for the momentum. `oldest_key_weight`: weight of these keys by the decay.
+- `dropped_entropy`, `dropped_overlap`: 1 and the dropped share if the generator looks at each clip; 0 and 1 if it
   always drops the same frames.
-- `data_wait_share`, `checkpoint_stall_share`: time in which training stood still for data and for checkpoints.
-- `mfu`: arithmetic of the encoders over what a large matrix product reaches on this device.
+- `data_wait_share`, `checkpoint_stall_share`: share of time in which training waits for data and for checkpoints.
+- `mfu`: arithmetic of the encoders over that of a large matrix product on this device.
 - `restarts`, `checkpoints_damaged`, `checkpoints_failed`, `evaluations_failed`: counted since the job began, mostly 0.
 """
-"""Shown in the tracker above a run's metrics: what they mean, and what looks wrong and is not."""
+"""Shown in the tracker above the metrics of a run: what they mean, and what looks wrong but is not."""
 
 
 class Interval:
-    """Sums over the steps since the last report."""
+    """Sums over the steps since the last report; makes the numbers for the tracker and the progress line."""
 
     def __init__(
         self, settings: PretrainSettings, state: TrainState, loader: Loader, utilisation: Utilisation | None
     ) -> None:
-        """Begins; `utilisation` is left out where nobody reports."""
+        """Starts an interval; `utilisation` is None on ranks that do not report."""
         self._settings = settings
         self._state = state
         self._loader = loader
@@ -230,7 +221,7 @@ class Interval:
         self._stalled = 0.0
 
     def stalled(self, seconds: float) -> None:
-        """Adds the time in which a checkpoint held training up."""
+        """Adds the time in which training waited for a checkpoint."""
         self._stalled += seconds
         self._last_stall = seconds
 
@@ -263,7 +254,7 @@ class Interval:
         return numbers
 
     def line(self, numbers: dict[str, float]) -> str:
-        """One line for a person."""
+        """The progress line."""
         steps = self._settings.last_step
         seconds_left = round((steps - self._state.step) * self._seconds_per_step)
         parts = [f"step {self._state.step}/{steps}", f"loss {numbers['loss']:.3f}"]
@@ -276,13 +267,13 @@ class Interval:
             f"{_clock(seconds_left)} left",
         ]
         if numbers["queue_filled"] < 1:
-            # Asked in every MoCo project: the loss rises at first, because the task grows with each key.
+            # Every MoCo project is asked why: the task becomes harder with each key.
             parts.append(f"queue {numbers['queue_filled']:.0%} full, the loss rises until it is")
         return "  ".join(parts)
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """Memory of this process, in GiB: what it holds now, and on a GPU the most that it has held."""
+    """Memory of this process in GiB: now, and on a GPU the most so far."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     numbers = {"memory_gib": pages * resource.getpagesize() / 2**30}
     if device.type == "cuda":

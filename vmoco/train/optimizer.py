@@ -1,12 +1,9 @@
-"""The optimizers of the query encoder and of the generator: SGD (paper) or AdamW.
+"""The optimizers of the query encoder and of the generator, SGD (paper) or AdamW, and the learning rate over training.
 
-torch's fused kernels walk a gradient in the memory layout of its parameter without looking. Where the two differ,
-CUDA answers with an error (pytorch issue 106951) and a CPU with wrong weights (seen with torch 2.14; see the test),
-so `take_step` lays gradients out first. They are used where they are faster: for SGD on GPUs (on CPUs both
-take 28 ms for r3d_18, with the same bits), for AdamW everywhere (33 ms instead of 105 on 2 cores).
-
-
-The learning rate over training.
+torch's fused kernels assume that a gradient has the memory layout of its parameter. If the two differ, CUDA raises an
+error (pytorch issue 106951) and a CPU computes wrong weights (seen with torch 2.14; see the test). So `take_step`
+changes the layout of gradients first. Fused kernels are used where they are faster: for SGD on GPUs (on CPUs both take
+28 ms for r3d_18, with the same bits), for AdamW everywhere (33 ms instead of 105 on 2 cores).
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ def build_optimizer(
 
 
 def slot_names(settings: TrainSettings) -> set[str]:
-    """What the optimizer keeps for each parameter from its first step on."""
+    """Names of the tensors that the optimizer keeps for each parameter, from its first step on."""
     if settings.optimizer == "adamw":
         return {"step", "exp_avg", "exp_avg_sq"}
     return {"momentum_buffer"} if settings.sgd_momentum > 0 else set()

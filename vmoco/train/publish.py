@@ -1,6 +1,6 @@
-"""From a run, one of its kept checkpoints, or a file of somebody else's weights to a registered encoder.
+"""Registers encoders: of a run, of one of its kept checkpoints, or from a file of weights of another project.
 
-Everything is read, checked and scored in a folder of this machine first: what fails leaves nothing in the registry.
+Everything is read, checked and scored in a local folder first, so a failure leaves nothing in the registry.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from vmoco.evaluate.score import TooFewVideosError, label_free_score, score_enco
 from vmoco.job_settings import RegisterOptions
 from vmoco.model.backbone import build_backbone
 from vmoco.train import state
-from vmoco.train.checkpoints import LIST, Kept, parse_list
-from vmoco.train.resume import local_copy
+from vmoco.train.run_folder import CHECKPOINTS, Checkpoint, checkpoints_from_json, local_copy
 
 _ORIGIN = {
     "torchvision": {
@@ -50,7 +49,7 @@ def encoder_in(checkpoint: Path, *, manifest: Manifest) -> Encoder:
         manifest: data set that it was trained on.
 
     Raises:
-        ValueError: the checkpoint is damaged or none.
+        ValueError: the checkpoint is damaged or not one.
     """
     record = state.Record.read(checkpoint)
     assert record.manifest_hash == manifest.hash, "an encoder's lineage names the data that it was trained on"
@@ -73,20 +72,20 @@ def encoder_in(checkpoint: Path, *, manifest: Manifest) -> Encoder:
 def write_encoder(
     checkpoint: Path, folder: Path, *, manifest: Manifest, onnx: bool = False, data_licence: str = ""
 ) -> dict[str, Any]:
-    """Takes the query encoder's backbone out of a checkpoint.
+    """Writes the backbone of a checkpoint's query encoder as a folder of an encoder.
 
     Args:
         checkpoint: folder that `TrainState.save` wrote.
-        folder: receives the encoder's files.
+        folder: where the files of the encoder go.
         manifest: data set that it was trained on.
         onnx: also write encoder.onnx.
-        data_licence: note on the videos; that of the run's settings when left out.
+        data_licence: note on the videos. Default: that of the run's settings.
 
     Returns:
         The card: what encoder.json says.
 
     Raises:
-        ValueError: the checkpoint is damaged or none, or ONNX is not installed.
+        ValueError: the checkpoint is damaged or not one, or ONNX is not installed.
     """
     encoder = encoder_in(checkpoint, manifest=manifest)
     record, settings = state.Record.read(checkpoint), state.read_settings(checkpoint)
@@ -103,7 +102,7 @@ def write_encoder(
         },
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / SETTINGS).write_bytes((checkpoint / state.SETTINGS).read_bytes())
+    (folder / SETTINGS).write_bytes((checkpoint / state.STATE_SETTINGS).read_bytes())
     pq.write_table(_videos(manifest), folder / VIDEOS, compression="zstd")
     backbone, preprocessing = encoder.backbone, encoder.preprocessing
     return write_folder(folder, backbone, settings.model.backbone, preprocessing, lineage=lineage, onnx=onnx)
@@ -122,13 +121,13 @@ def publish(
     """Logs an encoder with its run and, where it has a name, registers it.
 
     Args:
-        folder: what `export.write_encoder` or `export.write_folder` wrote.
-        run_id: MLflow run that trained it, or that stands for its import.
-        name: registered name.
-        alias: a further alias of the version.
+        folder: what `write_encoder` or `package.write_folder` wrote.
+        run_id: MLflow run that trained it, or the run of its import.
+        name: registered name; None to log the encoder and not register it.
+        alias: alias of the version.
         description: of the version, one line.
         score: of the encoder, for its card and the version.
-        artifact_folder: where it goes among the run's artifacts.
+        artifact_folder: folder among the run's artifacts.
 
     Raises:
         ValueError: the name or the alias is not allowed.
@@ -148,24 +147,24 @@ def publish(
 def publish_run(
     run: str, options: RegisterOptions, *, step: int | None = None, note: str = "", show: Callable[[str], None] = print
 ) -> Registered:
-    """Registers the encoder of one of a run's kept checkpoints, with the score that it got during training.
+    """Registers the encoder of a kept checkpoint of a run, with its score from training.
 
     Args:
         run: MLflow id or name of the run.
-        options: see `Options`.
-        step: of the checkpoint; the last one when left out.
-        note: why it is registered, as a sentence in front of its description.
-        show: takes a line for a person.
+        options: see `RegisterOptions`.
+        step: of the checkpoint. Default: the last one.
+        note: why it is registered; stands in front of its description.
+        show: prints a line.
 
     Raises:
-        ValueError: the run, the checkpoint or its data is not there, or something is damaged.
+        ValueError: the run, the checkpoint or its data is missing, or something is damaged.
     """
     registry.check_alias(options.alias)
     found = registry.find_run(run)
     run_id, run_name = found.info.run_id, found.info.run_name
-    rows = {row.step: row for row in parse_list(registry.read_text(run_id, LIST) or "[]")}
+    rows = {row.step: row for row in checkpoints_from_json(registry.read_text(run_id, CHECKPOINTS) or "[]")}
     if not rows:
-        raise ValueError(f"run {run_name} has kept no checkpoint yet, so it has no encoder to register")
+        raise ValueError(f"run {run_name} has no checkpoint yet, so it has no encoder to register")
     wanted = max(rows) if step is None else step
     if wanted not in rows:
         steps = ", ".join(map(str, sorted(rows)))
@@ -174,16 +173,21 @@ def publish_run(
         return _publish_kept(rows[wanted], run_id, f"{note}run {run_name}", options, show)
     except state.DamagedCheckpointError as error:
         others = ", ".join(str(at) for at in sorted(rows) if at != wanted) or "no other step"
-        raise ValueError(f"{error}, though the run tracked it: bring it back; the run has also kept {others}") from None
+        raise ValueError(
+            f"{error}, although the run lists it: restore it, or give another --step; the run has also kept {others}"
+        ) from None
 
 
 def _publish_kept(
-    kept: Kept, run_id: str, what: str, options: RegisterOptions, show: Callable[[str], None]
+    kept: Checkpoint, run_id: str, what: str, options: RegisterOptions, show: Callable[[str], None]
 ) -> Registered:
     score = None
     with local_copy(kept.uri) as checkpoint, tempfile.TemporaryDirectory() as place:
         if state.Record.read(checkpoint).sha256 != kept.sha256:
-            raise ValueError(f"checkpoint {kept.uri} is not the one that was tracked: it was changed since")
+            raise ValueError(
+                f"checkpoint {kept.uri} is not the one that the run tracked: its SHA-256 is another. Restore it from a "
+                "backup, or register another step"
+            )
         manifest, folder = _manifest(checkpoint), Path(place)
         write_encoder(checkpoint, folder, manifest=manifest, onnx=options.onnx, data_licence=options.data_licence)
         if options.score and (score := kept.score or _score(checkpoint, manifest, show)) is not None:
@@ -202,14 +206,14 @@ def _publish_kept(
 
 
 def publish_file(path: Path, options: RegisterOptions) -> Registered:
-    """Registers weights of torchvision, or of the released VideoMoCo code; whose they are is told by their keys.
+    """Registers weights of torchvision, or of the released VideoMoCo code; their keys tell which.
 
     Args:
-        path: local file, as it was downloaded.
-        options: see `Options`.
+        path: local file, as downloaded.
+        options: see `RegisterOptions`.
 
     Raises:
-        ValueError: it cannot be read as weights, or they are of no network that is known.
+        ValueError: it cannot be read as weights, or they are of an unknown network.
     """
     registry.check_alias(options.alias)
     kind, encoder = foreign.read(path)
@@ -238,26 +242,32 @@ def publish_file(path: Path, options: RegisterOptions) -> Registered:
 
 
 def _manifest(checkpoint: Path) -> Manifest:
-    """The data set that a checkpoint was trained on, as it was then."""
+    """The data set that a checkpoint was trained on, unchanged since.
+
+    Raises:
+        ValueError: it has changed.
+    """
     wanted, uri = state.Record.read(checkpoint).manifest_hash, state.read_settings(checkpoint).data.uri
     manifest = Manifest.load(uri)
     if manifest.hash != wanted:
         raise ValueError(
             f"data set {uri} is {manifest.hash} now, the run was trained on {wanted}: videos were added or removed "
-            "since, so it cannot be said what the encoder saw. Put the data set back as it was"
+            "since, so nobody can say what the encoder saw. Restore the data set as it was"
         )
     return manifest
 
 
 def _score(checkpoint: Path, manifest: Manifest, show: Callable[[str], None]) -> Score | None:
-    """The label-free score, on the clips of the run's own evaluation; none where the data set has too little for it."""
-    max_videos = state.read_settings(checkpoint).evaluation.max_videos
+    """The label-free score, on the clips of the run's own evaluation; None where there are too few videos for it."""
+    settings = state.read_settings(checkpoint)
+    max_videos = settings.evaluation.max_videos
+    show(f"scoring the encoder on up to {max_videos} held-out videos of {manifest.uri}")
     try:
         return label_free_score(
             score_encoder(encoder_in(checkpoint, manifest=manifest), manifest, max_videos=max_videos)
         )
     except TooFewVideosError as error:
-        show(f"not scored: {error}")
+        show(f"the encoder is not scored: {error}")
         return None
 
 

@@ -1,16 +1,14 @@
-"""A pretraining run before any worker starts: checked, and tied to its folder and its MLflow run.
+"""A pretraining run before any worker starts: it is checked, and gets its folder and its MLflow run.
 
-The run's folder (storage/name) belongs to this run alone: `run.json` ties it to its settings and its MLflow run, so
-submitting the same name again resumes, and another run can never continue somebody else's checkpoints.
+`run.json` in the run's folder (`vmoco/train/run_folder.py`) holds the settings and the MLflow run. So the same name
+resumes the run, and a run with other settings or data can never continue these checkpoints.
 """
 
 from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 from dataclasses import dataclass
-from typing import Any
 
 import safetensors.torch
 
@@ -19,19 +17,16 @@ from vmoco.config import PretrainSettings
 from vmoco.data.loader import check_fits
 from vmoco.data.manifest import Manifest
 from vmoco.encoders import package
+from vmoco.model.cost import SCORE_SECONDS, scoring_seconds
 from vmoco.model.queue import decay_at, oldest_key_weight
 from vmoco.train import metrics
-from vmoco.train.fork import check_fork
+from vmoco.train.run_folder import INIT, RunFolder, check_fork
 from vmoco.train.state import differences
-
-RECORD = "run.json"
-INIT = "init.safetensors"
-"""Backbone that the run starts from, in the run's folder: a copy, because an alias may move."""
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run that has been checked and not begun."""
+    """A run that is checked and has not begun."""
 
     settings: PretrainSettings
     """With name, storage and data URI resolved."""
@@ -39,34 +34,36 @@ class PreparedRun:
     folder: str
     """URI of the run's folder."""
     finished: str | None
-    """Where its encoder is, if this run has already ended well: a URI of MLflow, or of a trial's last checkpoint."""
+    """Where its encoder is, if this run has finished: a URI of MLflow, or of a trial's last checkpoint."""
 
 
 @dataclass(frozen=True)
 class Run(PreparedRun):
-    """A run that is tied to its folder and its MLflow run."""
+    """A run that has its folder and its MLflow run."""
 
     run_id: str
     is_new: bool
     warning: str = ""
-    """What is wrong with the tracker, where the run goes on all the same."""
+    """What is wrong with the tracker, where the run can begin anyway."""
 
 
 def prepare(settings: PretrainSettings) -> PreparedRun:
-    """Checks all that can be checked without Ray, and begins nothing.
+    """Checks everything that can be checked without Ray, and begins nothing.
 
     Raises:
         ValueError: data or storage cannot be used, or the name belongs to a run with other settings.
     """
     if not settings.data.uri:
-        raise ValueError("data.uri is missing: give --data.uri the data set that jobs/ingest.py made")
+        raise ValueError("--data.uri is missing: give the data set that jobs/ingest.py made")
     storage.require_absolute(settings.data.uri, "data.uri")
     place = settings.run.storage or storage.join(storage.home(), "runs")
     storage.require_absolute(place, "run.storage")
     now = datetime.datetime.now(tz=datetime.UTC)
     name = settings.run.name or f"{settings.preset}-{now:%Y%m%d-%H%M%S}"
     if "/" in name or name.startswith("."):
-        raise ValueError(f"run.name {name!r} is not allowed: it names a folder, so no slash and no dot in front")
+        raise ValueError(
+            f"--run.name {name!r} is not allowed: it is the name of a folder, so it has no slash and no dot in front"
+        )
     begin = storage.absolute_uri(settings.run.fork) if settings.run.fork else None
     resolved = settings.model_copy(
         update={
@@ -80,28 +77,28 @@ def prepare(settings: PretrainSettings) -> PreparedRun:
     check_fits(manifest, resolved)
     folder = storage.join(storage.absolute_uri(place), name)
     storage.check_writable(folder)
-    record = _read_record(folder)
+    record = RunFolder(folder).read_run()
     if resolved.run.fork and not record:
         check_fork(resolved, manifest.hash)
     if record:
         before = PretrainSettings.model_validate(record["settings"])
         if changed := differences(before, resolved):
             raise ValueError(
-                f"run.name {name!r} belongs to a run with other settings ({changed}): set them as they were to resume "
-                "it, or give another run.name"
+                f"--run.name {name!r} belongs to a run with other settings ({changed}): set them as they were to "
+                "resume it, or give another --run.name"
             )
         if record["manifest_hash"] != manifest.hash:
             raise ValueError(
-                f"run.name {name!r} belongs to a run on data set {record['manifest_hash']}, {manifest.uri} is "
-                f"{manifest.hash}: give data.uri as it was to resume it, or another run.name"
+                f"--run.name {name!r} belongs to a run on data set {record['manifest_hash']}, {manifest.uri} is "
+                f"{manifest.hash}: give --data.uri as it was to resume it, or another --run.name"
             )
-    # A run that ended where it was told to goes on when it is told to end later.
+    # A finished run continues when its last step is raised.
     ended = record is not None and record.get("finished_step", resolved.train.steps) >= resolved.last_step
     return PreparedRun(resolved, manifest, folder, record["finished"] if record and ended else None)
 
 
 def open_run(prepared: PreparedRun, *, parent_run: str | None = None) -> Run:
-    """Ties the run to an MLflow run: a new one, or the one that it had before it stopped.
+    """Gives the run its MLflow run: a new one, or the one that it had before it stopped.
 
     Args:
         prepared: what `prepare` returned.
@@ -110,72 +107,63 @@ def open_run(prepared: PreparedRun, *, parent_run: str | None = None) -> Run:
     Raises:
         ValueError: the tracker cannot be used.
     """
-    if record := _read_record(prepared.folder):
+    folder = RunFolder(prepared.folder)
+    if record := folder.read_run():
         problem = tracking.resume_run(record["run_id"])
         return Run(**vars(prepared), run_id=record["run_id"], is_new=False, warning=problem)
     settings, manifest = prepared.settings, prepared.manifest
-    assert settings.run.name is not None, "resolved"
+    assert settings.run.name is not None, "`prepare` sets it"
     tags = {"folder": prepared.folder, "manifest_hash": manifest.hash, "preset": settings.preset}
     if settings.model.init:
-        tags |= {"init": settings.model.init, "init_sha256": _copy_encoder(settings, prepared.folder)}
+        tags |= {"init": settings.model.init, "init_sha256": _copy_encoder(settings, folder)}
     run_id = tracking.create_run(
         settings, tags={f"vmoco.{key}": value for key, value in tags.items()}, note=metrics.NOTE, parent_run=parent_run
     )
-    record = {
-        "run_id": run_id,
-        "manifest_hash": manifest.hash,
-        "settings": settings.model_dump(mode="json"),
-        "finished": None,
-    }
-    _write_record(prepared.folder, record)
+    folder.write_run(
+        {
+            "run_id": run_id,
+            "manifest_hash": manifest.hash,
+            "settings": settings.model_dump(mode="json"),
+            "finished": None,
+        }
+    )
     return Run(**vars(prepared), run_id=run_id, is_new=True)
 
 
 def run_id_of(prepared: PreparedRun) -> str | None:
     """The MLflow run of a run; None where it has not begun."""
-    record = _read_record(prepared.folder)
+    record = RunFolder(prepared.folder).read_run()
     return record["run_id"] if record else None
 
 
-def _copy_encoder(settings: PretrainSettings, folder: str) -> str:
-    """Copies the backbone to start from into the run's folder; returns the SHA-256 of its weights.
+def _copy_encoder(settings: PretrainSettings, folder: RunFolder) -> str:
+    """Copies the backbone of `model.init` into the run's folder; returns the SHA-256 of the copy.
 
     Raises:
-        ValueError: there is none, it is damaged, or of another backbone.
+        ValueError: there is no such encoder, it is damaged, or it has another backbone.
     """
-    assert settings.model.init is not None, "asked before"
+    assert settings.model.init is not None, "the caller checks it"
     encoder = package.load_encoder(settings.model.init)
     if encoder.card["backbone"] != settings.model.backbone:
         raise ValueError(
-            f"--init {settings.model.init} is a {encoder.card['backbone']}, model.backbone is "
-            f"{settings.model.backbone}: set the backbone to that of the encoder"
+            f"--init {settings.model.init} is a {encoder.card['backbone']}, --model.backbone is "
+            f"{settings.model.backbone}: set --model.backbone to that of the encoder"
         )
     content = safetensors.torch.save(encoder.backbone.state_dict())
-    storage.write_atomic(storage.join(folder, INIT), content)
+    storage.write_atomic(folder.path(INIT), content)
     return hashlib.sha256(content).hexdigest()
 
 
 def close_run(run: Run, encoder: str) -> None:
-    """Notes that a run has ended well, and where its encoder is: submitted again, it has nothing left to do."""
-    record = _read_record(run.folder)
-    assert record is not None, "opened before"
-    _write_record(run.folder, record | {"finished": encoder, "finished_step": run.settings.last_step})
-
-
-def _write_record(folder: str, record: dict[str, Any]) -> None:
-    storage.write_atomic(storage.join(folder, RECORD), json.dumps(record, indent=1).encode())
-
-
-def _read_record(folder: str) -> dict[str, Any] | None:
-    try:
-        record: dict[str, Any] = json.loads(storage.read_bytes(storage.join(folder, RECORD)))
-    except FileNotFoundError:
-        return None
-    return record
+    """Records that a run has finished and where its encoder is; the same command then has nothing left to do."""
+    folder = RunFolder(run.folder)
+    record = folder.read_run()
+    assert record is not None, "written by `open_run`"
+    folder.write_run(record | {"finished": encoder, "finished_step": run.settings.last_step})
 
 
 def introduce(run: Run) -> list[str]:
-    """What a person wants to read before the first step."""
+    """Lines to print before the first step: where the run is, its size, and warnings."""
     settings, counts = run.settings, run.manifest.counts
     moco, train = settings.moco, settings.train
     epoch = (counts["videos"] - counts["held_out"]) * settings.data.draws_per_video
@@ -192,24 +180,43 @@ def introduce(run: Run) -> list[str]:
     if settings.model.init:
         lines.append(f"starts from the encoder {settings.model.init}")
     if settings.run.fork:
-        lines.append(f"begins from the training state {settings.run.fork}")
+        lines.append(f"starts from the training state {settings.run.fork}")
+    if settings.evaluation.enabled:
+        lines += _scoring(settings, num_videos=counts["held_out"])
     if run.warning:
         lines.append(f"warning: {run.warning}")
     if settings.num_micro_batches == 1:
         lines.append(
-            "warning: train.micro-batch is the whole train.global-batch, so a key is normalised beside the very clips "
-            "of its query, which lets the encoder cheat (MoCo, section 3.3): lower train.micro-batch"
+            f"warning: --train.micro-batch {settings.train.micro_batch} is the complete global batch, so a key is "
+            "normalised with the same clips as its query, which lets the encoder cheat (MoCo, section 3.3): lower "
+            "--train.micro-batch"
         )
     if moco.queue_size > epoch:
         lines.append(
-            f"warning: the queue holds {moco.queue_size / epoch:.1f} epochs, so each video several times over; keys of "
-            "the query's own video never count, but a queue below an epoch is cheaper"
+            f"warning: the queue holds {moco.queue_size / epoch:.1f} epochs, so each video several times. Keys of the "
+            "query's own video never count, but a queue below an epoch is cheaper: lower --moco.queue-size"
+        )
+    return lines
+
+
+def _scoring(settings: PretrainSettings, *, num_videos: int) -> list[str]:
+    """How long the score of a checkpoint takes, with a warning where it takes too long."""
+    evaluation = settings.evaluation
+    seconds = scoring_seconds(settings, num_videos=num_videos)
+    where = "a GPU" if evaluation.use_gpu else f"{max(evaluation.num_cpus, 1)} CPU cores"
+    videos = min(num_videos, evaluation.max_videos)
+    lines = [f"each checkpoint is scored on {videos} held-out videos, about {max(seconds / 60, 1):.0f} min on {where}"]
+    if seconds > SCORE_SECONDS:
+        lines.append(
+            f"warning: a score that takes more than {SCORE_SECONDS / 60:.0f} min is cancelled, so checkpoints may have "
+            f"no score: lower --evaluation.max-videos {evaluation.max_videos}, raise --evaluation.num-cpus "
+            f"{evaluation.num_cpus}, or set --evaluation.use-gpu"
         )
     return lines
 
 
 def _oldest_key(settings: PretrainSettings) -> str:
-    """What the oldest key of a full queue weighs at the first and at the last step."""
+    """Weight of the oldest key of a full queue at the first and at the last step."""
     moco, train = settings.moco, settings.train
     first, last = (
         oldest_key_weight(
@@ -221,5 +228,5 @@ def _oldest_key(settings: PretrainSettings) -> str:
         for step in (0, train.steps - 1)
     )
     if moco.decay_schedule == "adversarial":
-        return f"{first:.3f} at first, and less the more the generator's choice changes the embeddings"
+        return f"{first:.3f} at first, and less as the generator's choice changes the embeddings more"
     return f"{first:.3f}" if moco.decay_schedule == "constant" else f"{first:.3f} at first and {last:.3f} at the end"

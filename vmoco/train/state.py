@@ -1,15 +1,14 @@
-"""Everything that a run needs to go on as if it had never stopped, and nothing that can be derived.
+"""The training state: everything that a run needs to continue as if it had never stopped, and nothing that follows.
 
 A checkpoint is a folder of three files: `state.safetensors` (encoders, generator, queue, both optimizers),
 `settings.json` (the resolved settings, the same bytes as in MLflow and with the encoder) and `state.json` (step, data
-set, hashes; written last). There is no random state: every draw is a function of seed and step. There is no data
-state: the cursor is the step. Training waits for a snapshot alone, a copy in memory; `vmoco/train/checkpoints.py`
-writes it while the next steps run.
+set, hashes; written last). There is no random state, because every draw is a function of seed and step. There is no
+state of the loader, because its position is the step. Training waits only for a snapshot, a copy in memory;
+`vmoco/train/checkpoint_writer.py` writes it while the next steps run.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +25,16 @@ from vmoco.model.moco import VideoMoco
 from vmoco.train.optimizer import build_optimizer, slot_names
 
 VERSION = 2
-TENSORS, SETTINGS, RECORD = "state.safetensors", "settings.json", "state.json"
+STATE_TENSORS, STATE_SETTINGS, STATE_RECORD = "state.safetensors", "settings.json", "state.json"
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint is not whole: an older one may be."""
+    """A checkpoint is not complete; an older one may be."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """The written half of a checkpoint."""
+    """Content of state.json."""
 
     step: int
     settings_hash: str
@@ -55,18 +54,18 @@ class Record:
             ValueError: there is none, or it is of another version.
         """
         try:
-            values = json.loads((folder / RECORD).read_text())
+            values = json.loads((folder / STATE_RECORD).read_text())
         except (FileNotFoundError, NotADirectoryError, ValueError) as error:
             raise DamagedCheckpointError(f"{folder} is not a checkpoint of vmoco: {error}") from None
         if values.pop("version", None) != VERSION:
-            raise ValueError(f"checkpoint {folder} is not of version {VERSION}: use the vmoco that wrote it")
+            raise ValueError(f"checkpoint {folder} is not of version {VERSION}: use the version of vmoco that wrote it")
         values.pop("vmoco", None)
         return cls(**values)
 
 
 @dataclass
 class Snapshot:
-    """A copy of a training state in this machine's memory, which training cannot change any more."""
+    """A copy of a training state in this machine's memory, which training does not change."""
 
     settings: PretrainSettings
     manifest_hash: str
@@ -74,25 +73,25 @@ class Snapshot:
     tensors: dict[str, torch.Tensor]
 
     def write(self, folder: Path, *, run_id: str | None = None) -> Record:
-        """Writes it as a checkpoint into an existing, empty folder of this machine.
+        """Writes the copy as a checkpoint into an existing, empty folder of this machine.
 
         Raises:
             ValueError: it cannot be written.
         """
         try:
-            save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, folder / TENSORS)
+            save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, folder / STATE_TENSORS)
         except SafetensorError as error:  # also for a disk that is full
-            raise ValueError(f"cannot write {folder / TENSORS}: {error}") from None
-        (folder / SETTINGS).write_text(self.settings.canonical_json())
+            raise ValueError(f"cannot write {folder / STATE_TENSORS}: {error}") from None
+        (folder / STATE_SETTINGS).write_text(self.settings.canonical_json())
         record = Record(
             step=self.step,
             settings_hash=self.settings.content_hash(),
             manifest_hash=self.manifest_hash,
             run_id=run_id,
-            sha256=file_sha256(folder / TENSORS),
+            sha256=storage.file_sha256(str(folder / STATE_TENSORS)),
         )
         text = json.dumps({"version": VERSION, "vmoco": vmoco.__version__, **vars(record)}, sort_keys=True, indent=1)
-        storage.write_atomic(str(folder / RECORD), text.encode())
+        storage.write_atomic(str(folder / STATE_RECORD), text.encode())
         return record
 
 
@@ -148,8 +147,8 @@ class TrainState:
         """Copies everything into this machine's memory; returns when the state may change again.
 
         Args:
-            reuse: an older snapshot that nobody needs any more; its memory is written over, which spares the time of
-                getting new memory from the system.
+            reuse: an older snapshot that nobody needs any more. Its memory is overwritten, which saves the time to
+                get new memory from the system.
         """
         mine = self.tensors()
         before = reuse.tensors if reuse else {}
@@ -158,7 +157,8 @@ class TrainState:
             for name, tensor in mine.items():
                 copies[name].copy_(tensor, non_blocking=True)
         if self.difference.device.type == "cuda":
-            torch.cuda.current_stream(self.difference.device).synchronize()  # the copies are queued behind the step
+            # The copies are queued behind the step; wait for them.
+            torch.cuda.current_stream(self.difference.device).synchronize()
         return Snapshot(self.settings, self.manifest_hash, self.step, copies)
 
     def save(self, folder: Path, *, run_id: str | None = None) -> Record:
@@ -169,7 +169,7 @@ class TrainState:
         """Restores a checkpoint bit for bit.
 
         Raises:
-            ValueError: it is damaged, or of other settings or data; nothing is changed then.
+            ValueError: it is damaged, or of other settings or data; the state is unchanged then.
         """
         record = Record.read(folder)
         self._check(record, folder)
@@ -185,7 +185,7 @@ class TrainState:
             if name in tensors and tensors[name].shape != mine.shape:
                 raise ValueError(
                     f"checkpoint {folder} is of another network: {name} is {tuple(tensors[name].shape)}, this run's "
-                    f"{tuple(mine.shape)}: set model and generator as they were"
+                    f"{tuple(mine.shape)}: set the flags of --model and --generator as they were"
                 )
         for part, holder in self._parts().items():
             holder.load_state_dict(_below(part, tensors))
@@ -216,13 +216,13 @@ class TrainState:
         if record.manifest_hash != self.manifest_hash:
             raise ValueError(
                 f"checkpoint {folder} was trained on data set {record.manifest_hash}, this run reads "
-                f"{self.manifest_hash}: give data.uri as it was, or another run.name"
+                f"{self.manifest_hash}: give --data.uri as it was, or another --run.name"
             )
         if record.settings_hash != self.settings.content_hash():
             changed = differences(read_settings(folder), self.settings)
             raise ValueError(
                 f"checkpoint {folder} was trained with other settings ({changed}): "
-                "set them as they were, or give another run.name"
+                "set them as they were, or give another --run.name"
             )
 
 
@@ -233,19 +233,19 @@ def read_settings(folder: Path) -> PretrainSettings:
         ValueError: they are missing, or this vmoco does not know them.
     """
     try:
-        return PretrainSettings.model_validate_json((folder / SETTINGS).read_text())
+        return PretrainSettings.model_validate_json((folder / STATE_SETTINGS).read_text())
     except FileNotFoundError:
-        raise DamagedCheckpointError(f"{folder} is not a checkpoint of vmoco: it has no {SETTINGS}") from None
+        raise DamagedCheckpointError(f"{folder} is not a checkpoint of vmoco: it has no {STATE_SETTINGS}") from None
 
 
 def differences(before: PretrainSettings, now: PretrainSettings) -> str:
-    """The fields that decide the numbers and differ, as `group.field 1 -> 2`."""
-    old_fields, said = before.content(), []
+    """The fields that decide the numbers and differ, as `--group.field 1 -> 2`."""
+    old_fields, changed = before.content(), []
     for group, fields in now.content().items():
         for field, value in fields.items():
             if (old := old_fields[group].get(field)) != value:
-                said.append(f"{group}.{field.replace('_', '-')} {old} -> {value}")
-    return ", ".join(said)
+                changed.append(f"--{group}.{field.replace('_', '-')} {old} -> {value}")
+    return ", ".join(changed)
 
 
 def read_tensors(folder: Path, record: Record) -> dict[str, torch.Tensor]:
@@ -254,20 +254,14 @@ def read_tensors(folder: Path, record: Record) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: the file is missing or damaged.
     """
-    path = folder / TENSORS
+    path = folder / STATE_TENSORS
     if not path.exists():
-        raise DamagedCheckpointError(f"checkpoint {folder} has no {TENSORS}")
-    if (found := file_sha256(path)) != record.sha256:
+        raise DamagedCheckpointError(f"checkpoint {folder} has no {STATE_TENSORS}")
+    if (found := storage.file_sha256(str(path))) != record.sha256:
         raise DamagedCheckpointError(
             f"{path} is damaged: its SHA-256 is {found[:12]}..., its record says {record.sha256[:12]}..."
         )
     return load_file(path)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _host_memory(tensor: torch.Tensor) -> torch.Tensor:
@@ -285,7 +279,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, slots: dict[str, torch.Ten
     for name, value in slots.items():
         index, slot = name.split(".", 1)
         parameter = parameters[int(index)]
-        # In the parameter's own memory layout, as the optimizer made it.
+        # In the memory layout of the parameter, as the optimizer made it.
         laid_out = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
         state.setdefault(int(index), {})[slot] = laid_out
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,22 +1,7 @@
-"""How the machine of a worker is, beside the numbers of its run.
+"""How the machine and the queue of a run do: system metrics, gauges for Prometheus, MFU, staleness of the oldest keys.
 
-The numbers of a run for Prometheus, by Ray's own metrics port: what MLflow keeps, seen while it happens.
-
-Ray puts its prefix before the name: `loss` is `ray_vmoco_loss`, with the run's name as a label.
-
-
-How much of a device's arithmetic a step uses (MFU): what its encoders need over what the device can do.
-
-What it can do is measured with a large matrix product in the type that the encoders run in, because a table of data
-sheets knows neither CPUs nor throttled GPUs. What a step needs is counted by torch's own formulas for one forward of
-the encoder: 4 forwards (query 1, its backward 2, key 1), and 6 once the generator trains (q_real 1, the gradient of the
-pixels 1). Augmentation, generator and loss are left out, so the share is a little low and never flattering.
-
-
-How far the key encoder has moved on since the oldest keys of the queue came in (their staleness).
-
-The clips of their step are loaded once more: plan and augmentation are functions of the step, so the view is the very
-one that the key was made of. It is encoded in the micro-batch of then, because a key depends on its batch-mates too.
+The speed of a device is measured with a large matrix product, because a table of data sheets knows neither CPUs nor
+throttled GPUs.
 """
 
 from __future__ import annotations
@@ -41,13 +26,13 @@ if TYPE_CHECKING:
 
 
 class SystemMetrics:
-    """Processor, memory, disk, network and GPUs of this machine, under the names by which MLflow shows them apart.
+    """Processor, memory, disk, network and GPUs of this machine, under the names that MLflow shows as system metrics.
 
-    MLflow's own thread ends for good when the tracker does not answer once, so its monitors are read here and sent
-    with the run's points.
+    MLflow's own thread ends for good when the tracker fails to answer once. So its monitors are read here, and the
+    numbers are sent with the points of the run.
 
     Args:
-        node: name of this machine among those of the run; empty where there is one.
+        node: name of this machine among those of the run; empty for the first one.
     """
 
     def __init__(self, node: str = "") -> None:
@@ -55,7 +40,7 @@ class SystemMetrics:
         self._monitors = machine_monitors()
 
     def numbers(self) -> dict[str, float]:
-        """What the monitors see now; rates are since the last call."""
+        """Values of now; rates are since the last call."""
         found: dict[str, float] = {}
         for monitor in self._monitors:
             monitor.collect_metrics()
@@ -68,7 +53,9 @@ PREFIX = "vmoco_"
 
 
 class Gauges:
-    """One gauge for each number that a run tracks.
+    """One gauge for each number that a run tracks, at Ray's metrics port, for Prometheus.
+
+    Ray puts its prefix before the name: `loss` is `ray_vmoco_loss`, with the name of the run as a label.
 
     Args:
         run: name of the run.
@@ -79,12 +66,12 @@ class Gauges:
         self._gauges: dict[str, Any] = {}
 
     def show(self, numbers: Mapping[str, float], *, step: int) -> None:
-        """Sets the gauges; Ray hands them on every few seconds."""
+        """Sets the gauges; Ray exports them every few seconds."""
         for name, value in {**numbers, "step": float(step)}.items():
             self._gauge(name).set(value, tags={"run": self._run})
 
     def _gauge(self, name: str) -> Any:
-        from ray.util.metrics import Gauge  # here, because Ray reads how to authenticate when it is imported
+        from ray.util.metrics import Gauge  # not at the top: Ray reads its token when it is imported
 
         if name not in self._gauges:
             about = f"{name} of the last step that was reported; see the run in MLflow"
@@ -93,7 +80,7 @@ class Gauges:
 
 
 def metric_name(name: str) -> str:
-    """What a tracked number is called in Prometheus, without Ray's own prefix: letters, digits and _ alone."""
+    """Name of a tracked number in Prometheus, without Ray's prefix: letters, digits and _ only."""
     return PREFIX + re.sub(r"\W", "_", name)
 
 
@@ -102,12 +89,15 @@ _ROUNDS = 3
 
 
 class Utilisation:
-    """Arithmetic of a run's steps on this rank's device.
+    """MFU: the arithmetic that the encoders of a step need, over what the device can do.
+
+    A step needs 4 forwards of the encoder (query 1, its backward 2, key 1), and 6 once the generator trains (q_real 1,
+    the gradient of the pixels 1). Augmentation, generator and loss are left out, so the share is a little too low.
 
     Args:
         settings: of the run.
-        device: of this rank; others are taken for equal.
-        dtype: type that the encoders run in; None for float32.
+        device: of this rank; the others are assumed to be equal.
+        dtype: type in which the encoders run; None for float32.
     """
 
     def __init__(self, settings: PretrainSettings, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -116,11 +106,11 @@ class Utilisation:
         self._peak = _peak_flops(device, dtype or torch.float32)
 
     def share(self, step: int, seconds: float) -> float:
-        """The share that a step of so many seconds has used.
+        """Share of the device's arithmetic that a step used.
 
         Args:
-            step: counted from 0; the generator trains or not.
-            seconds: that it took.
+            step: counted from 0; tells whether the generator trains.
+            seconds: duration of the step.
         """
         settings = self._settings
         forwards = 6 if step >= settings.generator_start else 4
@@ -139,11 +129,13 @@ def _peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2.0 * size**3 / best
 
 
-@torch.no_grad()  # looks, and changes nothing: not even the running statistics
+@torch.no_grad()  # changes nothing, not even the running statistics
 def oldest_key_similarity(step: TrainStep, state: TrainState, loader: Loader) -> float | None:
-    """Mean cosine between the oldest keys and what the key encoder makes of their clips now.
+    """Staleness: mean cosine between the oldest keys of the queue and the keys of the same clips now.
 
-    Over one micro-batch of the oldest step that is still whole in the queue; rank 0 alone, which holds its first.
+    It covers one micro-batch of the oldest step that is still complete in the queue, on rank 0, which loaded the first
+    one. Plan and augmentation are functions of the step, so the view is the one from which the key was made. It is
+    encoded in the same micro-batch, because a key depends on the other clips of its batch.
 
     Returns:
         None where the queue is empty.

@@ -1,37 +1,35 @@
-"""What runs in each Ray Train worker: builds the state, resumes it, trains, and keeps it."""
+"""What runs in each Ray Train worker: it restores the state, trains, and keeps the state.
+
+The first rank alone has a checkpoint writer and an evaluator. It talks to the driver through the channel
+(`vmoco/train/channel.py`) and to the tracker through a spool (`vmoco/spool.py`); it waits for neither.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
-import safetensors.torch
 import torch
 
-from vmoco import storage, tracking
+from vmoco import tracking
 from vmoco.cluster import ray_internals
 from vmoco.config import PretrainSettings
 from vmoco.data.manifest import Manifest
-from vmoco.encoders.promotion import Score
 from vmoco.model.precision import autocast_dtype, require_determinism
+from vmoco.spool import Document
 from vmoco.train.channel import StopWatch, errors_reported
-from vmoco.train.checkpoints import LIST, Checkpoints, Kept, list_text
-from vmoco.train.evaluation import SCORE, Evaluator
-from vmoco.train.fork import fork
-from vmoco.train.lease import Fence
-from vmoco.train.loop import train
-from vmoco.train.resume import resume
-from vmoco.train.run import INIT
+from vmoco.train.checkpoint_writer import CheckpointWriter
+from vmoco.train.evaluation import Evaluator
+from vmoco.train.loop import Requests, train
+from vmoco.train.run_folder import SPOOL, RunFolder
 from vmoco.train.state import TrainState
 from vmoco.train.system_metrics import Gauges, SystemMetrics
 
-SPOOL = "spool.json"
-"""What the tracker had not taken when the last checkpoint was kept, in the run's folder."""
 _LAST_SCORE_SECONDS = 600.0
-"""A finished run waits for the score of its last checkpoint at most so long."""
+"""Longest time that a finished run waits for the score of its last checkpoint; then the driver scores it."""
 
 
 def run_worker(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -42,10 +40,10 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any] | None:
             (placement group or None).
 
     Returns:
-        Of the last checkpoint what `Kept` holds, from the first rank.
+        On the first rank the fields of the last `Checkpoint`.
     """
     if ray.get(config["channel"].error.remote()):
-        return None  # Ray restarts after every error; one that a person has to mend would only come again
+        return None  # Ray restarts after every error; an error that the user must fix would only repeat
     with errors_reported(config["channel"]):
         return _run(config)
 
@@ -62,173 +60,139 @@ def _run(config: dict[str, Any]) -> dict[str, Any] | None:
     host = RayHost(config, settings)
     finished = False
     try:
-        found = resume(config["run_folder"], state)
-        if found is None and settings.run.fork:
-            fork(settings.run.fork, state, autocast_dtype=dtype)
-        elif found is None and settings.model.init:
-            _start_from(storage.join(config["run_folder"], INIT), state)
-        host.begin(state, damaged=found.damaged if found else [])
+        damaged = host.folder.restore(state)
+        host.begin(state, damaged=damaged)
         if host.is_first:
-            host.say(f"{host.num_ranks} workers on {device.type}, {reason}, from step {state.step}")
-        finished = train(settings, manifest, state, device=device, host=host)
+            host.show(f"{host.num_ranks} workers on {device.type}, {reason}, from step {state.step}")
+        reached_end = train(settings, manifest, state, device=device, host=host)
+        if host.writer is not None:
+            host.writer.finish(state.step)
+        finished = reached_end
     finally:
         host.close(finished=finished)
-    return vars(host.last) if host.last else None
-
-
-def _start_from(uri: str, state: TrainState) -> None:
-    """Loads the backbone that the run's folder holds into both encoders of a new state."""
-    weights = safetensors.torch.load(storage.read_bytes(uri))
-    for encoder in (state.moco.query, state.moco.key):
-        encoder.backbone.load_state_dict(weights)
+    last = host.folder.newest()
+    return vars(last) if last else None
 
 
 class RayHost:
-    """Connects the training loop with the run's folder, MLflow, the evaluation and the driver.
+    """Connects the training loop with Ray Train, the driver, the tracker and the run's folder.
 
     Args:
         config: as for `run_worker`.
         settings: of the run.
 
     Attributes:
-        last: newest checkpoint that is kept; on the first rank.
+        folder: of the run; the first rank has claimed it.
+        writer: of the checkpoints; from `begin` on, on the first rank.
+
+    Raises:
+        FencedError: another job holds the run.
     """
 
     def __init__(self, config: dict[str, Any], settings: PretrainSettings) -> None:
         context = ray.train.get_context()
         self.is_first = context.get_world_rank() == 0
         self.num_ranks = context.get_world_size()
-        self.last: Kept | None = None
+        self.folder = RunFolder(config["run_folder"])
+        self.writer: CheckpointWriter | None = None
+        self._evaluator: Evaluator | None = None
         self._settings = settings
         self._config = config
         self._stop = StopWatch(config["channel"])
         self._gauges = Gauges(settings.run.name or "")
         self._preempted = False
-        self._score: dict[str, float] = {}
-        self._counts = {"checkpoints_damaged": 0, "checkpoints_failed": 0, "evaluations_failed": 0}
+        self._counts: dict[str, float] = {}
         self._spool: tracking.Spool | None = None
         self._system: SystemMetrics | None = None
-        self._checkpoints: Checkpoints | None = None
-        self._evaluator: Evaluator | None = None
         may_send: Callable[[], None] = lambda: None  # noqa: E731
         file = None
         if self.is_first:
-            fence = Fence(config["run_folder"], lease=config["lease"])
-            may_send, file = fence.check, storage.join(config["run_folder"], SPOOL)
-            self._checkpoints = Checkpoints(
-                config["run_folder"],
-                run_id=config["run_id"],
-                keep=settings.train.keep_checkpoints,
-                keep_best=settings.train.keep_best,
-                may_write=fence.check,
-                before=self._save_spool,
-                changed=self._listed,
-                failed=self._not_kept,
-            )
-            if settings.evaluation.enabled:
-                self._evaluator = Evaluator(
-                    settings,
-                    config["evaluation"],
-                    hold=self._checkpoints.hold,
-                    done=self._scored,
-                    failed=self._not_scored,
-                )
-        if context.get_local_rank() == 0:  # one of each machine says how the machine is
+            self.folder.claim(lease=config["lease"])
+            may_send, file = self.folder.check_fence, self.folder.path(SPOOL)
+        if context.get_local_rank() == 0:  # one rank of each machine tracks how that machine does
             self._spool = tracking.spool(
-                config["tracking_uri"], config["run_id"], file=file, may_send=may_send, warn=self.say
+                config["tracking_uri"], config["run_id"], file=file, may_send=may_send, warn=self.show
             )
             node = "" if context.get_node_rank() == 0 else f"node-{context.get_node_rank()}"
             self._system = SystemMetrics(node)
 
     def begin(self, state: TrainState, *, damaged: list[str]) -> None:
-        """Takes the run up at the state's step."""
-        if self._checkpoints is None:
+        """Starts the writer and the evaluator of the first rank, when the state is restored.
+
+        Args:
+            state: restored.
+            damaged: one message for each checkpoint that is damaged.
+        """
+        if not self.is_first:
             return
-        kept = self._checkpoints.resumed(state.step)
-        self.last = kept[-1] if kept else None
+        assert self._spool is not None, "the first rank is the first of its machine"
+        folder, settings = self.folder, self._settings
+        folder.open_list(state.step)
+        if settings.evaluation.enabled:
+            group = self._config["evaluation"]
+            self._evaluator = Evaluator(folder, settings, group, spool=self._spool, show=self.show)
+        self.writer = CheckpointWriter(
+            folder,
+            settings.train,
+            run_id=self._config["run_id"],
+            spool=self._spool,
+            evaluator=self._evaluator,
+            show=self.show,
+        )
         self._counts["restarts"] = ray.get(self._config["channel"].started.remote())
         self._counts["checkpoints_damaged"] = len(damaged)
-        for sentence in damaged:
-            self.say(f"warning: {sentence}; going on from the checkpoint before")
-        if self._evaluator and self.last and self.last.score is None:
-            self._evaluator.submit(self.last)
+        for message in damaged:
+            self.show(f"warning: {message}; the run resumes from the checkpoint before it")
+        newest = folder.newest()
+        if self._evaluator is not None and newest is not None and newest.score is None:
+            self._evaluator.submit(newest)
 
-    def stop_requested(self) -> bool:
-        return self._stop.requested()
-
-    def checkpoint_requested(self) -> bool:
-        if self._preempted or (notice := ray_internals.preemption_info()) is None:
-            return False
+    def requests(self) -> Requests:
+        """What this rank has been asked for since the last step."""
+        stop, preemption = self._stop.requested(), None
+        if not self._preempted:
+            preemption = ray_internals.preemption_info()
+        if preemption is None:
+            return Requests(stop=stop)
         self._preempted = True  # once for each group of workers: Ray starts a new one when the machine has gone
         if self.is_first:
-            self.say(f"{notice}: keeping a checkpoint now")
-        return True
+            self.show(f"{preemption}: keeping a checkpoint now")
+        return Requests(stop=stop, checkpoint=True)
 
-    def say(self, line: str) -> None:
+    def show(self, line: str) -> None:
+        """Prints a line in the driver."""
         self._config["channel"].say.remote(line)
 
-    def track(self, numbers: dict[str, float], *, step: int) -> None:
+    def track(self, numbers: Mapping[str, float], *, step: int) -> None:
+        """Queues the numbers of a step for the tracker, with those of this machine and of the run's faults."""
         if self._spool is None or self._system is None:
             return
-        counts = self._counts if self.is_first else {}
-        numbers = numbers | counts | self._system.numbers()
-        self._spool.points(numbers, step=step)
-        self._gauges.show(numbers, step=step)
+        counts = self._counts.copy()
+        if self.writer is not None:
+            counts["checkpoints_failed"] = self.writer.num_failed
+            counts["evaluations_failed"] = self._evaluator.num_failed if self._evaluator else 0
+        tracked = {**numbers, **counts, **self._system.numbers()}
+        self._spool.points(tracked, step=step)
+        self._gauges.show(tracked, step=step)
 
-    def document(self, name: str, content: str | bytes) -> None:
-        assert self._spool is not None, "rank 0 tracks"
-        self._spool.document(name, content)
-
-    def checkpoint(self, state: TrainState) -> None:
-        """Rank 0 copies; all ranks report, because Ray counts reports, and hands the numbers on to Ray Tune."""
-        if self._checkpoints is not None:
-            self._checkpoints.keep(state)
-        ray.train.report({"step": state.step, **self._score})
-
-    def finish(self, state: TrainState) -> None:
-        if self._checkpoints is not None:
-            self._checkpoints.finish(state.step)
+    def checkpoint(self, state: TrainState, documents: Mapping[str, Document]) -> None:
+        """Keeps the state and tracks the documents; all ranks report, because Ray counts reports."""
+        if self._spool is not None:
+            for name, content in documents.items():
+                self._spool.document(name, content)
+        if self.writer is not None:
+            self.writer.keep(state)
+        # Ray Tune receives these numbers.
+        ray.train.report({"step": state.step, **(self._evaluator.numbers if self._evaluator else {})})
 
     def close(self, *, finished: bool) -> None:
-        """Sends what the tracker has not taken yet, and lets a finished run have its last score."""
+        """Ends the threads. A finished run waits for its last score, and for the tracker."""
         if self._evaluator is not None:
             wait = _LAST_SCORE_SECONDS if finished else 0.0
             if not self._evaluator.close(wait_seconds=wait) and finished:
-                self.say(f"warning: the last checkpoint was not scored within {wait:.0f} s")
-        if self._checkpoints is not None:
-            self._checkpoints.close()
-        # A group that ends early makes room for the next one: what is left is on disk, or will be computed again.
+                self.show(f"warning: the last checkpoint was not scored within {wait:.0f} s")
+        if self.writer is not None:
+            self.writer.close()
+        # A group that ends early makes way for the next one: what is left is on disk, or is computed again.
         if self._spool is not None and (problem := self._spool.close(timeout=30.0 if finished else 5.0)):
-            self.say(f"warning: {problem}")
-
-    def _save_spool(self, step: int) -> None:
-        assert self._spool is not None, "the first rank is the first of its machine"
-        self._spool.save()
-
-    def _listed(self, kept: list[Kept]) -> None:
-        newest = kept[-1]
-        self.document(LIST, list_text(kept))
-        if self.last is None or newest.step != self.last.step:
-            self.say(f"checkpoint of step {newest.step} kept in {newest.uri}")
-            if self._evaluator is not None:
-                self._evaluator.submit(newest)
-        self.last = newest
-
-    def _not_kept(self, sentence: str) -> None:
-        self._counts["checkpoints_failed"] += 1
-        self.say(f"warning: a checkpoint was {sentence}")
-
-    def _scored(self, kept: Kept, score: Score, numbers: dict[str, float]) -> None:
-        assert self._spool is not None, "the first rank is the first of its machine"
-        assert self._checkpoints is not None, "rank 0 keeps"
-        self._score = numbers | {"scored_step": float(kept.step)}
-        self._spool.points(numbers, step=kept.step)
-        self._checkpoints.score(kept.step, score)
-        self.say(
-            f"checkpoint of step {kept.step} scores {score.value:.3f}; mean colour alone "
-            f"{numbers[f'{SCORE}_by_colour']:.3f}"
-        )
-
-    def _not_scored(self, sentence: str) -> None:
-        self._counts["evaluations_failed"] += 1
-        self.say(f"warning: {sentence}")
+            self.show(f"warning: {problem}")
