@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ from vmoco.data.ingest import ingest
 from vmoco.data.ingest_tasks import is_held_out, make_shard, plan_shards
 from vmoco.data.manifest import NAME, Manifest
 from vmoco.job_settings import IngestSettings
-from vmoco.progress import Progress
 
 ROOT = Path(__file__).parents[2]
 
@@ -231,20 +229,3 @@ def test_a_relative_path_is_refused_in_a_job(monkeypatch: pytest.MonkeyPatch) ->
     assert storage.require_absolute("s3://bucket/data", "--output") == "s3://bucket/data"
     with pytest.raises(ValueError, match=r"--output 'data' is a relative path, and a submitted job does not run in"):
         storage.require_absolute("data", "--output")
-
-
-def test_progress_is_printed_at_most_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines come a second apart, the rate counts what was made now, and the last line always comes."""
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    lines: list[str] = []
-    report = Progress(lines.append, "cut", total=1300, num_videos=130)
-    report.add(100, videos=10, rejected=0, clips=90, reused=True)
-    for _ in range(5):
-        now[0] += 0.4
-        report.add(10, videos=1, rejected=1, clips=4)
-    report.print()
-    assert lines == [
-        "ingest  cut 13/130 videos  rejected 3  clips 102  10.0 clips/s  0:46 left",
-        "ingest  cut 15/130 videos  rejected 5  clips 110  10.0 clips/s  0:46 left",
-    ]
