@@ -1,14 +1,15 @@
-"""Checks what jobs are given, before they run for hours.
+"""Checks a data set or a cluster before a job runs on it for hours.
 
     python jobs/check.py data URI        a data set: every checksum, the counts, and that every clip can be decoded
 
-It reads everything once, repairs nothing, names what is wrong, and then ends with exit code 1. Large data sets on a
-store are checked where the store is near:
+It reads everything once and repairs nothing. Where something is wrong it prints what, and ends with exit code 1. Check
+a large data set of a store on a machine near the store:
 
     ray job submit --working-dir . -- python jobs/check.py data s3://bucket/set
 
-A cluster is asked on it, with the words and flags of jobs/pretrain.py (`cluster PRESET --help` lists them), in under a
-minute: versions, GPUs, clock, shared memory, storage and tracker of each node, and how long the run would take.
+The check of a cluster runs on the cluster and takes the preset and flags of jobs/pretrain.py (`cluster PRESET --help`
+lists them). It takes less than a minute: versions, GPUs, clock, shared memory, storage and tracker of each node, and an
+estimate of how long the run takes.
 
     ray job submit --working-dir . -- python jobs/check.py cluster PRESET --run.storage URI --data.uri URI
 """
@@ -43,14 +44,14 @@ def data(uri: Annotated[str, tyro.conf.Positional], /) -> None:
         job.show(finding)
     if findings:
         raise ValueError(
-            f"{len(findings)} things are wrong with data set {uri}, named above: bring back what was written, or "
-            "remove its manifest and run jobs/ingest.py again, which makes anew only shards that are not whole"
+            f"data set {uri} has {len(findings)} errors, listed above: restore its files, or remove its manifest and "
+            "run jobs/ingest.py again, which makes only the missing and damaged shards again"
         )
-    job.show(f"data set {uri} is whole")
+    job.show(f"data set {uri} is complete")
 
 
 def cluster(settings: Annotated[Preset, tyro.conf.arg(name="")]) -> None:
-    """Asks a cluster whether it can carry a run, and how long that would take."""
+    """Checks whether a cluster can run a pretraining, and estimates how long it takes."""
     job.connect(worker_output=False)
     from vmoco.cluster.check import check_cluster  # not before: Ray reads how to authenticate when it is imported
 

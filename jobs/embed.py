@@ -1,4 +1,4 @@
-"""Embeds videos, or a data set, with a pretrained encoder: a Parquet table, and a gallery to look at.
+"""Embeds videos, or a data set, with a pretrained encoder: a Parquet table, and a gallery page.
 
 On a cluster (paths must be visible from every node):
 
@@ -28,7 +28,7 @@ def embed(
 
     Args:
         encoder: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/encoder, or a folder.
-        settings: what, and how.
+        settings: videos, output and resources.
     """
     from vmoco.encoders import package
     from vmoco.evaluate import embed as embedding
@@ -39,10 +39,10 @@ def embed(
     made = embedding.embed(loaded, settings, show=job.show)
     job.show(
         f"{len(made.table)} clips in {settings.output}/parts, {loaded.feature_dim} numbers each; "
-        f"{made.num_rejected} videos rejected, {made.num_reused} parts were there"
+        f"{made.num_rejected} videos rejected, {made.num_reused} parts were made by an earlier run"
     )
     if settings.gallery:
-        job.show(f"to look at: {write_gallery(made.table, loaded, settings, title=encoder)}")
+        job.show(f"gallery: {write_gallery(made.table, loaded, settings, title=encoder)}")
 
 
 if __name__ == "__main__":

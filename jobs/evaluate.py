@@ -1,4 +1,4 @@
-"""Evaluates a pretrained encoder: without labels, by kNN, linear probe and retrieval, or fine-tuned.
+"""Evaluates a pretrained encoder: label-free, by kNN, linear probe and retrieval, or by fine-tuning.
 
 On a cluster:
 
@@ -9,7 +9,7 @@ On this machine alone:
     python jobs/evaluate.py models:/NAME@candidate --data URI --reference
     python jobs/evaluate.py models:/NAME@candidate --data URI --protocols finetune --splits 1 2 3
 
-The scores are noted with the registered version; `jobs/registry.py promote` goes by them.
+The scores are recorded with the registered version; `jobs/registry.py promote` compares them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def evaluate(
 
     Args:
         encoder: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/encoder, or a folder.
-        settings: how.
+        settings: data set, protocols and resources.
     """
     from vmoco.encoders import foreign, package, promotion
     from vmoco.evaluate import evaluate as evaluation
@@ -59,7 +59,7 @@ def evaluate(
             job.show(f"    {score}; {score.beside}")
     if settings.record and encoder.startswith("models:/"):
         promotion.record(encoder, found[encoder])
-        job.show(f"\nnoted with {encoder}")
+        job.show(f"\nrecorded with {encoder}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python jobs/nearest.py models:/videomoco-demo@candidate --data URI
 
-On a handful of videos this is for looking at, and is no score: clips of one video share their colours.
+On a few videos this is an illustration and not a score: clips of one video share their colours.
 """
 
 from typing import Annotated
@@ -20,7 +20,7 @@ def nearest(encoder: Annotated[str, tyro.conf.Positional], /, *, data: str, quer
     Args:
         encoder: models:/NAME@ALIAS, models:/NAME/VERSION, or a folder.
         data: data set made by jobs/ingest.py.
-        queries: clips to look up.
+        queries: clips to look up, such as 20.
     """
     from rich.console import Console
     from rich.table import Table
@@ -41,7 +41,7 @@ def nearest(encoder: Annotated[str, tyro.conf.Positional], /, *, data: str, quer
     console.print(table)
     print(
         f"of the same video: {found.same_video:.0%}; by mean colour alone {found.same_video_by_colour:.0%}, "
-        "so on a few videos this is a picture and no score"
+        "so on a few videos this is an illustration and not a score"
     )
 
 

@@ -176,9 +176,7 @@ def test_video_of_one_clip_gives_a_second_window(tmp_path: Path) -> None:
 def test_second_clips_that_cannot_be_had_are_refused(tmp_path: Path) -> None:
     """One clip per video and no room for another window: both views would be the same frames, unsaid."""
     manifest = make_data_set(tmp_path, clips_per_video=1)
-    with pytest.raises(
-        ValueError, match=r"data\.positives two_clips, but each video of .* has a single clip of .*= 10"
-    ):
+    with pytest.raises(ValueError, match=r"--data\.positives two_clips: each video of .* has a single clip of .*= 10"):
         check_fits(manifest, settings_with(data={"positives": "two_clips", "num_frames": 10}))
     check_fits(manifest, settings_with(data={"positives": "same_clip", "num_frames": 10}))
     check_fits(manifest, TWO_CLIPS)
@@ -272,9 +270,17 @@ def test_loader_reads_only_so_far_ahead(manifest: Manifest, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("group", "fields", "said"),
     [
-        ("data", {"num_frames": 11}, r"data\.num-frames 11 at data\.stride 1 spans 11 frames, .* have 10: lower one"),
-        ("data", {"num_frames": 4, "stride": 4}, r"num-frames 4 at data\.stride 4 spans 13 frames, .* have 10: lower"),
-        ("augment", {"size": 41}, r"augment\.size 41 is larger than the stored frames of .*\(40x48\): lower it"),
+        (
+            "data",
+            {"num_frames": 11},
+            r"--data\.num-frames 11 at --data\.stride 1 spans 11 frames, .* have 10: lower one",
+        ),
+        (
+            "data",
+            {"num_frames": 4, "stride": 4},
+            r"--data\.num-frames 4 at --data\.stride 4 spans 13 frames, .* have 10: lower",
+        ),
+        ("augment", {"size": 41}, r"--augment\.size 41 is larger than the stored frames of .*\(40x48\): lower it"),
     ],
 )
 def test_data_that_do_not_fit_are_refused(manifest: Manifest, group: str, fields: dict[str, Any], said: str) -> None:

@@ -83,7 +83,7 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
     """A data set whose shards were moved is refused with their names, before anything is read from them."""
     write(tmp_path)
     (tmp_path / manifest.SHARDS / "s1.arrow").unlink()
-    with pytest.raises(ValueError, match=r"shards missing: 1 of the 3 .*\(s1.arrow\): bring them back"):
+    with pytest.raises(ValueError, match=r"shards missing: 1 of the 3 .*\(s1.arrow\): restore them"):
         Manifest.load(str(tmp_path))
 
 

@@ -11,7 +11,7 @@ import torch
 from tests.dataset import make_data_set, write_data_set
 from vmoco.data.shard import Clip
 from vmoco.encoders.package import Encoder, Preprocessing
-from vmoco.evaluate.score import LabelFreeScore, choose_pairs, effective_rank, score, score_encoder
+from vmoco.evaluate.score import LabelFreeScore, choose_pairs, effective_rank, estimate, score, score_encoder
 from vmoco.model.backbone import build_backbone
 
 VIDEOS, CLIPS = 60, 6
@@ -70,10 +70,10 @@ def test_colour_alone_is_said_beside() -> None:
 
 @pytest.mark.parametrize("shape", [(40, 100), (300, 16)])
 def test_effective_rank_is_that_of_the_singular_values(shape: tuple[int, int]) -> None:
-    """Against NumPy's singular value decomposition; k equal directions count as k."""
+    """By the definition, from NumPy's singular value decomposition; k equal directions count as k."""
     features = np.random.default_rng(0).normal(size=shape) * np.linspace(0.1, 2, shape[1])
     values = np.linalg.svd(features - features.mean(axis=0), compute_uv=False)
-    shares = values / values.sum()
+    shares = values[values > 1e-6 * values.max()] / values.sum()
     assert effective_rank(features) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
     assert effective_rank(np.vstack([np.eye(5), -np.eye(5)])) == pytest.approx(5)
 
@@ -139,3 +139,30 @@ def test_an_encoder_is_scored_on_held_out_videos_only(tmp_path: Path) -> None:
     assert (found.num_videos, found.num_clips) == (5, 20)
     assert found == score_encoder(encoder(), manifest)
     assert set(found.numbers()) >= {"retrieval", "retrieval_by_colour", "effective_rank"}
+
+
+def test_it_covers_the_truth_as_often_as_it_says() -> None:
+    """Of 200 samples of 60 videos, about 95 % of the intervals hold the true mean; between 90 and 99 is let pass."""
+    random = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        difficulty = random.beta(2, 2, 60)  # mean 0.5
+        right = random.random((60, 4)) < difficulty[:, None]
+        found = estimate(right.ravel(), np.repeat(np.arange(60), 4), num_samples=300, seed=trial)
+        covered += found.low <= 0.5 <= found.high
+    assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_copies_of_a_clip_make_no_score_surer() -> None:
+    """Ten equal clips of each video give the interval of one clip of each."""
+    right = np.random.default_rng(1).random(50) < 0.7
+    once = estimate(right, np.arange(50))
+    assert estimate(np.repeat(right, 10), np.repeat(np.arange(50), 10)) == once
+    assert once.value == right.mean()
+    assert once.low < once.value < once.high
+
+
+def test_nothing_measured_is_an_error() -> None:
+    """A sentence, no division by zero."""
+    with pytest.raises(ValueError, match="no clip was measured"):
+        estimate([], [])

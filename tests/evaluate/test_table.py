@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
@@ -71,6 +72,11 @@ def test_what_describes_the_clips_is_read_without_their_features(
     class Remote:
         def open_input_file(self, path: str) -> pa.NativeFile:
             return pa.PythonFile(Counting(path), mode="r")
+
+        open_input_stream = open_input_file
+
+        def get_file_info(self, path: str) -> pafs.FileInfo:
+            return pafs.LocalFileSystem().get_file_info(path)
 
     monkeypatch.setattr(storage, "filesystem", lambda uri: (Remote(), uri))
     assert part_rejected(str(tmp_path), path.stem) == []

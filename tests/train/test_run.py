@@ -24,8 +24,8 @@ def settings(tmp_path: Path, vmoco_home: Path) -> PretrainSettings:
 @pytest.mark.parametrize(
     ("group", "fields", "said"),
     [
-        ("data", {"num_frames": 11}, r"data\.num-frames 11 at data\.stride 1 spans 11 frames, .* have 10: lower"),
-        ("augment", {"size": 41}, r"augment\.size 41 is larger than the stored frames of .*\(40x48\): lower it"),
+        ("data", {"num_frames": 11}, r"--data\.num-frames 11 at --data\.stride 1 spans 11 frames, .* have 10: lower"),
+        ("augment", {"size": 41}, r"--augment\.size 41 is larger than the stored frames of .*\(40x48\): lower it"),
         ("data", {"uri": ""}, r"--data\.uri is missing: give the data set"),
         ("run", {"name": "a/b"}, r"--run\.name 'a/b' is not allowed"),
     ],

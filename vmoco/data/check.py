@@ -1,7 +1,7 @@
-"""Checks a data set: that everything the manifest promises is there, is what was written, and can be decoded.
+"""Checks a data set: every file and clip of the manifest is there, is what ingest wrote, and can be decoded.
 
 Each shard is read once from one end to the other; the checksum of the file and those of its clips come from the same
-bytes. Findings are sentences, one per thing that is wrong; nothing is repaired.
+bytes. There is one finding, a sentence, for each error. Nothing is repaired.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from vmoco.data import frames, ledger
 from vmoco.data.manifest import Manifest, content_hash
 from vmoco.data.shard import ROW_FIELDS, read_rows
 from vmoco.data.shard_reader import ShardScan
+from vmoco.progress import Progress
 
 
 def check(uri: str, progress: Callable[[str], None] = print) -> list[str]:
-    """Reads the whole data set at `uri` and returns what is wrong with it, empty where nothing is.
+    """Reads the complete data set at `uri` and returns what is wrong with it; an empty list where nothing is.
 
     Args:
         uri: Folder of the data set.
-        progress: Takes a line per shard or so.
+        progress: Is called with a progress line at most once a second.
 
     Raises:
         ValueError: there is no data set, or its shards are missing.
@@ -39,9 +40,18 @@ def check(uri: str, progress: Callable[[str], None] = print) -> list[str]:
     # Hashing and decoding let other threads run.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         names = sorted(manifest.shards)
-        for number, found in enumerate(pool.map(lambda name: _check_shard(manifest, name, rows[name]), names), start=1):
+        printed = Progress(
+            progress,
+            "check  read",
+            total=len(names),
+            unit="shards",
+            counts=["wrong"],
+            total_work=sum(file.num_bytes for file in manifest.shards.values()),
+        )
+        checked = pool.map(lambda name: _check_shard(manifest, name, rows[name]), names)
+        for name, found in zip(names, checked, strict=True):
             findings += found
-            progress(f"check  shards {number}/{len(names)}  wrong {len(findings)}")
+            printed.add(work=manifest.shards[name].num_bytes, wrong=len(found))
     return findings
 
 
@@ -63,7 +73,7 @@ def _check_manifest(manifest: Manifest) -> list[str]:
             findings.append(f"manifest: it counts {manifest.counts.get(name)} {name}, and the {where} has {count}")
     ids = table["clip_id"].to_pylist()
     if len(set(ids)) != len(ids):
-        findings.append(f"manifest: {len(ids) - len(set(ids))} clip_ids are there twice")
+        findings.append(f"manifest: {len(ids) - len(set(ids))} clip_ids occur more than once")
     return findings
 
 
@@ -91,8 +101,8 @@ def _check_bytes(manifest: Manifest, name: str, rows: list[dict[str, Any]]) -> l
     expected = manifest.shards[name]
     findings: list[str] = []
     scan = ShardScan(manifest.shard_uri(name), rows)
-    for row, stored, whole in scan:
-        wrong = [] if whole else ["its checksum is wrong"]
+    for row, stored, intact in scan:
+        wrong = [] if intact else ["its checksum is wrong"]
         try:
             frames.decode(stored, manifest.encoding, manifest.frame_shape)
         except ValueError as error:

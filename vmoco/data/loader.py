@@ -1,15 +1,8 @@
-"""Memory for batches that is used again once nobody holds the batch any more.
+"""Batches for one rank: windows of frames from the shards, read a few batches ahead of the step.
 
-New memory costs more than the copy into it: the system hands it out page by page, zeroed. A tensor and all its views
-keep one NumPy array alive, and when that goes its memory comes back. For GPUs torch does the same with page-locked
-memory, and also waits for copies that are under way.
-
-
-Batches for one rank: frames copied from memory-mapped shards, a few batches ahead of the step.
-
-The loader never converts, and decodes nothing but frames that are stored as JPEG: uint8 frames go to the device as they
-lie on disk, and a background thread does the copying. It has no state of its own. What it yields is a function of
-(manifest, plan, step, rank), so resuming is starting at another step.
+The loader has no state. What it yields is a function of (manifest, plan, step, rank), so to resume is to start at
+another step. It never converts pixels: uint8 frames go to the device as they are stored, or as their JPEGs decode, and
+a background thread reads them.
 """
 
 from __future__ import annotations
@@ -37,7 +30,11 @@ from vmoco.seed import UInt64Array, hash64, mix64, uniform, uniforms
 
 
 class BatchMemory:
-    """Hands out uint8 tensors.
+    """Hands out uint8 tensors, and uses their memory again once nobody holds them.
+
+    New memory costs more than the copy into it: the system hands it out page by page, zeroed. A tensor and all its
+    views keep one NumPy array alive, and when it is freed its memory comes back. For GPUs torch does the same with
+    page-locked memory, and also waits for copies in progress.
 
     Args:
         pin_memory: page-locked, for a GPU.
@@ -48,7 +45,7 @@ class BatchMemory:
         self._free: dict[int, list[npt.NDArray[np.uint8]]] = {}
 
     def take(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """A tensor whose content is whatever it was."""
+        """A tensor of any content."""
         if self._pin_memory:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         size = math.prod(shape)
@@ -61,7 +58,7 @@ class BatchMemory:
 
 @dataclass(frozen=True)
 class View:
-    """Clips of this rank as they lie on disk, and the draws that augment them."""
+    """Clips of this rank as they are stored, and the draws that augment them."""
 
     frames: torch.Tensor
     """uint8 (B, T, H, W, 3)."""
@@ -105,7 +102,7 @@ class Loader:
         rank: of this process.
         world_size: number of ranks.
         start_step: first step to yield.
-        pin_memory: lay batches in page-locked memory, for a GPU.
+        pin_memory: put batches into page-locked memory, for a GPU.
 
     Attributes:
         plan: order of training.
@@ -113,7 +110,7 @@ class Loader:
         seconds_waited: time that the consumer has waited for a batch that was not ready.
 
     Raises:
-        ValueError: clips too short or too small for the settings, or no clip to train on.
+        ValueError: clips are too short or too small for the settings, or there is no clip to train on.
     """
 
     def __init__(
@@ -136,7 +133,7 @@ class Loader:
         self._reader = ClipReader.of(manifest, self._rows, cache=cache)
         videos = self._rows["video_id"].combine_chunks().dictionary_encode()
         names = videos.dictionary.to_pylist()
-        # A hash and not the index: a key keeps its meaning when the data set grows between two runs.
+        # A hash and not an index, so that a key still names its video when the data set grows between two runs.
         self._video_ids = np.array([hash64("video", name) for name in names], np.uint64).view(np.int64)
         self.plan = Plan(
             videos.indices.to_numpy().astype(np.int64),
@@ -171,7 +168,7 @@ class Loader:
                     if not put(self.batch(step)):
                         return
                 put(None)
-            except BaseException as error:  # handed to the consumer, which raises it where it can be seen
+            except BaseException as error:  # raised again by the consumer: an error in a thread would not be seen
                 put(error)
 
         thread = threading.Thread(target=read_ahead, name="loader", daemon=True)
@@ -252,20 +249,20 @@ def check_fits(manifest: Manifest, settings: PretrainSettings) -> None:
     span, size = _span(settings), settings.augment.size
     if span > stored_frames:
         raise ValueError(
-            f"data.num-frames {settings.data.num_frames} at data.stride {settings.data.stride} spans {span} frames, "
-            f"the clips of {manifest.uri} have {stored_frames}: lower one of them, or ingest longer clips"
+            f"--data.num-frames {settings.data.num_frames} at --data.stride {settings.data.stride} spans {span} "
+            f"frames, the clips of {manifest.uri} have {stored_frames}: lower one of them, or ingest longer clips"
         )
     if size > min(height, width):
         raise ValueError(
-            f"augment.size {size} is larger than the stored frames of {manifest.uri} ({height}x{width}): lower it, or "
-            "ingest with a larger --height and --width"
+            f"--augment.size {size} is larger than the stored frames of {manifest.uri} ({height}x{width}): lower it, "
+            "or ingest with a larger --height and --width"
         )
     if manifest.counts["videos"] == manifest.counts["held_out"]:
         raise ValueError(f"every video of {manifest.uri} is held out: ingest more videos, or lower --held-out-percent")
     if settings.data.positives == "two_clips" and span == stored_frames and not _has_second_clips(manifest):
         raise ValueError(
-            f"data.positives two_clips, but each video of {manifest.uri} has a single clip of data.num-frames x "
-            f"data.stride = {span} frames: lower one of them, ingest more clips, or use same_clip"
+            f"--data.positives two_clips: each video of {manifest.uri} has a single clip of --data.num-frames x "
+            f"--data.stride = {span} frames, so lower one of them, ingest more clips, or give same_clip"
         )
 
 

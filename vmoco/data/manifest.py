@@ -1,8 +1,8 @@
 """The manifest: one row per clip of a data set, in one Parquet file that is written last.
 
-A folder is a data set only if its manifest is there; shards without one are an ingest that has not finished. The hash
-covers what the clips hold (names and pixels) and not how they are spread over shards, so two data sets with the same
-clips have the same hash. Schema version and row fields are those of shards (`account.VERSION`, `shard.ROW_FIELDS`).
+A folder is a data set only if it has a manifest; shards without one are an ingest that has not finished. The hash
+covers the clips (names and pixels) and not how they are spread over shards, so two data sets with the same clips have
+the same hash. Schema version and row fields are those of shards (`shard.VERSION`, `shard.ROW_FIELDS`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FIELDS = [
     *ROW_FIELDS,
     pa.field("shard", pa.string(), nullable=False),  # name without folder and suffix
     pa.field("row", pa.int32(), nullable=False),  # record batch in the shard
-    pa.field("entry", pa.string(), nullable=False),  # hash of what the list of videos said of the video
+    pa.field("entry", pa.string(), nullable=False),  # hash of the video's entry in the list of videos
     pa.field("range", pa.string()),  # seconds of the file that were asked for, as `0.5-3`; null where all of it was
     pa.field("video_bytes", pa.int64(), nullable=False),
     pa.field("video_sha256", pa.string(), nullable=False),  # of the video file
@@ -38,7 +38,7 @@ FIELDS = [
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a data set holds."""
+    """The contents of a data set."""
 
     uri: str
     """Folder of the data set."""
@@ -55,7 +55,7 @@ class Manifest:
     counts: dict[str, int]
     """Accepted `videos`, their `clips`, `rejected` videos, and those `held_out` of the accepted videos."""
     shards: dict[str, ShardFile]
-    """All shards that it accounts for, by name; a shard whose videos were all rejected has no row."""
+    """All shards, by name; a shard whose videos were all rejected has no row."""
 
     def shard_uri(self, name: str) -> str:
         """Where the shard of that name lies."""
@@ -73,8 +73,8 @@ class Manifest:
             content = storage.read_bytes(storage.join(uri, NAME))
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
-                f"{uri} is not a data set: no {NAME} there; make one with jobs/ingest.py (if an ingest was "
-                "interrupted, the same command finishes it)"
+                f"{uri} is not a data set: no {NAME} there; make one with jobs/ingest.py (the same command "
+                "finishes an ingest that was interrupted)"
             ) from None
         try:
             table = pq.read_table(io.BytesIO(content))
@@ -120,7 +120,7 @@ def write_manifest(
     shards: Mapping[str, ShardFile],
     num_rejected: int,
 ) -> Manifest:
-    """Writes the manifest of the data set at `uri`: this is the moment at which the data set exists, or has grown.
+    """Writes the manifest of the data set at `uri`: from now on the data set exists, or has grown.
 
     `table` has the columns of FIELDS in any order of rows.
 
@@ -171,5 +171,5 @@ def _check_shards(uri: str, names: Iterable[str]) -> None:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ValueError(
             f"shards missing: {len(missing)} of the {len(wanted)} of data set {uri} are not in {folder} ({shown}): "
-            "bring them back, or remove the manifest and run jobs/ingest.py again"
+            "restore them, or remove the manifest and run jobs/ingest.py again"
         )

@@ -8,7 +8,7 @@ So the whole state of the data is the step, and the sequence of batches does not
     step k   [ micro-batch 0 | micro-batch 1 | micro-batch 2 | micro-batch 3 ]     keys: the same draws, shuffled
                rank 0 ...................... | rank 1 ......................
 
-Keys are loaded in a shuffled order, so a key is batch-normalised beside other clips than its query: that is shuffle-BN
+Keys are loaded in a shuffled order, so a key is batch-normalised with other clips than its query. This is shuffle-BN
 without sending a pixel between ranks.
 """
 
@@ -97,7 +97,7 @@ class Plan:
         )
 
     def second_clips(self, draws: Draws) -> Int64Array:
-        """For each draw another clip of its video, each as likely; the same clip where there is one alone."""
+        """For each draw another clip of its video, all equally likely; the same clip where it is the only one."""
         count, first = self._num_clips[draws.video], self._first_clip[draws.video]
         further = np.floor(uniform(draws.seed, hash64("second clip")) * (count - 1)).astype(np.int64)
         return first + (draws.clip - first + 1 + further) % count
@@ -110,11 +110,11 @@ class Plan:
         """The part of a global batch that a rank takes: whole micro-batches, as even as they divide.
 
         Raises:
-            ValueError: more ranks than micro-batches, so that one would have nothing to do.
+            ValueError: more ranks than micro-batches, so that a rank would have no work.
         """
         count = self.global_batch // self.micro_batch
         if world_size > count:
-            raise ValueError(f"{world_size} workers cannot share {count} micro-batches: lower train.micro-batch")
+            raise ValueError(f"{world_size} workers cannot share {count} micro-batches: lower --train.micro-batch")
         first, last = rank * count // world_size, (rank + 1) * count // world_size
         return slice(first * self.micro_batch, last * self.micro_batch)
 

@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import json
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -33,6 +32,7 @@ from vmoco.encoders.encoder import Encoder
 from vmoco.evaluate.features import Frames, Window, embed_batch, mean_colour, window, without_colour
 from vmoco.evaluate.table import SPLITS, FeatureTable, part_bytes, part_rejected, part_uri
 from vmoco.job_settings import EmbedSettings, PoolSettings
+from vmoco.progress import Progress
 from vmoco.seed import hash64
 
 ABOUT = "embeddings.json"
@@ -114,38 +114,31 @@ def run_items(
     *,
     show: Callable[[str], None] = print,
 ) -> int:
-    """Makes the parts that are not there yet, or that something transient was in the way of, on the pool's workers.
+    """Makes the parts that are missing, and those with a video that another try may read, on the pool's workers.
 
     Returns:
-        How many were there.
+        How many parts were there already.
 
     Raises:
-        ValueError: a worker met what a person has to mend.
+        ValueError: a worker met an error that the user has to fix.
     """
     todo = []
     for item in items:
         rejected = part_rejected(work.output, item["part"])
         if rejected is None or any(rejection.transient for rejection in rejected):
             todo.append(item)
-    done, clips, started = 0, 0, time.monotonic()
-    said = started
+    progress = Progress(
+        show, "embed  made", total=len(todo), unit="parts", counts=["clips"], rate="clips", every_seconds=2
+    )
     for made in _run(todo, encoder, work, pool):
         if made["error"]:
             raise ValueError(made["error"])
-        done, clips = done + 1, clips + made["clips"]
-        now = time.monotonic()
-        if now - said > 2 or done == len(todo):
-            said = now
-            left = int((now - started) / done * (len(todo) - done))
-            show(
-                f"embed  parts {done}/{len(todo)}  clips {clips}  {clips / (now - started):.1f} clips/s  "
-                f"{left // 60}:{left % 60:02d} left"
-            )
+        progress.add(clips=made["clips"])
     for item in todo:
         if part_rejected(work.output, item["part"]) is None:
             raise ValueError(
-                f"part {item['part']} was made and is not in {work.output}: that folder must be the same one on every "
-                "node; give a shared folder or a URI (s3://, gs://)"
+                f"part {item['part']} was made on another node and is not in {work.output} here: give a folder that "
+                "all nodes share, or a URI (s3://, gs://)"
             )
     return len(items) - len(todo)
 
@@ -158,7 +151,10 @@ def _run(items: list[dict[str, Any]], encoder: Encoder, work: Work, pool: PoolSe
     resource, each = ("GPU", 1) if pool.use_gpu else ("CPU", pool.cpus_per_worker)
     fit = int(ray.cluster_resources().get(resource, 0) // each)
     if not fit:
-        raise ValueError(f"a worker needs {each} {resource}, and the cluster has not so many: lower it, or add nodes")
+        flag = "--no-use-gpu" if pool.use_gpu else f"a --cpus-per-worker below {pool.cpus_per_worker}"
+        raise ValueError(
+            f"a worker needs {each} {resource}, and no node of the cluster has as many: give {flag}, or add nodes"
+        )
     size = min(fit, len(items), pool.max_workers or fit)
     work = dataclasses.replace(
         work, device="cuda" if pool.use_gpu else "cpu", num_threads=None if pool.use_gpu else pool.cpus_per_worker

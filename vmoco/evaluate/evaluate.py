@@ -1,7 +1,7 @@
 """Evaluates encoders on a data set: features by the pool of `embed`, then one Ray task per protocol and split.
 
-What is given back are means over videos with their intervals; over several splits all their test videos count, and a
-video that is tested in two splits is one video to the bootstrap.
+A score is a mean over videos with its interval. With several splits the test videos of all count, and a video that is
+tested in two splits is one video to the bootstrap.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ FROZEN: tuple[Protocol, ...] = ("knn", "probe", "retrieval")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is evaluated, checked before any work."""
+class EvaluationPlan:
+    """The protocols and splits to measure, checked before any work."""
 
     manifest: Manifest
     protocols: tuple[Protocol, ...]
     splits: tuple[Split, ...]
     """Over the rows of the manifest's table; empty where no protocol needs labels."""
     notes: tuple[str, ...]
-    """What a person should know of what is left out."""
+    """Why a protocol is left out, for the user."""
 
 
-def plan(settings: EvaluateSettings) -> Plan:
+def plan(settings: EvaluateSettings) -> EvaluationPlan:
     """Checks what can be measured on the data set.
 
     Raises:
-        ValueError: a protocol that was asked for cannot be measured there.
+        ValueError: the data set cannot be used for a protocol that was asked for.
     """
     manifest = Manifest.load(storage.require_absolute(settings.data, "--data"))
     notes: list[str] = []
@@ -68,18 +68,18 @@ def plan(settings: EvaluateSettings) -> Plan:
             notes.append("the data set has no labels, so only the label-free score is measured")
     elif LABEL_FREE in protocols:
         label_free.scored_clips(manifest)
-    needy = [protocol for protocol in protocols if protocol != LABEL_FREE]
-    splits = find_splits(manifest.table, settings.splits, protocol=needy[0]) if needy else []
-    return Plan(manifest, tuple(dict.fromkeys(protocols)), tuple(splits), tuple(notes))
+    with_labels = [protocol for protocol in protocols if protocol != LABEL_FREE]
+    splits = find_splits(manifest.table, settings.splits, protocol=with_labels[0]) if with_labels else []
+    return EvaluationPlan(manifest, tuple(dict.fromkeys(protocols)), tuple(splits), tuple(notes))
 
 
 def evaluate(
-    encoder: Encoder, planned: Plan, settings: EvaluateSettings, *, show: Callable[[str], None] = print
+    encoder: Encoder, planned: EvaluationPlan, settings: EvaluateSettings, *, show: Callable[[str], None] = print
 ) -> list[Score]:
     """Measures an encoder; needs an initialised Ray.
 
     Raises:
-        ValueError: the encoder does not fit the data set, or a worker met what a person has to mend.
+        ValueError: the encoder does not fit the data set, or a worker met an error that the user has to fix.
     """
     seen = window(encoder, planned.manifest)
     if seen.note:
@@ -106,7 +106,7 @@ def evaluate(
 
 
 def _label_free(
-    encoder: Encoder, planned: Plan, seen: Window, settings: EvaluateSettings, show: Callable[[str], None]
+    encoder: Encoder, planned: EvaluationPlan, seen: Window, settings: EvaluateSettings, show: Callable[[str], None]
 ) -> Score:
     manifest = planned.manifest
     rows, evaluation_set = label_free.scored_clips(manifest)
@@ -149,10 +149,10 @@ def _remote(settings: EvaluateSettings, *, gpu: bool) -> Any:
 
     @ray.remote(num_cpus=settings.cpus_per_worker, num_gpus=1 if gpu else 0)
     def call(function: Callable[..., Any], *words: Any) -> tuple[Any, str]:
-        # As a value: an exception in a task would come back with Ray's stack around it.
+        # Returned as a value: an exception in a task would come back with Ray's stack around it.
         try:
             return function(*words), ""
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             return None, str(error)
 
     return call
@@ -190,7 +190,7 @@ def _finetune(
     return [(0, finetune(encoder, manifest, split, settings.finetune, window=seen, seed=settings.seed, device=device))]
 
 
-def _scores(results: list[tuple[int, Measured]], planned: Plan, settings: EvaluateSettings) -> list[Score]:
+def _scores(results: list[tuple[int, Measured]], planned: EvaluationPlan, settings: EvaluateSettings) -> list[Score]:
     """One score for each protocol, over all splits."""
     by_protocol: dict[str, list[Measured]] = {}
     for _, measured in results:
@@ -207,7 +207,7 @@ def _scores(results: list[tuple[int, Measured]], planned: Plan, settings: Evalua
     return scores
 
 
-def _evaluation_set(protocol: str, planned: Plan, settings: EvaluateSettings) -> str:
+def _evaluation_set(protocol: str, planned: EvaluationPlan, settings: EvaluateSettings) -> str:
     """Hash of the clips, their labels and splits, and of what was set for the protocol."""
     table = planned.manifest.table.select(["clip_id", "sha256", "label", *SPLITS, "held_out"])
     how = {

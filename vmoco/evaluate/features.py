@@ -7,7 +7,6 @@ the features: a feature that depends on colour in a way that is not linear would
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from vmoco.data.clip_cache import cache_for
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard_reader import ClipReader
 from vmoco.encoders.encoder import Encoder
+from vmoco.progress import Progress
 
 Frames = npt.NDArray[np.uint8]
 
@@ -124,15 +124,16 @@ def clip_features(
     frames = _frames(manifest, rows, seen.numbers(manifest.frame_shape[0]))
     if not colour:
         frames = map(without_colour, frames)
-    started = said = time.monotonic()
+    printed = Progress(progress or _ignore, "features  computed", total=rows.num_rows, unit="clips", every_seconds=5)
     for first in range(0, rows.num_rows, batch_size):
         size = min(batch_size, rows.num_rows - first)
         parts.append(embed_batch(encoder, [next(frames) for _ in range(size)]))
-        now, done = time.monotonic(), first + size
-        if progress and now - said > 5:
-            said, left = now, round((now - started) / done * (rows.num_rows - done))
-            progress(f"features of {done}/{rows.num_rows} clips, {left // 60}:{left % 60:02d} left")
+        printed.add(size)
     return torch.cat(parts).numpy()
+
+
+def _ignore(line: str) -> None:
+    """Prints nothing."""
 
 
 def embed_batch(encoder: Encoder, clips: Sequence[Frames]) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Fine-tuning of all weights on labelled videos, as the field does on UCF101 and HMDB51. Knows nothing of Ray.
 
 Each epoch shows one clip of every training video: a stored clip, a window in it, a crop and a mirroring, all drawn from
-the seed. The weights after the last epoch are tested: nothing is chosen on the test part. A test video is answered by
-the mean over the classes' probabilities of its clips (10), centre crop.
+the seed. The weights after the last epoch are tested: nothing is chosen on the test part. A test video is classified by
+the mean over the class probabilities of its clips (10), centre crop.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from vmoco.encoders.encoder import Encoder
 from vmoco.evaluate.features import Frames, Window
 from vmoco.evaluate.protocols import Measured, Split, video_right
 from vmoco.job_settings import FinetuneSettings
+from vmoco.progress import Progress
 from vmoco.seed import hash64, mix64, permutation, uniform
 
 
@@ -67,16 +68,19 @@ def finetune(
     """Fine-tunes on the training part of a split, and tests once on its test part.
 
     Args:
-        encoder: where it starts from; it is not changed.
+        encoder: initial weights; it is not changed.
         manifest: data set; `split` is over the rows of its table.
         split: which clips.
         settings: see `FinetuneSettings`.
-        window: which frames of a stored clip are seen; in training its place is drawn.
+        window: which frames of a stored clip are seen; in training its start is drawn.
         seed: of every draw.
         device: where it runs.
-        show: takes a line per epoch.
+        show: is called with a line per epoch, and with progress lines.
+
+    Raises:
+        ValueError: the training diverged, or a clip is damaged.
     """
-    torch.manual_seed(hash64("finetune", seed) % 2**63)  # the classifier's first weights; nothing else draws from it
+    torch.manual_seed(hash64("finetune", seed) % 2**63)  # for the initial weights of the classifier alone
     model = Classifier(encoder, num_classes=len(split.classes), dropout=settings.dropout).to(device)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=settings.learning_rate, momentum=0.9, weight_decay=settings.weight_decay
@@ -84,6 +88,13 @@ def finetune(
     clips_of = _clips_of(split.video_ids, split.train)
     steps_per_epoch = max(len(clips_of) // settings.batch_size, 1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * steps_per_epoch)
+    progress = Progress(
+        show,
+        f"fine-tuning on {split.name}  trained",
+        total=settings.epochs * steps_per_epoch,
+        unit="steps",
+        every_seconds=10,
+    )
     reader = ClipReader.of(manifest, crop=True, cache=cache_for(manifest.uri))
     for epoch in range(settings.epochs):
         model.train()
@@ -102,6 +113,7 @@ def finetune(
             optimizer.step()
             schedule.step()
             total += float(loss.detach())
+            progress.add()
         if not np.isfinite(total):
             raise ValueError(
                 f"fine-tuning on {split.name} diverged in epoch {epoch}: lower --finetune.learning-rate "

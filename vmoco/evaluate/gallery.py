@@ -1,6 +1,6 @@
 """gallery.html: clips with their nearest clips as moving thumbnails, and a map of all clips. One file, no network.
 
-Thumbnails are read again from where the clips came from, for the few that are shown: the table holds no pixels.
+The table holds no pixels, so the thumbnails of the clips that are shown are read again from the data set or videos.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ circle { fill-opacity: .75; } .key { display: inline-block; width: .8em; height:
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip of the table, as the page names it."""
+    """A clip of the table, with what the page shows of it."""
 
     row: int
     clip_id: str
@@ -90,8 +90,8 @@ def write_gallery(table: FeatureTable, encoder: Encoder, settings: EmbedSettings
 <h1>{head}</h1>
 <p>{len(table)} clips of {len(set(table.strings("video_id")))} videos in {html.escape(settings.videos)}.</p>
 <h2>Nearest clips</h2>
-<p>On the left a clip, beside it those that are nearest by the cosine of their features, the mean of all clips taken
-off. Green: of the same video, which mean colour alone often finds too.</p>
+<p>On the left a clip, beside it those that are nearest by the cosine of their features, after the mean of all
+clips is subtracted. Green: of the same video, which mean colour alone often finds too.</p>
 {"".join(rows)}
 <h2>Map</h2>
 {_map(table)}
@@ -182,7 +182,7 @@ def _thumbnails(clips: list[Clip], encoder: Encoder, settings: EmbedSettings) ->
             frames = _decoded(place, name, encoder, settings)
         except VideoError as error:
             raise ValueError(
-                f"video {name} has gone since it was embedded ({error}): run it with --no-gallery"
+                f"video {name} can no longer be read ({error}): restore it, or give --no-gallery"
             ) from None
         for clip in members:
             yield clip.row, _animated(frames[clip.place][_shown_frames(frames.shape[1])])
@@ -257,7 +257,8 @@ def _map(table: FeatureTable) -> str:
     more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
     kind = "label" if by_label else "video"
     return (
-        f"<p>{len(rows)} clips by t-SNE of their features: near is alike, far says little. Colour is the {kind}: "
+        f"<p>{len(rows)} clips by t-SNE of their features: near clips are alike, long distances mean little. "
+        f"Colour is the {kind}: "
         f'{" &ensp; ".join(shown)}{more}.</p>\n<svg viewBox="-10 -10 1020 620" role="img" '
         f'aria-label="map of the clips">{"".join(points)}</svg>'
     )

@@ -1,10 +1,7 @@
-"""Classification by the nearest clips of the training part, without any training (Wu et al., CVPR 2018, section 3.4).
+"""Nearest clips by cosine, and classification by their votes (Wu et al., CVPR 2018, section 3.4).
 
 The k nearest training clips vote for their label, each with exp(cosine / temperature). Galleries are read block by
-block, so memory is bounded however many clips there are.
-
-
-Which clips are nearest to which, by cosine.
+block, so memory is bounded for any number of clips.
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ Features = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
 QUERIES = 4096
-"""Queries that are looked up at a time by `classify`."""
+"""Queries that `classify` looks up at a time."""
 
 
 def nearest(queries: Features, gallery: Iterable[Features], *, k: int) -> tuple[Features, Labels]:
@@ -33,7 +30,7 @@ def nearest(queries: Features, gallery: Iterable[Features], *, k: int) -> tuple[
 
     Args:
         queries: float32 (Q, D), contiguous; unit rows where a cosine is wanted.
-        gallery: its blocks, float32 (n, D) each; rows are numbered through.
+        gallery: its blocks, float32 (n, D) each; rows are numbered across blocks.
         k: neighbours of each query.
 
     Returns:
@@ -62,7 +59,7 @@ def classify(
 
     Args:
         queries: float32 (Q, D), unit rows.
-        gallery: blocks of the training part, unit rows; it can be gone through again for every `QUERIES` queries.
+        gallery: blocks of the training part, unit rows; it is iterated again for every `QUERIES` queries.
         labels: int64 (N,), classes of the gallery's rows, 0 to C - 1.
         k: neighbours that vote; all of the gallery where it has fewer.
         temperature: of the votes: the lower, the more the nearest count.
@@ -91,7 +88,7 @@ class Neighbour:
     nearest: str
     """The same of its nearest clip."""
     similarity: float
-    """Their cosine, after the mean over the gallery is taken off."""
+    """Their cosine, after the mean over the gallery is subtracted."""
     same_video: bool
     """Whether they come from one video."""
 

@@ -1,7 +1,7 @@
 """Linear probe: a logistic regression on frozen features, its regularisation chosen inside the training part.
 
-A fifth of the training videos of each class (by a hash of their names) validates each strength; the test part is never
-looked at. The chosen strength is then fitted again on the whole training part.
+A fifth of the training videos of each class (by a hash of their names) validates each strength; the test part is not
+used. The chosen strength is then fitted again on the complete training part.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def fit_probe(
         features: float32 (N, D) of the training part.
         labels: int64 (N,).
         video_ids: video of each row: clips of one video are never on both sides of the validation.
-        strengths: C that are tried; of equals the smallest, which is the simplest model, is taken.
+        strengths: C that are tried; the smallest of those that validate best is chosen: it is the simplest model.
 
     Raises:
         ValueError: one class only, or no two videos of any class.

@@ -1,8 +1,8 @@
-"""Which clips of a data set train and which test, and their classes: the official splits, or the held-out videos.
+"""The protocols that need labels, on a table of features of a frozen encoder; and the splits that they are measured on.
 
-The protocols that need labels, on a table of features of a frozen encoder. Knows nothing of Ray.
-
-All answer for whole videos: what is said of the clips of a video is averaged first. Features are read block by block.
+A split cuts the labelled clips into a training and a test part: the official split files, or the held-out videos. Every
+protocol classifies videos and not clips: it first averages the answers for the clips of a video. Features are read
+block by block. Nothing here needs Ray.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def find_splits(rows: pa.Table, wanted: Sequence[int] = (), *, protocol: str) ->
 
     Args:
         rows: table with video_id, label, held_out and the columns of the official splits.
-        wanted: numbers of official splits; all there are when left out, and the held-out videos where there are none.
+        wanted: numbers of official splits; all when left out; the held-out videos where there are none.
         protocol: what needs labels, for errors.
 
     Raises:
@@ -59,7 +59,7 @@ def find_splits(rows: pa.Table, wanted: Sequence[int] = (), *, protocol: str) ->
     labelled = np.array([name is not None for name in names])
     if not labelled.any():
         raise ValueError(
-            f"{protocol} needs labels, and no clip of the data set has one: ingest a list with labels, or take "
+            f"{protocol} needs labels, and no clip of the data set has one: ingest a list with labels, or give "
             "--protocols label-free, which needs none"
         )
     classes = tuple(sorted({name for name in names if name is not None}))
@@ -70,8 +70,11 @@ def find_splits(rows: pa.Table, wanted: Sequence[int] = (), *, protocol: str) ->
     there = [number for number, part in parts.items() if (part != None).any()]  # noqa: E711 - elementwise
     missing = sorted(set(wanted) - set(there))
     if missing:
-        said = f"it has {', '.join(map(str, there))}" if there else "it has none"
-        raise ValueError(f"the data set has no official split {missing[0]}: {said}; give the split files to ingest")
+        known = f"it has {', '.join(map(str, there))}" if there else "it has none"
+        raise ValueError(
+            f"--splits {missing[0]}: the data set has no official split {missing[0]}: {known}; give the split files to "
+            "jobs/ingest.py"
+        )
     cuts = [(f"split {number}", parts[number] == "train", parts[number] == "test") for number in wanted or there]
     if not cuts:
         held_out = rows["held_out"].to_numpy()
@@ -99,11 +102,11 @@ class Measured:
 
     protocol: str
     right: npt.NDArray[np.float64]
-    """(V,), 1 where a video was answered right."""
+    """(V,), 1 where a video was classified right."""
     videos: npt.NDArray[np.object_]
     """(V,)."""
     detail: str = ""
-    """What was chosen on the way."""
+    """Settings that were used or chosen, for the report."""
 
 
 def measure_knn(table: FeatureTable, split: Split, settings: EvaluateSettings) -> list[Measured]:
@@ -204,7 +207,7 @@ def _video_features(
 
 
 def _chunks(blocks: Iterable[Features], size: int) -> Iterator[Features]:
-    """The same rows in blocks of about `size`: every one of them goes through the whole gallery."""
+    """The same rows in blocks of about `size`: each block is compared with the complete gallery."""
     held: list[Features] = []
     for block in blocks:
         held.append(block)

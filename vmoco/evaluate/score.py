@@ -1,15 +1,11 @@
-"""How sure a score is: intervals by resampling videos.
-
-Clips of one video are not independent, so whole videos are drawn, each with all that was measured on it. The draws
-follow from a seed: the same measurements give the same interval.
-
-
-The score that needs no labels: does an encoder find another moment of the same video, other than by its colours?
+"""The score that needs no labels: does an encoder find another moment of the same video, other than by its colours?
 
 For each held-out video, one clip of its first half is looked up among one clip of the second half of every video, and
 the other way round; chance is one over the number of videos. Clips of one video share their colours, so the encoder
-sees them without (`colour.without_colour`), and what mean colour alone would reach stands beside the score. Contrastive
-losses are no such score: they are not comparable between settings of the decay or of the frames that are dropped.
+sees them in grey (`features.without_colour`), and the score of mean colour alone is printed beside. Contrastive losses
+cannot replace this score: they are not comparable between settings of the decay or of the frames that are dropped.
+
+`estimate` gives every score its interval by resampling videos, because clips of one video are not independent.
 """
 
 from __future__ import annotations
@@ -43,7 +39,7 @@ class Estimate:
 def estimate(
     values: npt.ArrayLike, groups: npt.ArrayLike, *, num_samples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> Estimate:
-    """The mean of measurements, and the interval that it keeps to when other videos of the same kind are drawn.
+    """The mean of measurements, and its bootstrap interval over videos; the draws follow from the seed.
 
     Args:
         values: (N,), one number per measurement, such as 1 where a clip was classified right.
@@ -72,7 +68,7 @@ def estimate(
 MAX_VIDEOS = 2000
 """Videos that take part: bounds the work (8 clips of each are embedded) and the memory (some 50 MB)."""
 ROUNDS = 4
-"""Pairs of clips of each video, where it has so many."""
+"""Most pairs of clips of each video."""
 
 
 class TooFewVideosError(ValueError):
@@ -100,7 +96,7 @@ class LabelFreeScore:
     """Hash of the clips and of how they were paired: scores compare only where it is equal."""
 
     def numbers(self) -> dict[str, float]:
-        """What is tracked, by name; `retrieval` is the score that chooses between encoders."""
+        """Metrics for the tracker, by name; `retrieval` is the score that chooses between encoders."""
         return {
             "retrieval": self.retrieval.value,
             "retrieval_low": self.retrieval.low,
@@ -142,8 +138,8 @@ def score(
         start_seconds: (N,), time of the first frame of each clip in its video.
         clip_seconds: (N,) or one number, how long a clip is.
         colours: float32 (N, 3), mean colour of each clip as it is.
-        max_videos: at most so many videos take part.
-        rounds: at most so many pairs of clips of each.
+        max_videos: most videos that take part.
+        rounds: most pairs of clips of each video.
 
     Raises:
         ValueError: fewer than two videos have two clips that do not overlap in time, or a feature is not finite.
@@ -155,7 +151,7 @@ def score(
     places = places.reshape(pairs.shape)
     chosen, hues = np.asarray(features[rows], np.float64), np.asarray(colours[rows], np.float64)
     if not np.isfinite(chosen).all():
-        raise ValueError("a feature is not finite: the encoder is broken, so it has no score")
+        raise ValueError("a feature is not finite: the encoder is broken and cannot be scored")
     # Features behind a ReLU share a large positive part, beside which all cosines are near 1.
     apart = chosen - chosen.mean(axis=0)
     apart /= np.maximum(np.linalg.norm(apart, axis=1, keepdims=True), 1e-9)
@@ -184,13 +180,13 @@ def score_encoder(
 
     Args:
         encoder: in evaluation mode.
-        manifest: data set; its shards are on this machine's disk.
-        max_videos: at most so many videos take part.
-        rounds: at most so many pairs of clips of each.
+        manifest: data set.
+        max_videos: most videos that take part.
+        rounds: most pairs of clips of each video.
         batch_size: clips in one forward.
 
     Raises:
-        ValueError: fewer than two held-out videos have two clips, or a feature is not finite.
+        ValueError: fewer than two held-out videos have two clips, a feature is not finite, or a clip is damaged.
     """
     rows, evaluation_set = scored_clips(manifest, max_videos=max_videos, rounds=rounds)
     found = score(
@@ -251,7 +247,7 @@ def choose_pairs(
         clips = order[bounds[video] : bounds[video + 1]]
         half = len(clips) // 2
         early, late = clips[:half], clips[len(clips) - half :]
-        # A hair below the length: neighbours that touch are disjoint, whatever the last digit of their times.
+        # Slightly below the length, so that rounding of times does not make neighbours overlap.
         apart = starts[late] - starts[early] >= lengths[early] * (1 - 1e-3)
         pairs_of.append(np.stack([early, late], axis=1)[apart])
     fit = np.flatnonzero([len(pairs) > 0 for pairs in pairs_of])
@@ -280,7 +276,7 @@ def effective_rank(features: npt.ArrayLike) -> float:
 
 
 def _spread(pairs: Index, count: int) -> Index:
-    """`count` of the pairs, evenly spread, or all of them over and over."""
+    """`count` of the pairs, evenly spread, or all of them repeated."""
     if len(pairs) < count:
         return pairs[np.arange(count) % len(pairs)]
     return pairs[np.linspace(0, len(pairs) - 1, count).round().astype(np.int64)]

@@ -1,7 +1,7 @@
-"""A table of embeddings: Parquet files in one folder, each written whole by one task, read block by block.
+"""A table of embeddings: Parquet files in one folder, each written by one task, read block by block.
 
-Only Arrow's own types, so anything that reads Parquet reads it. What describes the clips is held in memory (some 200
-bytes each), the features never all at once.
+All types are Arrow's own, so any Parquet reader opens it. The columns that describe the clips are held in memory (some
+200 bytes a clip); features are read one part at a time.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ def part_bytes(
     Args:
         rows: one per clip, the fields of FIELDS.
         features: float32 (number of rows, D).
-        rejected: videos that gave no clips, so that the part accounts for them too.
+        rejected: videos that gave no clips, which the part remembers.
     """
     table = pa.Table.from_pylist(rows, schema=pa.schema(FIELDS))
     width = features.shape[1]
     flat = pa.array(np.ascontiguousarray(features, np.float32).reshape(-1))
     column = pa.FixedSizeListArray.from_arrays(flat, width)
     table = table.append_column(pa.field(FEATURE, pa.list_(pa.float32(), width), nullable=False), column)
-    account = json.dumps([rejection.to_json() for rejection in rejected or []])
-    table = table.replace_schema_metadata({_REJECTED: account})
+    lost = json.dumps([rejection.to_json() for rejection in rejected or []])
+    table = table.replace_schema_metadata({_REJECTED: lost})
     sink = pa.BufferOutputStream()
     # Features are noise to a compressor; the few columns beside them are small.
     pq.write_table(table, sink, compression="zstd", use_dictionary=["video_id", "label", "source"])
@@ -71,7 +71,7 @@ def part_uri(folder: str, name: str) -> str:
 
 
 def part_rejected(folder: str, name: str) -> list[Rejection] | None:
-    """The videos that a part accounts for and that gave no clips; None where there is no such part."""
+    """The videos of a part that gave no clips, read from its footer; None where there is no such part."""
     try:
         metadata = _read(part_uri(folder, name), pq.read_schema).metadata or {}
     except FileNotFoundError:
@@ -119,7 +119,7 @@ class FeatureTable:
         return _dense(self.rows["colour"])
 
     def blocks(self, chosen: npt.NDArray[np.bool_] | None = None) -> Blocks:
-        """The features of the chosen rows, one block per part; can be gone through again and again."""
+        """The features of the chosen rows, one block per part; may be iterated more than once."""
         return Blocks(self._uris, self._ends, np.ones(len(self), bool) if chosen is None else chosen)
 
     def features(self, chosen: npt.NDArray[np.bool_] | None = None) -> Features:
