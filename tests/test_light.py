@@ -98,4 +98,4 @@ def test_the_light_install_pulls_from_a_server(make: Callable[..., Path], server
     for name, source in (("array", clips()), ("tensor", clips()), ("path", video)):
         np.testing.assert_allclose(found[name], encoder.embed(source).numpy(), atol=1e-6)
     refused = use("")
-    assert "this is the light install of vmoco, which reads none: set MLFLOW_TRACKING_URI" in refused.stderr
+    assert "which the light install of vmoco cannot read: set MLFLOW_TRACKING_URI" in refused.stderr

@@ -1,4 +1,4 @@
-"""A file is whole or absent under its final name, whoever fails or is killed; and a URI is as good as a path."""
+"""A file under its final name is complete or absent, whatever fails or is killed; paths and URIs behave alike."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_folder_is_created_and_content_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["file/below", "file/far/below", "folder"])
 def test_failed_write_leaves_nothing(tmp_path: Path, place: str) -> None:
-    """Below a file, or in place of a folder: one sentence with the place, and no temporary file."""
+    """Below a file, or in place of a folder: an error message with the place, and no temporary file."""
     (tmp_path / "file").write_bytes(b"kept")
     (tmp_path / "folder").mkdir()
     uri = str(tmp_path / place)
@@ -111,14 +111,14 @@ def test_listing_is_sorted_and_relative(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["file", "missing"])
 def test_listing_of_no_folder_is_refused(tmp_path: Path, name: str) -> None:
-    """A file, or nothing, in the place of the folder: one sentence with the place."""
+    """A file, or nothing, in place of the folder: an error message with the place."""
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=f"{tmp_path}/{name} is not a folder"):
         storage.list_files(str(tmp_path / name))
 
 
 def test_file_uri_is_the_path(tmp_path: Path) -> None:
-    """What is written by file:// is read, listed and found by path, and the other way round."""
+    """A file written through file:// is read, listed and found by its path, and the reverse."""
     uri, path = f"file://{tmp_path}/folder/file", tmp_path / "folder" / "file"
     storage.write_atomic(uri, b"by URI")
     assert path.read_bytes() == b"by URI"
@@ -152,7 +152,7 @@ def test_unknown_scheme_is_refused(uri: str) -> None:
 
 
 def test_empty_location_is_refused() -> None:
-    """An empty text is not the working folder."""
+    """An empty location does not mean the working folder."""
     with pytest.raises(ValueError, match="empty: give a path or a URI"):
         storage.absolute_uri("")
 
@@ -197,7 +197,7 @@ def test_unwritable_place_shows_before_the_work(tmp_path: Path) -> None:
 )
 def test_a_uri_with_a_key_in_it_is_refused_without_repeating_it(uri: str) -> None:
     """The sentence says where keys belong, and holds neither key nor URI."""
-    with pytest.raises(ValueError, match=r"carries a key, .*AWS_ACCESS_KEY_ID .*draw a new one") as raised:
+    with pytest.raises(ValueError, match=r"carries a key, .*AWS_ACCESS_KEY_ID .*create a new key") as raised:
         storage.absolute_uri(uri)
     assert "hidden" not in str(raised.value).lower()
     assert storage.absolute_uri("s3://bucket/a@b") == "s3://bucket/a@b"

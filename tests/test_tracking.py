@@ -93,7 +93,7 @@ def test_what_a_dead_tracker_did_not_take_is_said(vmoco_home: Path) -> None:
 
 
 def test_a_tracker_that_cannot_be_used_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A database that cannot be one gives one sentence, and at once."""
+    """An impossible database is an error of one line, at once."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}")  # a folder, not a database
     with pytest.raises(ValueError, match=r"the tracker's database .* is a folder"):
         tracking.create_run(SETTINGS, tags={})
@@ -108,7 +108,7 @@ def test_a_tracker_with_a_password_in_its_uri_is_refused(monkeypatch: pytest.Mon
 
 
 def test_a_tracker_that_comes_back_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trial that begins while it is away says so and waits; one that stays away ends the trial with a sentence."""
+    """A trial that starts while the tracker is away warns and waits; a tracker that stays away is an error."""
     said: list[str] = []
     with TrackingServer(tmp_path) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
@@ -138,7 +138,7 @@ def test_a_number_that_mlflow_never_takes_does_not_stop_the_others(vmoco_home: P
 
 
 class TooLarge(http.server.BaseHTTPRequestHandler):
-    """A tracker behind a gateway that takes no large request: it knows its runs and answers uploads with 413."""
+    """A tracker behind a gateway with a size limit: it answers questions about runs, and uploads with 413."""
 
     def do_GET(self) -> None:
         run = {"info": {"run_id": "a", "artifact_uri": "mlflow-artifacts:/0/a/artifacts"}, "data": {}}
@@ -159,7 +159,7 @@ class TooLarge(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_document_that_a_gateway_never_lets_through_is_set_aside(vmoco_home: Path) -> None:
-    """413 is an answer for good: without that the document would be sent again and again."""
+    """413 is permanent: the document is not sent again."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), TooLarge) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         spool = tracking.spool(f"http://127.0.0.1:{server.server_port}", "a")
@@ -171,7 +171,7 @@ def test_a_document_that_a_gateway_never_lets_through_is_set_aside(vmoco_home: P
 
 
 def test_a_deleted_experiment_says_how_to_bring_it_back(vmoco_home: Path) -> None:
-    """With the number of the experiment, or another name."""
+    """The message gives the command with the experiment's id, or suggests another name."""
     tracking.create_run(SETTINGS, tags={})
     client = MlflowClient(tracking.tracking_uri())
     experiment = client.get_experiment_by_name(SETTINGS.tracking.experiment)

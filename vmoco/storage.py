@@ -1,11 +1,8 @@
-"""One way to read and write files, wherever a URI says they are: a local path, file://, s3://, gs://.
+"""Reads and writes files at a URI: a local path, file://, s3://, gs://.
 
-Everything published goes through `write_atomic`: under its final name a file is either whole or absent. On a local
-file system that takes a temporary name, fsync and a rename; an object store shows an object only once its upload is
-complete.
-
-
-Whole files between this machine's disk and wherever a URI says: published, fetched, compared.
+Everything that is published goes through `write_atomic` or `open_atomic`: under its final name a file is complete or
+absent. On a local file system that takes a temporary name, fsync and a rename; an object store shows an object only
+when its upload is complete.
 """
 
 from __future__ import annotations
@@ -29,21 +26,21 @@ import pyarrow.fs as pafs
 
 _WAITS_SECONDS = (0.5, 2.0, 8.0)
 _IN_FLIGHT_BYTES = 10 * 2**20
-"""Most that is on its way to a store: one of the parts in which Arrow sends a file to S3."""
+"""Most bytes that wait to be sent to a store: one part of an S3 upload in Arrow."""
 _FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 _REFUSED = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "Not Found", "OAuth2 access token")  # in the messages of object stores
 _GOOGLE_SECONDS = 30
-"""For which Arrow itself tries a request to a Google store again; its own choice is 15 minutes without a word."""
+"""For how long Arrow repeats a request to a Google store; its default is 15 minutes, without a message."""
 Result = TypeVar("Result")
 
 
 def patiently(action: Callable[[], Result]) -> Result:
-    """Tries again, with growing waits, what a store refuses for the moment: a 500, a time-out, a lost connection.
+    """Repeats, with growing waits, what failed for now: a 500, a time-out, a lost connection.
 
-    `action` starts from the beginning each time. What will not change (no such file, no permission) is raised at once.
+    `action` starts from the beginning each time. Permanent errors (no such file, no permission) are raised at once.
 
     Raises:
-        OSError: of the last try.
+        OSError: the error of the last try.
     """
     for seconds in _WAITS_SECONDS:
         try:
@@ -61,7 +58,7 @@ def absolute_uri(uri: str) -> str:
     """Makes a relative local path absolute and leaves every other URI as it is.
 
     Raises:
-        ValueError: empty, of a scheme that is not known, or with a key in it.
+        ValueError: it is empty, has an unknown scheme, or contains a key.
     """
     if not uri:
         raise ValueError("the location is empty: give a path or a URI (file://, s3://, gs://)")
@@ -72,11 +69,11 @@ def absolute_uri(uri: str) -> str:
         raise ValueError(f"{uri!r} has the scheme {scheme!r}: a path, file://, s3:// or gs:// is allowed")
     parts = urllib.parse.urlsplit(uri)
     if "@" in parts.netloc or {"access_key", "secret_key"} & urllib.parse.parse_qs(parts.query).keys():
-        # Without the URI itself: this sentence is kept in logs too.
+        # Without the URI itself: this message is kept in logs too.
         raise ValueError(
             f"a URI of scheme {scheme} carries a key, which would stay in logs, with the job and in the tracker: put "
             "it into the environment of the nodes (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
-            "GOOGLE_APPLICATION_CREDENTIALS), and draw a new one, because this one has been seen"
+            "GOOGLE_APPLICATION_CREDENTIALS), and create a new key, because others may have seen this one"
         )
     return uri
 
@@ -96,7 +93,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(use_mmap=True), urllib.parse.unquote(rest)
     if scheme != "s3" and "retry_limit_seconds=" not in rest:
         rest += f"{'&' if '?' in rest else '?'}retry_limit_seconds={_GOOGLE_SECONDS}"
-    # Names of objects may hold spaces and umlauts, which Arrow wants quoted; what is quoted already stays so.
+    # Object names may contain spaces and umlauts, which Arrow needs quoted; quoted characters stay as they are.
     found, path = pafs.FileSystem.from_uri(f"{scheme}://{urllib.parse.quote(rest, safe='/%?&=@:+,;~')}")
     return found, path
 
@@ -108,16 +105,16 @@ def local_path(uri: str) -> Path | None:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder is there."""
+    """Whether a file or folder exists."""
     found, path = filesystem(uri)
     return bool(found.get_file_info(path).type != pafs.FileType.NotFound)
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole file.
+    """The content of a file.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: it does not exist.
     """
     found, path = filesystem(uri)
 
@@ -129,10 +126,10 @@ def read_bytes(uri: str) -> bytes:
 
 
 def write_atomic(uri: str, content: bytes | memoryview) -> None:
-    """Writes a file that is never visible half-written, creating its folder.
+    """Writes a file, which appears only when it is complete; creates its folder.
 
     Raises:
-        ValueError: the place cannot be written; the message says why.
+        ValueError: it cannot be written; the message says why.
     """
     found, path = filesystem(uri)
     try:
@@ -149,7 +146,7 @@ def _upload(target: pafs.FileSystem, path: str, file: BinaryIO) -> None:
     with target.open_output_stream(path) as stream:
         while piece := file.read(_IN_FLIGHT_BYTES):
             stream.write(piece)
-            # Until it is sent: Arrow sends in the background, and keeps in memory whatever a slow store is behind.
+            # Waits for the upload: Arrow sends in the background, and would keep the backlog of a slow store in memory.
             stream.flush()
 
 
@@ -178,18 +175,18 @@ def _open_local(path: Path) -> Iterator[BinaryIO]:
 
 
 def delete_leftovers(uri: str) -> None:
-    """Removes what killed writers of a file have left beside it; nobody may be writing it now."""
+    """Removes temporary files that killed writers of a file left beside it; no process may be writing it now."""
     path = local_path(uri)
-    if path is not None:  # a store shows nothing of an upload that was broken off
+    if path is not None:  # an object store shows nothing of an incomplete upload
         for temporary in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}.tmp"):
             temporary.unlink(missing_ok=True)
 
 
 def delete_folder(uri: str) -> None:
-    """Removes a folder and what is in it, if it is there."""
+    """Removes a folder and its content, if it exists."""
     found, path = filesystem(uri)
     if found.get_file_info(path).type == pafs.FileType.Directory:
-        # Arrow empties a folder on a Google store, and then misses the object of the folder's own name.
+        # On a Google store Arrow empties the folder, and then fails because no object has the folder's own name.
         with contextlib.suppress(FileNotFoundError):
             found.delete_dir(path)
 
@@ -198,7 +195,7 @@ def list_files(uri: str, *, recursive: bool = True) -> list[str]:
     """Paths of the files below a folder, relative to it and sorted; temporary files are left out.
 
     Raises:
-        ValueError: the folder is not there.
+        ValueError: the folder does not exist.
     """
     found, path = filesystem(uri)
     path = path.rstrip("/") or "/"
@@ -210,10 +207,10 @@ def list_files(uri: str, *, recursive: bool = True) -> list[str]:
 
 
 def check_writable(uri: str) -> None:
-    """Writes and removes a small file, so that a lack of permission shows before the work and not after it.
+    """Writes and removes a small file, so that a missing permission shows before the work starts.
 
     Raises:
-        ValueError: the place cannot be written.
+        ValueError: the folder cannot be written.
     """
     probe = join(uri, f".writable-{uuid.uuid4().hex}.tmp")
     found, path = filesystem(probe)
@@ -222,12 +219,12 @@ def check_writable(uri: str) -> None:
         found.delete_file(path)
     except (OSError, ValueError) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-        said = getattr(cause, "strerror", None) or cause
-        raise ValueError(f"{uri} cannot be written ({said}): check the path, or the rights to it") from error
+        reason = getattr(cause, "strerror", None) or cause
+        raise ValueError(f"{uri} cannot be written ({reason}): check the path, or the rights to it") from error
 
 
 def home() -> str:
-    """Where a laptop keeps data, runs and the tracking database: $VMOCO_HOME, or ~/.vmoco."""
+    """The folder of data, runs, caches and the tracking database on this machine: $VMOCO_HOME, or ~/.vmoco."""
     return absolute_uri(os.environ.get("VMOCO_HOME", "~/.vmoco"))
 
 
@@ -235,10 +232,10 @@ def home() -> str:
 def open_atomic(uri: str) -> Iterator[BinaryIO]:
     """Opens a file for writing that gets its name only when the block ends without an error; creates its folder.
 
-    A remote file is collected on local disk first: an upload that was begun could only be completed, not taken back.
+    A remote file is written to local disk first, because an upload that was begun cannot be cancelled.
 
     Raises:
-        ValueError: the place cannot be written; the message says why.
+        ValueError: it cannot be written; the message says why.
     """
     found, path = filesystem(uri)
     try:
@@ -256,8 +253,7 @@ def open_atomic(uri: str) -> Iterator[BinaryIO]:
 def require_absolute(uri: str, setting: str) -> str:
     """The absolute form of a path or URI; in a submitted job a relative path is refused.
 
-    A job runs in a folder that Ray unpacks for it and later removes: what a relative path names there is nothing that
-    the user has seen.
+    A job runs in a folder that Ray unpacks for it and later removes, so a relative path names no file of the user.
 
     Raises:
         ValueError: a relative path in a submitted job, or what `absolute_uri` raises.
@@ -272,24 +268,24 @@ def require_absolute(uri: str, setting: str) -> str:
 
 
 def list_folders(uri: str) -> list[str]:
-    """Names of the folders in a folder, sorted; none where it is not there."""
+    """Names of the folders in a folder, sorted; empty when it does not exist."""
     found, path = filesystem(uri)
     entries = found.get_file_info(pafs.FileSelector(path, allow_not_found=True))
     return sorted(entry.base_name for entry in entries if entry.type == pafs.FileType.Directory)
 
 
 def delete_file(uri: str) -> None:
-    """Removes a file; it may be gone already."""
+    """Removes a file, if it exists."""
     found, path = filesystem(uri)
     with contextlib.suppress(FileNotFoundError):
         found.delete_file(path)
 
 
 def publish(path: Path, uri: str) -> None:
-    """Gives a finished local file its place and name; it appears there whole, and is gone from where it was.
+    """Moves a finished local file to a URI, where it appears only when it is complete.
 
     Raises:
-        ValueError: the place cannot be written; the message says why.
+        ValueError: it cannot be written; the message says why.
     """
     found, target = filesystem(uri)
     try:
@@ -310,7 +306,7 @@ def file_sha256(uri: str) -> str:
     """SHA-256 of a file, read in pieces.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: it does not exist.
     """
     digest = hashlib.sha256()
     found, path = filesystem(uri)
@@ -321,7 +317,7 @@ def file_sha256(uri: str) -> str:
 
 
 def make_folder(uri: str) -> None:
-    """Makes a folder with those above it, where the storage has folders; it may be there already."""
+    """Creates a local folder and its parents, if missing; object stores have no folders."""
     if (local := local_path(uri)) is not None:
         local.mkdir(parents=True, exist_ok=True)
 
@@ -330,7 +326,7 @@ def fetch(uri: str, path: Path) -> None:
     """Copies a file onto this machine's disk.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: it does not exist.
     """
     found, source = filesystem(uri)
 

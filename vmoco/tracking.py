@@ -1,7 +1,7 @@
-"""Metrics, parameters and checkpoints of a run in MLflow; with `registry.py` what knows MLflow.
+"""Runs in MLflow: their settings, metrics, tags and documents.
 
-The tracker is never waited for: a spool (`vmoco/spool.py`) stands between it and the run. Workers use the client with
-a run id and never MLflow's current run, of which there is one per process.
+Training never waits for the tracker: a spool (`vmoco/spool.py`) stands between them. Workers use the client with a run
+id and never MLflow's current run, of which there is one per process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vmoco.spool import Document, Points, RefusedError, Spool
 
 _ASK_SECONDS = 5.0
 # HTTP statuses after which sending again is of no use. Points are refused only where they are not valid: a 403 for them
-# means that the rights to the tracker are wrong, which somebody may correct while the run goes on.
+# means that the rights to the tracker are wrong, which an administrator may correct during the run.
 _POINTS_REFUSED = frozenset({400, 413, 422})
 _DOCUMENTS_REFUSED = frozenset({400, 403, 413, 422})
 
@@ -32,7 +32,7 @@ def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or a database in $VMOCO_HOME (~/.vmoco).
 
     Raises:
-        ValueError: it carries a password: the URI is shown to people and kept with runs.
+        ValueError: it contains a password; the URI is shown in logs and kept with runs.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.join(storage.home(), 'mlflow.db')}"
     if urllib.parse.urlsplit(uri).password:
@@ -53,16 +53,16 @@ def client(uri: str | None = None) -> Any:
     if uri.startswith("sqlite:///"):
         if importlib.util.find_spec("sqlalchemy") is None:
             raise ValueError(
-                f"the tracker {uri} is a database, and this is the light install of vmoco, which reads none: set "
+                f"the tracker {uri} is a database, which the light install of vmoco cannot read: set "
                 "MLFLOW_TRACKING_URI to an MLflow server, or pip install 'vmoco[cluster]'"
             )
         _check_database(uri.removeprefix("sqlite:///"))
-    # MLflow tries 7 times for minutes; a person waits for the first answer, and a spool tries again by itself.
+    # MLflow's default is 7 tries over minutes: too long for a user who waits, and a spool repeats requests anyway.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    # Files through the server: by default MLflow sends its clients to the store itself, which few of them may reach.
+    # Files go through the server: by default MLflow sends clients to the store itself, which few of them can reach.
     os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
     os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a job's log is no terminal
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a job's log is not a terminal
     from mlflow import MlflowClient  # 4 s: only where something is tracked
 
     logging.getLogger("alembic").setLevel(logging.WARNING)  # creating the database writes a line per table
@@ -113,7 +113,7 @@ def create_run(
 
 
 def create_import(name: str, *, tags: Mapping[str, str]) -> str:
-    """Creates the MLflow run that stands for weights of others, and returns its id: it holds them as its artifacts.
+    """Creates the MLflow run whose artifacts are imported weights, and returns its id.
 
     Raises:
         ValueError: the tracker cannot be used.
@@ -130,7 +130,7 @@ def create_import(name: str, *, tags: Mapping[str, str]) -> str:
 
 
 def create_parent(name: str, *, experiment: str, params: Mapping[str, str]) -> str:
-    """Creates the MLflow run of a sweep, below which its trials are shown, and returns its id.
+    """Creates the MLflow run of a sweep, the parent of its trials' runs, and returns its id.
 
     Raises:
         ValueError: the tracker cannot be used.
@@ -148,14 +148,14 @@ def create_parent(name: str, *, experiment: str, params: Mapping[str, str]) -> s
 
 
 def await_answer(*, timeout: float, show: Callable[[str], None]) -> None:
-    """Waits until the tracker answers, for `timeout` seconds; `show` takes a line where it does not at once.
+    """Waits up to `timeout` seconds until the tracker answers; `show` receives a warning if it does not at once.
 
     Raises:
         ValueError: it does not answer, or cannot be used.
     """
     from mlflow.exceptions import MlflowException
 
-    end, told = time.monotonic() + timeout, False
+    end, warned = time.monotonic() + timeout, False
     while True:
         try:
             client().search_experiments(max_results=1)
@@ -164,9 +164,9 @@ def await_answer(*, timeout: float, show: Callable[[str], None]) -> None:
             unusable = _unusable(error)
             if time.monotonic() > end:
                 raise unusable from error
-        if not told:
+        if not warned:
             show(f"warning: {unusable}; waiting for it, up to {timeout / 60:.0f} min")
-            told = True
+            warned = True
         time.sleep(_ASK_SECONDS)
 
 
@@ -185,7 +185,7 @@ def note_run(run_id: str, *, tags: Mapping[str, str], documents: Mapping[str, Do
     """Adds tags, and documents as artifacts by name, to a run.
 
     Returns:
-        Why the tracker did not take them, as a sentence; empty where it did.
+        An error message; empty when the tracker has them.
     """
     from mlflow.exceptions import MlflowException
 
@@ -195,19 +195,19 @@ def note_run(run_id: str, *, tags: Mapping[str, str], documents: Mapping[str, Do
             tracker.set_tag(run_id, key, value)
         RunTracker(tracking_uri(), run_id).send([], documents or {})
     except (MlflowException, RefusedError) as error:
-        return f"the tracker {tracking_uri()} did not take notes on run {run_id}: {error}"
+        return f"the tracker {tracking_uri()} cannot add tags or documents to run {run_id}: {error}"
     return ""
 
 
 def _experiment(tracker: Any, name: str) -> str:
-    """The id of an experiment, which is created where there is none.
+    """The id of an experiment, which is created if it does not exist.
 
     Raises:
         ValueError: it was deleted, or its artifacts would lie on the disk of the server.
     """
     found = tracker.get_experiment_by_name(name)
     if found is None:
-        # A server decides itself where artifacts go; the embedded database would put them into the working directory.
+        # A server decides where artifacts go; the embedded database would put them into the working directory.
         embedded = tracking_uri().startswith("sqlite:")
         location = storage.join(storage.home(), "mlartifacts") if embedded else None
         found = tracker.get_experiment(tracker.create_experiment(name, artifact_location=location))
@@ -229,7 +229,7 @@ def _experiment(tracker: Any, name: str) -> str:
 
 
 def _unusable(error: Exception) -> ValueError:
-    """What a run meets whose tracker does not answer as it should."""
+    """The error about a tracker that cannot be used, with what to do about it where that is known."""
     hint = ""
     if "Invalid Host header" in str(error):
         host = urllib.parse.urlsplit(tracking_uri()).netloc
@@ -242,7 +242,7 @@ def _unusable(error: Exception) -> ValueError:
 
 @contextlib.contextmanager
 def _refusals(statuses: frozenset[int]) -> Iterator[None]:
-    """Turns answers with one of these HTTP statuses into RefusedError; every other error may pass."""
+    """Turns answers with one of these HTTP statuses into RefusedError; other errors pass unchanged."""
     try:
         yield
     except Exception as error:
@@ -260,7 +260,7 @@ def _status(error: Exception) -> int | None:
 
 
 class RunTracker:
-    """Takes the points of one run; what `vmoco.spool` sends to.
+    """The tracker of one run, for `vmoco.spool`.
 
     Args:
         uri: of the tracker.
@@ -279,10 +279,10 @@ class RunTracker:
     def send(self, points: list[Points], documents: Mapping[str, Document]) -> None:
         """Sends metrics in one request, and documents as artifacts.
 
-        MLflow keeps a metric that it has already, with this step, time and value, once.
+        MLflow keeps a metric of the same step, time and value only once.
 
         Raises:
-            RefusedError: the tracker answers that it will never take them.
+            RefusedError: the tracker refuses them for good.
         """
         from mlflow.entities import Metric
 
@@ -315,10 +315,10 @@ def spool(
 
 
 def resume_run(run_id: str) -> str:
-    """Takes a run up again that had ended.
+    """Marks a run that had ended as running again.
 
     Returns:
-        Why the tracker did not take it, as a sentence; empty where it did.
+        An error message; empty when the tracker has the change.
 
     Raises:
         ValueError: the tracker answers and does not know the run.
@@ -328,10 +328,10 @@ def resume_run(run_id: str) -> str:
     try:
         client().update_run(run_id, "RUNNING")
     except MlflowException as error:
-        said = f"run {run_id} cannot be resumed in the tracker {tracking_uri()}: {error}"
+        message = f"run {run_id} cannot be resumed in the tracker {tracking_uri()}: {error}"
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            raise ValueError(said) from error
-        return said  # away for a while: the run goes on, and its points wait
+            raise ValueError(message) from error
+        return message  # the tracker is away for now: the run goes on, and its points wait
     return ""
 
 
@@ -339,12 +339,12 @@ def finish_run(run_id: str, status: str) -> str:
     """Sets how a run ended: FINISHED, FAILED or KILLED (stopped on request).
 
     Returns:
-        Why the tracker did not take it, as a sentence; empty where it did.
+        An error message; empty when the tracker has the change.
     """
     from mlflow.exceptions import MlflowException
 
     try:
         client().set_terminated(run_id, status)
-    except MlflowException as error:  # the run itself has ended well or badly already: this must not hide how
-        return f"the tracker {tracking_uri()} was not told that the run is {status}: {error}"
+    except MlflowException as error:  # the run has ended already: this must not hide how it ended
+        return f"the tracker {tracking_uri()} does not show yet that the run is {status}: {error}"
     return ""

@@ -87,7 +87,7 @@ def test_a_video_that_gives_no_clips_is_said(tmp_path: Path) -> None:
     ids=["float", "one frame", "channels first", "no clip", "float array"],
 )
 def test_other_frames_are_refused(wrong: torch.Tensor) -> None:
-    """The sentence says what came and what is needed."""
+    """The message names the shape that came and the one that is needed."""
     with pytest.raises(ValueError, match=r"frames are .*(float|uint8).*: .*uint8"):
         encoder_of().embed(wrong)
 

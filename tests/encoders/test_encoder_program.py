@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def recorded(folder: Path, monkeypatch: pytest.MonkeyPatch, sha256: str) -> None:
-    """As MLflow leaves a folder that it fetched by name, with the registry's record of its card."""
+    """A folder as MLflow fetches it by name, and the registry's record of its card."""
     import mlflow
 
     (folder / "registered_model_meta").write_text("model_name: 'an encoder'\nmodel_version: '3'\n")
@@ -57,7 +57,7 @@ def test_raw_clips_give_the_encoders_features(folder: Path, monkeypatch: pytest.
     ids=["float", "7 frames", "4-D"],
 )
 def test_other_clips_are_refused(folder: Path, wrong: np.ndarray) -> None:
-    """The sentence says what came and what is needed."""
+    """The message names the shape that came and the one that is needed."""
     with pytest.raises(ValueError, match=r"clips are .*: uint8 \(clips, 8 frames, height, width, 3\), RGB, is needed"):
         encoder_program.EncoderProgram(folder).predict(wrong)
 
@@ -76,7 +76,7 @@ def test_a_changed_program_is_not_opened(folder: Path, monkeypatch: pytest.Monke
 
 
 def test_a_program_changed_together_with_its_card_is_not_opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The registry's record of the card is what is trusted."""
+    """Only the registry's record of the card is trusted."""
     recorded(folder, monkeypatch, file_sha256(str(folder / CARD)))
     (folder / PROGRAM).write_bytes(b"another program")
     card = json.loads((folder / CARD).read_text())

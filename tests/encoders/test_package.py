@@ -1,4 +1,4 @@
-"""An encoder that is read gives the features of the one that was written, and a changed one is refused."""
+"""A loaded encoder gives the features of the exported one, and a changed one is refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> tup
 
 @pytest.fixture
 def folder(written: tuple[Path, TrainState], tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
+    """A copy that a test may change."""
     return Path(shutil.copytree(written[0], tmp_path / "encoder"))
 
 
@@ -80,7 +80,7 @@ def test_the_card_says_where_it_comes_from(written: tuple[Path, TrainState], man
 
 
 def test_the_commit_is_that_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    """40 hex digits, with a mark where files were changed; an image names its own."""
+    """40 hex digits, with a mark if files were changed; VMOCO_COMMIT overrides it."""
     commit = package.git_commit()
     if commit is not None:  # else the sources are not a checkout
         assert len(commit.removesuffix("+changes")) == 40
@@ -89,7 +89,7 @@ def test_the_commit_is_that_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_videos_travel_with_it(written: tuple[Path, TrainState], manifest: Manifest) -> None:
-    """One row per video, sorted, with what was held out."""
+    """One row per video, sorted, with whether it was held out."""
     table = pq.read_table(written[0] / package.VIDEOS)
     assert table["video_id"].to_pylist() == [f"video-{video:03d}" for video in range(12)]
     assert table["held_out"].to_pylist() == [False] * 9 + [True] * 3

@@ -23,7 +23,7 @@ def test_torch_export_is_bitwise_the_encoder(tmp_path: Path, name: str, size: in
 
 
 def test_a_program_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison looks at what was written, and not at what was meant."""
+    """The written file is compared, not the program in memory."""
     encoder = encoder_of()
     monkeypatch.setattr(encoder, "embed", lambda source: torch.zeros(len(source), encoder.feature_dim))
     with pytest.raises(RuntimeError, match="the exported program differs from the encoder by"):

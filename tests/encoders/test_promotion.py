@@ -18,7 +18,7 @@ def score(value: float, evaluation_set: str = "set-a", protocol: str = promotion
 
 @pytest.fixture
 def name(tracker_home: Path) -> str:
-    """A registered name with three versions, without any files: aliases and tags are what is looked at here."""
+    """A registered name with three versions without files: these tests need only aliases and tags."""
     run_id = tracking.create_import("none", tags={f"{SHA256_TAG}.encoder": "0"})
     for _ in range(3):
         registry.register(run_id, name="tested", alias="candidate")
@@ -59,7 +59,7 @@ def test_with_several_common_sets_it_must_win_on_each(name: str) -> None:
 
 
 def test_force_needs_a_reason_and_rollback_goes_back(name: str) -> None:
-    """The reason is kept; one call brings the champion before back, another the one before that."""
+    """The reason is kept; one rollback restores the previous champion, a second one the champion before that."""
     with pytest.raises(ValueError, match="has had 0 champions"):
         rollback(name)
     with pytest.raises(ValueError, match="--force is empty: write why"):
@@ -82,7 +82,7 @@ def test_a_long_history_fits_the_tracker(name: str) -> None:
 
 
 def test_an_unknown_name_is_said(name: str) -> None:
-    """With the names that there are."""
+    """The message lists the names that exist."""
     with pytest.raises(ValueError, match=r"nothing is registered as 'other'.*there is tested"):
         promotion.history("other")
     with pytest.raises(ValueError, match=r"models:/tested/9 is not registered"):

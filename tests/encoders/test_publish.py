@@ -64,7 +64,7 @@ def test_any_kept_checkpoint_of_a_run_becomes_an_encoder(
 
 
 def test_a_score_of_training_is_not_measured_again(manifest: Manifest, tracker_home: Path, tmp_path: Path) -> None:
-    """What the run's own evaluation said of a checkpoint goes with its encoder; another one is measured as there."""
+    """A score that the run measured is registered with the encoder; a checkpoint without one is scored the same way."""
     known = promotion.Score("label-free", "its own clips", 0.123, 0.1, 0.2, "chance 1 %")
     tracked_run(tmp_path, manifest, steps=(10, 20), scores={10: known})
     said: list[str] = []
@@ -96,7 +96,7 @@ def test_a_checkpoint_that_is_gone_or_changed_is_said(manifest: Manifest, tracke
 def test_which_encoders_saw_a_video(
     manifest: Manifest, other_manifest: Manifest, tracker_home: Path, tmp_path: Path
 ) -> None:
-    """Of two data sets and an import: those that trained on it, that held it out, and those that nobody knows of."""
+    """With two data sets and an import: trained on it, held it out, and unknown."""
     for name, data in (("one", manifest), ("two", other_manifest)):
         tracked_run(tmp_path, data, name=name)
         publish_run(name, RegisterOptions(name=name, score=False))
@@ -117,7 +117,7 @@ def test_which_encoders_saw_a_video(
 
 
 def features_of(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """What a torchvision ResNet hands to its classifier."""
+    """The input of a torchvision ResNet's classifier."""
     model.fc = nn.Identity()
     with torch.no_grad():
         return torch.nn.functional.normalize(model.eval()(inputs), dim=1)
@@ -152,10 +152,10 @@ def test_weights_of_the_released_code(tracker_home: Path, tmp_path: Path) -> Non
 
 
 def test_a_file_that_is_no_such_weights_is_said(tracker_home: Path, tmp_path: Path) -> None:
-    """Of another network, and with a flag that makes no sense; in one line, and nothing is registered."""
+    """Weights of another network, or a flag that does not apply: an error of one line, and nothing is registered."""
     torch.save(torchvision_video.mvit_v1_b().state_dict(), tmp_path / "mvit.pth")
     with pytest.raises(ValueError, match=r"of no network that is known, their first keys are .*torchvision's r3d_18"):
         publish_file(tmp_path / "mvit.pth", RegisterOptions(name="other"))
     ended = job("register", str(tmp_path / "mvit.pth"), "--name", "other", "--step", "3")
     assert ended.returncode == 1
-    assert ended.stderr.splitlines()[-1].startswith("error: --step 1 chooses a checkpoint of a run")
+    assert ended.stderr.splitlines()[-1].startswith("error: --step 3 chooses a checkpoint of a run")

@@ -50,7 +50,7 @@ def stored(name: str = "tested") -> Path:
 
 
 def test_encoders_are_pulled_by_alias_and_version(folder: Path, manifest: Manifest, tracker_home: Path) -> None:
-    """A second version takes the alias over, the first stays under its number; both give the exported features.
+    """A second version gets the alias, the first keeps its number; both give the exported features.
 
     An unknown name, and an unknown alias, list what there is.
     """
@@ -75,7 +75,7 @@ def test_encoders_are_pulled_by_alias_and_version(folder: Path, manifest: Manife
 
 
 def test_the_champion_is_not_given_away(folder: Path, manifest: Manifest, tracker_home: Path) -> None:
-    """Registration refuses the alias, and says how it is earned."""
+    """Registration refuses the alias and says which command sets it."""
     with pytest.raises(
         ValueError, match=r"alias 'champion' cannot be set when an encoder is registered.*jobs/registry.py promote"
     ):
@@ -83,7 +83,7 @@ def test_the_champion_is_not_given_away(folder: Path, manifest: Manifest, tracke
 
 
 def test_a_changed_registered_encoder_is_refused(folder: Path, manifest: Manifest, tracker_home: Path) -> None:
-    """Weights with a card that fits them again: the registry's record of the card is in its database."""
+    """Also when weights and card were changed together, because the registry's database records the card's hash."""
     register(folder, manifest)
     place = stored()
     (place / package.WEIGHTS).write_bytes(b"other weights")
@@ -100,7 +100,7 @@ def test_a_changed_registered_encoder_is_refused(folder: Path, manifest: Manifes
 def test_lists_are_read_page_by_page(
     folder: Path, manifest: Manifest, tracker_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With two entries a page: all five names, all four versions of one, and every encoder that saw a video."""
+    """With two entries a page it finds all five names, all four versions of one, and each encoder that saw a video."""
     monkeypatch.setattr(registry, "_PAGE", 2)
     run_id, _ = register(folder, manifest, "a")
     for name in ("a", "a", "a", "b", "c", "d", "e"):
@@ -110,6 +110,14 @@ def test_lists_are_read_page_by_page(
     video = manifest.table["video_id"][0].as_py()
     assert {seen.uri for seen in registry.encoders_that_saw(video).sightings} == {f"models:/{each}" for each in found}
     with pytest.raises(ValueError, match=r"there is a, b, c, d, e$"):
+        registry.find_model("none")
+
+
+def test_more_names_than_one_page_are_all_listed(tracker_home: Path) -> None:
+    """The registry answers with 100 names at most, and here there are 101."""
+    for number in range(101):
+        tracking.client().create_registered_model(f"encoder-{number:03}")
+    with pytest.raises(ValueError, match=r"encoder-000, .*encoder-099, encoder-100$"):
         registry.find_model("none")
 
 
@@ -130,7 +138,7 @@ def pulled(
 def test_pulled_encoders_are_cached(
     pulled: TrackingServer, folder: Path, tmp_path: Path, vmoco_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first load fetches and leaves no temporary file; later ones download nothing; what was changed is refetched.
+    """The first load leaves no temporary file, later loads download nothing, and a changed file is downloaded again.
 
     An entry of the cache that was changed is never opened, and a bound below the weights only costs another download.
     """
@@ -193,7 +201,7 @@ except Exception as error:
 def test_mlflow_alone_gives_the_same_features(
     folder: Path, manifest: Manifest, tracker_home: Path, tmp_path: Path
 ) -> None:
-    """In an environment that has torch and MLflow, without vmoco and Ray: raw clips give the same bits."""
+    """With torch and MLflow, but without vmoco and Ray, raw clips give the same bits."""
     register(folder, manifest)
     python = light_environment(tmp_path / "environment", "torch", "mlflow", without=("ray", "vmoco", "torchvision"))
     frames = clips()
