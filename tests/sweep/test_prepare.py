@@ -66,7 +66,7 @@ def test_a_generation_whose_donors_are_gone_ends_the_sweep_with_a_reason(populat
     for trial in prepared.sweep.trials:
         trial.status, trial.scores = "finished", {"score/retrieval": 0.5}
     assert not prepared.next_generation()
-    assert all("is no checkpoint" in sentence for sentence in prepared.refused)
+    assert all("is not a checkpoint" in sentence for sentence in prepared.refused)
     assert len(prepared.refused) == 3
 
 
