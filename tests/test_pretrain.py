@@ -194,7 +194,7 @@ def test_a_run_starts_from_a_registered_encoder(service: Service, undisturbed: s
     job = service.pretrain("other", "--init", "models:/tested@candidate", "--model.backbone", "r2plus1d_nano")
     said, _ = job.communicate(timeout=100)
     assert job.returncode != 0
-    assert "is a r3d_nano, model.backbone is r2plus1d_nano: set the backbone" in said.strip().splitlines()[-1]
+    assert "is a r3d_nano, --model.backbone is r2plus1d_nano: set --model.backbone" in said.strip().splitlines()[-1]
 
 
 def test_the_encoder_is_pulled_by_name_without_ray(service: Service, undisturbed: str) -> None:

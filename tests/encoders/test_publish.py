@@ -83,11 +83,11 @@ def test_a_checkpoint_that_is_gone_or_changed_is_said(manifest: Manifest, tracke
     tracked_run(tmp_path, manifest, steps=(10, 20))
     record = tmp_path / "a-run" / "step-00000010" / "state.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"sha256": "0" * 64}))
-    with pytest.raises(ValueError, match="is not the one that was tracked"):
+    with pytest.raises(ValueError, match="is not the one that the run tracked"):
         publish_run("a-run", RegisterOptions(name="tested"), step=10)
     (tmp_path / "a-run" / "step-00000020" / "state.safetensors").unlink()
     with pytest.raises(
-        ValueError, match=r"step-00000020 has no state.safetensors, though the run tracked it: .* also kept 10"
+        ValueError, match=r"step-00000020 has no state.safetensors, although the run lists it: .* also kept 10"
     ):
         publish_run("a-run", RegisterOptions(name="tested"))
     assert registry.versions() == []

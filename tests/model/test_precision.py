@@ -33,7 +33,7 @@ def test_cpu_computes_in_float32(precision: str) -> None:
 
 def test_bf16_on_a_cpu_is_refused() -> None:
     """The sentence has the setting, why, and what is allowed."""
-    with pytest.raises(ValueError, match=r"^train\.precision bf16 is not allowed on a CPU, because .*: use auto or"):
+    with pytest.raises(ValueError, match=r"^--train\.precision bf16 is not allowed on a CPU, because .*: use auto or"):
         autocast_dtype("bf16", CPU)
 
 
@@ -53,7 +53,7 @@ def test_gpu_without_bf16_computes_in_float32() -> None:
     """`auto` says which GPU it is; asking for bf16 is refused, although it could be emulated slowly."""
     assert autocast_dtype("auto", CUDA) == (None, "fp32 because a GPU has no bf16 arithmetic")
     with pytest.raises(
-        ValueError, match=r"^train\.precision bf16, but a GPU does not compute in it: use auto or fp32$"
+        ValueError, match=r"^--train\.precision bf16, but a GPU does not compute in it: use auto or fp32$"
     ):
         autocast_dtype("bf16", CUDA)
 
@@ -85,7 +85,7 @@ def test_nondeterministic_work_becomes_an_error() -> None:
 @pytest.mark.usefixtures("process_as_it_was")
 def test_backbone_without_deterministic_gradient_is_refused() -> None:
     """On a GPU: on a CPU it has one."""
-    with pytest.raises(ValueError, match=r"train\.deterministic, .* model\.backbone s3d .*: use another"):
+    with pytest.raises(ValueError, match=r"--train\.deterministic, .* --model\.backbone s3d .*: use another"):
         require_determinism("s3d", torch.device("cuda"))
     assert not torch.are_deterministic_algorithms_enabled()
     require_determinism("s3d", torch.device("cpu"))

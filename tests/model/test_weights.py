@@ -119,7 +119,7 @@ def test_what_is_no_such_checkpoint_is_refused() -> None:
     encoder = MocoEncoder("r3d_18", embedding_dim=16, head="linear")
     with pytest.raises(ValueError, match=r"no module\.encoder_q\.\*, its first keys are stem\.0\.weight"):
         load_released(encoder, BUILDERS["r3d_18"]().state_dict())
-    with pytest.raises(ValueError, match=r"encoder 'both' is not known: one of query, key"):
+    with pytest.raises(ValueError, match=r"encoder 'both' is not known: give one of query, key"):
         load_released(encoder, {}, which="both")
 
 

@@ -1,6 +1,6 @@
-"""Networks from a clip to a feature: torchvision's video networks, and small ones of the same blocks for a CPU.
+"""Networks from a clip to a feature (torchvision's, and small ones of the same blocks for a CPU), and the head on top.
 
-Projection from a feature to the embedding that is compared; thrown away after pretraining.
+The head maps a feature to the embedding that the loss compares. It is thrown away after pretraining.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def build_backbone(name: str) -> Backbone:
     if name == "r2plus1d_nano":
         return _nano(Conv2Plus1D)
     known = ", ".join([*_TORCHVISION, "s3d", "r3d_nano", "r2plus1d_nano"])
-    raise ValueError(f"model.backbone {name!r} is not known: one of {known}")
+    raise ValueError(f"--model.backbone {name!r} is not known: give one of {known}")
 
 
 class _S3dPool(nn.Module):
-    """torchvision's pooling over 2x7x7 windows, also for clips below 16x224x224, which have no whole window."""
+    """torchvision's pooling over 2x7x7 windows, also for clips below 16x224x224, which have no complete window."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, C, T, H, W) -> (B, C, T', H', W'); S3D itself then takes the mean over what is left."""
+        """(B, C, T, H, W) -> (B, C, T', H', W'); S3D then takes the mean over T', H' and W'."""
         frames, height, width = features.shape[2:]
         return F.avg_pool3d(features, (min(frames, 2), min(height, 7), min(width, 7)), stride=1)
 
@@ -75,8 +75,8 @@ def _s3d() -> Backbone:
     trunk = torchvision_video.s3d(weights=None)
     for module in trunk.modules():
         if isinstance(module, nn.BatchNorm3d):
-            # torchvision's 0.001 is TensorFlow's 0.999: a run of a thousand steps would end with running statistics
-            # that are still those of its random initialisation.
+            # torchvision's 0.001 is TensorFlow's 0.999: after a thousand steps the running statistics would still be
+            # mostly those of the random initialisation.
             module.momentum = 0.1
     feature_dim = trunk.classifier[1].in_channels
     trunk.avgpool, trunk.classifier = _S3dPool(), nn.Identity()

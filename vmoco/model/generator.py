@@ -1,8 +1,8 @@
-"""The generator G: reads a clip and says how important each frame is; the most important frames are dropped.
+"""The generator G: it rates the importance of each frame of a clip, and the most important frames are dropped.
 
-G sees frames scaled down to a few pixels and looks at them in order with a ConvLSTM, so it costs a few percent of an
-encoder. It is trained by the gradient of the keep mask itself (`importance_gradient`), not through the pixels: dropping
-is a choice of whole frames, so what counts is how the loss changes when a frame's mask moves from 1 to 0.
+G sees frames scaled down to a few pixels and reads them in order with a ConvLSTM, so it costs a few percent of an
+encoder. It is trained by the gradient of the keep mask (`importance_gradient`), not through the pixels. Complete frames
+are dropped, so what counts is how the loss changes when the mask of a frame goes from 1 to 0.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Generator(nn.Module):
         )
         # The four gates of a ConvLSTM (Shi et al., 2015): input, forget, candidate, output.
         self.gates = nn.Conv2d(2 * hidden, 4 * hidden, 3, padding=1)
-        self.score = nn.Linear(hidden, 1, bias=False)  # softmax does not see a constant
+        self.score = nn.Linear(hidden, 1, bias=False)  # a constant has no effect on the softmax
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """float (B, 3, T, H, W) -> importance (B, T), each row on the simplex; B is a micro-batch where `relative`."""
         batch, _, num_frames, _, _ = clips.shape
-        # float32: the network is tiny, and a softmax near uniform needs the digits.
+        # float32: the network is tiny, and a nearly uniform softmax needs the digits.
         dtype = self.score.weight.dtype
         frames = F.adaptive_avg_pool3d(clips.to(dtype), (num_frames, self.frame_size, self.frame_size))
         features = self.frame(frames.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, num_frames))
@@ -55,20 +55,20 @@ class Generator(nn.Module):
             scores.append(self.score(hidden.mean(dim=(2, 3))))
         together = torch.cat(scores, dim=1)
         if self.relative:
-            # The state grows from zero along each clip, and edges matter more to the encoder than middles: both rank
-            # the places of all clips alike, and left alone G soon drops the same ones everywhere.
+            # The state grows from zero along each clip, and edges matter more to the encoder than the middle. Both
+            # order the positions of all clips in the same way, so G would soon drop the same positions everywhere.
             together = together - together.mean(dim=0, keepdim=True)
         return torch.softmax(together, dim=1)
 
 
 def keep_mask(importance: torch.Tensor, num_dropped: int) -> torch.Tensor:
-    """1 where a frame stays, 0 for the `num_dropped` most important, earlier at a tie: (B, T) -> float (B, T)."""
+    """1 for kept frames, 0 for the `num_dropped` most important, the earlier at a tie: (B, T) -> float (B, T)."""
     order = torch.argsort(importance.detach(), dim=1, descending=True, stable=True)
     return torch.ones_like(importance).scatter(1, order[:, :num_dropped], 0.0)
 
 
 def frame_fill(clips: torch.Tensor, kind: str) -> torch.Tensor:
-    """What stands in for dropped frames, (B, 3, T, 1, 1): a frame's own mean colour, or zero, the mean of all data."""
+    """What replaces dropped frames, (B, 3, T, 1, 1): a frame's own mean colour, or zero, the mean of all data."""
     if kind == "mean":
         return clips.mean(dim=(3, 4), keepdim=True)
     return clips.new_zeros(clips.shape[0], clips.shape[1], clips.shape[2], 1, 1)
@@ -85,8 +85,8 @@ def importance_gradient(
 ) -> torch.Tensor:
     """Gradient of a loss by the importance p, straight through the choice of frames: (B, T).
 
-    x~ = m * x + (1 - m) * fill gives dL/dm_t = sum over c, h, w of dL/dx~ * (x - fill), and dm/dp = -1: what is more
-    important is dropped. `pixel_sum` is the released code's estimator, the plain sum of dL/dx~, kept for comparison.
+    x~ = m * x + (1 - m) * fill gives dL/dm_t = sum over c, h, w of dL/dx~ * (x - fill), and dm/dp = -1, because more
+    important frames are dropped. `pixel_sum` is the estimator of the released code, the sum of dL/dx~, for comparison.
 
     Args:
         pixel_gradient: dL/dx~, (B, 3, T, H, W).

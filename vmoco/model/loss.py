@@ -10,14 +10,14 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Contrast:
-    """What comparing queries with keys gives; one entry per query."""
+    """Result of comparing queries with keys; one entry per query."""
 
     loss: torch.Tensor
-    """float32 (B,): with graph."""
+    """float32 (B,), with graph."""
     positive_similarity: torch.Tensor
     """float32 (B,): cosine of query and its key."""
     negative_similarity: torch.Tensor
-    """float32 (B,): mean cosine with its negatives; 0 where there are none yet."""
+    """float32 (B,): mean cosine with its negatives; 0 as long as there are none."""
     correct: torch.Tensor
     """float32 (B,): 1 where the positive is the most similar of all, as the loss weighs them."""
 
@@ -35,7 +35,7 @@ def contrast(
     """The contrastive loss of D: -log(e^(q.k+ / tau) / (e^(q.k+ / tau) + sum_i e^(t^a_i q.k_i / tau))).
 
     The positive is not decayed. With `decay_on="exp"` a negative contributes t^a_i * e^(q.k_i / tau) instead, so an old
-    key really goes away; on the logit a dissimilar old key is raised towards similarity 0 (VideoMoCo, equation 3).
+    key fades. With "logit" a dissimilar old key moves up towards similarity 0 (VideoMoCo, equation 3).
 
     Args:
         queries: float32 (B, D), unit rows.
@@ -52,7 +52,7 @@ def contrast(
     decayed = similarity * weights if decay_on == "logit" else similarity + temperature * weights.log()
     decayed = decayed.masked_fill(~allowed, float("-inf"))
     logits = torch.cat([positive, decayed], dim=1) / temperature
-    target = logits.new_zeros(len(logits), dtype=torch.int64)  # the positive stands first
+    target = logits.new_zeros(len(logits), dtype=torch.int64)  # the positive is the first column
     num_allowed = allowed.sum(dim=1)
     return Contrast(
         loss=F.cross_entropy(logits, target, reduction="none"),
@@ -65,6 +65,6 @@ def contrast(
 def adversarial_loss(dropped: torch.Tensor, whole: torch.Tensor, *, strength: float) -> torch.Tensor:
     """The loss of G, per clip: -lambda * mean |q - q_real| over the embedding, (B, D), (B, D) -> (B,).
 
-    It falls when the clip with dropped frames is represented differently from the whole one.
+    It falls when the embedding of the clip with dropped frames differs from that of the complete clip.
     """
     return -strength * (dropped - whole).abs().mean(dim=1)

@@ -1,4 +1,4 @@
-"""The networks of VideoMoCo and how they hang together: query and key encoder, generator, queue."""
+"""The networks of VideoMoCo and how they follow each other: query encoder, key encoder, generator, queue."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vmoco.seed import hash64
 
 
 class MocoEncoder(nn.Module):
-    """Backbone and projection: a clip becomes a point on the unit sphere.
+    """Backbone and head: maps a clip to a point on the unit sphere.
 
     Args:
         backbone_name: see `build_backbone`.
@@ -48,7 +48,7 @@ class MocoEncoder(nn.Module):
 
 @contextmanager
 def running_statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Inside, batch normalisation normalises by its batch as in training, but leaves its running statistics alone."""
+    """Inside, batch normalisation uses its batch as in training, but does not update its running statistics."""
     layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     before = [layer.track_running_stats for layer in layers]
     try:
@@ -61,7 +61,7 @@ def running_statistics_kept(module: nn.Module) -> Iterator[None]:
 
 
 class VideoMoco:
-    """Everything that is trained, kept outside any one module because each part is updated in its own way.
+    """Everything that is trained. It is not one module, because each part is updated in its own way.
 
     Attributes:
         query: D, the query encoder; follows the contrastive loss.
@@ -73,7 +73,7 @@ class VideoMoco:
     def __init__(
         self, settings: PretrainSettings, *, device: torch.device, autocast_dtype: torch.dtype | None = None
     ) -> None:
-        # The initial weights follow from the seed alone: drawn on the CPU, apart from the process's own generator.
+        # The initial weights follow from the seed alone: they are drawn on the CPU, not by the process's generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hash64("initial weights", settings.run.seed) % 2**63)
             query = MocoEncoder(

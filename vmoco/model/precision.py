@@ -1,14 +1,8 @@
-"""Which arithmetic the encoders run in, and why.
+"""The arithmetic of the encoders: bf16 or fp32, and the deterministic mode.
 
-On CPUs it is fp32, also where they compute in bf16: at small shapes the bf16 weight gradient of a 3-D convolution is
-computed from memory that nobody wrote (seen with torch 2.14.1 on AVX512-BF16: 512 channels, 3x3x3, at 2x7x7, the last
-layer of r3d_18 at 16x112x112; `python -m tests.benchmarks.bf16_gradient` shows it).
-
-
-The deterministic mode: the same bits from the same GPUs, at some cost in speed.
-
-CPUs give the same bits without it. It belongs to the whole process, so a worker calls it once, before any other
-work.
+CPUs always use fp32, even if they support bf16. At small shapes their bf16 weight gradient of a 3-D convolution is
+computed from uninitialised memory (seen with torch 2.14.1 on AVX512-BF16: 512 channels, 3x3x3, at 2x7x7, the last layer
+of r3d_18 at 16x112x112; `python -m tests.benchmarks.bf16_gradient` shows it).
 """
 
 from __future__ import annotations
@@ -26,7 +20,7 @@ def autocast_dtype(precision: str, device: torch.device) -> tuple[torch.dtype | 
         device: where the encoders run.
 
     Raises:
-        ValueError: bf16 is asked for where it cannot be had.
+        ValueError: the device has no usable bf16, and `precision` is "bf16".
     """
     # NVIDIA GPUs would compute fp32 convolutions in TF32, with 3 digits: fp32 means fp32 here.
     torch.backends.cudnn.allow_tf32 = False
@@ -35,7 +29,7 @@ def autocast_dtype(precision: str, device: torch.device) -> tuple[torch.dtype | 
     if device.type == "cpu":
         if precision == "bf16":
             raise ValueError(
-                "train.precision bf16 is not allowed on a CPU, because its bf16 weight gradients are wrong at small "
+                "--train.precision bf16 is not allowed on a CPU, because its bf16 weight gradients are wrong at small "
                 "shapes: use auto or fp32"
             )
         return None, "fp32 because bf16 gradients are wrong on CPUs"
@@ -43,27 +37,30 @@ def autocast_dtype(precision: str, device: torch.device) -> tuple[torch.dtype | 
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, f"bf16 because {name} computes in it"
     if precision == "bf16":
-        raise ValueError(f"train.precision bf16, but {name} does not compute in it: use auto or fp32")
+        raise ValueError(f"--train.precision bf16, but {name} does not compute in it: use auto or fp32")
     return None, f"fp32 because {name} has no bf16 arithmetic"
 
 
-# Networks with a step that has no deterministic gradient on GPUs (torch 2.14), and which.
+# Networks with an operation that has no deterministic gradient on GPUs (torch 2.14), and that operation.
 _WITHOUT = {"s3d": "3-D max pooling"}
 
 
 def require_determinism(backbone: str, device: torch.device) -> None:
-    """Makes torch use deterministic algorithms alone; what has none is an error from then on.
+    """Makes this process use deterministic algorithms only, so the same GPUs give the same bits, at some cost in speed.
+
+    Operations without such an algorithm raise an error from then on. CPUs are deterministic already. Call it once,
+    before any other work.
 
     Raises:
-        ValueError: the backbone cannot be trained so on this device.
+        ValueError: the backbone has no deterministic gradient on this device.
     """
     if device.type == "cuda" and backbone in _WITHOUT:
         raise ValueError(
-            f"train.deterministic, but the gradient of {_WITHOUT[backbone]} in model.backbone {backbone} has no "
-            "deterministic form on GPUs: use another backbone, or turn it off"
+            f"--train.deterministic, but the gradient of {_WITHOUT[backbone]} in --model.backbone {backbone} has no "
+            "deterministic algorithm on GPUs: use another backbone, or --train.no-deterministic"
         )
-    # cuBLAS reads it when it first needs memory: matrix products are repeatable with a workspace of fixed size only.
+    # cuBLAS reads this when it first needs memory: matrix products are repeatable only with a workspace of fixed size.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False  # it would choose algorithms by their speed of the moment
+    torch.backends.cudnn.benchmark = False  # it would choose algorithms by their speed at that moment

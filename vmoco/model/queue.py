@@ -1,11 +1,8 @@
-"""The queue of keys from earlier steps: the negatives.
+"""The queue of keys from earlier steps, which are the negatives, and the temporal decay of their weight.
 
-It lives outside DDP, as plain tensors that every rank fills alike: each rank enqueues the same gathered keys in the
-same (plan) order, so the queues stay equal without ever being sent. Beside each key stands the video it came from,
-because a key of the query's own video is no negative.
-
-
-Temporal decay: how much a key still counts at its age (VideoMoCo, section 3.3).
+The queue is outside DDP, as plain tensors. Each rank enqueues the same gathered keys in the same (plan) order, so the
+queues stay equal and are never sent. Each key has the id of its video, because a key of the query's own video is not a
+negative.
 """
 
 from __future__ import annotations
@@ -26,10 +23,10 @@ class KeyQueue:
         device: where the tensors live.
 
     Attributes:
-        keys: float32 (K, D), unit rows; zero where nothing has come in yet.
-        video_ids: int64 (K,), the video of each key; -1 where nothing has come in yet.
-        born: int64 (K,), the step at which each key came in; -1 where nothing has come in yet.
-        pointer: slot that the next key takes.
+        keys: float32 (K, D), unit rows; zero in an empty slot.
+        video_ids: int64 (K,), the video of each key; -1 in an empty slot.
+        born: int64 (K,), the step at which each key was enqueued; -1 in an empty slot.
+        pointer: slot of the next key.
     """
 
     def __init__(self, length: int, embedding_dim: int, *, device: torch.device | str = "cpu") -> None:
@@ -49,14 +46,14 @@ class KeyQueue:
 
     @torch.no_grad()  # keys are targets: no gradient ever flows into the queue
     def enqueue(self, keys: torch.Tensor, video_ids: torch.Tensor, *, step: int) -> None:
-        """Puts a batch of keys in place of the oldest, in order, wrapping at the end.
+        """Replaces the oldest keys by a batch, in order; wraps at the end.
 
         Args:
             keys: float32 (G, D), in plan order; G at most K.
             video_ids: int64 (G,).
-            step: the step that made them.
+            step: the step that computed them.
         """
-        assert len(keys) <= self.length, "checked with the settings: the batch fits the queue"
+        assert len(keys) <= self.length, "the settings check that the batch fits the queue"
         slots = (self.pointer + torch.arange(len(keys), device=self.keys.device)) % self.length
         self.keys[slots] = keys
         self.video_ids[slots] = video_ids
@@ -64,9 +61,9 @@ class KeyQueue:
         self.pointer = (self.pointer + len(keys)) % self.length
 
     def ages(self, step: int, *, unit: str) -> torch.Tensor:
-        """Age of each slot at a step, int64 (K,): the newest keys have age 1; meaningless where a slot is empty.
+        """Age of each slot at a step, int64 (K,): the newest keys have age 1; an empty slot has no meaningful age.
 
-        In steps: optimizer steps since the key came in. In keys: its place in the queue, counted from the newest.
+        With unit "step": optimizer steps since the key was enqueued. With "key": its place, counted from the newest.
         """
         if unit == "step":
             return step - self.born
@@ -74,11 +71,11 @@ class KeyQueue:
         return (self.pointer - 1 - slots) % self.length + 1
 
     def negatives_of(self, video_ids: torch.Tensor) -> torch.Tensor:
-        """Which slots are negatives of which query, bool (B, K): those filled, of another video than the query's."""
+        """Which slots are negatives of which query, bool (B, K): filled ones, of another video than the query's."""
         return (self.born >= 0)[None, :] & (self.video_ids[None, :] != video_ids[:, None])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The whole queue, for a checkpoint."""
+        """The complete queue, for a checkpoint."""
         pointer = torch.tensor(self.pointer, dtype=torch.int64)
         return {"keys": self.keys, "video_ids": self.video_ids, "born": self.born, "pointer": pointer}
 
@@ -86,12 +83,12 @@ class KeyQueue:
         """Restores `state_dict` bit for bit.
 
         Raises:
-            ValueError: the queue saved has another length or width.
+            ValueError: the saved queue has another length or width.
         """
         if state["keys"].shape != self.keys.shape:
             raise ValueError(
                 f"the checkpoint's queue is {tuple(state['keys'].shape)}, this run's {tuple(self.keys.shape)}: "
-                "set moco.queue-size and model.embedding-dim as they were"
+                "set --moco.queue-size and --model.embedding-dim as they were"
             )
         self.keys.copy_(state["keys"])
         self.video_ids.copy_(state["video_ids"])
@@ -100,11 +97,11 @@ class KeyQueue:
 
 
 def decay_at(step: int, settings: MocoSettings, *, total_steps: int, difference: float) -> float:
-    """t at a step, in (0, 1].
+    """t at a step, in (0, 1] (VideoMoCo, section 3.3).
 
-    linear and cosine reach decay_end at the last step; step goes there in two equal steps at 60 % and 80 % of the
-    run, as the learning rate does. adversarial is e^(L_G) of the previous step without lambda (the authors' journal
-    version leaves lambda = 100 in, so that a mean difference of 0.02 gives 0.14).
+    linear and cosine reach decay_end at the last step. step reaches it in two equal steps at 60 % and 80 % of the run,
+    as the learning rate does. adversarial is e^(L_G) of the previous step without lambda (the authors' journal version
+    includes lambda = 100, so that a mean difference of 0.02 gives 0.14).
 
     Args:
         step: the step about to be taken, counted from 0.
@@ -132,6 +129,6 @@ def key_weights(ages: torch.Tensor, decay: float) -> torch.Tensor:
 
 
 def oldest_key_weight(decay: float, *, queue_size: int, global_batch: int, age_unit: str) -> float:
-    """Weight of the oldest key of a full queue: what a setting of t really means."""
+    """Weight of the oldest key of a full queue: shows what a setting of t means."""
     oldest = queue_size if age_unit == "key" else math.ceil(queue_size / global_batch)
     return decay**oldest

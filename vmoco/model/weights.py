@@ -1,4 +1,4 @@
-"""Weights of others in our networks: torchvision's video models, and checkpoints of the released VideoMoCo code.
+"""Loads weights of other projects: torchvision's video models, and checkpoints of the released VideoMoCo code.
 
     backbone = build_backbone("r2plus1d_18")
     load_torchvision(backbone, torchvision.models.video.R2Plus1D_18_Weights.KINETICS400_V1.get_state_dict())
@@ -6,9 +6,9 @@
     encoder = MocoEncoder("r2plus1d_18", embedding_dim=128, head="linear")
     load_released(encoder, read_checkpoint(Path("r2d_200.pth.tar")))
 
-Every key must have its place: what is missing, unknown or of another shape is refused by name, and nothing is
-loaded then. Only the classifier of a torchvision model is dropped. Weights know nothing of pixels: torchvision's
-expect them normalised as ours are, the released code's by the mean and deviation of ImageNet.
+Every key must fit: a missing or unknown key, or another shape, is refused by name, and nothing is loaded then. Only the
+classifier of a torchvision model is dropped. The weights do not include the normalisation of the pixels. Those of
+torchvision expect the same as ours, those of the released code the mean and deviation of ImageNet.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ENCODERS = {"query": "module.encoder_q.", "key": "module.encoder_k."}
 """Prefixes of the two encoders in a checkpoint of the released code, which saved its DDP wrapper."""
 
 TORCHVISION = ("r3d_18", "mc3_18", "r2plus1d_18", "s3d")
-"""Backbones that torchvision has weights of."""
+"""Backbones for which torchvision has weights."""
 
 # torchvision names its classifier `fc` in the ResNets and `classifier` in S3D; the released code's `fc` is its head.
 _CLASSIFIERS = ("fc.", "classifier.")
@@ -57,11 +57,11 @@ def load_released(encoder: MocoEncoder, checkpoint: Mapping[str, object], *, whi
         which: "query" or "key".
 
     Raises:
-        ValueError: there is no such encoder in it, or it is of another architecture, width or head.
+        ValueError: the checkpoint has no such encoder, or one of another architecture, width or head.
     """
     entry = checkpoint.get("state_dict", checkpoint)
     if which not in ENCODERS:
-        raise ValueError(f"encoder {which!r} is not known: one of {', '.join(ENCODERS)}")
+        raise ValueError(f"encoder {which!r} is not known: give one of {', '.join(ENCODERS)}")
     prefix = ENCODERS[which]
     named = entry if isinstance(entry, Mapping) else {}
     tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
@@ -69,7 +69,7 @@ def load_released(encoder: MocoEncoder, checkpoint: Mapping[str, object], *, whi
     if not found:
         raise ValueError(
             f"the checkpoint has no {prefix}*, its first keys are {_first(named)}: "
-            "a checkpoint of the released VideoMoCo code is needed"
+            "give a checkpoint of the released VideoMoCo code"
         )
     renamed = {
         f"head.{name.removeprefix('fc.')}" if name.startswith("fc.") else f"backbone.trunk.{name}": tensor
@@ -79,7 +79,7 @@ def load_released(encoder: MocoEncoder, checkpoint: Mapping[str, object], *, whi
 
 
 def recognise(checkpoint: Mapping[str, object]) -> tuple[str, str, int, str]:
-    """Whose weights these are, and of which network, by their keys and shapes.
+    """Recognises the project and the network of weights by their keys and shapes.
 
     Args:
         checkpoint: what `read_checkpoint` returned.
@@ -89,7 +89,7 @@ def recognise(checkpoint: Mapping[str, object]) -> tuple[str, str, int, str]:
         ("linear" or "mlp"; empty for torchvision).
 
     Raises:
-        ValueError: they are of none of the networks that are known.
+        ValueError: they are of an unknown network.
     """
     entry = checkpoint.get("state_dict", checkpoint)
     named = entry if isinstance(entry, Mapping) else {}
@@ -98,7 +98,7 @@ def recognise(checkpoint: Mapping[str, object]) -> tuple[str, str, int, str]:
     released = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
     kept = {name: shape for name, shape in (released or shapes).items() if not name.startswith(_CLASSIFIERS)}
     for name in TORCHVISION:
-        with torch.device("meta"):  # only names and shapes are looked at
+        with torch.device("meta"):  # only names and shapes are needed
             expected = build_backbone(name).trunk.state_dict()
         needed = {key for key in expected if not key.endswith("num_batches_tracked")}
         if needed <= set(kept) <= set(expected) and all(kept[key] == tuple(expected[key].shape) for key in needed):
@@ -115,12 +115,12 @@ def recognise(checkpoint: Mapping[str, object]) -> tuple[str, str, int, str]:
 
 
 def read_checkpoint(path: Path) -> dict[str, object]:
-    """Reads a foreign checkpoint without running anything in it, onto the CPU.
+    """Reads a checkpoint of another project onto the CPU, without running code from it.
 
     Raises:
-        ValueError: it is no file of torch, or holds more than tensors and plain values.
+        ValueError: it is not a file of torch, or has more than tensors and plain values.
     """
-    # weights_only: a pickle can run code, and this file comes from somebody else.
+    # weights_only: a pickle can run code, and this file comes from another project.
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -133,9 +133,9 @@ def read_checkpoint(path: Path) -> dict[str, object]:
 
 
 def _load(module: nn.Module, tensors: StateDict, what: str) -> None:
-    """Loads every tensor into its place, or raises a sentence with the first keys that have none."""
+    """Loads every tensor, or raises an error message with the first keys that do not fit."""
     expected = module.state_dict()
-    # Old files lack the count of batches, which normalises nothing.
+    # Old files lack the count of batches, which has no effect on the normalisation.
     needed = {name for name in expected if not name.endswith("num_batches_tracked")}
     shapes = [
         f"{name} {tuple(tensor.shape)} where {tuple(expected[name].shape)} is needed"
@@ -147,9 +147,9 @@ def _load(module: nn.Module, tensors: StateDict, what: str) -> None:
         "unknown": sorted(set(tensors) - set(expected)),
         "of another shape": shapes,
     }
-    said = [f"{kind} {_first(names)}" for kind, names in problems.items() if names]
-    if said:
-        raise ValueError(f"{what}: {'; '.join(said)}: build the architecture that the weights were trained with")
+    found = [f"{kind} {_first(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise ValueError(f"{what}: {'; '.join(found)}: build the architecture that the weights were trained with")
     module.load_state_dict(tensors, strict=False)
 
 

@@ -259,9 +259,7 @@ def _manifest(checkpoint: Path) -> Manifest:
 
 def _score(checkpoint: Path, manifest: Manifest, show: Callable[[str], None]) -> Score | None:
     """The label-free score, on the clips of the run's own evaluation; None where there are too few videos for it."""
-    settings = state.read_settings(checkpoint)
-    max_videos = settings.evaluation.max_videos
-    show(f"scoring the encoder on up to {max_videos} held-out videos of {manifest.uri}")
+    max_videos = state.read_settings(checkpoint).evaluation.max_videos
     try:
         return label_free_score(
             score_encoder(encoder_in(checkpoint, manifest=manifest), manifest, max_videos=max_videos)

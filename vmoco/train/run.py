@@ -203,9 +203,10 @@ def _scoring(settings: PretrainSettings, *, num_videos: int) -> list[str]:
     """How long the score of a checkpoint takes, with a warning where it takes too long."""
     evaluation = settings.evaluation
     seconds = scoring_seconds(settings, num_videos=num_videos)
-    where = "a GPU" if evaluation.use_gpu else f"{max(evaluation.num_cpus, 1)} CPU cores"
+    where = "a GPU" if evaluation.use_gpu else f"{max(evaluation.num_cpus, 1)} CPU"
     videos = min(num_videos, evaluation.max_videos)
-    lines = [f"each checkpoint is scored on {videos} held-out videos, about {max(seconds / 60, 1):.0f} min on {where}"]
+    duration = f"about {seconds / 60:.0f} min" if seconds >= 60 else "less than a minute"
+    lines = [f"each checkpoint is scored on {videos} held-out videos: {duration} on {where}"]
     if seconds > SCORE_SECONDS:
         lines.append(
             f"warning: a score that takes more than {SCORE_SECONDS / 60:.0f} min is cancelled, so checkpoints may have "

@@ -1,9 +1,9 @@
 """One step of VideoMoCo, from a rank's uint8 frames to updated encoders and queue.
 
 The gradients come from one forward and one backward through DDP. The generator's loss is first differentiated by the
-pixels of x~ alone (`torch.autograd.grad`, which touches no parameter and so fires no reducer), then the contrastive
-loss runs backward once. Two parameter backwards after one DDP forward would leave the second un-reduced: replicas that
-silently diverge. The cost is 6 forward units of the encoder: q, q_real and k forward 3, backward for G 1, for D 2.
+pixels of x~ alone (`torch.autograd.grad`, which touches no parameter and so starts no reducer). Then the contrastive
+loss runs backward once. After one DDP forward a second backward through parameters would not be reduced, and replicas
+would silently diverge. The cost is 6 forwards of the encoder: q, q_real and k 3, the backward for G 1, for D 2.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from vmoco.train.state import TrainState
 
 
 class NonFiniteError(ValueError):
-    """A loss, gradient or state is not a number: the run stops, and no checkpoint has seen it.
+    """A loss, gradient or state is not finite: the run stops, and no checkpoint contains it.
 
-    The state in memory has (running statistics, momentum) and must be thrown away.
+    The state in memory contains it (running statistics, momentum) and must be thrown away.
     """
 
 
@@ -63,13 +63,13 @@ class TrainStep:
         Args:
             batch: this rank's part of the step.
             stop_requested: whether this rank was asked to stop; the metrics say whether any was.
-            checkpoint_requested: the same of being asked to keep the state now.
+            checkpoint_requested: whether this rank was asked to keep the state now; likewise.
 
         Returns:
             The step's metrics, equal on all ranks.
 
         Raises:
-            NonFiniteError: on all ranks, where any had a loss or gradient that is not finite.
+            NonFiniteError: on all ranks, if any of them has a loss or gradient that is not finite.
         """
         settings, state, moco = self._settings, self._state, self._moco
         assert batch.step == state.step, f"batch of step {batch.step} at step {state.step}"
@@ -88,7 +88,7 @@ class TrainStep:
 
         metrics.add_flags(stop=stop_requested, checkpoint=checkpoint_requested)
         bad_here = metrics.non_finite()
-        # Every rank waits here for all: whether to go on is decided together.
+        # Every rank waits here for all: they decide together whether to go on.
         metrics.reduce_(moco.query, moco.generator)
         if metrics.non_finite():
             self._raise_non_finite(batch, bad_here)
@@ -109,7 +109,7 @@ class TrainStep:
         parts = [
             self._moco.key(self._augmented(batch.key, micro)) for micro, _ in self._micro_batches(len(batch.key.frames))
         ]
-        # 512 bytes a key are all that ranks exchange of the data; each gets the keys that the others encoded.
+        # Each rank gets the keys that the others encoded: 512 bytes a key are all the data that ranks exchange.
         shuffled = distributed.gather_rows(torch.cat(parts), batch.clips_per_rank)
         keys = torch.empty_like(shuffled)
         keys[batch.key_order.to(self._device)] = shuffled
@@ -135,10 +135,10 @@ class TrainStep:
         adversarial = self._is_adversarial(batch.step)
         clips = self._augmented(batch.query, micro)
         dropped, fill, importance = self._drop_frames(clips, batch, micro)
-        # A clip counts the same wherever it is: 1 / G. DDP takes the mean over ranks, hence the number of ranks.
+        # Each clip has the weight 1 / G, on every rank. DDP takes the mean over ranks, hence the number of ranks.
         weight = distributed.world_size() / settings.train.global_batch
 
-        # A compiled backward cannot leave out the weights: G's gradient would cost 2 units of encoder work and not 1.
+        # A compiled backward cannot leave out the weights: G's gradient would cost 2 forwards instead of 1.
         with torch.compiler.set_stance("force_eager") if adversarial else contextlib.nullcontext():
             queries = self._query(dropped)
         compared = contrast(
@@ -179,9 +179,9 @@ class TrainStep:
             return drop_frames(clips, keep_mask(importance, settings.num_dropped), fill), fill, importance
         return clips, fill, importance
 
-    @torch.no_grad()  # looks, and changes nothing: G has neither batch statistics nor randomness
+    @torch.no_grad()  # changes nothing: G has neither batch statistics nor randomness
     def dropped_frames(self, batch: RankBatch, *, num_clips: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What G drops now from the first queries of a batch: uint8 (B, T, H, W, 3) frames, and bool (B, T)."""
+        """The first queries of a batch and what G drops from them now: uint8 (B, T, H, W, 3), bool (B, T)."""
         clips = self._augmented(batch.query, slice(0, num_clips))
         mask = keep_mask(self._moco.generator(clips), self._settings.num_dropped)
         return to_pixels(clips), mask == 0
@@ -223,9 +223,9 @@ class TrainStep:
             group["lr"] = learning_rate(step, generator.learning_rate, train)
 
     def _raise_non_finite(self, batch: RankBatch, bad_here: bool) -> None:
-        said = f"rank {distributed.rank()}, clips {', '.join(batch.clip_ids)}" if bad_here else ""
-        where = [text for text in distributed.gather_text(said) if text]  # all ranks come here together
+        clips = f"rank {distributed.rank()}, clips {', '.join(batch.clip_ids)}" if bad_here else ""
+        where = [text for text in distributed.gather_text(clips) if text]  # every rank waits for all
         raise NonFiniteError(
             f"a loss or gradient of step {batch.step} is not finite ({'; '.join(where) or 'in the gradient'}): "
-            "the step was not taken. Look at these clips, lower train.learning-rate, or set train.precision to fp32"
+            "the step was not taken. Look at these clips, lower --train.learning-rate, or set --train.precision fp32"
         )
