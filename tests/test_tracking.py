@@ -101,7 +101,7 @@ def test_a_tracker_that_cannot_be_used_is_said_before_the_work(tmp_path: Path, m
 
 def test_a_tracker_with_a_password_in_its_uri_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The URI is shown and kept, so a password in it is refused, and not repeated."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://vmoco:hidden@door:5443")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://vmoco:hidden@gateway:5443")
     with pytest.raises(ValueError, match=r"carries a password.*MLFLOW_TRACKING_PASSWORD") as raised:
         tracking.tracking_uri()
     assert "hidden" not in str(raised.value)

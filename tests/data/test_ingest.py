@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,14 @@ from PIL import Image
 
 from tests.data import videos
 from tests.data.test_shard_task import probed, settings
+from tests.dataset import stored_frames
 from vmoco import storage
 from vmoco.data import contact_sheet, ledger
 from vmoco.data.decoder import Decoder
 from vmoco.data.ingest import ingest
 from vmoco.data.ingest_tasks import is_held_out, make_shard, plan_shards
 from vmoco.data.manifest import NAME, Manifest
-from vmoco.data.shard import ShardReader
 from vmoco.job_settings import IngestSettings
-from vmoco.progress import Progress
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,8 +66,7 @@ def test_every_video_is_in_the_manifest_or_in_the_ledger(tmp_path: Path, ray_clu
     assert manifest.frame_shape == (4, 24, 32, 3)
     assert manifest.settings == chosen.content()
     for row in manifest.table.to_pylist():
-        with ShardReader(manifest.shard_uri(row["shard"])) as reader:
-            frames = reader.frames(row["row"])
+        frames = stored_frames(manifest.shard_uri(row["shard"]))[row["row"]]
         first = round(row["start_seconds"] * 25)
         assert [videos.number_of(frame) for frame in frames] == list(range(first, first + 4))
     assert re.fullmatch(r"ingest  looked at 5/5 videos  rejected 2  clips 9  [\d.]+ clips/s  0:00 left", lines[-3])
@@ -232,20 +229,3 @@ def test_a_relative_path_is_refused_in_a_job(monkeypatch: pytest.MonkeyPatch) ->
     assert storage.require_absolute("s3://bucket/data", "--output") == "s3://bucket/data"
     with pytest.raises(ValueError, match=r"--output 'data' is a relative path, and a submitted job does not run in"):
         storage.require_absolute("data", "--output")
-
-
-def test_progress_is_printed_at_most_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines come a second apart, the rate counts what was made now, and the last line always comes."""
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    lines: list[str] = []
-    report = Progress(lines.append, "cut", total=1300, num_videos=130)
-    report.add(100, videos=10, rejected=0, clips=90, reused=True)
-    for _ in range(5):
-        now[0] += 0.4
-        report.add(10, videos=1, rejected=1, clips=4)
-    report.print()
-    assert lines == [
-        "ingest  cut 13/130 videos  rejected 3  clips 102  10.0 clips/s  0:46 left",
-        "ingest  cut 15/130 videos  rejected 5  clips 110  10.0 clips/s  0:46 left",
-    ]

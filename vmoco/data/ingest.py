@@ -158,15 +158,16 @@ def _probe(
         probed = ingest_tasks.probe_videos(group, root=root, output=output, settings=settings, decoder=_decoder())
         return json.dumps([each.to_json() for each in probed])
 
-    report = Progress(progress, "looked at", total=len(videos), num_videos=len(videos))
+    report = Progress(
+        progress, "ingest  looked at", total=len(videos), unit="videos", counts=["rejected", "clips"], rate="clips"
+    )
     probed: list[Probed] = []
     items = [json.dumps([dataclasses.asdict(found) for found in group]) for group in groups]
     for text in run_tasks(task, items, num_cpus=CPUS_OF_WAITING_TASKS):
         done = [Probed.from_json(values) for values in json.loads(text)]
         rejected = sum(each.rejection is not None for each in done)
-        report.add(len(done), videos=len(done), rejected=rejected, clips=sum(each.num_clips for each in done))
+        report.add(len(done), rejected=rejected, clips=sum(each.num_clips for each in done))
         probed += done
-    report.print()
     return sorted(probed, key=lambda each: each.found.video_id)
 
 
@@ -208,7 +209,15 @@ def _make_shards(
 
     num_videos = len({unit.found.video_id for plan in plans for unit in plan.units})
     work = {plan.name: sum(unit.found.num_bytes // unit.num_parts for unit in plan.units) for plan in plans}
-    report = Progress(progress, "cut", total=sum(work.values()), num_videos=num_videos)
+    report = Progress(
+        progress,
+        "ingest  cut",
+        total=num_videos,
+        unit="videos",
+        counts=["rejected", "clips"],
+        rate="clips",
+        total_work=sum(work.values()),
+    )
     parts: list[dict[str, Any]] = []
     counted: set[str] = set()
     by_name = {plan.name: plan for plan in plans}
@@ -219,10 +228,8 @@ def _make_shards(
         parts.append(made)
         videos = {unit.found.video_id for unit in by_name[made["shard"]].units} - counted
         counted |= videos
-        count = {"videos": len(videos), "rejected": len(made["rejected"]), "clips": len(made["rows"])}
-        report.add(work[made["shard"]], **count, reused=made["reused"])
-    if plans:
-        report.print()
+        count = {"rejected": len(made["rejected"]), "clips": len(made["rows"])}
+        report.add(len(videos), work=work[made["shard"]], reused=made["reused"], **count)
     parts.sort(key=lambda made: made["shard"])
     return _Made(
         [row for made in parts for row in made["rows"]],

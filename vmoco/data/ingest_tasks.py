@@ -26,12 +26,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vmoco import storage
+from vmoco.cluster import ray_internals
 from vmoco.data import fetch, shard
 from vmoco.data.clips import ClipPlan, Part
 from vmoco.data.decoder import Decoder
 from vmoco.data.ledger import Rejection, VideoError
 from vmoco.data.manifest import shard_uri
-from vmoco.data.shard import VERSION, Account, Video
+from vmoco.data.shard import VERSION, ShardMetadata, Video
 from vmoco.data.shard_reader import ShardScan
 from vmoco.data.source import Found
 from vmoco.job_settings import IngestSettings
@@ -72,7 +73,7 @@ def run_tasks(task: Callable[[str], str], items: list[str], *, num_cpus: float) 
     bars, level = context.enable_progress_bars, log.level
     context.enable_progress_bars = False
     log.setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that bars are off
+    logging.getLogger(ray_internals.PROGRESS_LOGGER).setLevel(logging.ERROR)  # it warns that bars are off
     try:
         # One block per text is one task per text.
         blocks = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
@@ -287,8 +288,8 @@ def make_shard(
         rows = there.table.to_pylist()
         scan = ShardScan(uri, rows)
         damaged = not all(whole for _, _, whole in scan)
-        if not damaged and not any(rejection.transient for rejection in there.account.rejected):
-            return _made(plan, rows, scan.file, there.account, reused=True)
+        if not damaged and not any(rejection.transient for rejection in there.metadata.rejected):
+            return _made(plan, rows, scan.file, there.metadata, reused=True)
     except (OSError, ValueError):
         pass  # missing, or damaged: it is made anew and replaced
     cuts: list[tuple[Unit, dict[str, Any]]] = []
@@ -314,11 +315,11 @@ def make_shard(
         )
         for unit in plan.units
     ]
-    account = Account(
+    metadata = ShardMetadata(
         settings.content(), settings.frame_shape, tuple(videos), tuple(rejections), encoding=settings.encoding
     )
-    rows, file = shard.write_shard(uri, _clips(cuts, decoder.scratch, settings), account=account)
-    return _made(plan, rows, file, account, reused=False)
+    rows, file = shard.write_shard(uri, _clips(cuts, decoder.scratch, settings), metadata=metadata)
+    return _made(plan, rows, file, metadata, reused=False)
 
 
 def _cut(unit: Unit, *, root: str, settings: IngestSettings, decoder: Decoder, offset: int) -> dict[str, Any]:
@@ -366,9 +367,9 @@ def _clips(
 
 
 def _made(
-    plan: ShardPlan, rows: list[dict[str, Any]], file: shard.ShardFile, account: Account, *, reused: bool
+    plan: ShardPlan, rows: list[dict[str, Any]], file: shard.ShardFile, metadata: ShardMetadata, *, reused: bool
 ) -> dict[str, Any]:
-    videos = {read.video_id: read for read in account.videos}
+    videos = {read.video_id: read for read in metadata.videos}
     for number, row in enumerate(rows):
         read = videos[row["video_id"]]
         row |= {"shard": plan.name, "row": number, "entry": read.entry, "range": read.range}
@@ -377,7 +378,7 @@ def _made(
         "shard": plan.name,
         "file": dataclasses.asdict(file),
         "rows": rows,
-        "rejected": [{**rejection.to_json(), "shard": plan.name} for rejection in account.rejected],
+        "rejected": [{**rejection.to_json(), "shard": plan.name} for rejection in metadata.rejected],
         "num_videos": len(videos),
         "reused": reused,
     }
