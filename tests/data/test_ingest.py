@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.data import videos
-from tests.data.test_shard_task import probed, settings
+from tests.data.test_ingest_tasks import probed, settings
 from vmoco import storage
 from vmoco.data import contact_sheet, ledger
 from vmoco.data.decoder import Decoder

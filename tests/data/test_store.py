@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.data import videos
-from tests.data.test_shard_task import settings
+from tests.data.test_ingest_tasks import settings
 from tests.store import BUCKET, Fault, Store
 from vmoco import storage
 from vmoco.data.check import check
@@ -66,14 +66,14 @@ def test_parts_are_read_by_ranges(store: Store, tmp_path: Path) -> None:
     path = videos.write_video(tmp_path / "a.mp4", videos.images(200, height=480, width=640), options=coding)
     storage.write_atomic(f"s3://{BUCKET}/in/a.mp4", path.read_bytes())
     decoder, plan = Decoder(), ClipPlan(4)
-    _, parts, _ = decoder.probe({"path": str(path)}, plan, part_seconds=2, seconds=60)
+    parts = decoder.probe(str(path), plan, part_seconds=2, seconds=60).parts
     options = {"size": (24, 32), "encoding": "raw", "quality": 92, "offset": 0, "seconds": 60}
     source = ranged(f"s3://{BUCKET}/in", Found("a.mp4", path.stat().st_size))
     store.faults.append(Fault("GET", "in/a", times=4, status="500 Internal Server Error"))
     found = []
-    for at in ({"path": str(path)}, source):
+    for at in (str(path), source):
         made = decoder.cut(at, plan, part=parts[2], **options)  # type: ignore[arg-type]
-        found.append((made, os.pread(decoder.scratch.fileno(), sum(made["sizes"]), 0)))
+        found.append((made, os.pread(decoder.scratch.fileno(), sum(made.sizes), 0)))
     assert found[0] == found[1]
     assert store.faults[0].times == 0
     decoder.close()
@@ -83,7 +83,7 @@ def test_parts_are_read_by_ranges(store: Store, tmp_path: Path) -> None:
 TASK = """
 import sys, threading, time
 from pathlib import Path
-from tests.data.test_shard_task import settings
+from tests.data.test_ingest_tasks import settings
 from vmoco.data.decoder import Decoder
 from vmoco.data.ingest_tasks import Probed
 from vmoco.data.ingest_tasks import make_shard, plan_shards
@@ -106,7 +106,7 @@ decoder = Decoder()
 made("small")  # all libraries are loaded, all connections open
 before = own_mib()
 threading.Thread(target=watch, daemon=True).start()
-print(made("large")["file"]["num_bytes"] / 2**20, peak - before)
+print(made("large").file.num_bytes / 2**20, peak - before)
 decoder.close()
 """
 
