@@ -54,9 +54,9 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
     old_ledger = _old_ledger(output, previous)
     new, num_changed = _new_videos(listing, previous, old_ledger)
     if listing.num_hidden:
-        progress(f"ingest  {listing.num_hidden} hidden videos are left out")
+        progress(f"ingest  {listing.num_hidden} hidden videos are skipped")
     if previous and not new:
-        progress(f"ingest  nothing new: all {len(listing.videos)} videos are accounted for in {output}")
+        progress(f"ingest  nothing new: all {len(listing.videos)} videos are in {output} or its ledger")
         _check_rejected(previous.counts["videos"], ledger.read(output), output, settings)
         return previous
     if num_changed:
