@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from vmoco.data.check import check
 from vmoco.data.clips import ClipPlan
 from vmoco.data.decoder import Decoder
 from vmoco.data.fetch import local_copy, ranged
-from vmoco.data.ledger import VideoError
+from vmoco.data.ledger import ScratchError, VideoError
 from vmoco.data.manifest import Manifest
 from vmoco.data.source import Found, list_videos
 
@@ -58,6 +60,24 @@ def test_what_goes_on_failing_is_told(store: Store) -> None:
     with pytest.raises(ValueError, match=rf"cannot write s3://{BUCKET}/out/file: .*(ACCESS_DENIED|403)"):
         storage.write_atomic(f"s3://{BUCKET}/out/file", b"x" * 2**23)
     assert store.names("out") == []
+
+
+class FullDisk(io.FileIO):
+    """A file on a disk without space: the kernel's own, which only cannot be truncated."""
+
+    def truncate(self, size: int | None = None) -> int:
+        return 0
+
+
+def test_a_full_disk_is_not_the_fault_of_the_video(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that does not fit on this machine's disk ends the job, and names the folder and what to do."""
+    storage.write_atomic(f"s3://{BUCKET}/in/a.mp4", b"content")
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", lambda **_: FullDisk("/dev/full", "r+"))
+    message = (
+        rf"cannot copy a video to {tempfile.gettempdir()}: No space left on device; free space there, or set TMPDIR"
+    )
+    with pytest.raises(ScratchError, match=message), local_copy(f"s3://{BUCKET}/in", Found("a.mp4", 7)):
+        pass
 
 
 def test_parts_are_read_by_ranges(store: Store, tmp_path: Path) -> None:

@@ -131,8 +131,9 @@ def _copy(place: str, target: BinaryIO) -> int:
     filesystem, path = storage.filesystem(place)
 
     def copy() -> int:
-        target.seek(0)
-        target.truncate()
+        with _scratch_errors():
+            target.seek(0)
+            target.truncate()
         with filesystem.open_input_stream(path) as stream:
             while piece := stream.read(_PIECE_BYTES):
                 with _scratch_errors():
