@@ -1,4 +1,4 @@
-"""Shows the whole service on this machine, from videos to an encoder pulled by name. `make demo` runs it:
+"""Shows the complete service on this machine, from videos to an encoder pulled by name. `make demo` runs it:
 
     python jobs/demo.py
     python jobs/demo.py --videos FOLDER_OR_URI

@@ -12,7 +12,6 @@ import tyro
 import vmoco
 from vmoco import job, storage
 from vmoco.data.manifest import Manifest
-from vmoco.evaluate.knn import nearest_clips
 
 
 def nearest(encoder: Annotated[str, tyro.conf.Positional], /, *, data: str, queries: int = 20) -> None:
@@ -25,6 +24,8 @@ def nearest(encoder: Annotated[str, tyro.conf.Positional], /, *, data: str, quer
     """
     from rich.console import Console
     from rich.table import Table
+
+    from vmoco.evaluate.knn import nearest_clips
 
     manifest = Manifest.load(storage.absolute_uri(data))
     loaded = vmoco.load_encoder(encoder)

@@ -1,15 +1,17 @@
-"""Pretrains a video encoder: shards -> tracked, registered encoder.
+"""Pretrains a video encoder on a data set, tracks the run in MLflow, and registers the encoder.
 
 On a cluster, from the root of this repository:
 
     ray job submit --working-dir . -- python jobs/pretrain.py demo --data.uri URI
 
-On this machine alone, with a Ray that starts and ends with the job:
+On this machine alone, with a Ray cluster that starts and ends with the job:
 
     python jobs/pretrain.py demo --data.uri URI
 
-The first word is a preset, and every setting of it can be changed: `python jobs/pretrain.py demo --help`. Giving the
---run.name of an unfinished run resumes it. Ctrl-C, or `ray job stop`, writes a checkpoint and ends.
+URI is a data set made by jobs/ingest.py. The first word is a preset; flags change its settings, for example
+--moco.queue-size 16384. `python jobs/pretrain.py demo --help` lists all flags.
+
+Ctrl-C or `ray job stop` saves a checkpoint and ends the job. To resume a run, submit it again with its --run.name.
 """
 
 import signal

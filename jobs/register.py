@@ -4,7 +4,8 @@
     python jobs/register.py RUN --name NAME --step 4000          # any checkpoint that was kept
     python jobs/register.py r2plus1d_18-91a641e6.pth --name kinetics-r2plus1d     # torchvision's, or VideoMoCo's
 
-The new version is the candidate. `jobs/registry.py` makes it the champion, where it scores better. Needs no Ray.
+The new version gets the alias "candidate". `jobs/registry.py promote` makes it the champion if it scores better. Needs
+no Ray.
 """
 
 from pathlib import Path
@@ -26,14 +27,14 @@ def register(
 
     Args:
         source: name or MLflow id of a run, or a local file of weights.
-        options: how.
-        step: of the run's checkpoint; the last one when left out.
+        options: name, alias and description.
+        step: step of a checkpoint of the run, such as 4000; the last checkpoint when left out.
     """
     from vmoco.train.publish import publish_file, publish_run
 
     if Path(source).is_file():
         if step is not None:
-            raise ValueError(f"--step chooses a checkpoint of a run, and {source} is a file: leave it out")
+            raise ValueError(f"--step {step} chooses a checkpoint of a run, and {source} is a file: leave out --step")
         registered = publish_file(Path(source), options)
     else:
         registered = publish_run(source, options, step=step)

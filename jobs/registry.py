@@ -1,9 +1,9 @@
-"""The registered encoders: what there is, which one is the champion, and which have seen a video. Needs no Ray.
+"""Lists the registered encoders, chooses the champion, and finds those that saw a video. Needs no Ray.
 
 python jobs/registry.py list
 python jobs/registry.py promote NAME                 # the candidate becomes the champion, if it scores better
-python jobs/registry.py promote NAME --version 3 --force "the champion was trained on videos that had to go"
-python jobs/registry.py rollback NAME                # the champion before is the champion again
+python jobs/registry.py promote NAME --version 3 --force "the champion saw a withdrawn video"
+python jobs/registry.py rollback NAME                # restores the previous champion
 python jobs/registry.py saw VIDEO                    # which encoders were trained on it; for takedowns
 """
 
@@ -31,13 +31,13 @@ def list_encoders() -> None:
 
 
 def promote(name: Word, version: str | None = None, protocol: str = "label-free", force: str | None = None) -> None:
-    """Makes a version the champion, if it scores better on the same evaluation set.
+    """Makes a version the champion if it scores better on the same evaluation set.
 
     Args:
         name: registered name.
-        version: its number; the candidate when left out.
-        protocol: which score decides.
-        force: moves it whatever the scores say; the reason is kept.
+        version: its number, such as 3; the candidate when left out.
+        protocol: which score decides, such as label-free or knn.
+        force: why the scores do not decide; moves the alias without a better score and keeps this reason.
     """
     from vmoco.encoders import promotion
 
@@ -46,7 +46,7 @@ def promote(name: Word, version: str | None = None, protocol: str = "label-free"
 
 
 def rollback(name: Word) -> None:
-    """Makes the champion before the champion again."""
+    """Restores the previous champion."""
     from vmoco.encoders import promotion
 
     move = promotion.rollback(name)
@@ -57,7 +57,7 @@ def saw(video: Word) -> None:
     """Prints which registered encoders were trained on a video.
 
     Args:
-        video: its id in the manifest: the path below the folder that was ingested.
+        video: its id in the manifest, which is its path below the ingested folder, such as cats/1.mp4.
     """
     from vmoco.encoders import registry
 
@@ -68,7 +68,7 @@ def saw(video: Word) -> None:
     if not found.sightings:
         print(f"no registered encoder saw {video!r}")
     if found.unknown:
-        print(f"not known of {', '.join(found.unknown)}: imported weights")
+        print(f"unknown for {', '.join(found.unknown)}: they have no list of videos (imported weights)")
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"list": list_encoders, "promote": promote, "rollback": rollback, "saw": saw}

@@ -40,7 +40,7 @@ def setup(*, buckets: tuple[str, ...] = (), tracker: str | None = None) -> None:
 
 def _required(variable: str) -> str:
     if not os.environ.get(variable):
-        raise ValueError(f"{variable} is not set: docker/secrets.sh draws it; pass it in the environment")
+        raise ValueError(f"{variable} is not set: docker/secrets.sh makes it; pass it in the environment")
     return os.environ[variable]
 
 

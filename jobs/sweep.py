@@ -1,4 +1,4 @@
-"""Tries settings of a pretraining, each in a run of its own, and registers the encoder that scores best without labels.
+"""Tries settings of a pretraining, each in its own run, and registers the encoder that scores best without labels.
 
 On a cluster, from the root of this repository:
 
@@ -8,10 +8,10 @@ On this machine alone:
 
     python jobs/sweep.py demo --data.uri URI --space space.yaml
 
-A space is a built-in name, or a YAML file with a line per field: `moco.decay: [0.99, 1.0]`, `moco.momentum: {low: 0.9,
-high: 0.999}` (with --search random), or named choices of several fields: `decay: {none: {moco.decay: 1.0}}`. The same
-command goes on with a sweep that was stopped: trials that have ended are not repeated, others go on from their
-checkpoints, and those that failed are tried again.
+A space is a built-in name, or a YAML file with one line per axis: a list (`moco.decay: [0.99, 1.0]`), a range for
+--search random or optuna (`moco.momentum: {low: 0.9, high: 0.999}`), or named choices of several fields
+(`decay: {none: {moco.decay: 1.0}}`). The same command goes on with a sweep that was stopped: trials that have ended are
+not repeated, others go on from their checkpoints, and trials that failed are tried again.
 """
 
 import tyro
@@ -33,13 +33,13 @@ def main() -> None:
 
     if command := job.stop_command(dashboard_url):
         job.show(f"to stop this job: {command}; the same command goes on")
-    # Two drivers would write over each other's record.
+    # Two drivers would overwrite each other's record.
     with Lease(prepared.sweep.folder, on_lost=job.show, show=job.show):
         status = "FAILED"
         try:
             sweep = sweeps.run_sweep(prepared, show=job.show)
             registered = sweeps.register_best(prepared, show=job.show)
-            job.show(f"report {write_report(sweep, show=job.show)}, with its pictures beside it")
+            job.show(f"report: {write_report(sweep, show=job.show)}, with its pictures beside it")
             best = sweep.best()
             status = "FINISHED" if best else "FAILED"
         except (KeyboardInterrupt, SystemExit):
@@ -49,7 +49,7 @@ def main() -> None:
             if prepared.sweep.parent_run and (problem := tracking.finish_run(prepared.sweep.parent_run, status)):
                 job.show(f"warning: {problem}")
     if best is None:
-        raise ValueError("no trial has finished with a score; the reasons are above and in the report")
+        raise ValueError("no trial has finished with a score: the reasons are above and in the report")
     job.show(f"best trial {best.name} with {sweep.score} {best.scores[sweep.score]:.3f}, registered as {registered}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,14 @@ import av
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from PIL import Image
 
 from tests.data.videos import Kept
+from vmoco import storage
 from vmoco.data.clips import ClipPlan
 from vmoco.data.frames import Encoding, encode
 from vmoco.data.manifest import Manifest, write_manifest
-from vmoco.data.shard import Account, Clip, Video, read_rows, write_shard
+from vmoco.data.shard import Clip, ShardMetadata, Video, read_rows, write_shard
 from vmoco.data.video import cut_clips
 from vmoco.seed import hash64
 
@@ -64,10 +67,12 @@ def write_data_set(folder: Path, clips: list[Clip], *, encoding: Encoding = "raw
     tables, files = [], {}
     for shard, members in enumerate(np.array_split(np.arange(len(names)), 2)):
         videos = tuple(Video(names[v], 1000, f"{v:064d}") for v in members)
-        account = Account(settings=settings, frame_shape=shape, videos=videos, encoding=encoding)
+        metadata = ShardMetadata(settings=settings, frame_shape=shape, videos=videos, encoding=encoding)
         uri = str(folder / "shards" / f"{shard:04d}.arrow")
         kept = {video.video_id for video in videos}
-        _, files[f"{shard:04d}"] = write_shard(uri, [clip for clip in clips if clip.video_id in kept], account=account)
+        _, files[f"{shard:04d}"] = write_shard(
+            uri, [clip for clip in clips if clip.video_id in kept], metadata=metadata
+        )
         table = read_rows(uri).table
         count = table.num_rows
         columns = {
@@ -90,6 +95,37 @@ def write_data_set(folder: Path, clips: list[Clip], *, encoding: Encoding = "raw
         shards=files,
         num_rejected=0,
     )
+
+
+def stored_frames(uri: str) -> list[npt.NDArray[np.uint8]]:
+    """The clips of a shard by Arrow and Pillow alone, each uint8 (T, H, W, 3)."""
+    column = pa.ipc.open_file(pa.memory_map(uri.removeprefix("file://"))).read_all()["frames"].combine_chunks()
+    if isinstance(column, pa.FixedShapeTensorArray):
+        return list(column.to_numpy_ndarray())
+    return [np.stack([np.asarray(Image.open(io.BytesIO(image))) for image in images]) for images in column.to_pylist()]
+
+
+def stored_clips(manifest: Manifest) -> list[npt.NDArray[np.uint8]]:
+    """The same of all clips of a data set, in the order of its manifest."""
+    shards = {name: stored_frames(manifest.shard_uri(name)) for name in manifest.shards}
+    return [shards[row["shard"]][row["row"]] for row in manifest.table.to_pylist()]
+
+
+def damage_clip(manifest: Manifest, place: int) -> str:
+    """Changes one bit of a clip in its shard; returns the message that its readers are expected to match."""
+    row = manifest.table.slice(place, 1).to_pylist()[0]
+    path = Path(manifest.shard_uri(row["shard"]))
+    content = bytearray(path.read_bytes())
+    content[row["offset"] + row["num_bytes"] // 2] ^= 1
+    path.write_bytes(content)
+    return rf"clip {row['clip_id']} of shard .*{path.name} is damaged: .*; restore the shard"
+
+
+def upload(manifest: Manifest, uri: str) -> Manifest:
+    """Copies a data set to a store."""
+    for path in sorted(path for path in Path(manifest.uri).rglob("*") if path.is_file()):
+        storage.write_atomic(storage.join(uri, str(path.relative_to(manifest.uri))), path.read_bytes())
+    return Manifest.load(uri)
 
 
 def real_data_set(folder: Path, footage: Path, *, num_frames: int, height: int, width: int, max_clips: int) -> Manifest:

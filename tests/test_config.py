@@ -1,21 +1,24 @@
-"""Settings answer a bad value with a sentence, keep their hash where numbers stay the same, and explain themselves."""
+"""Settings name the flag of a bad value, keep their hash where numbers stay the same, and explain themselves."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import subprocess
 import sys
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import Field
 
-from vmoco import config
-from vmoco.config import PretrainSettings, Settings
-from vmoco.job_settings import IngestSettings
+from vmoco import config, job_settings
+from vmoco.config import HashedIfSet, PretrainSettings, Settings, Unhashed
+from vmoco.job_settings import EmbedSettings, EvaluateSettings, IngestSettings, SweepSettings
 from vmoco.presets import PRESETS
+from vmoco.sweep.space import Space
 
 ROOT = Path(__file__).parents[1]
 TINY = PRESETS["tiny"][1]
@@ -27,6 +30,15 @@ SILENT = {
     *{("data", name) for name in ("uri", "batches_ahead", "cache", "cache_gib")},
     *{("train", name) for name in ("stop_after", "log_every", "checkpoint_every", "keep_checkpoints", "keep_best")},
     *{(group, name) for group in ("scaling", "evaluation", "tracking") for name in GROUPS[group].model_fields},
+}
+
+
+# Content hash, that of a fork with seed 3, and hash of the canonical JSON, at commit 774a6ea.
+FROZEN = {
+    "tiny": ("350fdbc6add4daff", "2871ae1ed423b42b", "3d193d2a9c6e4153"),
+    "demo": ("d6020b878f5fc15f", "fd1c2c4503cf493d", "0cce5cf12edc1245"),
+    "paper": ("d9a64f17ec78469d", "3e292b470c1e409a", "0d4e817000c1069a"),
+    "recommended": ("fe82b281e6634b67", "7ac3a8eb1ed64cff", "5b5aad713744024d"),
 }
 
 
@@ -64,44 +76,72 @@ def other_value(group: str, name: str) -> object:
 
 
 @pytest.mark.parametrize(
-    ("group", "fields", "said"),
+    ("group", "fields", "message"),
     [
-        ("moco", {"queue_size": 7}, r"^moco\.queue-size 7 is below train\.global-batch 8: lower .* or raise"),
-        ("train", {"micro_batch": 3}, r"^train\.global-batch 8 is not a multiple of train\.micro-batch 3: change"),
-        ("scaling", {"min_workers": 2}, r"^scaling\.min-workers 2 is above scaling\.num-workers 1: lower it, or raise"),
-        ("scaling", {"num_workers": 3}, r"^scaling\.num-workers 3 is above the 2 micro-batches .*: lower"),
-        ("generator", {"drop_ratio": 0.05}, r"^generator\.drop-ratio 0\.05 of data\.num-frames 8 drops 0 frames: "),
-        ("train", {"warmup_steps": 20}, r"^train\.warmup-steps 20 must be below train\.steps 20$"),
-        ("train", {"steps": 0}, r"^train.steps 0 is not allowed: .*greater than or equal to 1$"),
-        ("moco", {"decay": 1.5}, r"^moco.decay 1\.5 is not allowed: .*less than or equal to 1$"),
-        ("moco", {"decay": 0.0}, r"^moco.decay 0\.0 is not allowed: .*greater than 0$"),
-        ("moco", {"decay_end": 1.5}, r"^moco.decay-end 1\.5 is not allowed: .*less than or equal to 1$"),
-        ("moco", {"decay_schedule": "slow"}, r"^moco.decay-schedule 'slow' is not allowed: .*'linear'.*'adversarial'$"),
-        ("moco", {"age_unit": "day"}, r"^moco.age-unit 'day' is not allowed: .*'step' or 'key'$"),
-        (
-            "generator",
-            {"drop_ratio": 0.95},
-            r"^generator.drop-ratio 0\.95 is not allowed: .*less than or equal to 0\.9$",
-        ),
-        (
-            "train",
-            {"schedule": "linear"},
-            r"^train.schedule 'linear' is not allowed: .*'step', 'cosine' or 'constant'$",
-        ),
-        ("train", {"optimizer": "lion"}, r"^train.optimizer 'lion' is not allowed: .*'sgd' or 'adamw'$"),
-        ("train", {"learning_rate": math.inf}, r"^train.learning-rate inf is not allowed: .*finite number$"),
-        ("moco", {"decay": math.nan}, r"^moco.decay nan is not allowed: .*finite number$"),
-        ("augment", {"blur_probability": 1.5}, r"^augment.blur-probability 1\.5 is not allowed: .*equal to 1$"),
-        ("data", {"positives": "three"}, r"^data.positives 'three' is not allowed: .*'same_clip' or 'two_clips'$"),
-        ("model", {"embedding_dim": "wide"}, r"^model.embedding-dim 'wide' is not allowed: .*integer"),
-        ("augment", {"sise": 3}, r"^augment.sise 3 is not allowed: extra inputs"),
+        ("moco", {"queue_size": 7}, "--moco.queue-size 7 is below --train.global-batch 8: lower .* or raise"),
+        ("train", {"micro_batch": 3}, "--train.global-batch 8 is not a multiple of --train.micro-batch 3: change"),
+        ("scaling", {"min_workers": 2}, "--scaling.min-workers 2 is above --scaling.num-workers 1: lower .* or raise"),
+        ("scaling", {"num_workers": 3}, "--scaling.num-workers 3 is above the 2 micro-batches .*: lower"),
+        ("generator", {"drop_ratio": 0.05}, "--generator.drop-ratio 0.05 of --data.num-frames 8 drops 0 frames: "),
+        ("train", {"warmup_steps": 20}, "--train.warmup-steps 20 is not below --train.steps 20: lower .* or raise"),
+        ("train", {"steps": 0}, "--train.steps 0 is not allowed: it must be greater than or equal to 1$"),
+        ("moco", {"decay": 1.5}, "--moco.decay 1.5 is not allowed: it must be less than or equal to 1$"),
+        ("moco", {"decay": 0.0}, "--moco.decay 0.0 is not allowed: it must be greater than 0$"),
+        ("moco", {"decay_end": 1.5}, "--moco.decay-end 1.5 is not allowed: it must be less than or equal to 1$"),
+        ("moco", {"decay_schedule": "slow"}, "--moco.decay-schedule slow is not allowed: it must be 'constant', .*"),
+        ("moco", {"age_unit": "day"}, "--moco.age-unit day is not allowed: it must be 'step' or 'key'$"),
+        ("generator", {"drop_ratio": 0.95}, "--generator.drop-ratio 0.95 is not allowed: .*less than or equal to 0.9$"),
+        ("train", {"schedule": "linear"}, "--train.schedule linear is not allowed: .*'step', 'cosine' or 'constant'$"),
+        ("train", {"optimizer": "lion"}, "--train.optimizer lion is not allowed: it must be 'sgd' or 'adamw'$"),
+        ("train", {"learning_rate": math.inf}, "--train.learning-rate inf is not allowed: .*finite number$"),
+        ("moco", {"decay": math.nan}, "--moco.decay nan is not allowed: .*finite number$"),
+        ("augment", {"blur_probability": 1.5}, "--augment.blur-probability 1.5 is not allowed: .*equal to 1$"),
+        ("data", {"positives": "three"}, "--data.positives three is not allowed: .*'same_clip' or 'two_clips'$"),
+        ("model", {"embedding_dim": "very wide"}, "--model.embedding-dim 'very wide' is not allowed: .*integer"),
+        ("augment", {"sise": 3}, r"--augment.sise does not exist: did you mean --augment.size\?$"),
+        ("tracking", {"alias": "champion"}, "--tracking.alias champion is not allowed, because .*: leave it out"),
     ],
 )
-def test_bad_value_is_answered_with_a_sentence(group: str, fields: dict[str, Any], said: str) -> None:
-    """The field as it is spelled on the command line, its value and what is allowed, in one line."""
-    with pytest.raises(ValueError, match=said) as raised:
+def test_bad_value_is_answered_with_its_flag(group: str, fields: dict[str, Any], message: str) -> None:
+    """The flag and the value as they are typed, and what is allowed, in one line."""
+    with pytest.raises(ValueError, match="^" + message) as raised:
         changed(TINY, group, **fields)
     assert "\n" not in str(raised.value)
+
+
+def test_missing_and_unknown_settings_are_named_by_their_flags() -> None:
+    """Also those of jobs whose flags have no group, and those of a group inside them."""
+    with pytest.raises(ValueError, match=r"^--train\.steps is missing$"):
+        PretrainSettings(**{"train": {}})
+    with pytest.raises(ValueError, match=r"^--videos is missing; --output is missing$"):
+        IngestSettings(**{})
+    with pytest.raises(ValueError, match=r"^--num-frames 1 is not allowed: it must be greater than or equal to 2$"):
+        IngestSettings(videos="a", output="b", num_frames=1)
+    with pytest.raises(ValueError, match=r"^--batch-size 0 is not allowed"):
+        EmbedSettings(videos="a", output="b", batch_size=0)
+    with pytest.raises(ValueError, match=r"^--finetune\.epochs 0 is not allowed"):
+        EvaluateSettings(**{"data": "a", "finetune": {"epochs": 0}})
+    with pytest.raises(ValueError, match=r"^--protocols magic is not allowed: it must be 'label-free', 'knn'"):
+        EvaluateSettings(**{"data": "a", "protocols": ["knn", "magic"]})
+    with pytest.raises(ValueError, match=r"^--samples 0 is not allowed"):
+        SweepSettings(pretrain=TINY, samples=0)
+
+
+def test_a_value_in_the_yaml_file_of_a_sweep_is_named_by_its_flag() -> None:
+    """`moco.queue_size: [4]` is written with underscores, and found by the flag that sets the same field."""
+    space = Space.read({"moco.queue_size": [4], "moco.momentum": [2.0]}, TINY)
+    with pytest.raises(ValueError, match=r"^--moco\.queue-size 4 is below --train\.global-batch 8"):
+        space.settings({"moco.queue_size": 4})
+    with pytest.raises(ValueError, match=r"^--moco\.momentum 2\.0 is not allowed: it must be less than 1$"):
+        space.settings({"moco.momentum": 2.0})
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_flags_of_a_group_begin_with_its_field(name: str) -> None:
+    """`group` is the name that tyro puts before the dot; a job without groups has none."""
+    assert GROUPS[name].group == name
+    assert PretrainSettings.group == IngestSettings.group == SweepSettings.group == ""
+    assert EvaluateSettings.model_fields["finetune"].default.group == "finetune"
 
 
 def test_drop_ratio_must_leave_a_frame() -> None:
@@ -109,7 +149,7 @@ def test_drop_ratio_must_leave_a_frame() -> None:
     two = changed(changed(TINY, "generator", drop_ratio=0.5), "data", num_frames=2)
     assert two.num_dropped == 1
     assert changed(two, "generator", drop_ratio=0.0).num_dropped == 0
-    with pytest.raises(ValueError, match=r"0\.9 of data\.num-frames 2 drops 2 frames: .* one must stay"):
+    with pytest.raises(ValueError, match=r"0\.9 of --data\.num-frames 2 drops 2 frames: .* keep at least one"):
         changed(two, "generator", drop_ratio=0.9)
 
 
@@ -118,7 +158,9 @@ def test_s3d_is_refused_where_nothing_would_be_left_of_a_clip(group: str, fields
     """Its last pooling would come to less than one frame or pixel; 5 frames of 17 pixels are taken."""
     small = changed(TINY, "model", backbone="s3d")
     changed(changed(small, "data", num_frames=5), "augment", size=17)
-    with pytest.raises(ValueError, match=r"^model\.backbone s3d needs data\.num-frames 5 and augment\.size 17 or more"):
+    with pytest.raises(
+        ValueError, match=r"^--model\.backbone s3d needs --data\.num-frames 5 or more and --augment\.size 17"
+    ):
         changed(small, group, **fields)
 
 
@@ -140,7 +182,7 @@ def test_generator_starts_after_its_share_of_training(ratio: float, percent: flo
 
 def test_several_bad_values_are_all_named() -> None:
     """One run of the command shows all of them."""
-    with pytest.raises(ValueError, match=r"train.steps 0 is not allowed.*; train.global-batch 1 is not allowed"):
+    with pytest.raises(ValueError, match=r"--train\.steps 0 is not allowed.*; --train\.global-batch 1 is not allowed"):
         changed(TINY, "train", steps=0, global_batch=1)
 
 
@@ -166,6 +208,48 @@ def test_hash_leaves_out_the_name_of_the_preset() -> None:
     assert TINY.model_copy(update={"preset": "other"}).content_hash() == TINY.content_hash()
 
 
+def test_a_new_field_decides_numbers_unless_it_is_marked() -> None:
+    """A field without a mark is part of the content; a mark on a field or on a group takes it out."""
+
+    class Group(Settings):
+        forgotten: int = 1
+        silent: Annotated[int, Unhashed] = Field(2, ge=0)
+        later: Annotated[str | None, HashedIfSet] = None
+
+    class Job(Settings):
+        counted: Group = Group()
+        left_out: Annotated[Group, Unhashed] = Group()
+
+    assert Job().content() == {"counted": {"forgotten": 1}}
+    assert Job(counted=Group(later="x")).content() == {"counted": {"forgotten": 1, "later": "x"}}
+    assert Job(counted=Group(silent=3), left_out=Group(forgotten=4)).content_hash() == Job().content_hash()
+    assert Job(counted=Group(forgotten=4)).content_hash() != Job().content_hash()
+
+
+@pytest.mark.parametrize(("name", "frozen"), FROZEN.items())
+def test_settings_of_presets_are_written_as_ever(name: str, frozen: tuple[str, str, str]) -> None:
+    """Content hash, with and without a fork, and canonical JSON, as checkpoints and MLflow already hold them."""
+    settings = PRESETS[name][1]
+    forked = changed(settings, "run", fork="/a", seed=3)
+    text = hashlib.sha256(settings.canonical_json().encode()).hexdigest()[:16]
+    assert (settings.content_hash(), forked.content_hash(), text) == frozen
+
+
+@pytest.mark.parametrize(
+    ("fields", "frozen"),
+    [
+        ({}, "375ab9413a81bec4"),
+        ({"encoding": "jpeg"}, "92c8c8ae70076f3d"),
+        ({"short_side": 100, "fps": 5.0}, "9441535aa0abd49e"),
+        ({"height": 100, "width": 133, "fps": 5.0}, "9441535aa0abd49e"),
+        ({"jpeg_quality": 50, "shard_megabytes": 7, "annotations": "a.csv", "duplicates": "keep"}, "375ab9413a81bec4"),
+    ],
+)
+def test_settings_of_a_data_set_are_written_as_ever(fields: dict[str, Any], frozen: str) -> None:
+    """As manifests and shards already hold them: how a size was given, and what decides no clip, changes nothing."""
+    assert IngestSettings(videos="a", output="b", **fields).content_hash() == frozen
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_canonical_json_round_trips(name: str) -> None:
     """Read back, the settings are equal and give equal bytes, also from JSON with its keys in another order."""
@@ -188,26 +272,39 @@ def test_presets_are_valid_and_know_their_name(name: str) -> None:
     assert description.endswith(".")
 
 
-@pytest.mark.parametrize("kind", [IngestSettings, *GROUPS.values()], ids=lambda kind: kind.__name__)
-def test_every_field_has_a_sentence(kind: type[Settings]) -> None:
-    """A docstring below each field, which is what `--help` shows; the group has one too."""
-    assert kind.__doc__
+KINDS = [
+    kind
+    for module in (config, job_settings)
+    for kind in vars(module).values()
+    if isinstance(kind, type) and issubclass(kind, Settings) and kind.__module__ == module.__name__
+]
+
+
+def test_every_class_of_settings_is_read() -> None:
+    """No class of settings is forgotten by the check below."""
+    assert {*GROUPS.values(), PretrainSettings, IngestSettings, EmbedSettings, EvaluateSettings} < set(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_field_is_explained(kind: type[Settings]) -> None:
+    """Below each field is what `--help` shows: sentences of at most 220 characters; the class has some too."""
+    assert (kind.__doc__ or "").strip().endswith(".")
     for name, field in kind.model_fields.items():
-        assert field.description, f"{kind.__name__}.{name} has no docstring"
-        assert field.description[0].isupper() or field.description[1] == ":" or name in field.description
-        assert field.description.endswith("."), f"{kind.__name__}.{name}: {field.description}"
-
-
-def test_every_group_belongs_to_a_run() -> None:
-    """No class of settings is forgotten by the checks above."""
-    kinds = {kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, Settings)}
-    assert kinds == {Settings, PretrainSettings, *GROUPS.values()}
+        if isinstance(field.default, Settings) or (
+            isinstance(field.annotation, type) and issubclass(field.annotation, Settings)
+        ):
+            continue  # a group: its class has the text
+        text = field.description or ""
+        assert text.endswith("."), f"{kind.__name__}.{name}: {text!r}"
+        assert text[0].isupper(), f"{kind.__name__}.{name}: {text!r}"
+        assert "\n" not in text, "the help breaks lines itself"
+        assert len(text) <= 220, f"{kind.__name__}.{name} has {len(text)} characters"
 
 
 def run_pretrain(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs the job where `import ray` fails."""
     (tmp_path / "ray.py").write_text("raise ImportError('no ray here')")
-    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin", "COLUMNS": "200"}
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin", "COLUMNS": "100"}
     return subprocess.run(
         [sys.executable, "jobs/pretrain.py", *arguments],
         cwd=ROOT,
@@ -220,13 +317,14 @@ def run_pretrain(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess
 
 
 def test_help_lists_every_field_without_ray(tmp_path: Path) -> None:
-    """`pretrain.py demo --help` shows each setting by its name, with the sentence below it, and the preset's value."""
+    """`pretrain.py demo --help` shows each setting by its name, with its explanation, and the value of the preset."""
     answer = run_pretrain(tmp_path, "demo", "--help")
     assert answer.returncode == 0, answer.stderr
     shown = " ".join(answer.stdout.replace("│", " ").split())
     for group, name in FIELDS:
         assert f" --{group}.{name.replace('_', '-')}" in shown, f"{group}.{name} is not listed"
-    assert "K: keys in the queue. (default: 256)" in shown
+    assert "K: number of negative keys in the queue." in shown
+    assert "(default: 256)" in shown
 
 
 def test_unknown_flag_is_answered_with_the_nearest(tmp_path: Path) -> None:

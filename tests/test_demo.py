@@ -1,4 +1,4 @@
-"""The demo hands the right flags to the jobs, ends with the code of a failed step, and refuses bad input first."""
+"""The demo gives the right flags to the jobs, ends with the code of a failed step, and refuses bad input first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Cluster:
-    """Stands in for a LocalCluster: notes what is submitted, and whether it was stopped."""
+    """In place of a LocalCluster: records what is submitted, and whether it was stopped."""
 
     def __init__(self, codes: dict[str, int]) -> None:
         self.address = "http://127.0.0.1:1"
@@ -49,8 +49,8 @@ def run_demo(home: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_flags_of_ingest_say_all_settings(vmoco_home: Path) -> None:
-    """`jobs/ingest.py` parses the flags back to the very same settings, also with a space in the folder."""
+def test_the_flags_of_ingest_have_all_settings(vmoco_home: Path) -> None:
+    """`jobs/ingest.py` parses the flags back to the same settings, also with a space in the folder."""
     settings = demo.ingest_settings("/videos of mine")
     assert tyro.cli(IngestSettings, args=demo.flags(settings)) == settings
     assert settings.output.startswith(f"{vmoco_home}/data/demo-")
@@ -77,14 +77,16 @@ def test_a_failed_step_ends_the_demo(
 
 
 def test_videos_that_are_not_there(tmp_path: Path) -> None:
-    """A folder that does not exist ends the demo before anything starts, in one sentence."""
+    """A folder that does not exist ends the demo before anything starts, with one message."""
     ended = run_demo(tmp_path / "home", "--videos", "/no such folder")
     assert ended.returncode == 1
-    assert ended.stderr == "error: there are no videos at /no such folder: the folder does not exist\n"
+    assert ended.stderr == (
+        "error: --videos /no such folder does not exist: give a folder, or a URI prefix, that holds videos\n"
+    )
 
 
 def test_a_home_that_cannot_be_written(tmp_path: Path) -> None:
-    """A home that is a file ends the demo before anything starts, in one sentence with its path."""
+    """A home that is a file ends the demo before anything starts, with one message that has its path."""
     (tmp_path / "home").write_text("a file")
     ended = run_demo(tmp_path / "home")
     assert ended.returncode == 1
@@ -100,7 +102,7 @@ def test_an_unknown_flag_is_answered_with_the_nearest(tmp_path: Path) -> None:
     assert "--videos" in ended.stderr + ended.stdout
 
 
-def test_the_last_words_name_the_tracker(vmoco_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_lines_name_the_tracker(vmoco_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands at the end carry the tracker's own address: the database's, or the server's."""
     assert f"ui --backend-store-uri sqlite:///{vmoco_home}/mlflow.db" in demo.next_commands()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")

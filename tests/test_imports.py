@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,25 +29,37 @@ HOMES = {
         "vmoco.train.system_metrics",
         "vmoco.train.channel",
         "vmoco.train.evaluation",
+        "vmoco.cluster.ray_internals",
         "vmoco.cluster.reservation",
     },
     "mlflow": {
         "vmoco.tracking",
         "vmoco.encoders.registry",
         "vmoco.encoders.encoder_program",
-        "vmoco.train.system_metrics",
+        "vmoco.mlflow_internals",
     },
     "av": {"vmoco.data.video"},
-    "optuna": {"vmoco.sweep.search"},
+    "optuna": {"vmoco.sweep.space"},
     "plotly": {"vmoco.sweep.report"},
     "faiss": {"vmoco.evaluate.knn"},
     "sklearn": {"vmoco.evaluate.probe", "vmoco.evaluate.gallery"},
 }
 
+# Modules of Ray and MLflow that are private by their name, or by their documentation.
+PRIVATE = re.compile(r"\b(?:(?:ray|mlflow)(?:\.\w+)*\._\w+|ray\.experimental|mlflow\.system_metrics)[\w.]*")
+
 # From the ground up: a module imports from its own package and from those below it. `vmoco.cluster` stands beside the
 # packages that use it: it knows settings, storage, tracker and networks, and nothing of a training run.
 GROUND = {"vmoco", "vmoco.config", "vmoco.job_settings", "vmoco.presets", "vmoco.storage", "vmoco.seed"}
-GROUND |= {"vmoco.progress", "vmoco.spool", "vmoco.tracking", "vmoco.job"}
+GROUND |= {
+    "vmoco.progress",
+    "vmoco.spool",
+    "vmoco.tracking",
+    "vmoco.job",
+    "vmoco.own_folder",
+    "vmoco.mlflow_internals",
+    "vmoco.cluster.ray_internals",
+}
 PACKAGES = ("data", "model", "encoders", "cluster", "evaluate", "train", "sweep")
 
 
@@ -103,6 +116,15 @@ def test_ray_mlflow_and_av_stay_at_home(path: Path) -> None:
         library = imported.split(".")[0]
         if library in HOMES:
             assert name_of(path) in HOMES[library], f"{path} imports {library}: only {sorted(HOMES[library])} may"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_private_names_of_ray_and_mlflow_stay_in_their_file(path: Path) -> None:
+    """Only `ray_internals` names a private module of Ray, and only `mlflow_internals` one of MLflow."""
+    if name_of(path) in ("vmoco.cluster.ray_internals", "vmoco.mlflow_internals"):
+        return
+    found = PRIVATE.findall(path.read_text())
+    assert not found, f"{path} names {found[0]}: move it to vmoco/cluster/ray_internals.py or vmoco/mlflow_internals.py"
 
 
 @pytest.mark.parametrize("module", ["vmoco", "vmoco.config", "vmoco.job", "vmoco.cluster.local", "vmoco.demo"])

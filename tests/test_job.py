@@ -106,14 +106,14 @@ def test_exit_codes(line: str, code: int, last: str) -> None:
     assert (ended.returncode, ended.stderr) == (code, last)
 
 
-def test_the_user_error_is_dug_out_of_what_ray_wraps_around_it() -> None:
-    """A task's error is told by its own message, however often Ray wrapped it, and a bug by its type."""
+def test_the_cause_is_found_in_what_ray_wraps_around_it() -> None:
+    """A task's error keeps its own message, however often Ray wrapped it, and an unexpected error its type."""
     assert job.describe(ray_error(ray_error(ValueError("raise the queue")))) == "error: raise the queue"
     assert job.describe(ray_error(ZeroDivisionError("by 0"))) == "error: ZeroDivisionError: by 0"
 
 
-def test_the_rank_with_the_worded_error_is_named() -> None:
-    """Of several failed ranks, the one with a message for a person counts, not those that lost their connection."""
+def test_the_rank_with_the_user_error_is_named() -> None:
+    """Of several failed ranks, the one with a user error counts, not those that lost their connection to it."""
     from ray.train import ControllerError, WorkerGroupError
 
     failures: dict[int, Exception] = {
@@ -128,14 +128,14 @@ def test_the_rank_with_the_worded_error_is_named() -> None:
 
 
 def test_a_refused_setting_is_one_line() -> None:
-    """Settings refuse in one sentence; pydantic's own refusal is folded into one."""
+    """Settings refuse with one line, and an error of pydantic becomes one line."""
 
     class Plain(pydantic.BaseModel):
         steps: int
 
-    with pytest.raises(ValueError, match=r"train\.steps -3 is not allowed") as ours:
+    with pytest.raises(ValueError, match=r"--train\.steps -3 is not allowed") as ours:
         TrainSettings(steps=-3)
-    assert job.describe(ours.value).startswith("error: train.steps -3 is not allowed: ")
+    assert job.describe(ours.value).startswith("error: --train.steps -3 is not allowed: ")
     with pytest.raises(pydantic.ValidationError) as theirs:
         Plain.model_validate({"steps": "x"})
     assert job.describe(theirs.value).startswith("error: steps: Input should be a valid integer")
@@ -143,13 +143,13 @@ def test_a_refused_setting_is_one_line() -> None:
 
 
 def test_errors_of_other_libraries_are_no_messages_for_users() -> None:
-    """A subclass of ValueError from elsewhere is a bug until somebody words it."""
+    """A subclass of ValueError from another library is an unexpected error, whose traceback is needed."""
     assert not job.is_user_error(UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"))
     assert job.is_user_error(ValueError("x"))
 
 
-def test_the_stop_command_names_the_address_a_person_can_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The address comes from the head's environment, else from a loopback dashboard; never from inside a network."""
+def test_the_stop_command_has_an_address_that_the_user_can_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The address comes from the head's environment, else from a dashboard on the loopback, and from no other."""
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     assert job.stop_command("127.0.0.1:8265") is None
@@ -196,7 +196,7 @@ def test_a_second_ctrl_c_interrupts() -> None:
 def test_a_failing_submitted_job_ends_with_our_line(
     local_cluster: LocalCluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """In the log of a submitted job our line is the last, below what workers said; the exit code is 1."""
+    """In the log of a submitted job our line is the last, below the output of workers; the exit code is 1."""
     (tmp_path / "fail.py").write_text(FAILING_JOB)
     assert local_cluster.submit(["python", "fail.py"], tmp_path) == 1
     log = capfd.readouterr().out
@@ -218,7 +218,7 @@ def test_ctrl_c_in_a_direct_run_leaves_nothing() -> None:
     ) as direct:
         assert direct.stdout is not None
         folder = direct.stdout.readline().split()[1]
-        assert len(processes.of_session(direct.pid)) > 5, "the look at the processes does not see them"
+        assert len(processes.of_session(direct.pid)) > 5, "the list of processes does not have them"
         os.killpg(direct.pid, signal.SIGINT)
         _, errors = direct.communicate(timeout=60)
     assert direct.returncode == 130

@@ -65,7 +65,7 @@ def test_hash_is_that_of_another_tool() -> None:
 
 
 def test_hash_separates_types_and_parts() -> None:
-    """The same characters as a number or a text, together or apart, in another order, are different things."""
+    """The same characters give other hashes as a number or a text, in one part or two, or in another order."""
     things = [("1",), (1,), ("ab",), ("a", "b"), ("b", "a"), ("a", "b", ""), ("", "a", "b"), (1, 2), (12,), ("1", 2)]
     assert len({hash64(*parts) for parts in things}) == len(things)
 
@@ -86,7 +86,7 @@ def test_permutations_of_different_seeds_have_little_in_common() -> None:
 
 
 def test_uniforms_are_uniform_for_each_salt() -> None:
-    """The same bits, salt by salt."""
+    """For each salt they give the same bits as `uniform`."""
     seeds, salts = np.arange(5, dtype=np.uint64) * np.uint64(2**61 + 7), [0, 3, 2**64 - 1]
     expected = np.stack([uniform(seeds, salt) for salt in salts], axis=1)
     np.testing.assert_array_equal(uniforms(seeds, salts), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vmoco import spool as module
-from vmoco.spool import Document, Points, Spool
+from vmoco.spool import Document, Points, RefusedError, Spool
 
 
 class Notebook:
@@ -108,7 +109,9 @@ def test_a_tracker_that_is_down_costs_no_time(tmp_path: Path) -> None:
         spool.points({"loss": 1.0}, step=step)
     assert time.perf_counter() - began < 0.5
     said = spool.close(timeout=0.1)
-    assert "1000 points or documents were not taken by the tracker the tracker: ConnectionError: nobody there" in said
+    assert (
+        "1000 points or documents could not be sent to the tracker the tracker: ConnectionError: nobody there" in said
+    )
     tracker.down = False
     assert Spool(tracker, name="t", uri=str(tmp_path / "spool.json")).close() == ""
     assert sorted(set(tracker.steps("loss"))) == list(range(1000))
@@ -125,4 +128,35 @@ def test_a_process_that_was_cut_off_sends_nothing(tmp_path: Path) -> None:
     spool.points({"loss": 1.0}, step=1)
     assert spool.close() == ""
     assert tracker.rows == []
+    assert not (tmp_path / "spool.json").exists()
+
+
+class Strict(Notebook):
+    """Refuses for good a document that is too large, and a number whose name is not valid."""
+
+    def send(self, points: list[Points], documents: Mapping[str, Document]) -> None:
+        if any(len(content) > 100 for content in documents.values()):
+            raise RefusedError("413 too large")
+        if any("bad name" in row.numbers for row in points):
+            raise RefusedError("400 not a valid name")
+        super().send(points, documents)
+
+
+def test_what_is_refused_for_good_blocks_nothing(tmp_path: Path) -> None:
+    """It is reported once and kept in a file of its own; everything beside it arrives, and `close` has nothing left."""
+    tracker, warnings = Strict(), list[str]()
+    spool = Spool(tracker, name="t", uri=str(tmp_path / "spool.json"), warn=warnings.append)
+    spool.document("large.png", bytes(200))
+    for step in (10, 20):
+        spool.points({"loss": 1.0, "bad name": 2.0}, step=step)
+    spool.document("small.json", "fits")
+    assert spool.close() == ""
+    assert tracker.steps("loss") == [10, 20]
+    assert tracker.documents == {"small.json": "fits"}
+    assert list(spool.set_aside) == ["the metric bad name", "the document large.png"]
+    assert ["the metric bad name for good (400" in warnings[0], "large.png for good (413" in warnings[1]] == [True] * 2
+    assert len(warnings) == 2, "a name that is refused at every step is reported once"
+    refused = json.loads((tmp_path / "spool-refused.json").read_text())
+    assert list(refused["files"]) == ["large.png"]
+    assert [row[0] for row in refused["points"]] == [10, 20]
     assert not (tmp_path / "spool.json").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.server
+import json
 import threading
 import time
 from pathlib import Path
@@ -87,7 +89,7 @@ def test_what_a_dead_tracker_did_not_take_is_said(vmoco_home: Path) -> None:
     """close() gives up after its time, with the number of points and the reason."""
     tracker = tracking.spool("http://127.0.0.1:9", "no run")
     tracker.points({"loss": 1.0, "accuracy": 0.5}, step=1)
-    assert "2 points or documents were not taken by the tracker http://127.0.0.1:9: " in tracker.close(timeout=1)
+    assert "2 points or documents could not be sent to the tracker http://127.0.0.1:9: " in tracker.close(timeout=1)
 
 
 def test_a_tracker_that_cannot_be_used_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +101,7 @@ def test_a_tracker_that_cannot_be_used_is_said_before_the_work(tmp_path: Path, m
 
 def test_a_tracker_with_a_password_in_its_uri_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The URI is shown and kept, so a password in it is refused, and not repeated."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://vmoco:hidden@door:5443")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://vmoco:hidden@gateway:5443")
     with pytest.raises(ValueError, match=r"carries a password.*MLFLOW_TRACKING_PASSWORD") as raised:
         tracking.tracking_uri()
     assert "hidden" not in str(raised.value)
@@ -122,3 +124,72 @@ def test_a_tracker_that_comes_back_is_waited_for(tmp_path: Path, monkeypatch: py
         back.join()
     (line,) = said
     assert line.endswith("waiting for it, up to 2 min")
+
+
+def test_a_number_that_mlflow_never_takes_does_not_stop_the_others(vmoco_home: Path) -> None:
+    """A name of 300 characters is refused with 400: it is set aside, and the number beside it arrives."""
+    run_id = tracking.create_run(SETTINGS, tags={})
+    spool = tracking.spool(tracking.tracking_uri(), run_id)
+    spool.points({"x" * 300: 1.0, "loss": 2.0}, step=1)
+    assert spool.close() == ""
+    (message,) = spool.set_aside.values()
+    assert "exceeds the maximum length" in message
+    assert MlflowClient(tracking.tracking_uri()).get_run(run_id).data.metrics == {"loss": 2.0}
+
+
+class TooLarge(http.server.BaseHTTPRequestHandler):
+    """A tracker behind a gateway that takes no large request: it knows its runs and answers uploads with 413."""
+
+    def do_GET(self) -> None:
+        run = {"info": {"run_id": "a", "artifact_uri": "mlflow-artifacts:/0/a/artifacts"}, "data": {}}
+        body = json.dumps({"run": run}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(413)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *words: object) -> None:
+        """Nothing."""
+
+
+def test_a_document_that_a_gateway_never_lets_through_is_set_aside(vmoco_home: Path) -> None:
+    """413 is an answer for good: without that the document would be sent again and again."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), TooLarge) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        spool = tracking.spool(f"http://127.0.0.1:{server.server_port}", "a")
+        spool.document("report.html", "large")
+        assert spool.close(timeout=60) == ""
+        server.shutdown()
+    (message,) = spool.set_aside.values()
+    assert "refuses the document report.html for good" in message
+
+
+def test_a_deleted_experiment_says_how_to_bring_it_back(vmoco_home: Path) -> None:
+    """With the number of the experiment, or another name."""
+    tracking.create_run(SETTINGS, tags={})
+    client = MlflowClient(tracking.tracking_uri())
+    experiment = client.get_experiment_by_name(SETTINGS.tracking.experiment)
+    assert experiment is not None
+    client.delete_experiment(experiment.experiment_id)
+    restore = f"restore --experiment-id {experiment.experiment_id}`, or choose another --tracking.experiment"
+    with pytest.raises(ValueError, match=restore):
+        tracking.create_run(SETTINGS, tags={})
+
+
+def test_a_server_that_no_other_machine_can_use_is_refused(
+    tmp_path: Path, vmoco_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Artifacts on the server's own disk, or a host name that it does not know: each says what to start it with."""
+    with TrackingServer(tmp_path, "--no-serve-artifacts", "--default-artifact-root", str(tmp_path / "own")) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
+        with pytest.raises(ValueError, match=r"the server's own disk .*: start the server with --artifacts-"):
+            tracking.create_run(SETTINGS, tags={})
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address.replace("127.0.0.1", "[::ffff:127.0.0.1]"))
+        with pytest.raises(ValueError, match=r"does not know this host name: start it with --allowed-hosts \[::ffff"):
+            tracking.create_run(SETTINGS, tags={})

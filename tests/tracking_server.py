@@ -16,18 +16,22 @@ from types import TracebackType
 class TrackingServer:
     """A server on a free port, with its database and artifacts in a folder; a context manager.
 
+    Args:
+        folder: of both.
+        flags: of `mlflow server`, in place of the one that has it serve artifacts.
+
     Attributes:
         address: of the server, whether it runs or not.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *flags: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.address = f"http://127.0.0.1:{port}"
         self._command = [str(Path(sys.executable).with_name("mlflow")), "server", "--host", "127.0.0.1"]
         self._command += ["--port", str(port), "--backend-store-uri", f"sqlite:///{folder}/server.db"]
-        self._command += ["--workers", "1", "--artifacts-destination", str(folder / "artifacts")]
+        self._command += ["--workers", "1", *(flags or ("--artifacts-destination", str(folder / "artifacts")))]
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> TrackingServer:

@@ -1,282 +1,358 @@
-"""The base of every group of settings: frozen, checked, and written as the same bytes wherever it is saved.
+"""The settings of a pretraining run: frozen, checked, one docstring per field, which `--help` shows.
 
-Settings live with the noun that they are about: of a pretraining run in `vmoco/config.py`, of an ingest in
-`vmoco/job_settings.py`.
-
-
-Settings of where a run runs and reports: they decide no number of it, so a resumed run may change them.
-
-Every setting of a pretraining run: frozen models, one docstring per field, which `--help` shows.
-
-A run is described by one `PretrainSettings`; its canonical JSON is saved, the same bytes, in the checkpoint, in
-MLflow and with the encoder. The content hash leaves out what does not change the numbers (where it runs, where it
-reports), so a resumed run may change its number of workers but not its method.
+A run is described by one `PretrainSettings`. Its canonical JSON is saved, the same bytes, in the checkpoint, in MLflow
+and with the encoder. Its content hash covers what decides the numbers of the run, and a resumed run must have the same
+one. A field decides numbers unless it is marked `Unhashed`, so a field that nobody thought about is part of the hash.
+`Settings` is the base of the other jobs' settings too (`vmoco/job_settings.py`).
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
-from typing import Annotated, Any, Literal
+import shlex
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
+class Unhashed:
+    """Marks a field that decides no number: where things are, how often a job reports, how many workers it has."""
+
+
+class HashedIfSet:
+    """Marks a field that decides numbers only when it is given: hashes from before the field existed stay valid."""
+
+
+def flag(*path: str) -> str:
+    """The flag of a field as it is typed: `flag("moco", "queue_size")` is `--moco.queue-size`."""
+    return "--" + ".".join(part for part in path if part).replace("_", "-")
+
+
 class Settings(BaseModel):
-    """A frozen group of settings that answers a bad value with one sentence."""
+    """A frozen group of settings; a value that is not allowed raises a ValueError that names its flag."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    group: ClassVar[str] = ""
+    """What stands before the dot in the flags of this class; empty where the flags have no dot."""
 
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
-            group = type(self).__name__.removesuffix("Settings").lower()
-            prefix = "" if group in ("ingest", "pretrain") else f"{group}."
-            raise ValueError("; ".join(_sentence(problem, prefix) for problem in error.errors())) from None
+            raise ValueError("; ".join(map(self._message, error.errors()))) from None
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        for field in cls.model_fields.values():
+            if field.description:  # one line: the help has breaks of its own
+                field.description = " ".join(field.description.split())
+
+    @classmethod
+    def _message(cls, problem: Any) -> str:
+        if problem["type"] == "value_error":  # raised by a check of ours, here or in a group: complete already
+            return str(problem["ctx"]["error"])
+        path = [str(part) for part in problem["loc"] if isinstance(part, str)]
+        name = flag(cls.group, *path)
+        if problem["type"] == "missing":
+            return f"{name} is missing"
+        if problem["type"] == "extra_forbidden":
+            (nearest,) = difflib.get_close_matches(path[-1], cls.model_fields, n=1, cutoff=0)
+            return f"{name} does not exist: did you mean {flag(cls.group, nearest)}?"
+        allowed = problem["msg"][0].lower() + problem["msg"][1:]
+        allowed = allowed.replace("input should be", "it must be", 1)
+        return f"{name} {shlex.quote(str(problem['input']))} is not allowed: {allowed}"
 
     def canonical_json(self) -> str:
         """The settings as JSON with sorted keys: equal settings give equal bytes."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1)
 
+    def content(self) -> dict[str, Any]:
+        """The fields that decide numbers, as JSON values: all but those marked `Unhashed`."""
+        values = self.model_dump(mode="json")
+        found: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if Unhashed in field.metadata or (HashedIfSet in field.metadata and not value):
+                continue
+            found[name] = value.content() if isinstance(value, Settings) else values[name]
+        return found
 
-def _sentence(problem: Any, prefix: str) -> str:
-    field = prefix + ".".join(str(part).replace("_", "-") for part in problem["loc"])
-    if problem["type"] == "value_error":  # raised by a check below: already a sentence
-        return str(problem["ctx"]["error"])
-    said = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{field} {problem['input']!r} is not allowed: {said}"
+    def content_hash(self) -> str:
+        """Hash of `content`, 16 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class RunSettings(Settings):
+    """The name of the run, its seed, and where its checkpoints are."""
+
+    group = "run"
+
+    name: Annotated[str | None, Unhashed] = None
+    """Name of the run. Give the name of an unfinished run to resume it. When left out: PRESET-DATE-TIME."""
+    storage: Annotated[str | None, Unhashed] = None
+    """Folder or URI for checkpoints, for example s3://bucket/runs. All nodes must reach it. When left out:
+    $VMOCO_HOME/runs, or ~/.vmoco/runs."""
+    fork: Annotated[str | None, HashedIfSet] = None
+    """Checkpoint of another run to continue from in a new run, at its step: a uri from that run's checkpoints.json."""
+    seed: int = 0
+    """Every random draw depends on this number. Change it to repeat a run with other draws."""
+
+
+Positives = Literal["same_clip", "two_clips"]
+
+
+class DataSettings(Settings):
+    """The data set, and which clips training takes from it."""
+
+    group = "data"
+
+    uri: Annotated[str, Unhashed] = ""
+    """Folder or URI of a data set made by jobs/ingest.py, for example s3://bucket/data. Required."""
+    num_frames: int = Field(16, ge=2)
+    """T: number of frames in a training clip. The clip is a random window of a stored clip, which may be longer."""
+    stride: int = Field(1, ge=1)
+    """Distance between neighbouring frames of a training clip, in stored frames. 2 takes every second one."""
+    draws_per_video: int = Field(1, ge=1)
+    """Number of clips drawn from each video in one epoch."""
+    positives: Positives = "same_clip"
+    """What a query must match: another view of the same clip (paper), or another clip of the same video (rho-MoCo with
+    rho = 2). The second learns less from texture."""
+    batches_ahead: Annotated[int, Unhashed] = Field(3, ge=1)
+    """Number of batches that the loader prepares ahead of the training step. Each takes memory on every worker."""
+    cache: Annotated[str | None, Unhashed] = None
+    """Folder on the local disk of each node, for clips of a remote data set. When left out: $VMOCO_HOME/cache, or
+    ~/.vmoco/cache."""
+    cache_gib: Annotated[float, Unhashed] = Field(50.0, gt=0)
+    """Size limit of this cache on one node, in GiB. When it is full, the least recently read clips are removed."""
+
+
+class AugmentSettings(Settings):
+    """Random changes to each view of a clip; all frames of a view change in the same way. The defaults are those of
+    MoCo v1, as in the paper."""
+
+    group = "augment"
+
+    size: int = Field(112, ge=16)
+    """Height and width of a training clip, in pixels. At most the short side of the stored frames."""
+    min_area: float = Field(0.2, gt=0, le=1)
+    """Smallest part of the frame's area that a random crop covers, from 0 to 1. Raise it if objects get cut off."""
+    grey_probability: float = Field(0.2, ge=0, le=1)
+    """Probability that a view becomes grey."""
+    brightness: float = Field(0.4, ge=0, le=1)
+    """Largest relative change of brightness: 0.4 multiplies it by 0.6 to 1.4."""
+    contrast: float = Field(0.4, ge=0, le=1)
+    """Largest relative change of contrast: 0.4 multiplies it by 0.6 to 1.4."""
+    saturation: float = Field(0.4, ge=0, le=1)
+    """Largest relative change of saturation: 0.4 multiplies it by 0.6 to 1.4."""
+    hue: float = Field(0.4, ge=0, le=0.5)
+    """Largest rotation of the hue, as a part of the colour circle: 0.5 reaches every colour."""
+    jitter_probability: float = Field(1.0, ge=0, le=1)
+    """Probability that brightness, contrast, saturation and hue of a view change (MoCo v1: 1; MoCo v2: 0.8)."""
+    blur_probability: float = Field(0.0, ge=0, le=1)
+    """Probability of a Gaussian blur with a sigma of 0.1 to 2 pixels (MoCo v1: 0; MoCo v2: 0.5)."""
+    flip_probability: float = Field(0.5, ge=0, le=1)
+    """Probability that a view is mirrored left to right. Set 0 if left and right differ in meaning."""
+    standardise: bool = False
+    """Normalises each clip by its own mean and deviation, not by those of Kinetics. Then the encoder cannot recognise a
+    clip by its light or contrast."""
+
+
+Backbone = Literal["r3d_18", "r2plus1d_18", "mc3_18", "s3d", "r3d_nano", "r2plus1d_nano"]
+
+
+class ModelSettings(Settings):
+    """The network of the encoders."""
+
+    group = "model"
+
+    backbone: Backbone = "r3d_18"
+    """Network from clip to feature. Those named *_nano are small enough for a CPU; the others are torchvision's."""
+    embedding_dim: int = Field(128, ge=2)
+    """D: length of the embedding vectors that the loss compares."""
+    head: Literal["linear", "mlp"] = "linear"
+    """Projection from feature to embedding: a linear layer (paper), or two layers with a ReLU between (MoCo v2)."""
+    init: Annotated[str | None, tyro.conf.arg(aliases=["--init"])] = None
+    """Trained encoder whose backbone this run starts from: models:/NAME@ALIAS, or a folder. The head, the queue, the
+    optimizers and the step count start new."""
+
+
+Fill = Literal["mean", "zero"]
+Estimator = Literal["mask", "pixel_sum"]
+BeforeStart = Literal["whole", "random"]
+
+
+class GeneratorSettings(Settings):
+    """The generator G, which learns to drop the frames of a query that matter most to the encoder."""
+
+    group = "generator"
+
+    drop_ratio: float = Field(0.25, ge=0, le=0.9)
+    """Part of a clip's frames that is dropped, from 0 to 0.9. 0 trains plain MoCo without a generator."""
+    fill: Fill = "mean"
+    """What replaces a dropped frame: its own mean colour, or zero, which is the mean colour of all data."""
+    start_percent: float = Field(50.0, ge=0, le=100)
+    """Percentage of the training steps after which the generator starts (paper: 50)."""
+    before_start: BeforeStart = "whole"
+    """The query until the generator starts: the complete clip (paper), or the clip with randomly dropped frames."""
+    strength: float = Field(100.0, gt=0)
+    """Lambda: weight of the generator's loss."""
+    learning_rate: float = Field(0.005, gt=0)
+    """Learning rate of the generator at a global batch of 32. It grows in proportion to --train.global-batch."""
+    estimator: Estimator = "mask"
+    """Gradient of the choice of frames: of the mask itself, or of the sum of pixels as in the authors' released code.
+    Use pixel_sum only to compare with that code."""
+    relative: bool = False
+    """Compares each frame with the same position in the other clips of its micro-batch. Then the generator cannot
+    choose by position alone."""
+    hidden_channels: int = Field(16, ge=1)
+    """Number of channels in the generator's recurrent state."""
+    frame_size: int = Field(32, ge=8)
+    """Height and width to which frames are scaled for the generator, in pixels."""
+
+
+AgeUnit = Literal["step", "key"]
+DecayOn = Literal["logit", "exp"]
+DecaySchedule = Literal["constant", "linear", "cosine", "step", "adversarial"]
+
+
+class MocoSettings(Settings):
+    """The contrastive loss: the queue of negative keys, the momentum encoder, and the decay of old keys."""
+
+    group = "moco"
+
+    queue_size: int = Field(65536, ge=1)
+    """K: number of negative keys in the queue. At least --train.global-batch. Lower it for a small data set: keys of
+    the query's own video never count as negatives."""
+    momentum: float = Field(0.999, ge=0, lt=1)
+    """Part of the key encoder that stays in each step. Lower it for a short run, for example 0.99 for 200 steps."""
+    temperature: float = Field(0.07, gt=0)
+    """Temperature of the contrastive loss. Lower values weigh the most similar negatives more (MoCo v2: 0.2)."""
+    decay: float = Field(0.99999, gt=0, le=1)
+    """The t in t ** a, the weight of a key with age a. 1 turns the decay off."""
+    decay_schedule: DecaySchedule = "constant"
+    """How t changes during training: not at all, towards --moco.decay-end in one of three ways, or lower the more the
+    generator's drops change the embeddings (adversarial)."""
+    decay_end: float = Field(1.0, gt=0, le=1)
+    """The value of t at the last step, if --moco.decay-schedule is linear, cosine or step."""
+    age_unit: AgeUnit = "step"
+    """What the age of a key counts: training steps since it entered the queue, or keys that entered after it."""
+    decay_on: DecayOn = "logit"
+    """What the weight multiplies: the similarity (paper), or its exponential. Only the second removes old keys."""
+
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+class TrainSettings(Settings):
+    """Steps, batches, optimizer, and how often the run logs and saves."""
+
+    group = "train"
+
+    steps: int = Field(..., ge=1)
+    """Number of optimizer steps of the run. Schedules depend on it, so it must stay the same when a run is resumed."""
+    stop_after: Annotated[int | None, Unhashed] = Field(None, ge=1)
+    """Ends the run early, after this step. The schedules still follow --train.steps, so the run can go on later."""
+    global_batch: int = Field(256, ge=2)
+    """G: number of clips in one step, over all workers."""
+    micro_batch: int = Field(32, ge=2)
+    """M: number of clips that batch normalisation sees together. Lower it if GPU memory runs out. Each worker takes the
+    same number of micro-batches or one more."""
+    learning_rate: float = Field(0.005, gt=0)
+    """Learning rate at a global batch of 32. It grows in proportion to --train.global-batch: 0.04 at 256 (paper)."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """L2 penalty of SGD, or decoupled weight decay of AdamW."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD (paper), or AdamW with betas 0.9 and 0.999. AdamW needs lower learning rates, also of the generator."""
+    sgd_momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of SGD. Has no effect on AdamW."""
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    """How the learning rate changes: multiplied by 0.1 at 60 % and at 80 % of the steps (paper), on a cosine to zero,
+    or not at all."""
+    warmup_steps: int = Field(0, ge=0)
+    """Number of steps in which the learning rate rises linearly from zero. Use some with a high learning rate."""
+    precision: Precision = "auto"
+    """Arithmetic of the encoders. auto is bf16 on GPUs that support it, and fp32 elsewhere. The loss is always fp32."""
+    compile: bool = False
+    """Compiles the encoders with torch.compile: the start takes a minute longer, then steps are faster on most GPUs."""
+    deterministic: bool = False
+    """Uses deterministic algorithms only: a run gives the same bits again on the same GPUs, but is slower. Has no
+    effect on CPUs, which are deterministic already."""
+    log_every: Annotated[int, Unhashed] = Field(10, ge=1)
+    """Number of steps between two log lines, and between two points in MLflow."""
+    checkpoint_every: Annotated[int, Unhashed] = Field(500, ge=1)
+    """Number of steps between two checkpoints. Lower it if workers are lost often: a restart repeats the steps
+    since the last checkpoint."""
+    keep_checkpoints: Annotated[int, Unhashed] = Field(2, ge=1)
+    """Number of newest checkpoints that are kept."""
+    keep_best: Annotated[int, Unhashed] = Field(1, ge=0)
+    """Number of checkpoints with the best scores that are kept besides the newest ones."""
 
 
 class ScalingSettings(Settings):
-    """Where it runs. Changing it does not change the order of the batches, their augmentation or the queue."""
+    """Where the run computes. A change has no effect on the batches, their order, their augmentation or the queue."""
+
+    group = "scaling"
 
     num_workers: int = Field(1, ge=1)
-    """Ray Train workers: one per GPU, or processes on CPUs."""
+    """Number of Ray Train workers: one per GPU, or processes on CPUs. At most --train.global-batch divided by
+    --train.micro-batch."""
     min_workers: int | None = Field(None, ge=1)
-    """Fewest workers that it goes on with while nodes are missing. Default: num-workers, so it waits for nodes."""
+    """Smallest number of workers to go on with while nodes are missing, for example 4 of 8. When left out, the run
+    waits until all workers are back."""
     resize_seconds: float = Field(60.0, ge=1)
-    """With min-workers: how often it looks for nodes to grow again; growing restarts from the last checkpoint."""
+    """Seconds between two checks for new nodes, if --scaling.min-workers is given. To grow, the run restarts from its
+    last checkpoint."""
     use_gpu: bool = False
-    """One GPU per worker, nccl between them; otherwise CPUs and gloo."""
+    """Gives each worker one GPU, with NCCL between workers. Otherwise they compute on CPUs, with gloo between them."""
     cpus_per_worker: int = Field(1, ge=1)
-    """CPU cores, and threads, of each worker."""
+    """Number of CPU cores, and of threads, of each worker."""
     max_failures: int = Field(3, ge=0)
-    """Times a run restarts from its last checkpoint after a worker or node was lost."""
+    """How often the run restarts from one checkpoint after losing workers. A new checkpoint resets the count."""
     wait_for_nodes: bool = False
-    """Wait for an autoscaler to bring what the cluster lacks, instead of refusing to start."""
+    """Waits until an autoscaler has added the nodes that the cluster lacks. Otherwise the job fails at once."""
 
 
 class EvaluationSettings(Settings):
-    """The look at each new checkpoint, in a Ray task of its own beside training; it chooses the best checkpoint."""
+    """Scores each new checkpoint in a separate Ray task during training. The score chooses the best checkpoint."""
+
+    group = "evaluation"
 
     enabled: bool = True
     """Whether checkpoints are scored."""
     num_cpus: int = Field(1, ge=0)
-    """CPU cores kept free for it; 0 shares those of the workers, for small machines."""
+    """Number of CPU cores reserved for scoring. 0 shares the cores of the workers, for a small machine."""
     use_gpu: bool = False
-    """A GPU kept free for it; otherwise it computes on CPUs."""
+    """Reserves a GPU for scoring. Otherwise checkpoints are scored on CPUs, which takes hours for a large network."""
     max_videos: int = Field(500, ge=2)
-    """Held-out videos that take part, up to 8 clips of each."""
+    """Largest number of held-out videos used for a score, with up to 8 clips each. Lower it to score faster."""
 
 
 class TrackingSettings(Settings):
-    """Where it reports. The tracker's address is MLFLOW_TRACKING_URI, or a database in $VMOCO_HOME."""
+    """What MLflow records. Its address is MLFLOW_TRACKING_URI; when that is not set, a database in $VMOCO_HOME."""
+
+    group = "tracking"
 
     experiment: str = "vmoco"
-    """MLflow experiment of the run."""
+    """MLflow experiment of the run. It is created if it does not exist."""
     register_as: str | None = None
-    """Name under which the finished encoder is registered."""
+    """Name under which the trained encoder is registered, for example videomoco-kinetics. When left out, it is not
+    registered."""
     alias: str = "candidate"
-    """Alias given to the registered version."""
+    """Alias of the registered version: models:/NAME@ALIAS loads the encoder."""
     data_licence: str = ""
-    """What the videos may be used for, and whose they are: a note that travels with the encoder."""
-
-
-Fill = Literal["mean", "zero"]
-AgeUnit = Literal["step", "key"]
-Estimator = Literal["mask", "pixel_sum"]
-DecayOn = Literal["logit", "exp"]
-DecaySchedule = Literal["constant", "linear", "cosine", "step", "adversarial"]
-BeforeStart = Literal["whole", "random"]
-Positives = Literal["same_clip", "two_clips"]
-Backbone = Literal["r3d_18", "r2plus1d_18", "mc3_18", "s3d", "r3d_nano", "r2plus1d_nano"]
-Precision = Literal["auto", "bf16", "fp32"]
-
-
-# Fields that decide no number of a run: where things lie, how often it reports, what it keeps.
-_SILENT = {
-    "data": {"uri", "batches_ahead", "cache", "cache_gib"},
-    "train": {"stop_after", "log_every", "checkpoint_every", "keep_checkpoints", "keep_best"},
-}
-
-
-class RunSettings(Settings):
-    """The run: its name, seed and storage."""
-
-    name: str | None = None
-    """Name of the run; the name of an unfinished run resumes it. Default: PRESET-DATE-TIME."""
-    storage: str | None = None
-    """Folder or URI for checkpoints, reachable from all nodes. Default: $VMOCO_HOME/runs (~/.vmoco/runs)."""
-    fork: str | None = None
-    """Checkpoint of another run to begin from, with its step: a folder or URI that its checkpoints.json lists."""
-    seed: int = 0
-    """Every random draw follows from this number."""
-
-
-class DataSettings(Settings):
-    """Which clips are trained on."""
-
-    uri: str = ""
-    """Data set made by jobs/ingest.py. Required."""
-    num_frames: int = Field(16, ge=2)
-    """T: frames of a training clip; a window at a seeded place of a stored clip."""
-    stride: int = Field(1, ge=1)
-    """Distance between two frames of a training clip, in stored frames."""
-    draws_per_video: int = Field(1, ge=1)
-    """Clips drawn from each video in one epoch."""
-    positives: Positives = "same_clip"
-    """What the key shows: the frames of its query (paper), or another clip of its video (rho-MoCo, rho = 2)."""
-    batches_ahead: int = Field(3, ge=1)
-    """Batches that the loader reads ahead of the step."""
-    cache: str | None = None
-    """Folder on each node's own disk for clips of a remote data set. Default: $VMOCO_HOME/cache (~/.vmoco/cache)."""
-    cache_gib: float = Field(50.0, gt=0)
-    """Most that the cache holds on one node, in GiB; the clips that were not read for longest go first."""
-
-
-class AugmentSettings(Settings):
-    """One draw per clip and view: all frames of a clip are changed alike. The defaults are MoCo v1's (paper)."""
-
-    size: int = Field(112, ge=16)
-    """Height and width of a training clip in pixels."""
-    min_area: float = Field(0.2, gt=0, le=1)
-    """Smallest share of the frame's area that a random crop keeps."""
-    grey_probability: float = Field(0.2, ge=0, le=1)
-    """Share of clips turned grey."""
-    brightness: float = Field(0.4, ge=0, le=1)
-    """Largest relative change of brightness."""
-    contrast: float = Field(0.4, ge=0, le=1)
-    """Largest relative change of contrast."""
-    saturation: float = Field(0.4, ge=0, le=1)
-    """Largest relative change of saturation."""
-    hue: float = Field(0.4, ge=0, le=0.5)
-    """Largest rotation of hue, in turns."""
-    jitter_probability: float = Field(1.0, ge=0, le=1)
-    """Share of clips whose brightness, contrast, saturation and hue are changed (MoCo v1: all; v2: 0.8)."""
-    blur_probability: float = Field(0.0, ge=0, le=1)
-    """Share of clips blurred by a Gaussian of 0.1 to 2 pixels (MoCo v1: none; v2: 0.5)."""
-    flip_probability: float = Field(0.5, ge=0, le=1)
-    """Share of clips mirrored left to right; 0 where left and right have a meaning."""
-    standardise: bool = False
-    """Normalise each clip by its own mean and deviation, not Kinetics': light and contrast tell no clips apart then."""
-
-
-class ModelSettings(Settings):
-    """The encoders."""
-
-    backbone: Backbone = "r3d_18"
-    """Network from clip to feature: torchvision's, or a small one of the same blocks for a CPU (*_nano)."""
-    embedding_dim: int = Field(128, ge=2)
-    """D: width of the embedding that is compared."""
-    head: Literal["linear", "mlp"] = "linear"
-    """Projection from feature to embedding: linear (paper) or a two-layer MLP (MoCo v2)."""
-    init: Annotated[str | None, tyro.conf.arg(aliases=["--init"])] = None
-    """Encoder to start from, as models:/NAME@ALIAS or a folder; its backbone alone, step and queue begin anew."""
-
-
-class GeneratorSettings(Settings):
-    """G: which frames are dropped."""
-
-    drop_ratio: float = Field(0.25, ge=0, le=0.9)
-    """Share of a clip's frames that is dropped; 0 is plain MoCo without a generator."""
-    fill: Fill = "mean"
-    """What stands in for a dropped frame: its own mean colour, or zero (the mean of all data)."""
-    start_percent: float = Field(50.0, ge=0, le=100)
-    """Share of training after which the generator starts (paper: half)."""
-    before_start: BeforeStart = "whole"
-    """The query before the generator starts: the whole clip (paper), or with frames dropped at random."""
-    strength: float = Field(100.0, gt=0)
-    """Lambda: factor of the generator's loss."""
-    learning_rate: float = Field(0.005, gt=0)
-    """Learning rate of the generator at a global batch of 32; scaled linearly with the batch."""
-    estimator: Estimator = "mask"
-    """Gradient of the choice of frames: of the keep mask itself, or the pixel sum of the released code, to compare."""
-    relative: bool = False
-    """Judge a frame against the same place of the other clips in its micro-batch: places alone count nothing then."""
-    hidden_channels: int = Field(16, ge=1)
-    """Channels of the recurrent state."""
-    frame_size: int = Field(32, ge=8)
-    """The generator sees frames scaled to this many pixels square."""
-
-
-class MocoSettings(Settings):
-    """Queue, momentum and the temporal decay of keys."""
-
-    queue_size: int = Field(65536, ge=1)
-    """K: keys in the queue."""
-    momentum: float = Field(0.999, ge=0, lt=1)
-    """Momentum of the key encoder."""
-    temperature: float = Field(0.07, gt=0)
-    """Temperature of the contrastive loss."""
-    decay: float = Field(0.99999, gt=0, le=1)
-    """t: a key of age a weighs t ** a; 1 is no decay."""
-    decay_schedule: DecaySchedule = "constant"
-    """T over training: constant, towards decay-end, or by how much the generator's drops change embeddings."""
-    decay_end: float = Field(1.0, gt=0, le=1)
-    """T at the last step, for linear, cosine and step."""
-    age_unit: AgeUnit = "step"
-    """What an age counts: optimizer steps since the key came in, or keys that came in after it."""
-    decay_on: DecayOn = "logit"
-    """Where the weight applies: on the similarity (paper), or on its exponential, which really removes old keys."""
-
-
-class TrainSettings(Settings):
-    """Optimization."""
-
-    steps: int = Field(..., ge=1)
-    """Optimizer steps of the whole run."""
-    stop_after: int | None = Field(None, ge=1)
-    """Step to end at, where that is before the last one; the schedules are those of `steps`."""
-    global_batch: int = Field(256, ge=2)
-    """G: clips per step over all ranks."""
-    micro_batch: int = Field(32, ge=2)
-    """M: clips that a batch normalisation sees together; ranks take whole micro-batches."""
-    learning_rate: float = Field(0.005, gt=0)
-    """Learning rate at a global batch of 32; scaled linearly with the batch (paper: 0.04 at 256)."""
-    weight_decay: float = Field(1e-4, ge=0)
-    """L2 penalty of SGD, decoupled decay of AdamW."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """SGD (paper), or AdamW with betas 0.9 and 0.999, which wants lower learning rates, of the generator too."""
-    sgd_momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of SGD."""
-    schedule: Literal["step", "cosine", "constant"] = "step"
-    """Learning rate over training: x0.1 at 60 % and 80 % (paper), cosine to zero, or constant."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps over which the learning rate rises linearly from zero."""
-    precision: Precision = "auto"
-    """Arithmetic of the encoders: auto is bf16 on GPUs that have it, else fp32. The embedding is always fp32."""
-    compile: bool = False
-    """Compile the encoders with torch.compile: a minute or more at the start, then faster steps on most GPUs."""
-    deterministic: bool = False
-    """Deterministic algorithms alone: the same bits again on the same GPUs, slower. CPUs need it not."""
-    log_every: int = Field(10, ge=1)
-    """Steps between two log lines and two points in MLflow."""
-    checkpoint_every: int = Field(500, ge=1)
-    """Steps between two checkpoints."""
-    keep_checkpoints: int = Field(2, ge=1)
-    """Newest checkpoints that are kept."""
-    keep_best: int = Field(1, ge=0)
-    """Checkpoints that are kept besides because their encoders scored best."""
+    """Note on the owner and the licence of the videos, which is saved with the encoder. Example: 'CC BY 4.0, by us'."""
 
 
 class PretrainSettings(Settings):
     """A pretraining run."""
 
-    preset: Annotated[str, tyro.conf.Suppress] = "custom"
-    """Preset that these settings began as; a name for people, it decides nothing."""
+    preset: Annotated[str, tyro.conf.Suppress, Unhashed] = "custom"
+    """Name of the preset that these settings began as, for people to read."""
     run: RunSettings = RunSettings()
     data: DataSettings = DataSettings()
     augment: AugmentSettings = AugmentSettings()
@@ -284,87 +360,80 @@ class PretrainSettings(Settings):
     generator: GeneratorSettings = GeneratorSettings()
     moco: MocoSettings = MocoSettings()
     train: TrainSettings
-    scaling: ScalingSettings = ScalingSettings()
-    evaluation: EvaluationSettings = EvaluationSettings()
-    tracking: TrackingSettings = TrackingSettings()
+    scaling: Annotated[ScalingSettings, Unhashed] = ScalingSettings()
+    evaluation: Annotated[EvaluationSettings, Unhashed] = EvaluationSettings()
+    tracking: Annotated[TrackingSettings, Unhashed] = TrackingSettings()
 
     @model_validator(mode="after")
     def _check(self) -> PretrainSettings:
-        train, moco = self.train, self.moco
+        train, moco, data = self.train, self.moco, self.data
         if moco.queue_size < train.global_batch:
             raise ValueError(
-                f"moco.queue-size {moco.queue_size} is below train.global-batch {train.global_batch}: "
+                f"--moco.queue-size {moco.queue_size} is below --train.global-batch {train.global_batch}: "
                 "lower the batch or raise the queue"
             )
         if train.global_batch % train.micro_batch:
             raise ValueError(
-                f"train.global-batch {train.global_batch} is not a multiple of train.micro-batch {train.micro_batch}: "
-                "change one of them"
+                f"--train.global-batch {train.global_batch} is not a multiple of --train.micro-batch "
+                f"{train.micro_batch}: change one of them"
             )
         if self.scaling.num_workers > self.num_micro_batches:
             raise ValueError(
-                f"scaling.num-workers {self.scaling.num_workers} is above the {self.num_micro_batches} micro-batches "
-                "of a step (train.global-batch / train.micro-batch): lower the workers or the micro-batch"
+                f"--scaling.num-workers {self.scaling.num_workers} is above the {self.num_micro_batches} micro-batches "
+                "of a step (--train.global-batch divided by --train.micro-batch), so some workers would have no work: "
+                "lower the number of workers or the micro-batch"
             )
         if (self.scaling.min_workers or 1) > self.scaling.num_workers:
             raise ValueError(
-                f"scaling.min-workers {self.scaling.min_workers} is above scaling.num-workers "
-                f"{self.scaling.num_workers}: lower it, or raise the other"
+                f"--scaling.min-workers {self.scaling.min_workers} is above --scaling.num-workers "
+                f"{self.scaling.num_workers}: lower the first or raise the second"
             )
-        if self.generator.drop_ratio > 0 and not 0 < self.num_dropped < self.data.num_frames:
+        if self.generator.drop_ratio > 0 and not 0 < self.num_dropped < data.num_frames:
             raise ValueError(
-                f"generator.drop-ratio {self.generator.drop_ratio} of data.num-frames {self.data.num_frames} drops "
-                f"{self.num_dropped} frames: at least one must go and one must stay, or the ratio must be 0"
+                f"--generator.drop-ratio {self.generator.drop_ratio} of --data.num-frames {data.num_frames} drops "
+                f"{self.num_dropped} frames: it must drop at least one and keep at least one, or be 0"
             )
         # S3D halves time three times and space five times, without padding at the last.
-        if self.model.backbone == "s3d" and (self.data.num_frames < 5 or self.augment.size < 17):
+        if self.model.backbone == "s3d" and (data.num_frames < 5 or self.augment.size < 17):
             raise ValueError(
-                f"model.backbone s3d needs data.num-frames 5 and augment.size 17 or more, not "
-                f"{self.data.num_frames} and {self.augment.size}: raise them, or take another backbone"
+                f"--model.backbone s3d needs --data.num-frames 5 or more and --augment.size 17 or more, not "
+                f"{data.num_frames} and {self.augment.size}: raise them, or choose another backbone"
             )
         if self.tracking.alias == "champion":
             raise ValueError(
-                "tracking.alias 'champion' is not given by a run, because it moves only to an encoder that scores "
-                "better: leave it out, and run jobs/registry.py promote NAME afterwards"
+                "--tracking.alias champion is not allowed, because the alias champion moves only to an encoder that "
+                "scores better: leave it out, and run jobs/registry.py promote NAME after the run"
             )
         if self.run.fork and self.model.init:
             raise ValueError(
-                f"run.fork {self.run.fork} and model.init {self.model.init} are two beginnings: give one of them"
+                f"--run.fork {self.run.fork} and --model.init {self.model.init} both give the weights to start from: "
+                "leave one of them out"
             )
         if train.warmup_steps >= train.steps:
-            raise ValueError(f"train.warmup-steps {train.warmup_steps} must be below train.steps {train.steps}")
+            raise ValueError(
+                f"--train.warmup-steps {train.warmup_steps} is not below --train.steps {train.steps}: lower the first "
+                "or raise the second"
+            )
         return self
 
     @property
     def last_step(self) -> int:
-        """Steps after which the run has ended."""
+        """Number of steps after which the run ends."""
         return min(self.train.steps, self.train.stop_after or self.train.steps)
 
     @property
     def num_dropped(self) -> int:
-        """Frames dropped from each clip (halves round up)."""
+        """Number of frames dropped from each clip; halves round up."""
         return math.floor(self.generator.drop_ratio * self.data.num_frames + 0.5)
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches of one step, over all ranks."""
+        """Number of micro-batches in one step, over all ranks."""
         return self.train.global_batch // self.train.micro_batch
 
     @property
     def generator_start(self) -> int:
-        """First step (counted from 0) whose frames the generator chooses; train.steps where it never starts."""
+        """First step (counted from 0) whose frames the generator chooses; train.steps if it never starts."""
         if self.generator.drop_ratio == 0:
             return self.train.steps
         return math.ceil(self.train.steps * self.generator.start_percent / 100)
-
-    def content(self) -> dict[str, dict[str, Any]]:
-        """What decides the numbers of a run: all but its name, its place, its scaling and its reporting."""
-        kept = self.model_dump(mode="json", exclude={"preset", "scaling", "evaluation", "tracking"})
-        kept["run"] = {"seed": self.run.seed} | ({"fork": self.run.fork} if self.run.fork else {})
-        for group, fields in _SILENT.items():
-            kept[group] = {field: value for field, value in kept[group].items() if field not in fields}
-        return kept
-
-    def content_hash(self) -> str:
-        """Hash of `content`."""
-        return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()[:16]

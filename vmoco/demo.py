@@ -1,7 +1,7 @@
-"""The whole service on one machine, as `make demo` shows it: from videos to an encoder pulled by name.
+"""The complete service on one machine, as `make demo` shows it: from videos to an encoder that is pulled by name.
 
-It does what a person would type, in the same order: it starts a Ray head, submits the jobs, stops the head, and then
-uses the encoder in a fresh process that knows nothing of Ray. Everything it keeps lies below $VMOCO_HOME.
+It does what a user would type, in the same order: it starts a Ray head, submits the jobs, stops the head, and uses the
+encoder in a new process without Ray. All that it keeps lies below $VMOCO_HOME.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from pathlib import Path
 from vmoco import storage
 from vmoco.cluster.local import LocalCluster
 from vmoco.job_settings import IngestSettings
+from vmoco.mlflow_internals import JOB_EXECUTION
 
 ENCODER = "models:/videomoco-demo@candidate"
 _ROOT = Path(__file__).resolve().parents[1]
 
 
 class StepFailedError(Exception):
-    """A step of the demo ended with another exit code than 0; it has said why itself."""
+    """A step of the demo failed. It has printed the reason itself."""
 
     def __init__(self, name: str, code: int) -> None:
         super().__init__(f"the demo ended in step {name!r} with exit code {code}; the lines above say why")
@@ -32,7 +33,7 @@ class StepFailedError(Exception):
 
 
 class Announcer:
-    """Says which step begins, and how many seconds after the start."""
+    """Prints which step begins, and how many seconds after the start."""
 
     def __init__(self, num_steps: int) -> None:
         self._begin = time.monotonic()
@@ -49,15 +50,15 @@ def run(*, videos: str | None = None, dashboard_port: int | None = None) -> None
     """Takes videos to an encoder that can be pulled by name, on this machine.
 
     Args:
-        videos: Folder or URI of videos; the footage of a few PyPI packages when left out.
-        dashboard_port: Port of Ray's job server and dashboard on 127.0.0.1; a free one when left out.
+        videos: Folder or URI of your videos, such as ~/videos. Default: the videos of a few PyPI packages.
+        dashboard_port: Port of Ray's job server and dashboard on 127.0.0.1, such as 8265. Default: any free port.
 
     Raises:
-        ValueError: the videos are not there, the port is taken, or nothing can be written below $VMOCO_HOME.
-        StepFailedError: a job ended with an error.
+        ValueError: there are no videos, the port is taken, or $VMOCO_HOME cannot be written.
+        StepFailedError: a job failed.
     """
     storage.check_writable(storage.home())
-    # Ray plans with two CPUs even where there is one: the preset has two workers, which is what it is to show.
+    # At least two CPUs for Ray, also where there is one: the preset has two workers, and the demo is to show them.
     cluster = LocalCluster(num_cpus=max(2, len(os.sched_getaffinity(0))), dashboard_port=dashboard_port)
     announce = Announcer(6)
     announce("footage")
@@ -69,7 +70,7 @@ def run(*, videos: str | None = None, dashboard_port: int | None = None) -> None
         _check("ingest", cluster.submit(["python", "jobs/ingest.py", *flags(settings)], _ROOT))
         announce(f"pretrain: two workers -> {ENCODER}")
         _check("pretrain", cluster.submit(["python", "jobs/pretrain.py", "demo", "--data.uri", settings.output], _ROOT))
-    announce("nearest clips: the encoder pulled by name, in a fresh process without Ray")
+    announce("nearest clips: the encoder pulled by name, in a new process without Ray")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     nearest = [sys.executable, "jobs/nearest.py", ENCODER, "--data", settings.output]
     _check("nearest clips", subprocess.run(nearest, env=environment, cwd=_ROOT, check=False).returncode)
@@ -78,7 +79,7 @@ def run(*, videos: str | None = None, dashboard_port: int | None = None) -> None
 
 
 def ingest_settings(videos: str) -> IngestSettings:
-    """Small frames and few clips; the folder of the data set is named by what decides its content."""
+    """Small frames and few clips. The name of the data set's folder follows from what decides its content."""
     settings = IngestSettings(
         videos=videos,
         output="-",
@@ -94,13 +95,13 @@ def ingest_settings(videos: str) -> IngestSettings:
 
 
 def flags(settings: IngestSettings) -> list[str]:
-    """The settings as flags of `jobs/ingest.py`, those that differ from their defaults."""
+    """The settings that differ from their defaults, as flags of `jobs/ingest.py`."""
     changed = settings.model_dump(exclude_defaults=True)
     return [word for name, value in changed.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def next_commands() -> str:
-    """The lines that open the MLflow UI, list the encoder, and use it."""
+    """The commands that open the MLflow UI, list the encoder, and use it."""
     from vmoco import tracking
 
     uri = tracking.tracking_uri()
@@ -109,7 +110,7 @@ def next_commands() -> str:
     if uri.startswith(("http://", "https://")):
         ui = uri
     else:  # without job execution the server is 2 processes instead of 10
-        ui = f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {mlflow} ui --backend-store-uri {shlex.quote(uri)} --workers 1"
+        ui = f"{JOB_EXECUTION}=false {mlflow} ui --backend-store-uri {shlex.quote(uri)} --workers 1"
     home = f"VMOCO_HOME={shlex.quote(storage.home())} " if "VMOCO_HOME" in os.environ else ""
     listing = f"import mlflow; print(mlflow.MlflowClient().get_registered_model('{name}'))"
     return "\n".join(
@@ -132,7 +133,7 @@ def _footage(videos: str | None) -> str:
         return str(footage.fetch())
     uri = storage.absolute_uri(videos)
     if not storage.exists(uri):
-        raise ValueError(f"there are no videos at {uri}: the folder does not exist")
+        raise ValueError(f"--videos {videos} does not exist: give a folder, or a URI prefix, that holds videos")
     return uri
 
 

@@ -1,36 +1,35 @@
 """How a job begins and ends: the connection to Ray, requests to stop, and the last line that says what went wrong.
 
-The same job runs in a submitted job, against a cluster named by RAY_ADDRESS, or alone; then it starts a Ray of its
-own, which ends with it. Whatever happens, the last line of its output is a sentence for a person, below any traceback.
+A job is submitted to a cluster, runs on the cluster of RAY_ADDRESS, or runs alone; alone it starts a Ray of its own,
+which ends with it. Whatever happens, the last line of its output says how it ended, below any traceback.
 """
 
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import os
 import queue
-import secrets
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # how Ray's job server tells a driver that it is a submitted job
+from vmoco.cluster import ray_internals
+from vmoco.job_settings import plain_errors
+from vmoco.own_folder import make_folder
+
 _OBJECT_STORE_MEMORY = 512 * 2**20
 _received: list[int] = []
-"""Signals that end this process."""
+"""Signals that this process has received and that end it."""
 
 
 def show(line: str) -> None:
-    """Prints a line for a person, at once; can be pickled, as `print` cannot after Ray has put its own in its place."""
+    """Prints a line at once. It can be pickled; `print` cannot, because Ray replaces it by a function of its own."""
     print(line, flush=True)
 
 
@@ -38,12 +37,13 @@ def run_job(main: Callable[[], None]) -> NoReturn:
     """Calls `main` and ends the process: exit code 0, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM."""
     _exit_on_signals()
     try:
-        main()
+        with plain_errors():
+            main()
         line, code = "", 0
     except KeyboardInterrupt:
         line, code = "stopped", 130
     except SystemExit as ended:
-        # Ray makes another one, with the code 1, of what a handler raised while it waited.
+        # Where a handler raises it while Ray waits, Ray replaces it by another one with the code 1.
         wanted = 128 + _received[0] if _received else ended.code
         if wanted not in (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
             raise
@@ -53,8 +53,8 @@ def run_job(main: Callable[[], None]) -> NoReturn:
         if not is_user_error(root_cause(error)[0]):
             traceback.print_exc()
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # from here on there is nothing left to break off
-    _disconnect()  # before the last line: it forwards what workers still have to say
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # from here on there is nothing to interrupt
+    _disconnect()  # before the last line, because it still prints what workers have printed
     sys.stdout.flush()
     if line:
         print(line, file=sys.stderr, flush=True)
@@ -62,74 +62,62 @@ def run_job(main: Callable[[], None]) -> NoReturn:
 
 
 def describe(error: BaseException) -> str:
-    """One line for a person: `error: <sentence>`, with the rank and the type where they help."""
+    """The error message as one line: `error: MESSAGE`, with the rank, and with the type of an unexpected error."""
     cause, rank = root_cause(error)
-    text = _sentence(cause)
+    text = _one_line(cause)
     if not is_user_error(cause):
         text = f"{type(cause).__name__}: {text}" if text else type(cause).__name__
     return f"error: {text}" if rank is None else f"error: {text} (on rank {rank})"
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether the message alone says what to do: a ValueError of ours, or a setting that pydantic refused.
+    """Whether the message alone tells the user what to do: a ValueError of vmoco, or a setting that pydantic refused.
 
-    A subclass that another library raised (a decoding error, an Arrow error) is none: its traceback is needed.
+    A subclass that another library raised (a decoding error, an Arrow error) does not: its traceback is needed.
     """
     home = type(error).__module__.split(".")[0]
     return isinstance(error, ValueError) and (type(error) is ValueError or home in ("vmoco", "pydantic_core"))
 
 
 def root_cause(error: BaseException) -> tuple[BaseException, int | None]:
-    """The error that began it, freed of what Ray wrapped around it, and the rank where it happened, if on one.
-
-    Read by attributes, so that a job without Ray need not import it.
-    """
+    """The error that caused this one, without what Ray wrapped around it, and the rank where it happened, if any."""
     rank: int | None = None
     seen: set[int] = set()
     while id(error) not in seen:
         seen.add(id(error))
-        failures: dict[int, BaseException] = _own(error, "worker_failures") or {}
+        failures, inner = ray_internals.wrapped_errors(error)
         if failures:
-            # When one rank raises, the others lose their connection to it: prefer the error that somebody worded.
-            rank = min(failures, key=lambda at: (not is_user_error(root_cause(failures[at])[0]), at))
+            # When one rank raises, the others lose their connection to it: prefer the error that is meant for users.
+            ranked = {at: not is_user_error(root_cause(each)[0]) for at, each in failures.items()}
+            rank = min(failures, key=lambda at: (ranked[at], at))
             error = failures[rank]
-            continue
-        for name in ("cause", "controller_failure", "_base_exc"):  # RayTaskError, ControllerError, Train's on a worker
-            inner = _own(error, name)
-            if isinstance(inner, BaseException):
-                error = inner
-                break
+        elif inner is not None:
+            error = inner
     return error, rank
 
 
-def _own(error: BaseException, name: str) -> Any:
-    # Not getattr: Ray's RayTaskError(ValueError) passes unknown names on to its cause.
-    return vars(error).get(name)
-
-
-def _sentence(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     if type(error).__module__.startswith("pydantic_core") and hasattr(error, "errors"):
         problems = ((".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors())
-        return "; ".join(f"{field}: {said}" if field else said for field, said in problems)
+        return "; ".join(f"{field}: {message}" if field else message for field, message in problems)
     text = str(error).strip()
-    if '  File "' in text:  # Ray puts a whole remote traceback into the message; its last line names the cause
+    if '  File "' in text:  # Ray puts a remote traceback into the message, and its last line names the cause
         text = text.splitlines()[-1]
     return " ".join(text.split())
 
 
 def in_submitted_job() -> bool:
     """Whether this process was started by `ray job submit`."""
-    return _submission_id() is not None
+    return ray_internals.submission_id() is not None
 
 
 def stop_command(dashboard_url: str | None = None) -> str | None:
-    """The line that stops this submitted job so that it can checkpoint; None where this is no submitted job.
+    """The command that stops this submitted job so that it can checkpoint; None where it is no submitted job.
 
-    A job cannot know through which address it was submitted. It takes RAY_API_SERVER_ADDRESS from the head's
-    environment, or `dashboard_url` (what `connect` returns) where that is the loopback: then whoever submitted it is
-    on that machine too.
+    A job cannot know the address that it was submitted to. It uses RAY_API_SERVER_ADDRESS of the head's environment, or
+    `dashboard_url` (what `connect` returns) where that is the loopback: then the user is on that machine too.
     """
-    submission_id = _submission_id()
+    submission_id = ray_internals.submission_id()
     if submission_id is None:
         return None
     address = os.environ.get("RAY_API_SERVER_ADDRESS")
@@ -138,18 +126,12 @@ def stop_command(dashboard_url: str | None = None) -> str | None:
     return f"ray job stop {submission_id} --address {address or '<the one you submitted to>'}"
 
 
-def _submission_id() -> str | None:
-    metadata = json.loads(os.environ.get(_JOB_CONFIG) or "{}").get("metadata") or {}
-    found: str | None = metadata.get("job_submission_id")
-    return found
-
-
 def connect(*, dashboard: bool = False, worker_output: bool = True) -> str | None:
     """Connects to the cluster of RAY_ADDRESS (a submitted job has one), or starts a Ray that ends with this process.
 
     Args:
-        dashboard: whether a Ray of our own serves its State API; without it Ray Tune leaks workers of stopped trials.
-        worker_output: whether what workers print is shown here, each line behind the name of its process.
+        dashboard: whether a Ray of its own serves the State API; without it Ray Tune leaks workers of stopped trials.
+        worker_output: whether the output of workers is printed here, each line after the name of its process.
 
     Returns:
         host:port of the dashboard, where there is one.
@@ -158,9 +140,9 @@ def connect(*, dashboard: bool = False, worker_output: bool = True) -> str | Non
         ValueError: the cluster does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # Ray's 2 s block each report for as long
+    os.environ.setdefault(ray_internals.HEALTH_CHECK_SECONDS, "0.2")  # Ray's 2 s block each report for as long
     address = os.environ.get("RAY_ADDRESS")
-    folder = None if address else _own_folder()  # before Ray is imported: it reads how to authenticate then
+    folder = "" if address else _own_folder()  # before Ray is imported: it reads how to authenticate then
     import ray
 
     if address:
@@ -168,17 +150,16 @@ def connect(*, dashboard: bool = False, worker_output: bool = True) -> str | Non
             context = ray.init(address=address, logging_level=logging.WARNING, log_to_driver=worker_output)
         except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
             raise ValueError(
-                f"cannot connect to the Ray cluster at RAY_ADDRESS {address}: {_sentence(error)}. "
-                "Check the address and RAY_AUTH_TOKEN_PATH, or unset RAY_ADDRESS to run on this machine alone"
+                f"cannot connect to the Ray cluster at RAY_ADDRESS {address}: {_one_line(error)}. "
+                "Check the address and RAY_AUTH_TOKEN_PATH, or unset RAY_ADDRESS to run on this machine"
             ) from error
     else:
-        context = ray.init(
-            address="local",
+        context = ray_internals.start_local(
+            folder,
             include_dashboard=dashboard,
             object_store_memory=_OBJECT_STORE_MEMORY,
             logging_level=logging.WARNING,
             log_to_driver=worker_output,
-            _temp_dir=folder,
         )
     _exit_on_signals()  # again, because Ray's own handler prints a stack of C++ frames
     found: str | None = context.dashboard_url
@@ -187,9 +168,9 @@ def connect(*, dashboard: bool = False, worker_output: bool = True) -> str | Non
 
 def _exit_on_signals() -> None:
     if threading.current_thread() is not threading.main_thread():
-        return  # only there may a handler be set
+        return  # only the main thread may set a handler
     for signum in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup means it
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup has it ignored
             signal.signal(signum, _exit_on)
 
 
@@ -199,13 +180,10 @@ def _exit_on(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _own_folder() -> str:
-    """A folder for Ray's sockets, logs and token that goes away with this process."""
-    folder = tempfile.mkdtemp(prefix="vmoco-", dir="/tmp" if os.path.isdir("/tmp") else None)  # socket paths are short
-    token = Path(folder, "token")
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_urlsafe(32))
+    """A folder for Ray's sockets, logs and token, which is removed when this process ends."""
+    folder = str(make_folder())
     # Ray's ports listen on all interfaces, so a token guards them, as in `local.py`.
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=os.path.join(folder, "token"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)  # runs after Ray's own, which was registered later
     return folder
 
@@ -217,12 +195,11 @@ def _disconnect() -> None:
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a request that a long job can obey at the next step.
+    """Turns SIGTERM and SIGINT into a request to stop that a long job obeys after its current step.
 
-    Enter it in the main thread after `connect`, which sets a handler of its own. `on_stop` runs once, in a normal
-    thread: a signal handler interrupts the main thread anywhere, even while it holds a lock that the callback needs.
-    A second Ctrl-C raises KeyboardInterrupt; a second SIGTERM changes nothing, because whoever sends it kills in the
-    end.
+    Enter it in the main thread, after `connect`, which sets a handler of its own. `on_stop` runs once, in a normal
+    thread: a signal handler interrupts the main thread anywhere, also while it holds a lock that the callback needs. A
+    second Ctrl-C raises KeyboardInterrupt. A second SIGTERM changes nothing: its sender kills the job in the end.
     """
 
     def __init__(self, on_stop: Callable[[], None]) -> None:
@@ -234,7 +211,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether somebody asked the job to stop."""
+        """Whether the job has been asked to stop."""
         return self.signal_name is not None
 
     def __enter__(self) -> StopRequest:

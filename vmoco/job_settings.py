@@ -1,23 +1,20 @@
-"""The settings of `jobs/ingest.py`: one docstring per field, which `--help` shows.
+"""The settings of ingest, embed, evaluate, register and sweep, and the errors of a job that reads settings.
 
-The settings of `jobs/embed.py`: one docstring per field, which `--help` shows.
-
-The settings of `jobs/evaluate.py`: one docstring per field, which `--help` shows.
-
-How an encoder is published: the flags of `jobs/register.py`.
-
-The settings of `jobs/sweep.py`: what is tried, how it is chosen, and the pretraining that every trial is.
+One class a job, one docstring per field, which `--help` shows. `vmoco/config.py` has the base class and the settings of
+pretraining; the settings of a sweep contain those, because each of its trials is a pretraining.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+import contextlib
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 from pydantic import Field
+from tyro.constructors import MISSING, ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-from vmoco.config import PretrainSettings, Settings
+from vmoco.config import PretrainSettings, Settings, Unhashed
 from vmoco.presets import PRESETS
 
 Encoding = Literal["raw", "jpeg"]
@@ -27,50 +24,53 @@ Layout = Literal["table", "kinetics", "ucf101", "hmdb51"]
 class IngestSettings(Settings):
     """Turns a folder of videos into a data set: Arrow shards, a manifest and a ledger of rejected videos."""
 
-    videos: str
-    """Folder or URI prefix (file://, s3://, gs://) of the videos, searched recursively; a pattern (`/data/**/a-*.mp4`);
-    or a list (.csv, .parquet, .jsonl) of paths below its own folder."""
-    output: str
-    """Folder or URI of the data set; created if missing, continued if it was made with the same settings."""
-    annotations: str | None = None
-    """List of the videos to take and what is known of them; None takes all that are there. Labels are optional."""
-    layout: Layout = "table"
-    """What --annotations is: a table (CSV, Parquet or JSON lines with path and optionally start_seconds, end_seconds,
-    label, video_id, split), the CSV of kinetics, or the folder of official split files of ucf101 or hmdb51."""
+    videos: Annotated[str, Unhashed]
+    """Folder of the videos or URI prefix (file://, s3://, gs://), searched with its subfolders; or a pattern such as
+    '/data/**/a-*.mp4'; or a list (.csv, .parquet, .jsonl) of paths relative to its own folder."""
+    output: Annotated[str, Unhashed]
+    """Folder or URI of the data set. It is created if it does not exist, and continued if the settings are the same."""
+    annotations: Annotated[str | None, Unhashed] = None
+    """File with the videos to take, and optionally their labels and splits. When left out, all videos are taken."""
+    layout: Annotated[Layout, Unhashed] = "table"
+    """Format of --annotations: a table (CSV, Parquet, JSON lines) with the column path and optionally start_seconds,
+    end_seconds, label, video_id, split; or the official files of kinetics, ucf101 or hmdb51."""
     num_frames: int = Field(16, ge=2)
-    """Frames of a stored clip."""
+    """Number of frames in a stored clip. Training may take shorter clips, never longer ones."""
     stride: int = Field(1, ge=1)
-    """Distance between two frames of a clip, in frames of the video, or of --fps."""
+    """Distance between neighbouring frames of a clip, in frames of the video or of --fps. 2 takes every second one."""
     fps: float | None = Field(None, gt=0)
-    """Take frames at this rate, by their time stamps, also where the rate varies; None takes every frame."""
+    """Frames per second to take, by their time stamps, for example 12.5. Use it if videos differ in their rate. When
+    left out, every frame is taken."""
     short_videos: Literal["reject", "loop"] = "reject"
-    """A video shorter than one clip is rejected with its reason, or gives one clip of its frames over and over."""
-    short_side: int | None = Field(None, ge=16)
-    """Short side of a stored frame in pixels, in place of height and width: frames are so high, and 4/3 as wide."""
+    """What to do with a video that is shorter than one clip: reject it, or repeat its frames until the clip is full."""
+    short_side: Annotated[int | None, Unhashed] = Field(None, ge=16)
+    """Sets the height of stored frames, in pixels; the width is 4/3 of it. Replaces --height and --width."""
     height: int = Field(128, ge=16)
-    """Height of a stored frame in pixels: frames are scaled to cover height x width, then centre-cropped."""
+    """Height of stored frames, in pixels. Each frame is scaled to cover height x width, then cropped at the centre."""
     width: int = Field(171, ge=16)
-    """Width of a stored frame in pixels."""
+    """Width of stored frames, in pixels."""
     encoding: Encoding = "raw"
-    """How frames are stored: raw is read by memory map, jpeg is about 11 times smaller and decoded when it is read."""
+    """How frames are stored: raw is fastest to read; jpeg takes about 11 times less space and is decoded during
+    training."""
     jpeg_quality: int = Field(92, ge=1, le=100)
-    """Quality of JPEG frames."""
+    """Quality of JPEG frames, from 1 to 100. Has no effect on raw frames."""
     max_clips_per_video: int = Field(32, ge=1)
-    """At most this many clips of one video, spread evenly over it."""
+    """Largest number of clips from one video. They are spread evenly over it."""
     held_out_percent: float = Field(10.0, ge=0, le=90)
-    """Share of the videos kept from training: by a hash of the video's name, so it is stable when videos are added."""
-    max_rejected_percent: float = Field(50.0, ge=0, le=100)
-    """The job fails when more than this share of the videos is rejected."""
-    duplicates: Literal["reject", "keep"] = "reject"
-    """Whether a file with the same content as another one is rejected; the first name is kept."""
-    shard_megabytes: int = Field(256, ge=1)
-    """Size of a shard file to aim at; one Ray task writes one shard."""
-    videos_per_shard: int = Field(64, ge=1)
-    """At most this many videos share a shard."""
-    part_seconds: float = Field(600.0, ge=1)
-    """A video longer than one and a half times this is decoded in parts of this length, by several tasks."""
-    seconds_per_video: float = Field(600.0, gt=0)
-    """Time limit for decoding one video, or each --part-seconds of a long one; a decoder that hangs is killed then."""
+    """Percentage of videos kept out of training, for scores. A hash of the name chooses them, so adding videos changes
+    nothing for those that are there."""
+    max_rejected_percent: Annotated[float, Unhashed] = Field(50.0, ge=0, le=100)
+    """Percentage of rejected videos above which the job fails."""
+    duplicates: Annotated[Literal["reject", "keep"], Unhashed] = "reject"
+    """What to do with a file that has the same content as another one. Of duplicates, the first name is kept."""
+    shard_megabytes: Annotated[int, Unhashed] = Field(256, ge=1)
+    """Approximate size of a shard file, in MiB. One Ray task writes one shard."""
+    videos_per_shard: Annotated[int, Unhashed] = Field(64, ge=1)
+    """Largest number of videos in one shard. Lower it if few videos should be spread over many workers."""
+    part_seconds: Annotated[float, Unhashed] = Field(600.0, ge=1)
+    """Length in seconds of the parts in which several tasks decode a video that lasts more than 1.5 times as long."""
+    seconds_per_video: Annotated[float, Unhashed] = Field(600.0, gt=0)
+    """Time limit in seconds for decoding one video, or one part of a long one. A slower decoder is killed."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -83,139 +83,191 @@ class IngestSettings(Settings):
         return (self.num_frames, *self.size, 3)
 
     def content(self) -> dict[str, Any]:
-        """The settings that decide the clips of a data set; the others may change between two runs of ingest."""
-        names = ["num_frames", "stride", "fps", "short_videos", "max_clips_per_video", "held_out_percent", "encoding"]
-        names += ["jpeg_quality"] if self.encoding == "jpeg" else []
+        """The fields that decide the clips of a data set: those of the base class, with the size of stored frames."""
+        found = super().content()
+        if self.encoding == "raw":
+            del found["jpeg_quality"]
         height, width = self.size
-        return {**{name: getattr(self, name) for name in names}, "height": height, "width": width}
+        return found | {"height": height, "width": width}
 
 
 class PoolSettings(Settings):
-    """The workers that embed."""
+    """The workers that compute embeddings."""
 
     max_workers: int = Field(0, ge=0)
-    """At most so many workers; 0 is one for each free CPU, or GPU."""
+    """Largest number of workers. 0 starts one for each free CPU, or for each free GPU with --use-gpu."""
     use_gpu: bool = False
-    """One GPU for each worker."""
+    """Gives each worker one GPU. Otherwise workers compute on CPUs."""
     cpus_per_worker: int = Field(1, ge=1)
-    """CPU cores, and threads, of each worker."""
+    """Number of CPU cores, and of threads, of each worker."""
     batch_size: int = Field(16, ge=1)
-    """Clips in one forward."""
+    """Number of clips that a worker embeds at once. Lower it if memory runs out."""
 
 
 class EmbedSettings(PoolSettings):
     """Embeds videos, or a data set, with a pretrained encoder."""
 
     videos: str
-    """Data set made by jobs/ingest.py, or folder or URI prefix that holds videos."""
+    """Folder or URI prefix of videos, or a data set made by jobs/ingest.py."""
     output: str
-    """Folder or URI of the table of embeddings; continued if it was made with the same encoder."""
+    """Folder or URI of the table of embeddings. It is continued if it was made with the same encoder."""
     max_clips_per_video: int = Field(32, ge=1)
-    """At most this many clips of one video, spread evenly over it; a data set has its own."""
+    """Largest number of clips from one video, spread evenly over it. Has no effect on a data set, whose clips are
+    fixed."""
     videos_per_part: int = Field(8, ge=1)
-    """Videos that one task decodes and embeds; an interrupted job loses no more than its unfinished tasks."""
+    """Number of videos that one task decodes and embeds. An interrupted job repeats only its unfinished tasks."""
     seconds_per_video: float = Field(600.0, gt=0)
-    """Time limit for decoding one video."""
+    """Time limit in seconds for decoding one video. A slower decoder is killed."""
     gallery: bool = True
-    """Also write gallery.html: queries with their nearest clips, and a map of all clips."""
+    """Also writes gallery.html, a page with some clips, their nearest clips, and a map of all clips."""
     queries: int = Field(12, ge=1)
-    """Clips in the gallery that are looked up."""
+    """Number of clips whose nearest clips the gallery shows."""
 
 
 Protocol = Literal["label-free", "knn", "probe", "retrieval", "finetune"]
 
 
 class FinetuneSettings(Settings):
-    """Fine-tuning all weights, as for UCF101 and HMDB51."""
+    """Fine-tuning of all weights, as usual for UCF101 and HMDB51."""
+
+    group = "finetune"
 
     epochs: int = Field(50, ge=1)
-    """Passes over the training videos, one clip of each in a pass; the last weights are tested, not the best ones."""
+    """Number of passes over the training videos, each with one clip of every video. The last weights are tested, not
+    the best ones."""
     batch_size: int = Field(32, ge=2)
-    """Clips in one step."""
+    """Number of clips in one step."""
     learning_rate: float = Field(0.01, gt=0)
-    """Of SGD with momentum 0.9; falls to zero on a cosine."""
+    """Learning rate of SGD with momentum 0.9. It falls to zero on a cosine."""
     weight_decay: float = Field(1e-4, ge=0)
-    """L2 penalty."""
+    """L2 penalty of SGD."""
     dropout: float = Field(0.5, ge=0, lt=1)
-    """Before the classifier."""
+    """Probability that a feature is dropped before the classifier."""
     min_area: float = Field(0.3, gt=0, le=1)
-    """Smallest share of the frame's area that a random crop keeps."""
+    """Smallest part of the frame's area that a random crop covers, from 0 to 1."""
     flip_probability: float = Field(0.5, ge=0, le=1)
-    """Share of training clips mirrored left to right; 0 where left and right have a meaning."""
+    """Probability that a training clip is mirrored left to right. Set 0 if left and right differ in meaning."""
     clips_per_video: int = Field(10, ge=1)
-    """Clips of a test video whose predictions are averaged, spread evenly over it."""
+    """Number of clips of a test video, spread evenly over it, whose predictions are averaged."""
 
 
 class EvaluateSettings(PoolSettings):
     """Evaluates a pretrained encoder by the field's protocols."""
 
     data: str
-    """Data set made by jobs/ingest.py."""
+    """Folder or URI of a data set made by jobs/ingest.py."""
     protocols: tuple[Protocol, ...] = ()
-    """What is measured; when left out, all but fine-tuning that the data set has labels for."""
+    """What to measure, for example knn probe. When left out: all that the labels of the data set allow, except
+    finetune."""
     splits: tuple[Literal[1, 2, 3], ...] = ()
-    """Official splits of the data set; all that it has when left out, and training against held-out without any."""
+    """Official splits to use, for example 1 2 3. When left out: all that the data set has, or else its held-out videos
+    as the test set."""
     reference: bool = False
-    """Also evaluate random initialisation and torchvision's supervised Kinetics weights of the same network."""
+    """Also evaluates two encoders of the same network for comparison: one with random weights, and torchvision's, which
+    was trained with the labels of Kinetics."""
     k: int = Field(200, ge=1)
-    """Neighbours that vote in kNN."""
+    """Number of nearest training clips that vote in kNN."""
     temperature: float = Field(0.07, gt=0)
-    """Of the votes in kNN."""
+    """Temperature of the votes in kNN. Lower values weigh the nearest clips more."""
     max_probe_clips: int = Field(200_000, ge=10)
-    """Training clips of the linear probe, which holds them in memory, spread evenly over all."""
+    """Largest number of training clips for the linear probe, spread evenly over all. Lower it if memory runs out."""
     finetune: FinetuneSettings = FinetuneSettings()
     features: str | None = None
-    """Folder or URI for the tables of features, reachable from all nodes. Default: $VMOCO_HOME/features."""
+    """Folder or URI for tables of features, which all nodes must reach. When left out: $VMOCO_HOME/features."""
     record: bool = True
-    """Note the scores with the registered version, where the encoder is one."""
+    """Saves the scores with the registered version, if the encoder is one."""
     seed: int = 0
-    """Of fine-tuning and of random initialisation."""
+    """Every random draw of fine-tuning and of random weights depends on this number."""
 
 
-@dataclass(frozen=True)
-class RegisterOptions:
-    """How an encoder is published."""
+class RegisterOptions(Settings):
+    """How an encoder is registered."""
 
     name: str
-    """Registered name."""
+    """Name of the registered encoder, for example videomoco-kinetics."""
     alias: str = "candidate"
-    """A further alias of the version; it is the candidate in any case."""
+    """Second alias of the new version, besides candidate, which it always gets."""
     onnx: bool = False
-    """Also write encoder.onnx, checked against the encoder."""
+    """Also writes encoder.onnx, and checks that it gives the same features as the encoder."""
     score: bool = True
-    """Score a run's encoder on the held-out videos of its data set, without labels."""
+    """Scores the encoder of a run on the held-out videos of its data set, without labels."""
     data_licence: str = ""
-    """Note on the videos that travels with the encoder."""
+    """Note on the owner and the licence of the videos, which is saved with the encoder. Example: 'CC BY 4.0, by us'."""
 
 
 Metric = Literal["retrieval", "effective_rank", "knn"]
 
 
 class SweepSettings(Settings):
-    """A sweep over settings of a pretraining."""
+    """A sweep over settings of pretraining."""
 
     space: str = "ratio-decay"
-    """What is tried: ratio-decay (drop ratio x kind of decay), or a YAML file of dotted fields and their values."""
+    """What to try: ratio-decay (drop ratios x kinds of decay), or a YAML file with one field and its values a line, for
+    example 'moco.decay: [0.99, 1.0]'."""
     search: Literal["grid", "random", "optuna"] = "grid"
-    """Every combination, or `samples` of them: drawn at random, or by Optuna, which learns from the scores."""
+    """How to choose combinations: grid takes all of them; random and optuna take --samples of them. optuna learns from
+    the scores of earlier trials."""
     samples: int = Field(16, ge=1)
-    """Trials of a search that is not a grid; a sweep that is submitted again with more goes on with more."""
+    """Number of trials, if --search is not grid. Submit the sweep again with a larger number to add trials."""
     metric: Metric = "retrieval"
-    """The score that chooses, higher is better; knn needs labels."""
+    """Score that chooses the best trial; higher is better. knn needs labels."""
     scheduler: Literal["none", "asha", "pbt"] = "none"
-    """Train every trial to its end; or stop the worse ones early at 1/3, 1/9, ... of their steps; or train a population
-    of `samples` whose worst copy the best every pbt-steps and change its settings: what wins is a schedule of them."""
+    """What happens to bad trials. none: nothing. asha: they stop at 1/3, 1/9, ... of their steps. pbt: --samples trials
+    train together, and every --pbt-steps the worst copy the best and change their settings."""
     asha_grace_steps: int = Field(100, ge=1)
-    """With asha: steps that each trial gets in any case; scores come at checkpoints, train.checkpoint-every apart."""
+    """With asha: number of steps that every trial gets. Scores come with checkpoints, every --train.checkpoint-every
+    steps."""
     pbt_steps: int = Field(100, ge=1)
-    """With pbt: steps of a generation; each begins new runs, so some minutes of training at least."""
+    """With pbt: number of steps between two copies. Each starts new runs, so give it some minutes of training."""
     max_concurrent: int = Field(0, ge=0)
-    """Trials at once; 0 is as many as the cluster holds."""
+    """Largest number of trials at the same time. 0 runs as many as the cluster has resources for."""
     table_seconds: float = Field(30.0, ge=0)
-    """Least time between two tables of the trials in the log."""
+    """Shortest time between two tables of the trials in the log, in seconds."""
     pretrain: Annotated[PretrainSettings, tyro.conf.arg(name="")]
-    """The pretraining; run.name names the sweep, tracking.register-as its best encoder."""
+    """The settings of all trials. --run.name names the sweep, --tracking.register-as its best encoder."""
 
 
 SWEEPS = {name: (about, SweepSettings(pretrain=settings)) for name, (about, settings) in PRESETS.items()}
 """The presets of `jobs/pretrain.py`, to start a sweep from."""
+
+
+class _NotAllowedError(Exception):
+    """The message of a ValueError, in a type that tyro does not catch."""
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Where tyro reads settings inside this context, a value that is not allowed is a ValueError with its message.
+
+    Otherwise tyro prints the message in a box and puts an internal name before it (`__tyro-dummy-inner__.moco`).
+    """
+    registry = ConstructorRegistry()
+    registry.struct_rule(_settings_rule)
+    try:
+        with registry:
+            yield
+    except _NotAllowedError as error:
+        raise ValueError(str(error)) from None
+
+
+def _settings_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """How tyro builds settings: from the fields of the class, as its own rule for pydantic does, apart from errors."""
+    if not (isinstance(info.type, type) and issubclass(info.type, Settings)):
+        return None
+    kind = info.type
+    hints = get_type_hints(kind, include_extras=True)
+
+    def build(**values: Any) -> Settings:
+        try:
+            return kind(**values)
+        except ValueError as error:
+            raise _NotAllowedError(str(error)) from None
+
+    build.__doc__ = kind.__doc__  # the help shows it above the flags of a group
+    fields = []
+    for name, field in kind.model_fields.items():
+        default = MISSING if field.is_required() else field.default
+        if isinstance(info.default, Settings):  # of a preset
+            default = getattr(info.default, name)
+        fields.append(StructFieldSpec(name=name, type=hints[name], default=default, helptext=field.description))
+    return StructConstructorSpec(instantiate=build, fields=tuple(fields))

@@ -1,4 +1,8 @@
-"""Settings to start from: the first word of `jobs/pretrain.py`. Every field of a preset can be changed by a flag."""
+"""The presets: settings to start from, the first word after `jobs/pretrain.py`.
+
+A preset lists only what differs from the defaults, which are the paper's, except that `paper` repeats its main numbers
+so that they can be read in one place. Every field of a preset can be changed by a flag.
+"""
 
 from __future__ import annotations
 
@@ -20,61 +24,69 @@ PAPER_STEPS = 200 * 240_000 // 256
 
 PRESETS: dict[str, tuple[str, PretrainSettings]] = {
     "tiny": (
-        "Seconds on one core: for tests and for trying a change.",
+        "For tests, and to try a change in the code: some seconds on one CPU core.",
         PretrainSettings(
             preset="tiny",
+            # Small clips, network and queue: a step takes a fraction of a second.
             data=DataSettings(num_frames=8),
             augment=AugmentSettings(size=32),
             model=ModelSettings(backbone="r3d_nano", embedding_dim=32),
             generator=GeneratorSettings(hidden_channels=8, frame_size=16),
+            # Momentum 0.9, because in 20 steps a key encoder with 0.999 would hardly move.
             moco=MocoSettings(queue_size=64, momentum=0.9),
+            # Two micro-batches, so that it runs on 1 or 2 workers; two checkpoints, so that it can be resumed.
             train=TrainSettings(steps=20, global_batch=8, micro_batch=4, log_every=5, checkpoint_every=10),
+            # No core of its own for scoring: a machine with one core can run it.
             evaluation=EvaluationSettings(num_cpus=0, max_videos=20),
         ),
     ),
     "demo": (
-        "Two minutes on two CPU cores: the whole method on a small network.",
+        "The complete method on a small network: two minutes on two CPU cores.",
         PretrainSettings(
             preset="demo",
+            # Many clips of each video, because the demo has few videos.
             data=DataSettings(draws_per_video=8),
+            # Frames and network that two CPU cores train in two minutes.
             augment=AugmentSettings(size=64),
             model=ModelSettings(backbone="r2plus1d_nano"),
+            # A queue of 16 steps, with momentum and decay that have an effect within 150 steps.
             moco=MocoSettings(queue_size=256, momentum=0.99, decay=0.99),
             train=TrainSettings(
                 steps=150,
                 global_batch=16,
-                micro_batch=8,
-                learning_rate=0.05,
+                micro_batch=8,  # one for each of the two workers
+                learning_rate=0.05,  # high, for a short run; so it begins with a warm-up
                 schedule="cosine",
                 warmup_steps=10,
                 log_every=10,
                 checkpoint_every=50,
             ),
             scaling=ScalingSettings(num_workers=2),
+            # No core of its own for scoring: the workers have both.
             evaluation=EvaluationSettings(num_cpus=0, max_videos=50),
             tracking=TrackingSettings(register_as="videomoco-demo"),
         ),
     ),
-    # As released: what is not named here is the default, which is the paper's (where they differ, the code's: ages
-    # in steps, decay on the logit). What was wrong in the code is not repeated.
+    # Where the paper and its released code differ, the defaults follow the code (ages in steps, decay on the logit).
+    # The faults of that code are not repeated.
     "paper": (
-        "VideoMoCo as released, for Kinetics-400 on 8 GPUs; ingest with --num-frames 32 or more.",
+        "VideoMoCo as its authors released it, for Kinetics-400 on 8 GPUs. Ingest with --num-frames 32 or more.",
         PretrainSettings(
             preset="paper",
             data=DataSettings(num_frames=32, draws_per_video=1),
             augment=AugmentSettings(size=112, min_area=0.2),
             model=ModelSettings(backbone="r2plus1d_18", embedding_dim=128, head="linear"),
-            # 8 of 32 frames; epochs 0-99 of 200 train D alone, on whole clips.
+            # Drops 8 of 32 frames. The first 100 of 200 epochs train the encoder alone, on complete clips.
             generator=GeneratorSettings(drop_ratio=0.25, start_percent=50.0, before_start="whole"),
             moco=MocoSettings(queue_size=65536, momentum=0.999, temperature=0.07, decay=0.99999),
             train=TrainSettings(
                 steps=PAPER_STEPS,
                 global_batch=256,
                 micro_batch=32,
-                learning_rate=0.005,  # at 32, so 0.04 at 256
+                learning_rate=0.005,  # at a global batch of 32, so 0.04 at 256
                 weight_decay=1e-4,
                 sgd_momentum=0.9,
-                schedule="step",  # x0.1 at epochs 120 and 160
+                schedule="step",  # multiplied by 0.1 at epochs 120 and 160
                 log_every=50,
                 checkpoint_every=1000,
             ),
@@ -82,25 +94,25 @@ PRESETS: dict[str, tuple[str, PretrainSettings]] = {
         ),
     ),
     "recommended": (
-        "What we would run instead of the paper's settings; ingest with --num-frames 32 or more.",
+        "What we advise for new encoders, on 8 GPUs. Ingest with --num-frames 32 or more.",
         PretrainSettings(
             preset="recommended",
-            # 16 frames, every second one: the time span of 32 at half the cost.
-            # Two clips of a video as a pair: the larger gain in later work (rho-MoCo), and texture helps less.
+            # 16 frames, every second one: they span the same time as 32 frames, at half the cost.
+            # Two clips of a video as a pair: the largest gain in later work (rho-MoCo), because texture helps less.
             data=DataSettings(num_frames=16, stride=2, positives="two_clips"),
-            # MoCo v2's augmentation: blur, weaker hue, and a fifth of the clips keep their colours.
+            # The augmentation of MoCo v2: blur, a weaker hue, and a fifth of the clips keep their colours.
             augment=AugmentSettings(hue=0.1, jitter_probability=0.8, blur_probability=0.5),
-            # MoCo v2's head, which is thrown away afterwards: the feature keeps what the contrast does not need.
+            # The head of MoCo v2. It is removed after training, so the feature keeps what the loss does not need.
             model=ModelSettings(backbone="r2plus1d_18", head="mlp"),
-            # Dropping frames at random until G starts: in our trial that alone was worth more than G.
+            # Drops random frames until the generator starts: in our trial this gained more than the generator.
             generator=GeneratorSettings(start_percent=30.0, before_start="random"),
-            # Ages in keys, so that the oldest weighs 0.52 and not 0.997: with steps there is hardly a decay.
-            # On the exponential, which removes an old key; on the logit a dissimilar one becomes harder.
-            # Temperature 0.2 goes with the MLP head (MoCo v2).
+            # Ages in keys: the oldest key weighs 0.52. With ages in steps it weighs 0.997, which is hardly a decay.
+            # Decay on the exponential removes an old key; on the logit it makes a dissimilar key a harder negative.
+            # Temperature 0.2 belongs to the MLP head (MoCo v2).
             moco=MocoSettings(temperature=0.2, age_unit="key", decay_on="exp"),
             train=TrainSettings(
                 steps=PAPER_STEPS,
-                # Cosine to zero (MoCo v2, rho-MoCo), and 5 epochs of warm-up, because the queue is empty at first.
+                # A cosine to zero (MoCo v2, rho-MoCo), and a warm-up of 5 epochs, because the queue starts empty.
                 schedule="cosine",
                 warmup_steps=PAPER_STEPS // 40,
                 log_every=50,

@@ -1,8 +1,8 @@
-"""Random numbers that depend on what they are for, and on nothing else.
+"""Random numbers that depend only on their purpose.
 
-Every draw is a pure function of (run seed, epoch, sample, purpose), never of a global generator: so a resumed run,
-another number of ranks or another decoding order draws the same numbers. The function is a 64-bit mixer (splitmix64)
-rather than a library's generator, because no library promises the same stream in its next version.
+Every draw is a pure function of (run seed, epoch, sample, purpose), and no global generator is used. So a resumed run,
+or a run with another number of ranks or another decoding order, draws the same numbers. The function is a 64-bit mixer
+(splitmix64) and not the generator of a library, because no library promises the same stream in its next version.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
-@functools.lru_cache(4096)  # most are names of purposes, asked for with every batch
+@functools.lru_cache(4096)  # most parts are names of purposes, which every batch needs again
 def hash64(*parts: str | int) -> int:
-    """A stable 64-bit hash of the parts, for names and purposes; not for speed."""
+    """A stable 64-bit hash of the parts, for names and purposes. It is slow; `mix64` is the fast one, for arrays."""
     assert all(type(part) in (str, int) for part in parts), (
-        f"{parts}: a NumPy integer would be another part than an int"
+        f"{parts}: only str and int, because a NumPy integer would give another hash than the equal int"
     )
     text = "\0".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
 
 def mix64(seeds: UInt64Array, salt: int) -> UInt64Array:
-    """One well-mixed 64-bit number per seed and salt (splitmix64's finaliser); shape and order of `seeds`."""
+    """One 64-bit number per seed, mixed with the salt (the finaliser of splitmix64), in the shape of `seeds`."""
     return _mixed(np.atleast_1d(np.asarray(seeds, np.uint64)) + _step(salt)).reshape(np.shape(seeds))
 
 
@@ -42,7 +42,7 @@ def _step(salt: int) -> np.uint64:
 
 def _mixed(z: UInt64Array) -> UInt64Array:
     z ^= z >> np.uint64(30)
-    z *= _MIX_1  # arrays wrap around at 2**64 without a word, by design
+    z *= _MIX_1  # arrays wrap around at 2**64 without a warning, as intended
     z ^= z >> np.uint64(27)
     z *= _MIX_2
     z ^= z >> np.uint64(31)
@@ -50,12 +50,12 @@ def _mixed(z: UInt64Array) -> UInt64Array:
 
 
 def uniform(seeds: UInt64Array, salt: int) -> npt.NDArray[np.float64]:
-    """One number in [0, 1) per seed; different salts give independent numbers."""
+    """One number in [0, 1) per seed, float64, in the shape of `seeds`. Different salts give independent numbers."""
     return _unit(mix64(seeds, salt))
 
 
 def uniforms(seeds: UInt64Array, salts: Sequence[int]) -> npt.NDArray[np.float64]:
-    """`uniform` of seeds (N,) for each salt at once, (N, number of salts)."""
+    """`uniform` of seeds (N,) for several salts at once: (N, number of salts)."""
     return _unit(_mixed(seeds[:, None] + (np.array(salts, np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)))
 
 
@@ -64,6 +64,6 @@ def _unit(mixed: UInt64Array) -> npt.NDArray[np.float64]:
 
 
 def permutation(length: int, seed: int) -> npt.NDArray[np.int64]:
-    """A permutation of range(length): the order of `length` mixed counters."""
+    """A permutation of range(length), int64 (length,): the sorting order of mixed counters."""
     keys = mix64(np.arange(length, dtype=np.uint64), 0) ^ np.uint64(seed)
     return np.argsort(mix64(keys, seed), kind="stable").astype(np.int64)

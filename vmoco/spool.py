@@ -1,16 +1,17 @@
-"""Points and documents on their way to a tracker: in memory, and on disk where they must outlive their process.
+"""Queues metrics and documents for a tracker: in memory, and on disk where they must outlive their process.
 
-The tracker is never waited for. A thread sends in order and tries again until it is answered. `save` writes what has
-not been taken yet into one file of the run's folder. It is called before a checkpoint becomes visible, and that is
-enough: a run that is killed starts again from a checkpoint, and makes the points after it once more. Those that the
-tracker had taken before are left out then, by the latest step that it knows of each name, because it could neither
-replace nor remove them.
+Training never waits for the tracker. A thread sends in order. It sends again what failed for now (no connection, 429,
+5xx), and sets aside what the tracker refuses for good (400, 413). `save` writes what has not been sent yet into one
+file of the run's folder. It runs before a checkpoint becomes visible, which is enough: a run that was killed starts
+again from a checkpoint and makes the later points again. Points that the tracker has already are left out then, by the
+latest step that it knows of each name, because it can neither replace nor remove them.
 """
 
 from __future__ import annotations
 
 import base64
 import collections
+import contextlib
 import json
 import threading
 import time
@@ -36,8 +37,12 @@ class Points:
     numbers: dict[str, float]
 
 
+class RefusedError(Exception):
+    """The tracker refuses this for good: it is too large, not allowed, or not valid."""
+
+
 class Tracker(Protocol):
-    """Where a spool sends; each call may raise whatever it likes, and is made again then."""
+    """Where a spool sends. A call that raises is made again, unless it raises RefusedError."""
 
     def latest_steps(self) -> dict[str, int]:
         """Of each name, the latest step that has arrived in this run."""
@@ -50,19 +55,33 @@ class Spool:
     """Sends what it is given, in the background.
 
     Args:
-        tracker: takes it.
+        tracker: receives it.
         name: of the tracker, for messages.
         uri: file that `save` writes, and whose content is sent first; None to keep nothing on disk.
-        may_send: raises RuntimeError where this process has lost its right to the run: then nothing is sent any more.
+        may_send: raises RuntimeError once this process has lost its right to the run; then nothing more is sent.
+        warn: receives a warning for each name that the tracker refuses for good.
+
+    Attributes:
+        set_aside: by name, the message about what the tracker refused for good. It blocks nothing that can still be
+            sent, and its content is kept in a file beside `uri`, with `-refused` in its name.
     """
 
     def __init__(
-        self, tracker: Tracker, *, name: str, uri: str | None = None, may_send: Callable[[], None] = lambda: None
+        self,
+        tracker: Tracker,
+        *,
+        name: str,
+        uri: str | None = None,
+        may_send: Callable[[], None] = lambda: None,
+        warn: Callable[[str], None] = lambda message: None,
     ) -> None:
         self._tracker = tracker
         self._name = name
         self._uri = uri
         self._may_send = may_send
+        self._warn = warn
+        self.set_aside: dict[str, str] = {}
+        self._refused: tuple[list[Points], dict[str, Document]] = ([], {})
         self._points: collections.deque[Points] = collections.deque()
         self._documents: dict[str, Document] = {}
         self._on_disk = False
@@ -87,7 +106,7 @@ class Spool:
             self._wake.notify()
 
     def save(self) -> None:
-        """Writes what the tracker has not taken yet to disk; removes the file where there is nothing.
+        """Writes what has not been sent yet to disk; removes the file when everything has been sent.
 
         Raises:
             ValueError: it cannot be written.
@@ -108,7 +127,8 @@ class Spool:
         """Sends what is queued, for at most `timeout` seconds; what is left then is saved.
 
         Returns:
-            What could not be sent and why, as a sentence; empty where all was.
+            An error message about what could not be sent yet; empty when nothing is left. What the tracker refused for
+            good is in `set_aside` and does not count.
         """
         with self._wake:
             self._closing = True
@@ -118,13 +138,15 @@ class Spool:
         left = sum(len(points.numbers) for points in self._points) + len(self._documents)
         if not left:
             return ""
-        kept = f"; they are kept in {self._uri} and sent when the run goes on" if self._uri else ""
-        return f"{left} points or documents were not taken by the tracker {self._name}: {self._last_error}{kept}"
+        kept = f"; they are kept in {self._uri} and sent when the run is resumed" if self._uri else ""
+        return f"{left} points or documents could not be sent to the tracker {self._name}: {self._last_error}{kept}"
 
     def _load(self) -> None:
         if self._uri is None:
             return
         storage.delete_leftovers(self._uri)
+        with contextlib.suppress(FileNotFoundError):  # an earlier life of the run may have set things aside
+            self._refused = _from_json(storage.read_bytes(refused_uri(self._uri)))
         try:
             content = storage.read_bytes(self._uri)
         except FileNotFoundError:
@@ -149,22 +171,65 @@ class Spool:
             except RuntimeError:
                 self._give_up()
                 return
-            except Exception as error:  # the storage does not say who may: ask again
+            except Exception as error:  # the storage does not answer: ask again
                 self._wait(error)
                 continue
             try:
                 if taken is None:
                     taken = self._tracker.latest_steps()
-                self._tracker.send([_without(points, taken) for points in batch], documents)
+                self._send_points([_without(points, taken) for points in batch])
+                with self._wake:
+                    for _ in batch:
+                        self._points.popleft()
+                for name, content in documents.items():
+                    self._send_document(name, content)
+                    with self._wake:
+                        if self._documents.get(name) == content:
+                            del self._documents[name]
             except Exception as error:  # whatever the tracker does, training goes on and the points stay queued
                 self._wait(error)
-                continue
-            with self._wake:
-                for _ in batch:
-                    self._points.popleft()
-                for name, content in documents.items():
-                    if self._documents.get(name) == content:
-                        del self._documents[name]
+
+    def _send_points(self, rows: list[Points]) -> None:
+        """Sends rows together; where the tracker refuses them, one number at a time, so that only that one is lost."""
+        try:
+            self._tracker.send(rows, {})
+            return
+        except RefusedError:
+            pass
+        num_before = len(self._refused[0])
+        for row in rows:
+            for name, number in row.numbers.items():
+                single = Points(row.step, row.time_ms, {name: number})
+                if single in self._refused[0]:  # this batch is sent again, because the connection broke in its middle
+                    continue
+                try:
+                    self._tracker.send([single], {})
+                except RefusedError as error:
+                    self._refused[0].append(single)
+                    self._report_refused(f"the metric {name}", error)
+        if len(self._refused[0]) > num_before:
+            self._save_refused()
+
+    def _send_document(self, name: str, content: Document) -> None:
+        try:
+            self._tracker.send([], {name: content})
+        except RefusedError as error:
+            self._refused[1][name] = content
+            self._report_refused(f"the document {name}", error)
+            self._save_refused()
+
+    def _report_refused(self, what: str, error: RefusedError) -> None:
+        """Warns once for each name: a metric that is not valid is refused at every step."""
+        message = f"the tracker {self._name} refuses {what} for good ({error})"
+        if what not in self.set_aside:
+            place = f"; it is kept in {refused_uri(self._uri)}" if self._uri else ""
+            self._warn(f"warning: {message}{place}")
+        self.set_aside.setdefault(what, message)
+
+    def _save_refused(self) -> None:
+        if self._uri is not None:
+            with contextlib.suppress(ValueError):  # the storage cannot be written: `save` raises the same error
+                storage.write_atomic(refused_uri(self._uri), _to_json(*self._refused))
 
     def _next_batch(self) -> list[Points]:
         batch: list[Points] = []
@@ -185,6 +250,11 @@ class Spool:
     def _wait(self, error: Exception) -> None:
         self._last_error = f"{type(error).__name__}: {error}".splitlines()[0]
         time.sleep(_RETRY_SECONDS)
+
+
+def refused_uri(uri: str) -> str:
+    """The file of what the tracker refused for good, beside the file of a spool."""
+    return f"{uri.removesuffix('.json')}-refused.json"
 
 
 def _without(points: Points, taken: Mapping[str, int]) -> Points:

@@ -6,21 +6,26 @@ a run id and never MLflow's current run, of which there is one per process.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from vmoco import storage
 from vmoco.config import PretrainSettings
-from vmoco.spool import Document, Points, Spool
+from vmoco.spool import Document, Points, RefusedError, Spool
 
 _ASK_SECONDS = 5.0
+# HTTP statuses after which sending again is of no use. Points are refused only where they are not valid: a 403 for them
+# means that the rights to the tracker are wrong, which somebody may correct while the run goes on.
+_POINTS_REFUSED = frozenset({400, 413, 422})
+_DOCUMENTS_REFUSED = frozenset({400, 403, 413, 422})
 
 
 def tracking_uri() -> str:
@@ -103,7 +108,7 @@ def create_run(
             tracker.log_batch(run.info.run_id, params=flat[first : first + 100])
         tracker.log_text(run.info.run_id, settings.canonical_json(), "settings.json")
     except MlflowException as error:
-        raise ValueError(f"the tracker {tracking_uri()} cannot be used: {error}") from error
+        raise _unusable(error) from error
     return str(run.info.run_id)
 
 
@@ -120,7 +125,7 @@ def create_import(name: str, *, tags: Mapping[str, str]) -> str:
         run = tracker.create_run(_experiment(tracker, "vmoco-imports"), run_name=name, tags=dict(tags))
         tracker.set_terminated(run.info.run_id, "FINISHED")
     except MlflowException as error:
-        raise ValueError(f"the tracker {tracking_uri()} cannot be used: {error}") from error
+        raise _unusable(error) from error
     return str(run.info.run_id)
 
 
@@ -138,7 +143,7 @@ def create_parent(name: str, *, experiment: str, params: Mapping[str, str]) -> s
         run = tracker.create_run(_experiment(tracker, experiment), run_name=name, tags={"vmoco.sweep": name})
         tracker.log_batch(run.info.run_id, params=[Param(key, value) for key, value in params.items()])
     except MlflowException as error:
-        raise ValueError(f"the tracker {tracking_uri()} cannot be used: {error}") from error
+        raise _unusable(error) from error
     return str(run.info.run_id)
 
 
@@ -156,11 +161,11 @@ def await_answer(*, timeout: float, show: Callable[[str], None]) -> None:
             client().search_experiments(max_results=1)
             return
         except MlflowException as error:
-            said = f"the tracker {tracking_uri()} cannot be used: {error}"
+            unusable = _unusable(error)
             if time.monotonic() > end:
-                raise ValueError(said) from error
+                raise unusable from error
         if not told:
-            show(f"warning: {said}; waiting for it, up to {timeout / 60:.0f} min")
+            show(f"warning: {unusable}; waiting for it, up to {timeout / 60:.0f} min")
             told = True
         time.sleep(_ASK_SECONDS)
 
@@ -189,19 +194,69 @@ def note_run(run_id: str, *, tags: Mapping[str, str], documents: Mapping[str, Do
         for key, value in tags.items():
             tracker.set_tag(run_id, key, value)
         RunTracker(tracking_uri(), run_id).send([], documents or {})
-    except MlflowException as error:
+    except (MlflowException, RefusedError) as error:
         return f"the tracker {tracking_uri()} did not take notes on run {run_id}: {error}"
     return ""
 
 
 def _experiment(tracker: Any, name: str) -> str:
+    """The id of an experiment, which is created where there is none.
+
+    Raises:
+        ValueError: it was deleted, or its artifacts would lie on the disk of the server.
+    """
     found = tracker.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
-    # A server decides itself where artifacts go; the embedded database would put them into the working directory.
-    embedded = tracking_uri().startswith("sqlite:")
-    location = storage.join(storage.home(), "mlartifacts") if embedded else None
-    return str(tracker.create_experiment(name, artifact_location=location))
+    if found is None:
+        # A server decides itself where artifacts go; the embedded database would put them into the working directory.
+        embedded = tracking_uri().startswith("sqlite:")
+        location = storage.join(storage.home(), "mlartifacts") if embedded else None
+        found = tracker.get_experiment(tracker.create_experiment(name, artifact_location=location))
+    if found.lifecycle_stage == "deleted":
+        raise ValueError(
+            f"the experiment {name!r} was deleted in the tracker {tracking_uri()}: restore it with `mlflow experiments "
+            f"restore --experiment-id {found.experiment_id}`, or choose another --tracking.experiment"
+        )
+    place = found.artifact_location
+    # MLflow's clients write artifacts themselves, so the path would be one of this machine's disk.
+    on_a_disk = place.startswith("file:") or ":/" not in place
+    if tracking_uri().startswith(("http://", "https://")) and on_a_disk:
+        raise ValueError(
+            f"the tracker {tracking_uri()} keeps artifacts of experiment {name!r} in {place}, a path of the server's "
+            f"own disk that other machines do not reach: start the server with --artifacts-destination {place} (and "
+            "without --default-artifact-root and --no-serve-artifacts), and choose a new --tracking.experiment"
+        )
+    return str(found.experiment_id)
+
+
+def _unusable(error: Exception) -> ValueError:
+    """What a run meets whose tracker does not answer as it should."""
+    hint = ""
+    if "Invalid Host header" in str(error):
+        host = urllib.parse.urlsplit(tracking_uri()).netloc
+        hint = (
+            f". The server does not know this host name: start it with --allowed-hosts {host} (and each other name "
+            "that it is reached by)"
+        )
+    return ValueError(f"the tracker {tracking_uri()} cannot be used: {error}{hint}")
+
+
+@contextlib.contextmanager
+def _refusals(statuses: frozenset[int]) -> Iterator[None]:
+    """Turns answers with one of these HTTP statuses into RefusedError; every other error may pass."""
+    try:
+        yield
+    except Exception as error:
+        if _status(error) in statuses:
+            raise RefusedError(" ".join(str(error).split())[:300]) from error
+        raise
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status that an error of MLflow, or of the HTTP library below it, stands for."""
+    if (response := getattr(error, "response", None)) is not None:
+        return int(response.status_code)
+    codes = {"INVALID_PARAMETER_VALUE": 400, "BAD_REQUEST": 400, "PERMISSION_DENIED": 403}
+    return codes.get(getattr(error, "error_code", ""))
 
 
 class RunTracker:
@@ -225,20 +280,21 @@ class RunTracker:
         """Sends metrics in one request, and documents as artifacts.
 
         MLflow keeps a metric that it has already, with this step, time and value, once.
+
+        Raises:
+            RefusedError: the tracker answers that it will never take them.
         """
         from mlflow.entities import Metric
 
         metrics = [Metric(name, value, row.time_ms, row.step) for row in points for name, value in row.numbers.items()]
-        if metrics:
-            self._client().log_batch(self._run_id, metrics=metrics)
-        for name, content in documents.items():
-            if isinstance(content, str):
-                self._client().log_text(self._run_id, content, name)
-                continue
-            folder, _, file_name = name.rpartition("/")
-            with tempfile.TemporaryDirectory() as place:  # MLflow takes bytes only from a file
-                path = Path(place, file_name)
-                path.write_bytes(content)
+        with _refusals(_POINTS_REFUSED):
+            if metrics:
+                self._client().log_batch(self._run_id, metrics=metrics)
+        with _refusals(_DOCUMENTS_REFUSED), tempfile.TemporaryDirectory() as place:
+            for name, content in documents.items():
+                folder, _, file_name = name.rpartition("/")
+                path = Path(place, file_name)  # MLflow takes bytes only from a file
+                path.write_bytes(content.encode() if isinstance(content, str) else content)
                 self._client().log_artifact(self._run_id, str(path), folder or None)
 
     def _client(self) -> Any:
@@ -246,9 +302,16 @@ class RunTracker:
         return self._made
 
 
-def spool(uri: str, run_id: str, *, file: str | None = None, may_send: Callable[[], None] = lambda: None) -> Spool:
-    """A spool to an MLflow run; see `vmoco.spool.Spool` for `file` and `may_send`."""
-    return Spool(RunTracker(uri, run_id), name=uri, uri=file, may_send=may_send)
+def spool(
+    uri: str,
+    run_id: str,
+    *,
+    file: str | None = None,
+    may_send: Callable[[], None] = lambda: None,
+    warn: Callable[[str], None] = lambda message: None,
+) -> Spool:
+    """A spool to an MLflow run; see `vmoco.spool.Spool` for `file`, `may_send` and `warn`."""
+    return Spool(RunTracker(uri, run_id), name=uri, uri=file, may_send=may_send, warn=warn)
 
 
 def resume_run(run_id: str) -> str:

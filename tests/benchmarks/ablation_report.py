@@ -13,12 +13,12 @@ from vmoco.config import PretrainSettings
 RESULTS = Path(__file__).parent / "results"
 CONTROL = "MoCo + random dropping"
 CHANCE = 100 / 6
-README = Path(__file__).parents[2] / "README.md"
+METHOD = Path(__file__).parents[2] / "vmoco/METHOD.md"
 _BEGIN, _END = "<!-- ablation: written by tests.benchmarks.ablation -->\n", "<!-- /ablation -->"
 
 
 def write_report(results: list[dict[str, Any]], *, settings: PretrainSettings) -> dict[str, Any]:
-    """Writes `ablation.json` and `ablation.png`, and the table into README.md between its two marks.
+    """Writes `ablation.json` and `ablation.png`, and the table into vmoco/METHOD.md between its two markers.
 
     Args:
         results: one for each arm and seed that are done.
@@ -36,8 +36,8 @@ def write_report(results: list[dict[str, Any]], *, settings: PretrainSettings) -
     RESULTS.mkdir(exist_ok=True)
     content = {"settings": settings.content(), "seeds": seeds, "results": results}
     (RESULTS / "ablation.json").write_text(json.dumps(content, indent=1) + "\n")
-    before, rest = README.read_text().split(_BEGIN)
-    README.write_text(before + _BEGIN + _table(arms, values, results) + _END + rest.split(_END)[1])
+    before, rest = METHOD.read_text().split(_BEGIN)
+    METHOD.write_text(before + _BEGIN + _table(arms, values, results) + _END + rest.split(_END)[1])
     _plot(arms, values, num_seeds=len(seeds))
     return {
         arm: {measure: [round(float(v[arm].mean()), 1), round(_spread(v[arm]), 1)] for measure, v in values.items()}

@@ -27,7 +27,7 @@ from vmoco.data import ledger
 from vmoco.data.check import check
 from vmoco.data.ingest import ingest
 from vmoco.data.manifest import Manifest
-from vmoco.data.shard import ShardReader
+from vmoco.data.shard_reader import ClipReader
 from vmoco.job import connect
 from vmoco.job_settings import IngestSettings
 
@@ -84,10 +84,10 @@ def _compare(
     folder: Path, manifest: Manifest, accepted: set[str], rejected: dict[str, ledger.Rejection], names: set[str]
 ) -> list[str]:
     wrong = []
-    rows: dict[str, list[dict[str, object]]] = {}
-    for row in manifest.table.to_pylist():
-        rows.setdefault(row["video_id"], []).append(row)
-    readers = {name: ShardReader(manifest.shard_uri(name)) for name in manifest.shards}
+    clips_of: dict[str, list[int]] = {}
+    for clip, video in enumerate(manifest.table["video_id"].to_pylist()):
+        clips_of.setdefault(video, []).append(clip)
+    reader = ClipReader.of(manifest)
     decodable = sorted(name for name in names if (folder / "in" / name).is_file())
     for name, plain in plainly([folder / "in" / name for name in decodable]).items():
         video = str(name.relative_to(folder / "in"))
@@ -96,7 +96,7 @@ def _compare(
                 wrong.append(f"{video!r} is accepted, and plainly it is not: {plain.why}")
                 continue
             clips = fuzz.plain_clips(plain.frames)
-            own = [readers[str(row["shard"])].frames(int(str(row["row"]))) for row in rows[video]]
+            own = [reader.frames(clip) for clip in clips_of[video]]
             if len(clips) != len(own) or not all(np.array_equal(a, b) for a, b in zip(clips, own, strict=True)):
                 wrong.append(f"{video!r} has other frames than a plain decoder finds")
         elif plain.frames is not None and rejected[video].reason not in BESIDE_DECODING:

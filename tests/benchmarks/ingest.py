@@ -43,7 +43,7 @@ from av.video.reformatter import VideoReformatter
 from vmoco.cluster.local import LocalCluster
 from vmoco.data import footage, video
 from vmoco.data.ingest import ingest
-from vmoco.data.shard import ShardReader
+from vmoco.data.shard_reader import ClipReader
 from vmoco.job_settings import IngestSettings
 
 HEIGHT, WIDTH, FRAMES = 128, 171, 16
@@ -281,12 +281,12 @@ def encodings(folder: Path) -> dict[str, dict[str, float]]:
         manifest = ingest(settings_of(folder, encoding, encoding=encoding), progress=print)
         frames[encoding], report[encoding] = {}, {}
         rows = manifest.table.to_pylist()
-        readers = {name: ShardReader(manifest.shard_uri(name)) for name in manifest.shards}
+        reader = ClipReader.of(manifest)
         target = np.empty(manifest.frame_shape, np.uint8)
         for turn in range(3):  # the first one warms the page cache
             began = time.perf_counter()
-            for row in rows:
-                target[:] = readers[row["shard"]].frames(row["row"])
+            for place, row in enumerate(rows):
+                target[:] = reader.frames(place)
                 if turn == 0:
                     frames[encoding][row["clip_id"]] = target.copy()
             report[encoding]["clips_s"] = len(rows) / (time.perf_counter() - began)

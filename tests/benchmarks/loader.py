@@ -20,14 +20,13 @@ from pathlib import Path
 
 import torch
 
-from tests.dataset import make_data_set, real_data_set
+from tests.dataset import make_data_set, real_data_set, stored_clips
 from tests.train.test_step import changed
 from vmoco.config import PretrainSettings
 from vmoco.data import footage
 from vmoco.data.frames import Frames
 from vmoco.data.loader import Loader
 from vmoco.data.manifest import Manifest
-from vmoco.data.shard import ShardReader
 from vmoco.presets import PRESETS
 from vmoco.train.state import TrainState
 from vmoco.train.step import TrainStep
@@ -118,10 +117,7 @@ def main() -> None:
         )
         settings = settings_for(10**6)
         ratios, speeds = [], []
-        clips = {
-            row["clip_id"]: ShardReader(manifest.shard_uri(row["shard"])).frames(row["row"]).copy()
-            for row in manifest.table.to_pylist()
-        }
+        clips = dict(zip(manifest.table["clip_id"].to_pylist(), stored_clips(manifest), strict=True))
         whole = Loader(manifest, settings, rank=0, world_size=1)
         for step in range(3 * 64 // CLIPS):
             whole.batch(step)  # each clip is checked once, when it is read first

@@ -70,7 +70,7 @@ def survivor(service: Service, ingested: str) -> Survivor:
 
 @pytest.fixture(scope="module")
 def ray_hosts() -> Iterator[Service]:
-    """A head and one worker, with a door and nothing else; ready in half a minute."""
+    """A head and one worker, with a gateway and nothing else; ready in half a minute."""
     need_hosts()
     with running("one", only_ray=True) as started:
         yield started

@@ -1,7 +1,7 @@
 """A whole service on several hosts, started as cluster/README.md says for bare machines.
 
-Hosts: `services` (PostgreSQL, MLflow server, S3 store, door), `head`, workers, and `outside`, which only submits. Every
-secret is what docker/secrets.sh draws, each host has its own copy of the files that it needs, and the store enforces
+Hosts: `services` (PostgreSQL, MLflow server, S3 store, gateway), `head`, workers, and `outside`, which only submits.
+docker/secrets.sh generates every secret, each host has its own copy of the files that it needs, and the store enforces
 the policies of cluster/machines/policies.
 """
 
@@ -81,12 +81,12 @@ class Service:
         self.store_keys: dict[str, dict[str, str]] = {}
 
     def start(self, workers: tuple[str, ...], *, only_ray: bool = False) -> None:
-        """Starts everything, or Ray and the door alone; returns when head and workers are one cluster."""
+        """Starts everything, or Ray and the gateway alone; returns when head and workers are one cluster."""
         self.disk.mkdir()
         self.shared.mkdir()
         services, head, outside = (self.network.add(name) for name in ("services", "head", "outside"))
-        drawn = {"DOOR_NAMES": services.address}
-        outside.run(f"{ROOT}/docker/secrets.sh machines {self.secrets}", environment=drawn)
+        names = {"GATEWAY_NAMES": services.address}
+        outside.run(f"{ROOT}/docker/secrets.sh machines {self.secrets}", environment=names)
         for name in ("client.env", "token", "ca.crt"):
             shutil.copy2(self.secrets / name, outside.folder)
         if not only_ray:
@@ -94,7 +94,7 @@ class Service:
             self._start_store(services)
             self.start_tracker()
             self._setup(services)
-        self._start_door(services, head)
+        self._start_gateway(services, head)
         self.start_node(head, f"--head --port=6379 --dashboard-host={head.address} --dashboard-port=8265 --num-cpus=0")
         for name in workers:
             self.add_worker(name)
@@ -154,7 +154,7 @@ class Service:
         )
 
     def submit(self, *entrypoint: str, timeout: float = 240) -> tuple[int, str]:
-        """Submits a job from outside, through the door, as a person would; exit code and output."""
+        """Submits a job from outside, through the gateway, as a person would; exit code and output."""
         return self.hosts["outside"].attempt(self.submission(*entrypoint), timeout=timeout)
 
     def submission(self, *entrypoint: str) -> str:
@@ -251,11 +251,11 @@ class Service:
         os.killpg(self._tracker.pid, signal.SIGTERM)
         self._tracker.wait(timeout=60)
 
-    def _start_door(self, host: Host, head: Host) -> None:
+    def _start_gateway(self, host: Host, head: Host) -> None:
         host.start(
             f"source {self.secrets}/tracker.env; export JOB_SERVER={head.address}:8265; "
             f"exec {BIN}/caddy run --adapter caddyfile --config {ROOT}/docker/Caddyfile",
-            log="door.log",
+            log="gateway.log",
             environment={"HOME": str(host.folder)},
         )
 

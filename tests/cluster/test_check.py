@@ -1,4 +1,4 @@
-"""What differs or fails on a cluster is a sentence with the node, the value and what to do; a good cluster has none."""
+"""What differs or fails on a cluster gives a message with the node, the value and what to do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vmoco.model.cost import Speed
 from vmoco.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
-SERVER = "https://door:5443"
+SERVER = "https://gateway:5443"
 VERSIONS = {"python": "3.11.7", "ray": "2.60.0", "torch": "2.14.1", "vmoco": "aaaa"}
 GOOD = NodeReport(
     address="192.0.2.10",
@@ -34,7 +34,7 @@ OTHER = replace(GOOD, address="192.0.2.11", clock=1000.3, asked=1000.2, answered
 
 
 def test_equal_nodes_have_no_problem() -> None:
-    """Nodes that agree, with a server as tracker, give no sentence; one node may use a database file."""
+    """Nodes that agree, with a server as tracker, have no problem; one node may use a database file."""
     settings = PRESETS["tiny"][1]
     assert find_problems(settings, [GOOD, OTHER], tracker=SERVER) == []
     assert find_problems(settings, [GOOD], tracker="sqlite:////home/mlflow.db") == []
@@ -51,7 +51,7 @@ def test_a_slow_start_is_no_wrong_clock() -> None:
 
 
 @pytest.mark.parametrize(
-    ("node", "tracker", "said"),
+    ("node", "tracker", "message"),
     [
         (
             {"versions": VERSIONS | {"torch": "2.13.0"}},
@@ -63,28 +63,28 @@ def test_a_slow_start_is_no_wrong_clock() -> None:
             SERVER,
             "node 192.0.2.11 has vmoco bbbb, node 192.0.2.10 has aaaa",
         ),
-        ({"clock": 1090.0}, SERVER, "the clock of node 192.0.2.11 is +90 s beside that of 192.0.2.10: let chrony"),
+        ({"clock": 1090.0}, SERVER, "the clock of node 192.0.2.11 is +90 s off that of node 192.0.2.10: let chrony"),
         (
             {"shared_memory_bytes": 64 * 2**20},
             SERVER,
-            "node 192.0.2.11 has 64 MiB of /dev/shm, Ray's object store wants",
+            "node 192.0.2.11 has 64 MiB of /dev/shm, and Ray's object store needs",
         ),
         (
-            {"problems": {"data.uri": "s3://vmoco/data is not there"}},
+            {"problems": {"data.uri": "there is no s3://vmoco/data"}},
             SERVER,
-            "node 192.0.2.11: data.uri: s3://vmoco/data is not there",
+            "node 192.0.2.11: data.uri: there is no s3://vmoco/data",
         ),
         (
             {},
             "sqlite:////home/mlflow.db",
-            "is a file of one machine and the cluster has 2 nodes: set MLFLOW_TRACKING_URI",
+            "is a file of one machine, and the cluster has 2 nodes: set MLFLOW_TRACKING_URI",
         ),
     ],
 )
-def test_what_is_wrong_with_a_node_is_one_sentence(node: dict[str, object], tracker: str, said: str) -> None:
-    """One problem, named with the node, the value, and what to do."""
+def test_what_is_wrong_with_a_node_is_one_message(node: dict[str, object], tracker: str, message: str) -> None:
+    """It has the node, the value, and what to do, on one line."""
     (problem,) = find_problems(PRESETS["tiny"][1], [GOOD, replace(OTHER, **node)], tracker=tracker)  # type: ignore[arg-type]
-    assert said in problem
+    assert message in problem
     assert "\n" not in problem
 
 
@@ -99,7 +99,7 @@ def test_time_follows_the_measured_speed_and_memory_the_smallest_gpu() -> None:
     assert slow[-1] != fast[-1]
     _, problems = estimate(settings, None, gpu_bytes=8 * 2**30)
     assert len(problems) == 1
-    assert "the smallest GPU has 8.0: lower train.micro-batch 32" in problems[0]
+    assert "the smallest GPU has 8.0: lower --train.micro-batch 32" in problems[0]
     _, problems = estimate(changed(settings, train={"micro_batch": 8}), None, gpu_bytes=8 * 2**30)
     assert problems == []
 
@@ -127,8 +127,8 @@ def test_a_gpu_preset_on_a_cpu_cluster_is_answered(
     flags = ["--run.storage", str(tmp_path), "--data.uri", str(tmp_path / "none")]
     assert local_cluster.submit(["python", "jobs/check.py", "cluster", "paper", *flags], ROOT) == 1
     said = capfd.readouterr().out
-    assert "problem: preset paper wants 8 GPUs and the cluster has none: add GPU nodes" in said
-    assert f"data.uri: {tmp_path}/none is not there" in said
+    assert "problem: preset paper needs 8 GPUs and the cluster has none: add GPU nodes" in said
+    assert f"data.uri: there is no {tmp_path}/none" in said
     assert os.listdir(tmp_path) == []
 
 

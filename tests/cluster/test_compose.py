@@ -1,4 +1,4 @@
-"""docker/compose.yaml is what Compose accepts, publishes only the door, and takes every secret from what is drawn."""
+"""Compose accepts docker/compose.yaml. It publishes only the gateway, and docker/secrets.sh makes its secrets."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def services() -> dict[str, dict[str, Any]]:
     return found
 
 
-def draw(form: str, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [str(ROOT / "docker/secrets.sh"), form, *more]
+def generate(platform: str, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [str(ROOT / "docker/secrets.sh"), platform, *more]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
 
 
-def drawn() -> dict[str, str]:
+def generated() -> dict[str, str]:
     """The variables of the env file, as Compose reads them: a value in quotes may have several lines."""
-    return dict(re.findall(r"^(\w+)='(.*?)'$", draw("compose").stdout, flags=re.MULTILINE | re.DOTALL))
+    return dict(re.findall(r"^(\w+)='(.*?)'$", generate("compose").stdout, flags=re.MULTILINE | re.DOTALL))
 
 
 def check(path: Path) -> subprocess.CompletedProcess[str]:
@@ -46,25 +46,28 @@ def test_compose_accepts_it(tmp_path: Path) -> None:
     assert "heathcheck" in check(wrong).stdout
 
 
-def test_every_variable_is_drawn_and_every_secret_used() -> None:
-    """The env file holds what the file asks for and nothing else, drawn anew each time."""
+def test_every_variable_is_generated_and_every_secret_used() -> None:
+    """The env file holds exactly the variables that the file uses, with new values each time."""
     text = COMPOSE.read_text()
     asked = set(re.findall(r"\$\{(\w+)", text)) | set(re.findall(r"\{environment: (\w+)\}", text))
-    first, second = drawn(), drawn()
-    assert asked - {"DOOR_ADDRESS"} == first.keys()
-    assert [name for name in first if first[name] == second[name]] == ["DOOR_HOSTS"]
-    assert all(len(first[name]) >= 20 for name in first if name != "DOOR_HOSTS")
+    first, second = generated(), generated()
+    assert asked - {"GATEWAY_ADDRESS"} == first.keys()
+    assert [name for name in first if first[name] == second[name]] == ["GATEWAY_HOSTS"]
+    assert all(len(first[name]) >= 20 for name in first if name != "GATEWAY_HOSTS")
 
 
-def test_only_the_door_is_published_and_by_default_to_this_machine(services: dict[str, dict[str, Any]]) -> None:
-    """No other service has ports, and the door's are on 127.0.0.1 until somebody says otherwise."""
-    assert [name for name in services if "ports" in services[name]] == ["door"]
-    assert services["door"]["ports"] == ["${DOOR_ADDRESS:-127.0.0.1}:8443:8443", "${DOOR_ADDRESS:-127.0.0.1}:5443:5443"]
+def test_only_the_gateway_is_published_and_by_default_to_this_machine(services: dict[str, dict[str, Any]]) -> None:
+    """No other service has ports, and the gateway's are on 127.0.0.1 unless GATEWAY_ADDRESS changes it."""
+    assert [name for name in services if "ports" in services[name]] == ["gateway"]
+    assert services["gateway"]["ports"] == [
+        "${GATEWAY_ADDRESS:-127.0.0.1}:8443:8443",
+        "${GATEWAY_ADDRESS:-127.0.0.1}:5443:5443",
+    ]
     assert services["postgres"]["networks"] == ["database"]
 
 
-def test_every_service_answers_for_its_health(services: dict[str, dict[str, Any]]) -> None:
-    """Each has a check of its own or that of our image; only `setup`, which ends, has none."""
+def test_every_service_has_a_health_check(services: dict[str, dict[str, Any]]) -> None:
+    """Each has its own check or the check of our image. Only `setup`, which ends, has none."""
     for name, service in services.items():
         if name == "setup":
             assert service["healthcheck"] == {"disable": True}
@@ -73,40 +76,41 @@ def test_every_service_answers_for_its_health(services: dict[str, dict[str, Any]
 
 
 def test_the_env_file_is_never_committed() -> None:
-    """git ignores it, so neither a commit nor the upload of a job takes it along."""
+    """git ignores it, so neither a commit nor the upload of a job contains it."""
     subprocess.run(["git", "check-ignore", "--quiet", "docker/.env"], cwd=ROOT, check=True)
 
 
-def test_names_of_the_door_are_in_its_certificate_and_allowed(tmp_path: Path) -> None:
-    """DOOR_NAMES adds names and addresses to the certificate and to the hosts that the tracker answers to."""
+def test_names_of_the_gateway_are_in_its_certificate_and_allowed(tmp_path: Path) -> None:
+    """GATEWAY_NAMES adds names and addresses to the certificate and to the hosts that the tracker answers to."""
     folder = tmp_path / "secrets"
-    done = draw("machines", str(folder), DOOR_NAMES="head.lab 192.0.2.10")
+    done = generate("machines", str(folder), GATEWAY_NAMES="head.lab 192.0.2.10")
     assert done.returncode == 0, done.stderr
-    command = ["openssl", "x509", "-in", folder / "door.crt", "-noout", "-ext", "subjectAltName"]
+    command = ["openssl", "x509", "-in", folder / "gateway.crt", "-noout", "-ext", "subjectAltName"]
     names = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "DNS:localhost, IP Address:127.0.0.1, DNS:door, DNS:head.lab, IP Address:192.0.2.10" in names
-    command = ["openssl", "verify", "-CAfile", folder / "ca.crt", folder / "door.crt"]
+    assert "DNS:localhost, IP Address:127.0.0.1, DNS:gateway, DNS:head.lab, IP Address:192.0.2.10" in names
+    command = ["openssl", "verify", "-CAfile", folder / "ca.crt", folder / "gateway.crt"]
     subprocess.run(command, capture_output=True, check=True)
     assert "head.lab:5443,192.0.2.10:5443" in (folder / "tracker.env").read_text()
     assert "https://head.lab:8443" in (folder / "client.env").read_text()
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
-    again = draw("machines", str(folder))
+    again = generate("machines", str(folder))
     assert again.returncode == 1
-    assert "is there already: name another folder" in again.stderr
+    assert "already exists: choose another folder" in again.stderr
 
 
-def test_a_wrong_form_is_answered() -> None:
-    """An unknown form is refused with those that there are."""
-    done = draw("swarm")
+def test_an_unknown_format_is_refused() -> None:
+    """The message lists the formats that exist."""
+    done = generate("swarm")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: 'swarm' is no form: say compose, kubernetes or machines\n"
+    assert done.stderr == "error: 'swarm' is not a format: choose compose, kubernetes or machines\n"
 
 
-def test_the_door_is_what_caddy_accepts(tmp_path: Path) -> None:
-    """Caddy takes the one file of the door."""
-    assert draw("machines", str(tmp_path / "secrets")).returncode == 0
+def test_caddy_accepts_the_gateway(tmp_path: Path) -> None:
+    """`caddy validate` accepts docker/Caddyfile."""
+    assert generate("machines", str(tmp_path / "secrets")).returncode == 0
     environment = os.environ | {
-        name: str(tmp_path / f"secrets/door.{end}") for name, end in (("DOOR_CERTIFICATE", "crt"), ("DOOR_KEY", "key"))
+        name: str(tmp_path / f"secrets/gateway.{end}")
+        for name, end in (("GATEWAY_CERTIFICATE", "crt"), ("GATEWAY_KEY", "key"))
     }
     environment["XDG_CONFIG_HOME"] = environment["XDG_DATA_HOME"] = str(tmp_path)
     command = [BIN / "caddy", "validate", "--adapter", "caddyfile", "--config", ROOT / "docker/Caddyfile"]

@@ -16,7 +16,7 @@ JOB = (
 
 
 def test_a_job_from_outside_runs_on_both_hosts(ray_hosts: Service) -> None:
-    """Submitted through the door with token and certificate, its driver runs on the head and its task on the worker."""
+    """A job submitted through the gateway: its driver runs on the head and its task on the worker."""
     code, said = ray_hosts.submit(f'python -c "{JOB}"', timeout=120)
     assert code == 0, said
     hosts = ray_hosts.hosts

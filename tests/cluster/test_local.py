@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from tests import processes
 from vmoco.cluster.local import LocalCluster
+from vmoco.own_folder import make_folder
 
 STOPPABLE_JOB = """
 import signal, sys, time
@@ -41,24 +43,24 @@ run_job(main)
 
 
 def test_a_taken_port_is_named_before_anything_starts() -> None:
-    """A dashboard port that another process holds is answered with one sentence: the port, and what to do."""
+    """A dashboard port that another process holds gives an error with the port and what to do."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(ValueError, match=rf"dashboard port {port} on 127.0.0.1 is taken .* choose another"):
+        with pytest.raises(ValueError, match=rf"--dashboard-port {port} is taken on 127.0.0.1 .* choose another"):
             LocalCluster(dashboard_port=port)
 
 
 @pytest.mark.parametrize("port", [0, 80, 65536])
-def test_a_port_that_is_none_is_refused(port: int) -> None:
+def test_a_port_that_is_not_allowed_is_refused(port: int) -> None:
     """A port outside 1024..65535 is refused with the allowed range."""
-    with pytest.raises(ValueError, match=f"dashboard port {port} is not allowed: choose one from 1024 to 65535"):
+    with pytest.raises(ValueError, match=f"--dashboard-port {port} is not allowed: choose one from 1024 to 65535"):
         LocalCluster(dashboard_port=port)
 
 
 @pytest.mark.cluster
-def test_a_head_that_dies_is_told_with_its_last_words() -> None:
+def test_a_head_that_dies_shows_its_last_lines() -> None:
     """A head that cannot start gives a ValueError with Ray's own reason, and leaves nothing."""
     cluster = LocalCluster(num_cpus=1, object_store_memory=1)  # Ray wants 78 MB or more
     with pytest.raises(ValueError, match=r"(?s)local Ray cluster ended with exit code .*object store"), cluster:
@@ -69,7 +71,7 @@ def test_a_head_that_dies_is_told_with_its_last_words() -> None:
 
 
 @pytest.mark.cluster
-def test_the_token_is_private_and_asked_for(local_cluster: LocalCluster) -> None:
+def test_the_token_is_private_and_needed(local_cluster: LocalCluster) -> None:
     """Only the owner may read the token, and the job server answers nobody without it."""
     import urllib.error
     import urllib.request
@@ -111,7 +113,7 @@ def test_ctrl_c_stops_the_job_and_leaves_nothing(tmp_path: Path) -> None:
             if line.startswith("folder "):
                 folder = line.split()[1]
             if line == "at work\n":
-                assert len(processes.with_mark(folder)) > 10, "the look at the processes does not see them"
+                assert len(processes.with_mark(folder)) > 10, "the list of processes does not have them"
                 os.killpg(owner.pid, signal.SIGINT)
         assert owner.wait(timeout=60) == 130
     finally:
@@ -140,7 +142,7 @@ def test_ctrl_c_while_submitting_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_a_killed_owner_takes_the_cluster_along(tmp_path: Path) -> None:
-    """kill -9 of the owner ends every process of its cluster."""
+    """kill -9 of the owner ends every process of its cluster, and the next start removes its folder."""
     (tmp_path / "job.py").write_text(STOPPABLE_JOB)
     command = [sys.executable, "-c", OWNER, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
@@ -154,3 +156,6 @@ def test_a_killed_owner_takes_the_cluster_along(tmp_path: Path) -> None:
     while processes.with_mark(folder) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert processes.with_mark(folder) == []
+    assert Path(folder).exists()
+    shutil.rmtree(make_folder(Path(folder).parent))
+    assert not Path(folder).exists()

@@ -1,4 +1,4 @@
-"""Every file in cluster/ is what Kubernetes, KubeRay and Ray's launcher accept, and names only what there is."""
+"""Kubernetes, KubeRay and Ray's launcher accept every file in cluster/, and what the files refer to exists."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ALL = [document for path in KUBERNETES for document in documents(path)]
 
 
 def strict(schema: Any) -> Any:
-    """The schema with every key refused that it does not list; as published it lets misspelt keys pass."""
+    """The schema, changed to refuse unknown keys. The published one accepts misspelt keys."""
     if isinstance(schema, list):
         return [strict(each) for each in schema]
     if not isinstance(schema, dict):
@@ -77,7 +77,7 @@ def identify(document: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("document", ALL, ids=identify)
 def test_kubernetes_accepts_it(document: dict[str, Any], kuberay: dict[str, dict[str, Any]]) -> None:
-    """Each object satisfies its published schema with no key beyond it, and so does each pod in it."""
+    """Each object and each pod in it satisfies its published schema and has no other keys."""
     if document["kind"] in kuberay:
         jsonschema.validate(document, kuberay[document["kind"]])
     else:
@@ -96,8 +96,8 @@ def test_a_misspelt_key_is_noticed(kuberay: dict[str, dict[str, Any]]) -> None:
         jsonschema.validate(document, kuberay["RayCluster"])
 
 
-def test_every_pod_is_bounded_locked_and_asked_after() -> None:
-    """Each pod says what it needs, runs as nobody special, and where it goes on running it has probes."""
+def test_every_pod_has_limits_few_rights_and_probes() -> None:
+    """Each pod has requests and limits and runs without root. Each service also has probes."""
     for document in ALL:
         for pod in pods(document):
             assert pod["spec"]["securityContext"]["runAsNonRoot"] is True, identify(document)
@@ -111,10 +111,10 @@ def test_every_pod_is_bounded_locked_and_asked_after() -> None:
                 assert {"readinessProbe", "livenessProbe"} <= pod["spec"]["containers"][0].keys(), identify(document)
 
 
-def test_secrets_that_are_named_are_drawn() -> None:
-    """Every Secret and key that a manifest names is one that docker/secrets.sh draws, and it draws none for nobody."""
-    drawn = subprocess.run([ROOT / "docker/secrets.sh", "kubernetes"], capture_output=True, text=True, check=True)
-    secrets = {secret["metadata"]["name"]: secret["data"] for secret in yaml.safe_load_all(drawn.stdout)}
+def test_every_secret_is_generated_and_used() -> None:
+    """docker/secrets.sh generates every Secret and key that a manifest names, and no other."""
+    generated = subprocess.run([ROOT / "docker/secrets.sh", "kubernetes"], capture_output=True, text=True, check=True)
+    secrets = {secret["metadata"]["name"]: secret["data"] for secret in yaml.safe_load_all(generated.stdout)}
     for name, data in secrets.items():
         for key, value in data.items():
             assert base64.b64decode(value, validate=True), f"{name}/{key} is empty"
@@ -130,34 +130,34 @@ def test_secrets_that_are_named_are_drawn() -> None:
 
 
 def test_no_manifest_holds_a_secret() -> None:
-    """A variable whose name promises a secret takes its value from a Secret."""
+    """A variable with the name of a secret takes its value from a Secret."""
     for node in (node for document in ALL for node in walk(document)):
         if any(word in str(node.get("name", "")) for word in ("PASSWORD", "SECRET", "TOKEN", "ACCESS_KEY")):
             assert "value" not in node, node
 
 
 def test_every_pod_has_a_policy_for_both_directions() -> None:
-    """Beside the rule that forbids everything, each kind of pod has rules that say what it may, by its label."""
+    """One rule forbids everything; each kind of pod has rules, by its label, for what it may do."""
     policies = [document["spec"] for document in ALL if document["kind"] == "NetworkPolicy"]
     assert {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]} in policies
     selected = {tuple(policy["podSelector"].get("matchLabels", {}).values()) for policy in policies}
     for pod in (pod for document in ALL for pod in pods(document)):
         component = pod["metadata"]["labels"]["app.kubernetes.io/component"]
-        assert (component,) in selected, f"nothing is said about {component}"
+        assert (component,) in selected, f"no policy for {component}"
 
 
-def test_ports_that_ask_nobody_are_open_to_few() -> None:
-    """Metrics are for the monitoring namespace, the database for the tracker, and only the door for everybody."""
+def test_ports_without_authentication_are_closed() -> None:
+    """Only the ports of the gateway are open to everybody."""
     open_to_all = set()
     for policy in (document for document in ALL if document["kind"] == "NetworkPolicy"):
         for rule in policy["spec"].get("ingress", []):
             if "from" not in rule:
                 open_to_all |= {(policy["metadata"]["name"], port["port"]) for port in rule["ports"]}
-    assert open_to_all == {("door", 8443), ("door", 5443)}
+    assert open_to_all == {("gateway", 8443), ("gateway", 5443)}
 
 
-def test_entry_points_are_commands_that_the_jobs_take() -> None:
-    """The flags of each RayJob parse, and ask for no more workers than the pools can bring."""
+def test_the_jobs_accept_the_entry_points() -> None:
+    """The flags of each RayJob parse, and the pools are large enough for the workers that it asks for."""
     jobs = [document for document in ALL if document["kind"] == "RayJob"]
     assert len(jobs) == 3
     for job in jobs:
@@ -178,13 +178,13 @@ def test_entry_points_are_commands_that_the_jobs_take() -> None:
 
 
 def test_clusters_run_the_ray_of_the_lock_file() -> None:
-    """`rayVersion` is what the image holds; KubeRay and the autoscaler go by it."""
+    """`rayVersion` is the version in the image; KubeRay and the autoscaler rely on it."""
     pinned = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line.startswith("ray==")]
     for document in (document for document in ALL if document["kind"] == "RayCluster"):
         assert pinned == [f"ray=={document['spec']['rayVersion']}"]
 
 
-def test_only_the_certificate_maker_sees_the_key_of_the_authority() -> None:
+def test_only_the_init_container_sees_the_key_of_the_authority() -> None:
     """No container that runs jobs mounts the Secret with the authority's key."""
     for document in (document for document in ALL if document["kind"] == "RayCluster"):
         for pod in pods(document):
@@ -197,7 +197,7 @@ def test_only_the_certificate_maker_sees_the_key_of_the_authority() -> None:
 
 @pytest.mark.parametrize("path", MACHINES, ids=lambda path: path.stem)
 def test_the_launcher_accepts_it(path: Path) -> None:
-    """Ray's own checks of `ray up` pass, and a node starts with token, TLS and the ports that the firewall knows."""
+    """Ray's own checks of `ray up` pass, and nodes start with token, TLS and the ports of the firewall rules."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     validate_config(prepare_config(yaml.safe_load(path.read_text())))

@@ -1,4 +1,4 @@
-"""What one host does not reach, or has otherwise than the others, is one sentence before any work starts."""
+"""What one host does not reach, or has in another version, gives one message before any work starts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.dataset import make_data_set
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 
 DATA = "s3://vmoco/data/first"
-OWN_DISK = "a path of one machine's own disk will not do for several nodes: give a folder that all share, or s3:// or"
+OWN_DISK = "a path on one machine's own disk does not work for several nodes: give a folder that all share, or s3:// or"
 
 
 def refused(service: Service, command: str) -> str:
-    """The sentence with which a job ends that has not begun to work."""
+    """The error message of a job that ends before it works."""
     code, said = service.submit(f"python jobs/{command}")
     assert code != 0, said
     assert "tracked as" not in said, said
@@ -36,7 +36,7 @@ def test_checkpoints_on_a_disk_of_one_host(service: Service, ingested: str) -> N
     """With run.storage at a path that is another disk on each host, no run begins."""
     place = service.disk / "runs"
     line = refused(service, f"pretrain.py tiny --data.uri {DATA} --run.storage {place}")
-    assert f"run.storage: what the driver's node writes to {place} is not seen here; {OWN_DISK}" in line
+    assert f"run.storage: this node does not see what the driver's node writes to {place}; {OWN_DISK}" in line
     assert any(f"node {host.address}: " in line for host in workers(service))
 
 
@@ -46,13 +46,13 @@ def test_data_on_a_disk_of_one_host(service: Service, ingested: str) -> None:
     code, said = service.submit(f"cp -r {service.shared}/data {service.disk}/data")
     assert code == 0, said
     line = refused(service, f"pretrain.py tiny --data.uri {service.disk}/data --run.storage s3://vmoco/runs")
-    assert f"data.uri: {service.disk}/data is not there; {OWN_DISK}" in line
+    assert f"data.uri: there is no {service.disk}/data; {OWN_DISK}" in line
 
 
 def test_a_data_set_for_a_disk_of_one_host(service: Service, ingested: str) -> None:
     """An ingest to a path that is another disk on each host makes no shard."""
     line = refused(service, f"ingest.py --videos s3://vmoco/videos --output {service.disk}/made")
-    assert f"--output: what the driver's node writes to {service.disk}/made is not seen here; {OWN_DISK}" in line
+    assert f"--output: this node does not see what the driver's node writes to {service.disk}/made; {OWN_DISK}" in line
 
 
 def test_videos_on_a_disk_of_one_host(service: Service) -> None:
@@ -60,10 +60,10 @@ def test_videos_on_a_disk_of_one_host(service: Service) -> None:
     code, said = service.submit(f"mkdir -p {service.disk}/videos && touch {service.disk}/videos/a.mp4")
     assert code == 0, said
     line = refused(service, f"ingest.py --videos {service.disk}/videos/*.mp4 --output s3://vmoco/data/none")
-    assert f"--videos: {service.disk}/videos is not there; {OWN_DISK}" in line
+    assert f"--videos: there is no {service.disk}/videos; {OWN_DISK}" in line
 
 
-def test_a_folder_that_all_hosts_share_will_do(service: Service) -> None:
+def test_a_folder_that_all_hosts_share_works(service: Service) -> None:
     """A local path is not refused where every host sees the same folder: the run trains and ends."""
     make_data_set(service.shared / "seen")
     flags = "--train.steps 2 --scaling.num-workers 2 --evaluation.no-enabled"
@@ -87,7 +87,7 @@ def walled_in(service: Service) -> Iterator[Host]:
 def test_a_store_that_one_host_does_not_reach(service: Service, ingested: str, walled_in: Host) -> None:
     """The host is named, with the place and what the store's client says."""
     line = refused(service, f"pretrain.py tiny --data.uri {DATA} --run.storage s3://vmoco/runs")
-    assert line.startswith(f"error: node {walled_in.address}: run.storage: s3://vmoco/runs cannot be used: "), line
+    assert line.startswith(f"error: node {walled_in.address}: --run.storage: s3://vmoco/runs cannot be used: "), line
 
 
 @pytest.fixture

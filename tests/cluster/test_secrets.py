@@ -107,7 +107,7 @@ def secrets_of(service: Service) -> dict[str, str]:
     for user, keys in service.store_keys.items():
         found[f"store key of {user}"] = keys["AWS_SECRET_ACCESS_KEY"]
     found["authority key"] = (service.secrets / "ca.key").read_text().splitlines()[1]
-    found["door key"] = (service.secrets / "door.key").read_text().splitlines()[1]
+    found["gateway key"] = (service.secrets / "gateway.key").read_text().splitlines()[1]
     for host in service.hosts.values():
         if (path := host.folder / "node.key").exists():
             found[f"key of {host.name}"] = path.read_text().splitlines()[1]

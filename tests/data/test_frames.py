@@ -57,7 +57,7 @@ def test_a_damaged_jpeg_is_refused() -> None:
     grey = io.BytesIO()
     Image.fromarray(gradient()[0, :, :, 0]).save(grey, "JPEG")
     for damaged in (whole[3][:-20], b"no image", grey.getvalue()):
-        with pytest.raises(ValueError, match=r"frame 3 is (no whole JPEG: |\(24, 32, 1\), and should be)"):
+        with pytest.raises(ValueError, match=r"frame 3 is (not a complete JPEG: |\(24, 32, 1\), and should be)"):
             decode(pack([*whole[:3], damaged, whole[4]]), "jpeg", SHAPE)
 
 

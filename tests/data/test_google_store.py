@@ -17,7 +17,7 @@ from tests.google_store import BUCKET, GoogleStore
 from vmoco import storage
 from vmoco.data.check import check
 from vmoco.data.manifest import Manifest
-from vmoco.data.shard_reader import read_clip
+from vmoco.data.shard_reader import ClipReader
 
 ROOT = Path(__file__).parents[2]
 HOME = f"gs://{BUCKET}"
@@ -73,11 +73,7 @@ def test_ingest_from_a_bucket_into_it(store: GoogleStore, tmp_path: Path) -> Non
     assert here.counts == {"videos": 3, "clips": 15, "rejected": 0, "held_out": 0}
     assert there.hash == here.hash
     assert there.shards == here.shards
-    row = here.table.to_pylist()[7]  # a clip of the second video
-    first, second = (
-        read_clip(manifest.shard_uri(row["shard"]), row, frame_shape=manifest.frame_shape, encoding=manifest.encoding)
-        for manifest in manifests
-    )
+    first, second = (ClipReader.of(manifest).frames(7) for manifest in manifests)  # a clip of the second video
     assert first.tolist() == second.tolist()
     names = storage.list_files(f"{HOME}/out")
     assert "contact_sheet.png" in names

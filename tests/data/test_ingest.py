@@ -12,13 +12,13 @@ from PIL import Image
 
 from tests.data import videos
 from tests.data.test_ingest_tasks import probed, settings
+from tests.dataset import stored_frames
 from vmoco import storage
 from vmoco.data import contact_sheet, ledger
 from vmoco.data.decoder import Decoder
 from vmoco.data.ingest import ingest
 from vmoco.data.ingest_tasks import is_held_out, make_shard, plan_shards
 from vmoco.data.manifest import NAME, Manifest
-from vmoco.data.shard import ShardReader
 from vmoco.job_settings import IngestSettings
 
 ROOT = Path(__file__).parents[2]
@@ -66,8 +66,7 @@ def test_every_video_is_in_the_manifest_or_in_the_ledger(tmp_path: Path, ray_clu
     assert manifest.frame_shape == (4, 24, 32, 3)
     assert manifest.settings == chosen.content()
     for row in manifest.table.to_pylist():
-        with ShardReader(manifest.shard_uri(row["shard"])) as reader:
-            frames = reader.frames(row["row"])
+        frames = stored_frames(manifest.shard_uri(row["shard"]))[row["row"]]
         first = round(row["start_seconds"] * 25)
         assert [videos.number_of(frame) for frame in frames] == list(range(first, first + 4))
     assert re.fullmatch(r"ingest  looked at 5/5 videos  rejected 2  clips 9  [\d.]+ clips/s  0:00 left", lines[-3])

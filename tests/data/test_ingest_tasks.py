@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.data import videos
+from tests.dataset import stored_frames
 from vmoco.data import fetch
 from vmoco.data.decoder import Decoder
 from vmoco.data.distribute import from_table, to_table
@@ -28,7 +29,7 @@ from vmoco.data.ingest_tasks import (
 )
 from vmoco.data.ledger import ScratchError, VideoError
 from vmoco.data.manifest import shard_uri
-from vmoco.data.shard import ShardReader, read_rows
+from vmoco.data.shard import read_rows
 from vmoco.data.source import Found, list_videos
 from vmoco.job_settings import IngestSettings
 
@@ -76,14 +77,14 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_a_shard_holds_the_clips_and_accounts_for_all_videos(root: Path, decoder: Decoder) -> None:
-    """Clips are in the order of the videos, each with the right frames; the broken video is in the account."""
+    """Clips are in the order of the videos, each with the right frames; the broken video is in the metadata."""
     made = make(settings(root, stride=2), decoder)
     assert [(row["video_id"], row["row"]) for row in made.rows] == [("a.mp4", i) for i in range(3)] + [("c.avi", 3)]
     assert [(row.video_id, row.reason) for row in made.rejected] == [("b.mp4", "cannot-open")]
     assert len({row["clip_id"] for row in made.rows}) == 4
-    with ShardReader(shard_uri(str(root / "out"), made.name)) as reader:
-        assert [found.video_id for found in reader.account.videos] == ["a.mp4", "b.mp4", "c.avi"]
-        numbers = [[videos.number_of(frame) for frame in reader.frames(row)] for row in range(4)]
+    uri = shard_uri(str(root / "out"), made.name)
+    assert [found.video_id for found in read_rows(uri).metadata.videos] == ["a.mp4", "b.mp4", "c.avi"]
+    numbers = [[videos.number_of(frame) for frame in clip] for clip in stored_frames(uri)]
     assert numbers == [[start + 2 * place for place in range(4)] for start in (1, 11, 21, 2)]
     assert made.rows[0]["fps"] == pytest.approx(12.5)
 

@@ -13,12 +13,12 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from tests import dataset
 from tests.dataset import make_data_set
 from vmoco.config import PretrainSettings
 from vmoco.data import augment
 from vmoco.data.loader import BatchMemory, Loader, RankBatch, check_fits
 from vmoco.data.manifest import Manifest
-from vmoco.data.shard import ShardReader
 from vmoco.presets import PRESETS
 
 NUM_STEPS = 7
@@ -44,11 +44,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 def stored_clips(manifest: Manifest) -> dict[str, npt.NDArray[np.uint8]]:
     """The pixels of every clip by its id, read from the shards one by one."""
-    clips = {}
-    for line in manifest.table.to_pylist():
-        with ShardReader(manifest.shard_uri(line["shard"])) as reader:
-            clips[line["clip_id"]] = reader.frames(line["row"]).copy()
-    return clips
+    return dict(zip(manifest.table["clip_id"].to_pylist(), dataset.stored_clips(manifest), strict=True))
 
 
 def window_of(frames: npt.NDArray[np.uint8], stored: npt.NDArray[np.uint8], *, stride: int) -> int:
@@ -233,7 +229,7 @@ def test_removed_shard_is_an_error_in_the_consumer(tmp_path: Path) -> None:
     (tmp_path / "shards" / f"{last}.arrow").unlink()
     batches = iter(loader)
     assert [batch.step for batch in itertools.islice(batches, first_step)] == list(range(first_step))
-    with pytest.raises(ValueError, match=rf"{last}\.arrow is missing: bring the shard back"):
+    with pytest.raises(ValueError, match=rf"{last}\.arrow is missing: restore the shard"):
         next(batches)
     assert loader_threads() == []
 

@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
 
+from tests.dataset import stored_frames
 from vmoco.data import shard
 from vmoco.data.frames import decode, encode
 from vmoco.data.ledger import Rejection
-from vmoco.data.shard import Account, Clip, ShardFile, ShardReader, Video, read_rows, read_rows_from, write_shard
+from vmoco.data.shard import Clip, ShardFile, ShardMetadata, Video, read_rows, read_rows_from, write_shard
 
 SHAPE = (4, 6, 10, 3)
-ACCOUNT = Account(
+METADATA = ShardMetadata(
     settings={"num_frames": 4, "height": 6},
     frame_shape=SHAPE,
     videos=(Video("a.mp4", 11, "aa"), Video("é\n.mp4", 12, "bb")),
@@ -49,38 +49,23 @@ def clips(count: int = 5, *, shape: tuple[int, ...] = SHAPE) -> list[Clip]:
 
 
 def test_frames_are_what_was_written(tmp_path: Path) -> None:
-    """Every clip's pixels come back, at its row."""
+    """Every clip's pixels come back, at its row, by another reader of Arrow files."""
     path = str(tmp_path / "s.arrow")
-    write_shard(path, clips(), account=ACCOUNT)
-    with ShardReader(path) as reader:
-        assert len(reader) == 5
-        assert reader.frame_shape == SHAPE
-        for row, clip in enumerate(clips()):
-            np.testing.assert_array_equal(reader.frames(row), clip.stored)
-
-
-def test_frames_are_views_of_the_file(tmp_path: Path) -> None:
-    """Frames are neither copied nor writable, and outlive the reader."""
-    path = str(tmp_path / "s.arrow")
-    write_shard(path, clips(), account=ACCOUNT)
-    before = pa.total_allocated_bytes()
-    with ShardReader(path) as reader:
-        views = [reader.frames(row) for row in range(5)]
-        assert pa.total_allocated_bytes() == before
-    assert not any(view.flags.owndata or view.flags.writeable for view in views)
-    np.testing.assert_array_equal(views[4], clips()[4].stored)
+    write_shard(path, clips(), metadata=METADATA)
+    for frames, clip in zip(stored_frames(path), clips(), strict=True):
+        np.testing.assert_array_equal(frames, clip.stored)
 
 
 def test_a_clip_is_one_range_of_the_file(tmp_path: Path) -> None:
     """The pixels of each clip lie in the file once, in one piece, in the order of the rows."""
     path = tmp_path / "s.arrow"
-    write_shard(str(path), clips(), account=ACCOUNT)
+    write_shard(str(path), clips(), metadata=METADATA)
     content = path.read_bytes()
     places = [content.index(clip.stored.tobytes()) for clip in clips()]
     assert places == sorted(places)
 
 
-JPEG = dataclasses.replace(ACCOUNT, encoding="jpeg")
+JPEG = dataclasses.replace(METADATA, encoding="jpeg")
 
 
 def jpegs() -> list[Clip]:
@@ -95,52 +80,25 @@ def jpegs() -> list[Clip]:
 @pytest.mark.parametrize("encoding", ["raw", "jpeg"])
 def test_the_range_of_a_row_is_its_stored_clip(tmp_path: Path, encoding: str) -> None:
     """The bytes at (offset, num_bytes) are those that were handed over, have the row's hash, and decode alone."""
-    path, account = tmp_path / "s.arrow", ACCOUNT if encoding == "raw" else JPEG
+    path, metadata = tmp_path / "s.arrow", METADATA if encoding == "raw" else JPEG
     made = clips() if encoding == "raw" else jpegs()
-    rows, file = write_shard(str(path), made, account=account)
+    rows, file = write_shard(str(path), made, metadata=metadata)
     content = path.read_bytes()
     assert file == ShardFile(len(content), hashlib.sha256(content).hexdigest())
-    with ShardReader(str(path)) as reader:
-        assert reader.encoding == encoding
-        for number, (row, clip) in enumerate(zip(rows, made, strict=True)):
-            stored = content[row["offset"] : row["offset"] + row["num_bytes"]]
-            assert stored == bytes(clip.stored)
-            assert row["sha256"] == hashlib.sha256(stored).hexdigest()
-            np.testing.assert_array_equal(decode(stored, account.encoding, SHAPE), reader.frames(number))
+    assert read_rows(str(path)).metadata.encoding == encoding
+    for row, clip, frames in zip(rows, made, stored_frames(str(path)), strict=True):
+        stored = content[row["offset"] : row["offset"] + row["num_bytes"]]
+        assert stored == bytes(clip.stored)
+        assert row["sha256"] == hashlib.sha256(stored).hexdigest()
+        np.testing.assert_array_equal(decode(stored, metadata.encoding, SHAPE), frames)
 
 
-def test_jpegs_are_what_pillow_decodes(tmp_path: Path) -> None:
-    """Any Arrow reader finds one JPEG file per frame, and the reader gives the pixels that Pillow finds in it."""
-    path = str(tmp_path / "s.arrow")
-    write_shard(path, jpegs(), account=JPEG)
-    images = pa.ipc.open_file(path).read_all()["frames"].to_pylist()
-    with ShardReader(path) as reader:
-        for row in range(5):
-            expected = np.stack([np.asarray(Image.open(io.BytesIO(image))) for image in images[row]])
-            np.testing.assert_array_equal(reader.frames(row), expected)
-
-
-def test_a_damaged_jpeg_is_named(tmp_path: Path) -> None:
-    """The error has the row and the shard, and what to run."""
-    path = tmp_path / "s.arrow"
-    rows, _ = write_shard(str(path), jpegs(), account=JPEG)
-    content = bytearray(path.read_bytes())
-    start = rows[3]["offset"] + 24
-    assert content[start : start + 2] == b"\xff\xd8"
-    content[start : start + 2] = b"no"
-    path.write_bytes(content)
-    with ShardReader(str(path)) as reader:
-        reader.frames(2)
-        with pytest.raises(ValueError, match=r"clip 3 of shard .*s.arrow is damaged \(frame 0 is no whole JPEG"):
-            reader.frames(3)
-
-
-def test_rows_and_account_are_what_was_written(tmp_path: Path) -> None:
+def test_rows_and_metadata_are_what_was_written(tmp_path: Path) -> None:
     """The rows without pixels, the rejected videos and the settings come back; hashes are those of the pixels."""
     path = str(tmp_path / "s.arrow")
-    rows, _ = write_shard(path, clips(), account=ACCOUNT)
+    rows, _ = write_shard(path, clips(), metadata=METADATA)
     there = read_rows(path)
-    assert there.account == ACCOUNT
+    assert there.metadata == METADATA
     assert there.table.to_pylist() == rows
     for row, clip in zip(rows, clips(), strict=True):
         assert row["sha256"] == hashlib.sha256(clip.stored.tobytes()).hexdigest()
@@ -150,14 +108,12 @@ def test_rows_and_account_are_what_was_written(tmp_path: Path) -> None:
         assert (row["height"], row["width"]) == (clip.height or 6, 10)
 
 
-def test_a_shard_without_clips_still_accounts_for_its_videos(tmp_path: Path) -> None:
-    """Where all videos were rejected, the shard holds no row but the whole account."""
+def test_a_shard_without_clips_still_names_its_videos(tmp_path: Path) -> None:
+    """Where all videos were rejected, the shard holds no row, and its metadata name them all."""
     path = str(tmp_path / "s.arrow")
-    write_shard(path, [], account=ACCOUNT)
-    assert read_rows(path).account == ACCOUNT
+    write_shard(path, [], metadata=METADATA)
+    assert read_rows(path).metadata == METADATA
     assert read_rows(path).table.num_rows == 0
-    with ShardReader(path) as reader:
-        assert len(reader) == 0
 
 
 def test_reading_rows_touches_no_pixels(tmp_path: Path) -> None:
@@ -171,7 +127,7 @@ def test_reading_rows_touches_no_pixels(tmp_path: Path) -> None:
             return super().read(size)
 
     path = tmp_path / "s.arrow"
-    write_shard(str(path), clips(shape=(16, 64, 64, 3)), account=Account({}, (16, 64, 64, 3), ()))
+    write_shard(str(path), clips(shape=(16, 64, 64, 3)), metadata=ShardMetadata({}, (16, 64, 64, 3), ()))
     with Counting(path) as file:
         assert read_rows_from(pa.PythonFile(file, mode="r"), uri="counted").table.num_rows == 5
     assert min(counted) >= 0
@@ -179,9 +135,9 @@ def test_reading_rows_touches_no_pixels(tmp_path: Path) -> None:
 
 
 def test_equal_clips_give_equal_bytes(tmp_path: Path) -> None:
-    """A shard depends on its clips and its account only."""
-    write_shard(str(tmp_path / "a.arrow"), clips(), account=ACCOUNT)
-    write_shard(str(tmp_path / "b.arrow"), iter(clips()), account=Account.from_json(ACCOUNT.to_json(), uri=""))
+    """A shard depends on its clips and its metadata only."""
+    write_shard(str(tmp_path / "a.arrow"), clips(), metadata=METADATA)
+    write_shard(str(tmp_path / "b.arrow"), iter(clips()), metadata=ShardMetadata.from_json(METADATA.to_json(), uri=""))
     assert (tmp_path / "a.arrow").read_bytes() == (tmp_path / "b.arrow").read_bytes()
 
 
@@ -193,14 +149,14 @@ def test_a_shard_that_fails_leaves_nothing(tmp_path: Path) -> None:
         raise RuntimeError("no more")
 
     with pytest.raises(RuntimeError, match="no more"):
-        write_shard(str(tmp_path / "s.arrow"), breaking(), account=ACCOUNT)
+        write_shard(str(tmp_path / "s.arrow"), breaking(), metadata=METADATA)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_plain_arrow_reader_opens_it(tmp_path: Path) -> None:
     """A process that knows only pyarrow and numpy reads the frames with their shape."""
     path = tmp_path / "s.arrow"
-    write_shard(str(path), clips(), account=ACCOUNT)
+    write_shard(str(path), clips(), metadata=METADATA)
     code = (
         "import sys, pyarrow as pa\n"
         "table = pa.ipc.open_file(pa.memory_map(sys.argv[1])).read_all()\n"
@@ -212,24 +168,23 @@ def test_a_plain_arrow_reader_opens_it(tmp_path: Path) -> None:
     assert done.stdout.strip() == f"{(5, *SHAPE)} {total} False"
 
 
-@pytest.mark.parametrize("read", [read_rows, ShardReader])
-def test_what_is_no_shard_is_refused(tmp_path: Path, read: type) -> None:
+def test_what_is_no_shard_is_refused(tmp_path: Path) -> None:
     """A missing, cut, foreign or newer shard is a ValueError that says what to do."""
     path = tmp_path / "s.arrow"
     with pytest.raises(ValueError, match=r"s.arrow is missing: run jobs/ingest.py"):
-        read(str(path))
-    write_shard(str(path), clips(), account=ACCOUNT)
+        read_rows(str(path))
+    write_shard(str(path), clips(), metadata=METADATA)
     whole = path.read_bytes()
     for size in (0, 5, 1000, len(whole) - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"s.arrow is truncated or not an Arrow file .*: remove it"):
-            read(str(path))
+            read_rows(str(path))
     with pa.ipc.new_file(str(path), pa.schema([("x", pa.int8())])):
         pass
     with pytest.raises(ValueError, match=r"an Arrow file but not a vmoco shard"):
-        read(str(path))
+        read_rows(str(path))
     newer = json.dumps({"version": 99})
     with pa.ipc.new_file(str(path), pa.schema([("x", pa.int8())], metadata={shard.METADATA_KEY: newer})):
         pass
     with pytest.raises(ValueError, match=r"has schema version 99, this vmoco reads version 2: use the vmoco"):
-        read(str(path))
+        read_rows(str(path))

@@ -13,7 +13,7 @@ import torch
 from tests.made import clips, encoder_of
 from vmoco.encoders import encoder_program, package
 from vmoco.encoders.encoder_program import CARD, PROGRAM, SHA256_TAG
-from vmoco.train.state import file_sha256
+from vmoco.storage import file_sha256
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def never(*_: object, **__: object) -> None:
 
 def test_raw_clips_give_the_encoders_features(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, with frames of any size, read-only ones too, and a record that fits."""
-    recorded(folder, monkeypatch, file_sha256(folder / CARD))
+    recorded(folder, monkeypatch, file_sha256(str(folder / CARD)))
     program = encoder_program._load_pyfunc(str(folder))
     locked = clips(height=70, width=40).numpy()
     locked.flags.writeable = False
@@ -77,10 +77,10 @@ def test_a_changed_program_is_not_opened(folder: Path, monkeypatch: pytest.Monke
 
 def test_a_program_changed_together_with_its_card_is_not_opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The registry's record of the card is what is trusted."""
-    recorded(folder, monkeypatch, file_sha256(folder / CARD))
+    recorded(folder, monkeypatch, file_sha256(str(folder / CARD)))
     (folder / PROGRAM).write_bytes(b"another program")
     card = json.loads((folder / CARD).read_text())
-    card["files"][PROGRAM] = file_sha256(folder / PROGRAM)
+    card["files"][PROGRAM] = file_sha256(str(folder / PROGRAM))
     (folder / CARD).write_text(json.dumps(card))
     monkeypatch.setattr(torch.export, "load", never)
     with pytest.raises(ValueError, match=r"is not what was registered as an encoder version 3"):

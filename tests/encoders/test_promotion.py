@@ -62,14 +62,14 @@ def test_force_needs_a_reason_and_rollback_goes_back(name: str) -> None:
     """The reason is kept; one call brings the champion before back, another the one before that."""
     with pytest.raises(ValueError, match="has had 0 champions"):
         rollback(name)
-    with pytest.raises(ValueError, match="a forced move needs a reason"):
+    with pytest.raises(ValueError, match="--force is empty: write why"):
         promote(name, version="1", force_reason=" ")
     for version in ("1", "2", "3"):
         promote(name, version=version, force_reason=f"because of {version}")
     assert [move.reason for move in promotion.history(name)] == [f"forced: because of {v}" for v in "123"]
     assert rollback(name).version == champion() == "2"
     assert rollback(name).version == champion() == "1"
-    with pytest.raises(ValueError, match="there is none to go back to"):
+    with pytest.raises(ValueError, match="a rollback needs a previous one"):
         rollback(name)
 
 

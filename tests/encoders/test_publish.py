@@ -113,7 +113,7 @@ def test_which_encoders_saw_a_video(
     assert registry.encoders_that_saw("none").sightings == ()
     printed = job("registry", "saw", "video-011").stdout
     assert f"models:/one/1  candidate  held out from in data {manifest.hash}" in printed
-    assert "not known of models:/theirs/1: imported weights" in printed
+    assert "unknown for models:/theirs/1: they have no list of videos (imported weights)" in printed
 
 
 def features_of(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
@@ -158,4 +158,4 @@ def test_a_file_that_is_no_such_weights_is_said(tracker_home: Path, tmp_path: Pa
         publish_file(tmp_path / "mvit.pth", RegisterOptions(name="other"))
     ended = job("register", str(tmp_path / "mvit.pth"), "--name", "other", "--step", "3")
     assert ended.returncode == 1
-    assert ended.stderr.splitlines()[-1].startswith("error: --step chooses a checkpoint of a run")
+    assert ended.stderr.splitlines()[-1].startswith("error: --step 1 chooses a checkpoint of a run")

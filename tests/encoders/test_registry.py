@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ import torch
 from tests.dataset import make_data_set
 from tests.environments import light_environment
 from tests.made import clips, save_checkpoint, settings_for
-from vmoco import tracking
+from tests.tracking_server import TrackingServer
+from vmoco import storage, tracking
 from vmoco.data.manifest import Manifest
 from vmoco.encoders import package, registry
 from vmoco.train import publish
@@ -73,7 +76,9 @@ def test_encoders_are_pulled_by_alias_and_version(folder: Path, manifest: Manife
 
 def test_the_champion_is_not_given_away(folder: Path, manifest: Manifest, tracker_home: Path) -> None:
     """Registration refuses the alias, and says how it is earned."""
-    with pytest.raises(ValueError, match=r"alias 'champion' is not given at registration.*jobs/registry.py promote"):
+    with pytest.raises(
+        ValueError, match=r"alias 'champion' cannot be set when an encoder is registered.*jobs/registry.py promote"
+    ):
         registry.register("no run", name="tested", alias="champion")
 
 
@@ -83,13 +88,75 @@ def test_a_changed_registered_encoder_is_refused(folder: Path, manifest: Manifes
     place = stored()
     (place / package.WEIGHTS).write_bytes(b"other weights")
     card = json.loads((place / package.CARD).read_text())
-    card["files"][package.WEIGHTS] = package.state.file_sha256(place / package.WEIGHTS)
+    card["files"][package.WEIGHTS] = storage.file_sha256(str(place / package.WEIGHTS))
     (place / package.CARD).write_text(json.dumps(card))
     with pytest.raises(ValueError, match=r"its encoder.json is not the one that was registered"):
         package.load_encoder("models:/tested@candidate")
     (place / package.CARD).unlink()
     with pytest.raises(ValueError, match=r"models:/tested@candidate cannot be fetched"):
         package.load_encoder("models:/tested@candidate")
+
+
+def test_lists_are_read_page_by_page(
+    folder: Path, manifest: Manifest, tracker_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two entries a page: all five names, all four versions of one, and every encoder that saw a video."""
+    monkeypatch.setattr(registry, "_PAGE", 2)
+    run_id, _ = register(folder, manifest, "a")
+    for name in ("a", "a", "a", "b", "c", "d", "e"):
+        registry.register(run_id, name=name, alias="candidate")
+    found = [f"{version.name}/{version.version}" for version in registry.versions()]
+    assert found == ["a/4", "a/3", "a/2", "a/1", "b/1", "c/1", "d/1", "e/1"]
+    video = manifest.table["video_id"][0].as_py()
+    assert {seen.uri for seen in registry.encoders_that_saw(video).sightings} == {f"models:/{each}" for each in found}
+    with pytest.raises(ValueError, match=r"there is a, b, c, d, e$"):
+        registry.find_model("none")
+
+
+@pytest.fixture
+def pulled(
+    folder: Path, manifest: Manifest, tmp_path: Path, vmoco_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[TrackingServer]:
+    """A real server with one registered encoder; temporary files of this process go to `tmp_path / "tmp"`."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "server").mkdir()
+    with TrackingServer(tmp_path / "server") as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
+        register(folder, manifest)
+        yield server
+
+
+def test_pulled_encoders_are_cached(
+    pulled: TrackingServer, folder: Path, tmp_path: Path, vmoco_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first load fetches and leaves no temporary file; later ones download nothing; what was changed is refetched.
+
+    An entry of the cache that was changed is never opened, and a bound below the weights only costs another download.
+    """
+    expected = package.load_encoder(str(folder)).embed(clips())
+    downloads: list[str] = []
+    download = registry._download
+    monkeypatch.setattr(registry, "_download", lambda at, name, sha: downloads.append(name) or download(at, name, sha))
+
+    def load() -> list[str]:
+        downloads.clear()
+        assert torch.equal(package.load_encoder("models:/tested@candidate").embed(clips()), expected)
+        return list(downloads)
+
+    assert load() == [package.CARD, package.WEIGHTS]
+    assert list((tmp_path / "tmp").rglob("*")) == []
+    assert load() == []
+    weights = storage.file_sha256(str(folder / package.WEIGHTS))
+    entry = vmoco_home / "encoders" / weights[:2] / weights
+    entry.write_bytes(entry.read_bytes()[:-1] + b"x")
+    assert load() == [package.WEIGHTS]
+    assert load() == [package.WEIGHTS], "the entry was removed, so it is fetched once more and kept"
+    assert load() == []
+    entry.unlink()
+    monkeypatch.setenv("VMOCO_ENCODER_CACHE_GIB", str(1000 / 2**30))
+    assert load() == [package.WEIGHTS]
+    assert not entry.exists()
 
 
 def test_a_version_holds_a_model_card_with_plots(folder: Path, manifest: Manifest, tracker_home: Path) -> None:

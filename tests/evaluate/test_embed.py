@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torchvision.models import video as torchvision_video
 
 from tests.data.videos import images, truncate, write_video
-from tests.dataset import make_data_set
-from tests.embeddings import labelled_data_set
+from tests.dataset import damage_clip, make_data_set, upload
+from tests.embeddings import embedded, labelled_data_set
 from tests.made import encoder_of, save_checkpoint, settings_for
 from vmoco import tracking
 from vmoco.cluster.local import LocalCluster
 from vmoco.data import ledger
 from vmoco.encoders import foreign, promotion, registry
 from vmoco.evaluate import evaluate as evaluation
-from vmoco.evaluate.embed import embed
-from vmoco.evaluate.features import clip_features
+from vmoco.evaluate.embed import EmbedTask, Work, embed, shard_items
+from vmoco.evaluate.features import clip_features, window
 from vmoco.evaluate.knn import classify
 from vmoco.evaluate.score import score_encoder
 from vmoco.job_settings import EmbedSettings, EvaluateSettings, FinetuneSettings
@@ -117,6 +123,53 @@ def test_an_encoder_is_evaluated_by_every_protocol(ray_cluster: LocalCluster, tm
     other = foreign.random_initialisation(encoder, seed=3)
     assert other.weights_hash() != encoder.weights_hash()
     assert other.weights_hash() == foreign.random_initialisation(encoder, seed=3).weights_hash()
+
+
+def test_a_damaged_clip_is_not_embedded(tmp_path: Path) -> None:
+    """The task returns the message; no part of the table is written."""
+    manifest = make_data_set(tmp_path / "data")
+    said = damage_clip(manifest, 3)
+    task = EmbedTask(encoder_of(), Work(str(tmp_path / "table"), window(encoder_of(), manifest), batch_size=4))
+    made = [task(item) for item in shard_items(manifest)]
+    assert re.match(said, made[0]["error"])
+    assert [bool(each["error"]) for each in made] == [True, False]
+    assert len(list((tmp_path / "table" / "parts").iterdir())) == 1
+
+
+def test_a_remote_data_set_is_embedded_clip_by_clip(tmp_path: Path, store: Any) -> None:
+    """The rows and features of a local data set; of a shard, only the chosen clips are fetched."""
+    manifest = make_data_set(tmp_path / "data", encoding="jpeg")
+    far = upload(manifest, "s3://bucket/set")
+    store.requests.clear()
+    tables = [embedded(encoder_of(), each, tmp_path / str(place)) for place, each in enumerate((manifest, far))]
+    assert tables[1].rows.equals(tables[0].rows)
+    assert np.array_equal(tables[1].features(), tables[0].features())
+    store.requests.clear()
+    (item,) = shard_items(far, pa.array([place < 2 for place in range(far.table.num_rows)]))
+    task = EmbedTask(encoder_of(), Work(str(tmp_path / "two"), window(encoder_of(), far), batch_size=4))
+    assert task(item) == {"clips": 2, "error": ""}
+    assert [method for method, _ in store.requests].count("GET") == 2
+
+
+def test_planning_takes_time_in_proportion_to_the_clips(tmp_path: Path) -> None:
+    """Eight times the shards take about eight times as long, not 64 times; each has its own clips, in order."""
+    manifest = make_data_set(tmp_path)
+    row = manifest.table.slice(0, 1).to_pylist()[0]
+
+    def seconds(num_shards: int) -> float:
+        rows = [row | {"shard": f"{shard:06d}", "row": 1 - place} for shard in range(num_shards) for place in range(2)]
+        many = dataclasses.replace(manifest, table=pa.Table.from_pylist(rows, schema=manifest.table.schema))
+        started = time.process_time()
+        items = shard_items(many)
+        took = time.process_time() - started
+        plans = [json.loads(item["plan"])["rows"] for item in items]
+        assert [[(each["source"], each["row"]) for each in plan] for plan in plans] == [
+            [(f"{shard:06d}", 0), (f"{shard:06d}", 1)] for shard in range(num_shards)
+        ]
+        return took
+
+    seconds(10)
+    assert seconds(4000) < 24 * max(seconds(500), 0.01)
 
 
 def test_what_the_data_set_allows_is_planned(tmp_path: Path) -> None:

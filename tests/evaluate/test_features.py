@@ -1,4 +1,4 @@
-"""An encoder sees the frames of a stored clip that come nearest to what it was trained on."""
+"""An encoder sees the frames that come nearest to what it was trained on, and clips without colour where asked."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.dataset import make_data_set
+from tests.dataset import damage_clip, make_data_set, stored_clips
 from tests.made import clips, encoder_of
-from vmoco.data.shard import ShardReader
-from vmoco.evaluate.features import clip_features, embed_batch, window
+from vmoco.evaluate.features import clip_features, embed_batch, mean_colour, window, without_colour
 
 
 @pytest.mark.parametrize(
@@ -24,7 +23,7 @@ def test_the_window_is_in_the_middle_at_the_encoders_rate(
     """Of ten stored frames at 25 per second, for encoders of several rates."""
     found = window(encoder_of(num_frames=frames, fps=fps), make_data_set(tmp_path))
     assert found.stride == stride
-    assert found.of(np.arange(10)).tolist() == seen
+    assert list(found.numbers(10)) == seen
     assert ("sees 25 here" in found.note) == (fps == 50.0), "half of its rate is said, a tenth off is not"
 
 
@@ -47,9 +46,15 @@ def test_features_are_those_of_the_stored_frames(tmp_path: Path, encoding: str) 
     manifest = make_data_set(tmp_path, num_videos=3, encoding=encoding)  # type: ignore[arg-type]
     encoder = encoder_of()
     found = clip_features(encoder, manifest, manifest.table, batch_size=4)
-    for at, row in enumerate(manifest.table.to_pylist()):
-        frames = ShardReader(manifest.shard_uri(row["shard"])).frames(row["row"])[1:9]
-        torch.testing.assert_close(torch.from_numpy(found[at : at + 1]), encoder.embed(frames))
+    for at, frames in enumerate(stored_clips(manifest)):
+        torch.testing.assert_close(torch.from_numpy(found[at : at + 1]), encoder.embed(frames[1:9]))
+
+
+def test_a_damaged_clip_has_no_features(tmp_path: Path) -> None:
+    """Its shard and what to do are named."""
+    manifest = make_data_set(tmp_path)
+    with pytest.raises(ValueError, match=damage_clip(manifest, 7)):
+        clip_features(encoder_of(), manifest, manifest.table)
 
 
 def test_pictures_of_different_shapes_share_a_batch() -> None:
@@ -58,3 +63,38 @@ def test_pictures_of_different_shapes_share_a_batch() -> None:
     mixed = [clips(1, height=height, width=width)[0].numpy() for height, width in ((40, 48), (60, 33), (32, 32))]
     expected = torch.cat([encoder.embed(frames) for frames in mixed])
     torch.testing.assert_close(embed_batch(encoder, mixed), expected)
+
+
+def coloured(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(60, 140, (4, 12, 16, 3), dtype=np.uint8)
+
+
+def test_a_tint_a_lamp_and_a_filter_are_gone() -> None:
+    """Brighter, of more contrast or grey from the start: after rounding, the same clip."""
+    grey = np.repeat(coloured(0)[..., :1], 3, axis=-1)
+    expected = without_colour(grey).astype(int)
+    for changed in (grey + 40, (grey * 1.5).astype(np.uint8)):
+        assert np.abs(without_colour(changed).astype(int) - expected).max() <= 2
+    assert np.ptp(without_colour(coloured(1)), axis=-1).max() == 0, "all three channels are one"
+
+
+def test_all_clips_get_the_same_mean_and_deviation() -> None:
+    """Over the whole clip and not per frame, so that a frame that is brighter stays brighter."""
+    frames = coloured(2)
+    frames[0] += 20
+    flat = without_colour(frames)[..., 0].astype(float)
+    assert abs(flat.mean() - 100) < 1
+    assert abs(flat.std() - 55) < 2
+    assert flat[0].mean() > flat[1:].mean() + 10
+
+
+def test_a_clip_of_one_colour_is_no_division_by_zero() -> None:
+    """Nothing but the common mean is left of it."""
+    assert (without_colour(np.full((2, 4, 4, 3), 7, np.uint8)) == 100).all()
+
+
+def test_mean_colour_is_the_mean() -> None:
+    """Against float64."""
+    np.testing.assert_allclose(
+        mean_colour(coloured(3)), coloured(3).astype(float).reshape(-1, 3).mean(axis=0), rtol=1e-6
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from tests.browser import title_of
 from tests.data.videos import images, write_video
+from tests.dataset import damage_clip, upload
 from tests.embeddings import embedded, labelled_data_set
 from tests.made import encoder_of
 from vmoco.evaluate.embed import EmbedTask, Work
@@ -45,6 +47,40 @@ def test_a_browser_shows_every_thumbnail_and_point(tmp_path: Path) -> None:
     assert int(pictures) == int(decoded) == 4 * 7
     assert int(points) == len(table)
     assert fits == "true"
+
+
+def test_a_damaged_clip_is_refused(tmp_path: Path) -> None:
+    """A clip that has changed on disk since it was embedded is not shown."""
+    manifest = labelled_data_set(tmp_path / "data", num_videos=4)
+    encoder = encoder_of()
+    table = embedded(encoder, manifest, tmp_path / "table")
+    settings = EmbedSettings(videos=manifest.uri, output=str(tmp_path / "table"), queries=8)
+    with pytest.raises(ValueError, match=damage_clip(manifest, 3)):
+        write_gallery(table, encoder, settings, title="t")
+
+
+def test_clips_that_have_left_the_data_set_are_named(tmp_path: Path) -> None:
+    """The data set was made again with other videos: the message says what to run."""
+    manifest = labelled_data_set(tmp_path / "data", num_videos=8)
+    encoder = encoder_of()
+    table = embedded(encoder, manifest, tmp_path / "table")
+    labelled_data_set(tmp_path / "data", num_videos=4)
+    settings = EmbedSettings(videos=manifest.uri, output=str(tmp_path / "table"), queries=16)
+    with pytest.raises(ValueError, match=r"clip \w{16} of '.*' is no longer in data set .*: run jobs/embed.py"):
+        write_gallery(table, encoder, settings, title="t")
+
+
+def test_a_remote_data_set_is_shown_clip_by_clip(tmp_path: Path, store: Any) -> None:
+    """The page is that of the local data set, and no shard is fetched as a whole."""
+    manifest = labelled_data_set(tmp_path / "data", num_videos=4)
+    far = upload(manifest, "s3://bucket/set")
+    encoder = encoder_of()
+    table = embedded(encoder, manifest, tmp_path / "table")
+    pages = []
+    for each in (manifest, far):
+        settings = EmbedSettings(videos=each.uri, output=str(tmp_path / "table"), queries=4)
+        pages.append(Path(write_gallery(table, encoder, settings, title="t")).read_text().replace(each.uri, ""))
+    assert pages[0] == pages[1]
 
 
 def test_the_pictures_move_and_are_of_the_clips_they_name(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -50,6 +52,32 @@ def test_a_part_without_clips_accounts_for_its_videos(tmp_path: Path) -> None:
     table_of(tmp_path, features, ["a"] * 3)
     both = FeatureTable(str(tmp_path))
     assert np.array_equal(both.features(), features)
+
+
+def test_what_describes_the_clips_is_read_without_their_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a part of 4 MB, also of a remote one: the footer for the rejections, the small columns for the rows."""
+    table_of(tmp_path, np.random.default_rng(0).normal(size=(500, 2048)).astype(np.float32), ["a"] * 500, block=500)
+    (path,) = (tmp_path / "parts").glob("*.parquet")
+    size, counted = path.stat().st_size, [0]
+
+    class Counting(io.FileIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            content = super().read(size)
+            counted[0] += len(content)
+            return content
+
+    class Remote:
+        def open_input_file(self, path: str) -> pa.NativeFile:
+            return pa.PythonFile(Counting(path), mode="r")
+
+    monkeypatch.setattr(storage, "filesystem", lambda uri: (Remote(), uri))
+    assert part_rejected(str(tmp_path), path.stem) == []
+    assert 0 < counted[0] < 0.05 * size
+    counted[0] = 0
+    assert len(FeatureTable(str(tmp_path), [path.stem])) == 500
+    assert 0 < counted[0] < 0.1 * size
 
 
 def test_no_table_is_said(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A sweep before Ray: what cannot work is told, and what was done of it is taken up again."""
+"""A sweep before Ray starts: what cannot work is refused, and what was done before is found."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def population(tmp_path: Path, tracker_home: Path) -> SweepSettings:
 
 
 def end(prepared: PreparedSweep, place: int, score: float) -> None:
-    """Writes down that a trial has ended, with a checkpoint."""
+    """Ends a trial, with a checkpoint."""
     trial, run = prepared.sweep.trials[place], prepared.runs[place]
     folder = Path(uri_of(run.folder, trial.steps))
     folder.mkdir(parents=True)
@@ -43,7 +43,7 @@ def end(prepared: PreparedSweep, place: int, score: float) -> None:
     trial.status, trial.step, trial.scores = "finished", trial.steps, {"score/retrieval": score}
 
 
-def test_a_generation_goes_on_from_the_best_and_is_taken_up_again(population: SweepSettings) -> None:
+def test_a_generation_goes_on_from_the_best_and_is_found_again(population: SweepSettings) -> None:
     """One failed: it copies the best, and is not tried again in its old generation; the reason stays."""
     prepared = prepare(population)
     assert [trial.steps for trial in prepared.sweep.trials] == [10, 10, 10]
@@ -61,12 +61,12 @@ def test_a_generation_goes_on_from_the_best_and_is_taken_up_again(population: Sw
 
 
 def test_a_generation_whose_donors_are_gone_ends_the_sweep_with_a_reason(population: SweepSettings) -> None:
-    """No checkpoint of any donor is there: no next generation, and why is kept to be said."""
+    """Where no donor has a checkpoint there is no next generation, and the reasons are kept."""
     prepared = prepare(population)
     for trial in prepared.sweep.trials:
         trial.status, trial.scores = "finished", {"score/retrieval": 0.5}
     assert not prepared.next_generation()
-    assert all("is no checkpoint" in sentence for sentence in prepared.refused)
+    assert all("is no checkpoint" in reason for reason in prepared.refused)
     assert len(prepared.refused) == 3
 
 
@@ -81,18 +81,20 @@ def test_a_trial_that_failed_is_tried_again_where_nobody_went_on_from_it(populat
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ({"samples": 1}, "--samples 2 or more"),
+        ({"samples": 1}, "with --samples 1: give .*--samples 2 or more"),
         ({"search": "grid"}, "--search random"),
-        ({"pbt_steps": 20}, "is one generation alone"),
+        ({"pbt_steps": 20}, "leaves a single generation"),
         ({"metric": "knn"}, "needs labelled clips"),
         ({"space": "elsewhere"}, "neither a file nor a built-in"),
     ],
 )
-def test_bad_flags_get_a_sentence(population: SweepSettings, change: dict[str, object], said: str) -> None:
+def test_bad_flags_are_refused_with_a_message(
+    population: SweepSettings, change: dict[str, object], message: str
+) -> None:
     """Before anything is made."""
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         prepare(SweepSettings.model_validate(population.model_dump() | change))
 
 

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
 class Sweeps:
-    """Sweeps as a person starts them, without the job server, so that a test can kill them.
+    """Sweeps as a user starts them, without the job server, so that a test can kill them.
 
     Args:
         home: for data, space and runs.
@@ -68,7 +68,7 @@ class Sweeps:
 
 
 def finished(job: subprocess.Popen[str]) -> str:
-    """What a job said that ended well."""
+    """The output of a job that ended well."""
     said, _ = job.communicate(timeout=500)
     assert job.returncode == 0, said
     return said
@@ -132,7 +132,7 @@ def test_a_killed_driver_is_followed_by_the_same_command(sweeps: Sweeps) -> None
 
 
 def test_a_lost_node_costs_a_trial_what_followed_its_checkpoint(tmp_path: Path) -> None:
-    """kill -9 of the raylet of one of two nodes: its trial goes on when the other's has ended, and both are whole."""
+    """kill -9 of the raylet of one of two nodes: its trial goes on when the other has ended, and both are complete."""
     with Nodes(cpus=[1, 1]) as nodes:
         sweeps = Sweeps(tmp_path, nodes.environment)
         job = sweeps.start("node", SPACE, "--train.steps", "400", "--train.checkpoint-every", "20")

@@ -22,7 +22,7 @@ PROBE = """<script>addEventListener("load", () => setTimeout(() => {
 
 @pytest.fixture
 def sweep() -> Sweep:
-    """Six trials over ratio and decay: four finished, one stopped, one failed with words that are markup."""
+    """Six trials over ratio and decay: four finished, one stopped, one failed whose reason has markup."""
     found = Sweep("night", "/nowhere", "c", "retrieval", "abc")
     for place, (ratio, decay) in enumerate([(r, d) for r in (0.0, 0.25, 0.5) for d in ("none", "linear")]):
         trial = Trial(f"night-{place:03d}", {"generator.drop_ratio": ratio, "decay": decay}, 20, "finished", 20)
@@ -72,6 +72,16 @@ def test_a_population_shows_the_schedule_that_it_found(sweep: Sweep) -> None:
     assert sweep.best() is child
     rows = re.findall(r"<td>(\d+ to \d+)</td><td>(.*?)</td><td>(.*?)</td>", page(sweep, {}, []))
     assert rows == [("0 to 10", "night-002", "0.25"), ("10 to 20", "night-006", "0.5")]
+
+
+def test_a_sweep_that_begins_from_a_checkpoint_has_a_report(sweep: Sweep) -> None:
+    """With --run.fork each trial begins from a checkpoint of another run, and descends from no trial."""
+    for trial in sweep.trials:
+        trial.fork = "/runs/before/step-00000010"
+    best = sweep.best()
+    assert best is not None
+    assert sweep.lineage(best) == [best]
+    assert "Best by retrieval: night-003" in page(sweep, {}, [])
 
 
 def test_the_pictures_are_pictures(sweep: Sweep, curves: dict[str, list[tuple[int, float]]]) -> None:

@@ -1,4 +1,4 @@
-"""The trials of a sweep are known, checked and the same each time before the first starts."""
+"""The trials of a sweep are known and checked before the first starts, and follow from the seed."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from vmoco.presets import PRESETS
-from vmoco.sweep import search
+from vmoco.sweep import space as spaces
 from vmoco.sweep.record import Trial
-from vmoco.sweep.space import Space, load_space
+from vmoco.sweep.space import Space, load_space, next_generation
 
 BASE = PRESETS["tiny"][1]
 
 
 def test_the_named_grid_has_all_sixteen_combinations() -> None:
     """Each ratio meets each kind of decay once, with the settings that its name says."""
-    points = search.grid(Space.read(load_space("ratio-decay"), BASE)).points
+    points = spaces.grid(Space.read(load_space("ratio-decay"), BASE)).points
     found = {(p.settings.generator.drop_ratio, p.values["decay"]) for p in points}
     assert found == {(r, d) for r in (0, 0.25, 0.5, 0.75) for d in ("none", "constant", "linear", "cosine")}
     for point in points:
@@ -28,30 +28,30 @@ def test_the_named_grid_has_all_sixteen_combinations() -> None:
 def test_random_draws_follow_from_the_seed_and_stay_in_the_range() -> None:
     """The same seed gives the same trials, another gives others, none outside its range."""
     axes = {"moco.momentum": {"low": 0.5, "high": 0.9}, "model.embedding-dim": {"low": 8, "high": 64, "log": True}}
-    first, again = (search.random(Space.read(axes, BASE), samples=20).points for _ in range(2))
+    first, again = (spaces.random(Space.read(axes, BASE), samples=20).points for _ in range(2))
     assert first == again
     assert len(first) == 20
     other = BASE.model_copy(update={"run": BASE.run.model_copy(update={"seed": 1})})
-    assert [p.values for p in search.random(Space.read(axes, other), samples=20).points] != [p.values for p in first]
+    assert [p.values for p in spaces.random(Space.read(axes, other), samples=20).points] != [p.values for p in first]
     assert all(0.5 <= p.settings.moco.momentum <= 0.9 and 8 <= p.settings.model.embedding_dim <= 64 for p in first)
 
 
 def test_random_draws_of_a_small_space_are_each_tried_once() -> None:
     """More samples than there are combinations: every combination, none twice."""
-    points = search.random(Space.read({"moco.decay": [0.9, 0.99, 1.0]}, BASE), samples=10).points
+    points = spaces.random(Space.read({"moco.decay": [0.9, 0.99, 1.0]}, BASE), samples=10).points
     assert sorted(point.settings.moco.decay for point in points) == [0.9, 0.99, 1.0]
 
 
 def test_combinations_that_no_run_can_have_are_left_out_with_a_reason() -> None:
     """The others are tried; the reason names the combination."""
-    plan = search.grid(Space.read({"moco.decay": [0.9, 2.0], "generator.drop_ratio": [0.0, 0.5]}, BASE))
-    assert [point.values["moco.decay"] for point in plan.points] == [0.9, 0.9]
-    assert len(plan.refused) == 2
-    assert "moco.decay 2, generator.drop_ratio 0.5" in plan.refused[1]
+    found = spaces.grid(Space.read({"moco.decay": [0.9, 2.0], "generator.drop_ratio": [0.0, 0.5]}, BASE))
+    assert [point.values["moco.decay"] for point in found.points] == [0.9, 0.9]
+    assert len(found.refused) == 2
+    assert "moco.decay 2, generator.drop_ratio 0.5" in found.refused[1]
 
 
 @pytest.mark.parametrize(
-    ("axes", "said"),
+    ("axes", "message"),
     [
         ({"moco.decai": [1.0]}, "did you mean 'moco.decay'"),
         ({"moco.decay": []}, "has no value"),
@@ -61,10 +61,10 @@ def test_combinations_that_no_run_can_have_are_left_out_with_a_reason() -> None:
         ({"data.uri": ["a", "b"]}, "give it as a flag"),
     ],
 )
-def test_a_bad_space_gets_a_sentence(axes: dict[str, object], said: str) -> None:
+def test_a_bad_space_is_refused_with_a_message(axes: dict[str, object], message: str) -> None:
     """What is wrong is named before any trial."""
-    with pytest.raises(ValueError, match=said):
-        search.grid(Space.read(axes, BASE))
+    with pytest.raises(ValueError, match=message):
+        spaces.grid(Space.read(axes, BASE))
 
 
 def test_a_file_may_write_numbers_as_people_do(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_an_unknown_or_empty_file_is_refused(tmp_path: Path) -> None:
 def optimise(space: Space, count: int) -> list[float]:
     """Scores of trials that Optuna chose one after the other; the best is at momentum 0.8 and a ratio of 0.5."""
     trials: list[Trial] = []
-    while len(trials) < count and (point := search.suggest(space, trials, score="score/retrieval")):
+    while len(trials) < count and (point := spaces.suggest(space, trials, score="score/retrieval")):
         score = 1 - abs(point.values["moco.momentum"] - 0.8) - abs(point.values["generator.drop_ratio"] - 0.5)
         trials.append(Trial(str(len(trials)), point.values, 1, status="finished", scores={"score/retrieval": score}))
     return [trial.scores["score/retrieval"] for trial in trials]
@@ -103,7 +103,7 @@ def test_optuna_learns_from_the_scores_and_follows_from_the_seed() -> None:
     scores = optimise(space, 30)
     assert scores == optimise(space, 30)
     assert sum(scores[-10:]) / 10 > sum(scores[:10]) / 10 + 0.1
-    drawn = [p.values for p in search.random(space, samples=30).points]
+    drawn = [p.values for p in spaces.random(space, samples=30).points]
     plain = [1 - abs(v["moco.momentum"] - 0.8) - abs(v["generator.drop_ratio"] - 0.5) for v in drawn]
     assert sum(scores) > sum(plain)
 
@@ -112,3 +112,61 @@ def test_optuna_ends_where_all_has_been_tried() -> None:
     """A space of three values gives three trials, none twice."""
     space = Space.read({"moco.momentum": [0.7, 0.8, 0.9], "generator.drop_ratio": [0.5]}, BASE)
     assert len(set(optimise(space, 10))) == 3
+
+
+POPULATION = Space.read(
+    {"moco.momentum": {"low": 0.5, "high": 0.9}, "generator.drop_ratio": [0.0, 0.25, 0.5, 0.75]}, BASE
+)
+SCORE = "score/retrieval"
+
+
+def members(scores: list[float | None]) -> list[Trial]:
+    """A generation; None is one that failed."""
+    return [
+        Trial(
+            f"t-{place}",
+            {"moco.momentum": 0.6 + place / 50, "generator.drop_ratio": 0.25},
+            10,
+            status="failed" if score is None else "finished",
+            scores={} if score is None else {SCORE: score},
+        )
+        for place, score in enumerate(scores)
+    ]
+
+
+def test_the_worst_quarter_copies_the_best_and_changes() -> None:
+    """Of eight, two descend from the two best with other values; six go on as they are."""
+    before = members([0.1, 0.9, 0.5, 0.4, 0.3, 0.8, 0.6, 0.2])
+    found = next_generation(POPULATION, before, score=SCORE)
+    assert [member.donor.name for place, member in enumerate(found) if place not in (0, 7)] == [
+        trial.name for place, trial in enumerate(before) if place not in (0, 7)
+    ]
+    for place in (0, 7):
+        assert found[place].donor in (before[1], before[5])
+        assert found[place].values != found[place].donor.values
+        assert 0.5 <= found[place].values["moco.momentum"] <= 0.9
+        POPULATION.settings(found[place].values)
+    assert found == next_generation(POPULATION, before, score=SCORE)
+
+
+def test_one_that_failed_is_always_replaced_and_never_copied() -> None:
+    """However many failed, all descend from those that finished; where none did, there is no next generation."""
+    before = members([None, 0.3, None, None])
+    found = next_generation(POPULATION, before, score=SCORE)
+    assert [member.donor for member in found] == [before[1]] * 4
+    assert found[1].values == before[1].values
+    assert next_generation(POPULATION, members([None, None]), score=SCORE) == []
+
+
+def test_changed_values_are_near() -> None:
+    """Over many generations, a number moves by a fifth of its range or is drawn anew; a choice goes to a neighbour."""
+    moves, choices = [], set()
+    for generation in range(100):
+        before = members([0.9, 0.1])
+        for trial in before:
+            trial.generation = generation
+        found = next_generation(POPULATION, before, score=SCORE)[1]
+        moves.append(round(found.values["moco.momentum"] - before[0].values["moco.momentum"], 6))
+        choices.add(found.values["generator.drop_ratio"])
+    assert 50 < sum(abs(move) == 0.08 for move in moves) < 95
+    assert choices == {0.0, 0.25, 0.5, 0.75}

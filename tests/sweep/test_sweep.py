@@ -43,7 +43,7 @@ def sweep(service: Service, name: str, space: dict[str, Any], *flags: str) -> An
 
 
 def finished(job: subprocess.Popen[str]) -> str:
-    """What a job said that ended well; each trial starts some processes, which takes a busy machine half a minute."""
+    """The output of a job that ended well. A busy machine takes half a minute to start the processes of a trial."""
     said, _ = job.communicate(timeout=500)
     assert job.returncode == 0, said
     return said
@@ -97,7 +97,7 @@ def test_a_sweep_ends_with_a_registered_encoder_and_a_report(service: Service, m
     (score,) = scores_of(version)
     assert score.value == pytest.approx(best["scores"]["score/retrieval"])
     # The report, its pictures, and the table that shows how far all are.
-    page = re.search(r"report (\S+report\.html)", said)
+    page = re.search(r"report: (\S+report\.html)", said)
     assert page is not None
     assert Path(page[1]).stat().st_size > 1e6
     listed = {artifact.path for artifact in tracker.list_artifacts(parent.info.run_id)}
@@ -106,7 +106,7 @@ def test_a_sweep_ends_with_a_registered_encoder_and_a_report(service: Service, m
     assert f"best trial {best['name']} with score/retrieval" in said
 
 
-def test_bad_input_is_told_before_any_trial(service: Service) -> None:
+def test_bad_input_is_refused_before_any_trial(service: Service) -> None:
     """An unknown field with its neighbour, a metric that needs labels, more workers than the cluster holds."""
     ratios = {"generator.drop_ratio": [0.0, 0.5]}
     cases = [

@@ -1,18 +1,10 @@
-"""What one node of a cluster is and reaches: versions, devices, clock, shared memory, storage, tracker. Knows no Ray.
+"""Checks whether the nodes of a cluster agree and reach what a job needs, before the job begins.
 
-Every question is answered with a value or with a sentence, so that one broken node does not hide the others.
-
-
-Every node of the cluster is asked the same, at once, by tasks that are pinned to them and need no CPU.
-
-Before a run or an ingest that several machines take part in, `check_nodes` has them all look at the places that are
-shared: what is only on one machine's disk, or not to be reached from one, would fail far later and say less.
-
-
-Whether a cluster can carry a run, before it begins: every node is asked the same, and what differs or fails is said.
-
-The questions go to all nodes at once, as tasks pinned to them that need no CPU, so a busy cluster answers too. Only the
-measuring of speed waits for a worker's share of a node, and not for long.
+`check_nodes` runs before each run and ingest: what lies on one machine's own disk, or cannot be reached from one, would
+fail far later with a message that says less. `check_cluster` is the complete check of `jobs/check.py cluster`, with the
+speed and the memory of a run. Both ask all nodes at once, by tasks that are pinned to them and need no CPU, so a busy
+cluster answers too. Each question gets a value or a message, so that one broken node does not hide the others. Only the
+measurement of speed waits for free CPUs or a GPU, and not for long.
 """
 
 from __future__ import annotations
@@ -35,6 +27,14 @@ from vmoco.config import PretrainSettings
 from vmoco.model.cost import Speed, StepCost, measure_speed, step_cost
 
 _PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "numpy", "av", "mlflow")
+_OWN_DISK = (
+    "a path on one machine's own disk does not work for several nodes: give a folder that all share, or s3:// or gs://"
+)
+_NODES_SECONDS = 30.0  # how long `check_nodes` waits for answers
+_CLUSTER_SECONDS = 40.0  # how long `check_cluster` waits
+_SPEED_SECONDS = 25.0
+_MOST_SKEW_SECONDS = 2.0
+_LEAST_SHARED_MEMORY = 2**30
 
 
 @dataclass(frozen=True)
@@ -42,42 +42,42 @@ class NodeReport:
     """The answers of one node."""
 
     address: str
-    """IP address, which is what people know a node by."""
+    """IP address."""
     versions: dict[str, str]
-    """Of Python, of the packages that must agree, and a hash of vmoco's own sources."""
+    """Versions of Python and of the packages that must agree, and a hash of vmoco's own sources."""
     num_cpus: int
     memory_bytes: int
     gpus: tuple[tuple[str, int], ...]
-    """Name and memory of each."""
+    """Name of each, and its memory in bytes."""
     clock: float
-    """Seconds since 1970, as this node sees it."""
+    """Seconds since 1970 by the clock of this node."""
     asked: float
-    """When it was asked, as whoever asked sees it; set by them, and so is `answered`."""
+    """When it was asked, by the clock of the driver."""
     answered: float
-    """When its answer had come: it looked at its clock between the two, after its worker had started."""
+    """When its answer arrived, by the clock of the driver. The node read its own clock between the two."""
     shared_memory_bytes: int
     """Size of /dev/shm, where Ray keeps its objects."""
     problems: dict[str, str] = field(default_factory=dict)
-    """What did not work, by what was tried."""
+    """What did not work: messages by the setting that was tried."""
     unseen: frozenset[str] = frozenset()
-    """Settings whose place is on a local disk, and is not there on this node."""
+    """Settings whose place is a path on a local disk that this node does not have."""
 
 
 def skew(one: NodeReport, other: NodeReport) -> float:
-    """Seconds by which the clock of one node is ahead of another's, at least: 0 where they may agree."""
+    """The least seconds by which the clock of one node is ahead of another's: 0 where they may agree."""
     ahead = (one.clock - one.answered) - (other.clock - other.asked)
     behind = (one.clock - one.asked) - (other.clock - other.answered)
     return max(ahead, 0.0) + min(behind, 0.0)
 
 
-def look(address: str, *, places: dict[str, str], writes: str, mark: str) -> NodeReport:
-    """Looks at what takes no time: versions, and whether this node reaches places.
+def ask_places(address: str, *, places: dict[str, str], writes: str, mark: str) -> NodeReport:
+    """On a node: what takes no time, which is the versions and whether this node reaches places.
 
     Args:
         address: of this node.
-        places: URIs by the setting that names them.
+        places: URIs, by the setting that names each.
         writes: setting of the place that is written to.
-        mark: URI of a file below that place, written by the driver, which must be seen; empty where there is none.
+        mark: URI of a file in that place. The driver has written it and this node must see it. May be empty.
     """
     clock = time.time()
     problems, unseen = {}, set()
@@ -85,8 +85,8 @@ def look(address: str, *, places: dict[str, str], writes: str, mark: str) -> Nod
         seen = mark if setting == writes else uri
         try:
             if seen and not storage.exists(seen):
-                written = f"what the driver's node writes to {uri} is not seen here"
-                problems[setting] = written if setting == writes else f"{uri} is not there"
+                written = f"this node does not see what the driver's node writes to {uri}"
+                problems[setting] = written if setting == writes else f"there is no {uri}"
                 if storage.local_path(uri) is not None:
                     unseen.add(setting)
             elif setting == writes:
@@ -108,19 +108,19 @@ def look(address: str, *, places: dict[str, str], writes: str, mark: str) -> Nod
     )
 
 
-def report(address: str, *, places: dict[str, str], writes: str, mark: str, tracker: str) -> NodeReport:
-    """Looks at this node as `look` does, and at its GPUs, and whether it reaches the tracker.
+def ask_all(address: str, *, places: dict[str, str], writes: str, mark: str, tracker: str) -> NodeReport:
+    """On a node: what `ask_places` finds, its GPUs, and whether it reaches the tracker.
 
     Args:
         address: of this node.
-        places: URIs by the setting that names them.
+        places: URIs, by the setting that names each.
         writes: setting of the place that is written to.
-        mark: file below that place that must be seen.
+        mark: URI of a file in that place that this node must see.
         tracker: URI of the tracker.
     """
-    found = look(address, places=places, writes=writes, mark=mark)
-    said = _tracker_problem(tracker)
-    problems = found.problems | ({"tracker": said} if said else {})
+    found = ask_places(address, places=places, writes=writes, mark=mark)
+    problem = _tracker_problem(tracker)
+    problems = found.problems | ({"tracker": problem} if problem else {})
     return dataclasses.replace(found, gpus=_gpus(), problems=problems)
 
 
@@ -141,43 +141,35 @@ def _gpus() -> tuple[tuple[str, int], ...]:
 
 
 def _tracker_problem(uri: str) -> str:
-    from vmoco import tracking
-
     try:
         tracking.client(uri).search_experiments(max_results=1)
-    except Exception as error:  # whatever the client or the server says, it is what a run would meet
+    except Exception as error:  # whatever it is, a run would meet it too
         return f"the tracker {uri} cannot be used: {' '.join(str(error).split())[:300]}"
     return ""
-
-
-_OWN_DISK = (
-    "a path of one machine's own disk will not do for several nodes: give a folder that all share, or s3:// or gs://"
-)
-_LOOK_SECONDS = 30.0
 
 
 def check_nodes(
     places: Mapping[str, str], *, writes: str, tracker: str | None = None, show: Callable[[str], None] = print
 ) -> None:
-    """Has every node look at places that all must reach, where the cluster has several machines; `ray.init` was called.
+    """Checks that every node reaches the given places, if the cluster has several machines. `ray.init` has been called.
 
     Args:
-        places: URI of each, by the setting that names it.
-        writes: the setting among them whose place is written to.
-        tracker: URI of the tracker, where one is used.
-        show: takes a warning about nodes that do not answer.
+        places: URIs, by the setting that names each.
+        writes: the setting whose place is written to.
+        tracker: URI of the tracker, if one is used.
+        show: prints a warning about nodes that do not answer.
 
     Raises:
-        ValueError: a node does not reach them, or has other versions than another.
+        ValueError: a node does not reach one of them, or has other versions than another node.
     """
     import ray  # in each function: Ray reads how to authenticate when it is imported, and a job connects first
 
     machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     if len(machines) < 2:
         return
-    reports, silent = ask_nodes(look, places, writes=writes, seconds=_LOOK_SECONDS)
+    reports, silent = ask_nodes(ask_places, places, writes=writes, seconds=_NODES_SECONDS)
     for address in silent:
-        show(f"warning: node {address} gave no answer in {_LOOK_SECONDS:.0f} s")
+        show(f"warning: node {address} did not answer within {_NODES_SECONDS:.0f} s")
     problems = [*place_problems(reports), *version_problems(reports), *tracker_problems(tracker, machines)]
     if problems:
         more = f" (and {len(problems) - 1} more: jobs/check.py cluster names all)" if len(problems) > 1 else ""
@@ -187,14 +179,14 @@ def check_nodes(
 def ask_nodes(
     question: Callable[..., NodeReport], places: Mapping[str, str], *, writes: str, seconds: float, **more: object
 ) -> tuple[list[NodeReport], list[str]]:
-    """The reports of all nodes, by address, and the addresses of those that did not answer in time.
+    """Asks all nodes; returns their reports, sorted by address, and the addresses of those that did not answer in time.
 
     Args:
-        question: takes an address, the places, the setting that is written to, and a file that it must see there.
+        question: `ask_places` or `ask_all`.
         places: URIs, by the setting that names each.
         writes: setting of the place that is written to.
-        seconds: so long the answers are waited for.
-        more: for the question.
+        seconds: how long to wait for answers.
+        more: further arguments of the question.
 
     Raises:
         ValueError: no node answers.
@@ -222,12 +214,12 @@ def ask_nodes(
                 try:
                     now = time.time()
                     reports.append(dataclasses.replace(ray.get(answer), asked=asked[answer][1], answered=now))
-                except ray.exceptions.RayError:  # it was lost while it was asked
+                except ray.exceptions.RayError:  # the node was lost meanwhile
                     lost.append(answer)
     finally:
         _attempt(lambda: storage.delete_folder(probe))
     if not reports:
-        raise ValueError(f"no node of the cluster answered in {seconds:.0f} s: look at `ray status`")
+        raise ValueError(f"no node of the cluster answered within {seconds:.0f} s: see `ray status`")
     reports.sort(key=lambda each: each.address)
     if problem and not any(writes in each.problems for each in reports):
         here = ray.util.get_node_ip_address()
@@ -237,21 +229,21 @@ def ask_nodes(
 
 
 def place_problems(reports: Sequence[NodeReport]) -> list[str]:
-    """What nodes do not reach, a sentence each."""
+    """What nodes do not reach, one message each."""
     own = len({each.address for each in reports}) > 1
     return [
-        f"node {each.address}: {what}: {said}" + (f"; {_OWN_DISK}" if own and what in each.unseen else "")
+        f"node {each.address}: {what}: {problem}" + (f"; {_OWN_DISK}" if own and what in each.unseen else "")
         for each in reports
-        for what, said in each.problems.items()
+        for what, problem in each.problems.items()
     ]
 
 
 def version_problems(reports: Sequence[NodeReport]) -> list[str]:
-    """In what nodes differ from the first, a sentence each."""
+    """In what nodes differ from the first, one message each."""
     first, problems = reports[0], []
     for each in reports:
         for package, version in each.versions.items():
-            # What follows a plus names the build: a head for CPUs and workers for GPUs are one version.
+            # The part after a plus names the build: torch for CPUs on a head and for GPUs on workers is one version.
             if version.partition("+")[0] != first.versions[package].partition("+")[0]:
                 problems.append(
                     f"node {each.address} has {package} {version}, node {first.address} has {first.versions[package]}: "
@@ -261,11 +253,11 @@ def version_problems(reports: Sequence[NodeReport]) -> list[str]:
 
 
 def tracker_problems(tracker: str | None, machines: set[str]) -> list[str]:
-    """Why several machines cannot use a tracker; nothing where they can."""
+    """Why several machines cannot use a tracker; empty where they can."""
     if len(machines) < 2 or tracker is None or not tracker.startswith("sqlite:"):
         return []
     return [
-        f"the tracker {tracker} is a file of one machine and the cluster has {len(machines)} nodes: set "
+        f"the tracker {tracker} is a file of one machine, and the cluster has {len(machines)} nodes: set "
         "MLFLOW_TRACKING_URI to a server before the nodes start"
     ]
 
@@ -279,28 +271,22 @@ def _attempt(action: Callable[[], object]) -> str:
     return ""
 
 
-_ANSWER_SECONDS = 40.0
-_SPEED_SECONDS = 25.0
-_MOST_SKEW_SECONDS = 2.0
-_LEAST_SHARED_MEMORY = 2**30
-
-
 def check_cluster(settings: PretrainSettings, *, show: Callable[[str], None] = print) -> list[str]:
-    """Asks every node, shows what was found, and returns the problems, a sentence each; `ray.init` has been called.
+    """Asks every node, prints what was found, and returns the problems, one message each. `ray.init` has been called.
 
     Args:
-        settings: of the run that is to be carried; `data.uri` may be empty.
-        show: takes each line for a person.
+        settings: of the run that the cluster is to carry; `data.uri` may be empty.
+        show: prints a line.
     """
-    place = storage.require_absolute(settings.run.storage or storage.join(storage.home(), "runs"), "run.storage")
-    places = {"run.storage": place}
+    place = storage.require_absolute(settings.run.storage or storage.join(storage.home(), "runs"), "--run.storage")
+    places = {"--run.storage": place}
     if settings.data.uri:
-        places["data.uri"] = storage.require_absolute(settings.data.uri, "data.uri")
+        places["--data.uri"] = storage.require_absolute(settings.data.uri, "--data.uri")
     reports, silent = ask_nodes(
-        report, places, writes="run.storage", seconds=_ANSWER_SECONDS, tracker=tracking.tracking_uri()
+        ask_all, places, writes="--run.storage", seconds=_CLUSTER_SECONDS, tracker=tracking.tracking_uri()
     )
     problems = [
-        f"node {address} gave no answer in {_ANSWER_SECONDS:.0f} s: look at it, or remove it" for address in silent
+        f"node {address} did not answer within {_CLUSTER_SECONDS:.0f} s: repair it, or remove it" for address in silent
     ]
     problems += find_problems(settings, reports, tracker=tracking.tracking_uri())
     problems += _resource_problems(settings)
@@ -322,35 +308,35 @@ def check_cluster(settings: PretrainSettings, *, show: Callable[[str], None] = p
 
 
 def find_problems(settings: PretrainSettings, reports: list[NodeReport], *, tracker: str) -> list[str]:
-    """What is wrong with the nodes, or between them, a sentence each.
+    """What is wrong with the nodes, or between them, one message each.
 
     Args:
         settings: of the run.
-        reports: of all nodes; the first is the one that others are compared with.
+        reports: of all nodes; the others are compared with the first.
         tracker: URI of the tracker.
     """
     first, problems = reports[0], [*place_problems(reports), *version_problems(reports)]
     for each in reports:
         if abs(ahead := skew(each, first)) > _MOST_SKEW_SECONDS:
             problems.append(
-                f"the clock of node {each.address} is {ahead:+.0f} s beside that of {first.address}: let chrony or "
-                "systemd-timesyncd set both; S3 refuses a request that is 15 minutes off"
+                f"the clock of node {each.address} is {ahead:+.0f} s off that of node {first.address}: let chrony or "
+                "systemd-timesyncd set both; S3 refuses requests whose time is 15 minutes off"
             )
         if each.shared_memory_bytes < _LEAST_SHARED_MEMORY:
             problems.append(
-                f"node {each.address} has {each.shared_memory_bytes / 2**20:.0f} MiB of /dev/shm, Ray's object store "
-                "wants 1 GiB or more: start its container with --shm-size 2g, or mount memory there"
+                f"node {each.address} has {each.shared_memory_bytes / 2**20:.0f} MiB of /dev/shm, and Ray's object "
+                "store needs 1 GiB or more: start its container with --shm-size 2g, or mount memory there"
             )
     problems += tracker_problems(tracker, {each.address for each in reports})
     return problems
 
 
 def estimate(settings: PretrainSettings, speed: Speed | None, *, gpu_bytes: int) -> tuple[list[str], list[str]]:
-    """How long a run takes and what it needs, as lines for a person, and what of it cannot be.
+    """How long a run takes and what it needs, as lines to print; and the problems, one message each.
 
     Args:
         settings: of the run.
-        speed: measured; None where the cluster was too busy.
+        speed: as measured; None where the cluster was too busy.
         gpu_bytes: memory of the smallest GPU; 0 without GPUs.
     """
     cost = step_cost(settings, bf16=speed.bf16 if speed else settings.scaling.use_gpu)
@@ -362,11 +348,13 @@ def estimate(settings: PretrainSettings, speed: Speed | None, *, gpu_bytes: int)
     problems = []
     if settings.scaling.use_gpu and gpu_bytes and cost.rank_bytes > gpu_bytes:
         problems.append(
-            f"a worker needs about {cost.rank_bytes / 2**30:.1f} GiB of GPU memory, the smallest GPU has "
-            f"{gpu_bytes / 2**30:.1f}: lower train.micro-batch {settings.train.micro_batch}"
+            f"a worker needs about {cost.rank_bytes / 2**30:.1f} GiB of GPU memory, and the smallest GPU has "
+            f"{gpu_bytes / 2**30:.1f}: lower --train.micro-batch {settings.train.micro_batch}"
         )
     if speed is None:
-        lines.append("time: no worker's share of a node was free to measure; ask again when the cluster is idle")
+        lines.append(
+            "time: not measured, because no node had a worker's share free: try again when the cluster is idle"
+        )
         return lines, problems
     lines.append(_time_line(settings, cost, speed))
     return lines, problems
@@ -379,25 +367,25 @@ def _time_line(settings: PretrainSettings, cost: StepCost, speed: Speed) -> str:
     length = f"{hours:.1f} hours" if hours < 100 else f"{hours / 24:.0f} days"
     return (
         f"time: about {length} for {settings.last_step} steps on {workers} workers, {slow:.2g} s a step with the "
-        f"generator; a worker's encoder was measured at {speed.flops_per_second / 1e12:.3g} TFLOP/s, and reading, "
-        "augmentation and network come on top"
+        f"generator; measured: {speed.flops_per_second / 1e12:.3g} TFLOP/s for a worker's encoder, without reading, "
+        "augmentation and network"
     )
 
 
 def _resource_problems(settings: PretrainSettings) -> list[str]:
     import ray  # in each function: Ray reads how to authenticate when it is imported, and a job connects first
 
-    from vmoco.cluster.reservation import lacking
+    from vmoco.cluster.reservation import shortage
 
     scaling = settings.scaling
     if scaling.wait_for_nodes:
         return []
     if scaling.use_gpu and not ray.cluster_resources().get("GPU"):
         return [
-            f"preset {settings.preset} wants {scaling.num_workers} GPUs and the cluster has none: add GPU nodes, take "
-            "--scaling.wait-for-nodes where an autoscaler brings them, or another preset for CPUs"
+            f"preset {settings.preset} needs {scaling.num_workers} GPUs and the cluster has none: add GPU nodes, set "
+            "--scaling.wait-for-nodes where an autoscaler adds them, or choose a preset for CPUs"
         ]
-    problem = lacking(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    problem = shortage(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     return [problem] if problem else []
 
 

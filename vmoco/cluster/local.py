@@ -1,15 +1,11 @@
-"""The job server of a Ray head: submits a job and follows it to its end, or to its stop.
+"""A Ray cluster of one machine with its job server, for the demo and the tests.
 
-Submitting and following is what `ray job submit` does, so that a person reads here what they would type; asking and
-stopping is Ray's Jobs REST API, which answers at once where the command takes seconds to start.
+The head is `ray start` in a session of its own: Ctrl-C in the terminal does not reach it, so that its owner can stop
+the job first. Ray's own ports (GCS, raylet, object manager, metrics) listen on ALL interfaces, whatever node address
+they are given; only the job server stays on 127.0.0.1. So every request needs a token, and each cluster draws its own.
 
-
-A Ray cluster of one machine, with its job server, for the demo and the tests.
-
-The head is `ray start` in a session of its own: Ctrl-C in the terminal does not reach it, so that its owner can
-stop the job first. Ray's own ports (GCS, raylet, object manager, metrics) listen on ALL interfaces, whatever node
-address it is given; only the job server obeys and stays on 127.0.0.1. So every request needs a token, drawn anew for
-each cluster.
+A job is submitted and followed by the command `ray job submit`, which is what a user would type. The state of a job is
+asked, and a job is stopped, by Ray's Jobs REST API: it answers at once, and the command takes seconds to start.
 """
 
 from __future__ import annotations
@@ -23,7 +19,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
@@ -33,14 +28,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vmoco.cluster import ray_internals
+from vmoco.own_folder import make_folder
+
 STOP_JOB_SECONDS = 60
-"""How long a stopped job has to write its checkpoint; the head must know it, as RAY_JOB_STOP_WAIT_TIME_S."""
+"""How long a stopped job has to write its checkpoint. The head gets it in its environment."""
 
 _LAST_STATES = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 class JobServer:
-    """A job server that asks for a token.
+    """The job server of a Ray head, which asks for a token.
 
     Args:
         address: http://host:port.
@@ -58,21 +56,21 @@ class JobServer:
     def submit(self, entrypoint: Sequence[str], working_dir: str | Path) -> int:
         """Runs a job by `ray job submit`, its output passed through live, and returns its exit code.
 
-        On Ctrl-C or SIGTERM the job is stopped, has a minute to checkpoint while its output still passes through,
-        and the interrupt is raised again. A job that somebody else stopped returns 130.
+        On Ctrl-C or SIGTERM it stops the job, which has a minute to checkpoint while its output still passes through,
+        and raises the interrupt again. A job that was stopped from elsewhere returns 130.
         """
         job = f"vmoco-{uuid.uuid4().hex[:12]}"
         color = "true" if sys.stdout.isatty() else "false"
         command = [str(Path(sys.executable).parent / "ray"), "--logging-level=error", "job", "submit"]
         command += ["--log-style=pretty", f"--log-color={color}", f"--address={self._address}"]
         command += [f"--submission-id={job}", f"--working-dir={working_dir}", "--", *entrypoint]
-        # A session of its own: Ctrl-C must not cut the output off before the job has said how it ended.
+        # A session of its own: Ctrl-C must not cut the output off before the last lines of the job.
         client = subprocess.Popen(command, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True)
         try:
             code = client.wait()
             details = self.ask("GET", f"/api/jobs/{job}") or {}
             return int(details.get("driver_exit_code") or (130 if details.get("status") == "STOPPED" else code))
-        except (KeyboardInterrupt, SystemExit):  # the second one is what `job.run_job` makes of SIGTERM
+        except (KeyboardInterrupt, SystemExit):  # `job.run_job` turns SIGTERM into a SystemExit
             self._stop(job, client)
             raise
         finally:
@@ -81,7 +79,7 @@ class JobServer:
 
     def _stop(self, job: str, client: subprocess.Popen[bytes]) -> None:
         if self.ask("POST", f"/api/jobs/{job}/stop") is None:
-            client.kill()  # interrupted while submitting: now it either has arrived or never will
+            client.kill()  # interrupted while it was submitting: now the job has arrived, or never will
             client.wait()
             self.ask("POST", f"/api/jobs/{job}/stop")
         deadline = time.monotonic() + STOP_JOB_SECONDS + 10
@@ -94,10 +92,10 @@ class JobServer:
             client.wait(timeout=10)  # it still prints the last lines of the job
 
     def ask(self, method: str, path: str) -> dict[str, Any] | None:
-        """The server's answer, or None where it has none."""
+        """The server's answer; None where it does not answer, or refuses."""
         headers = {"Authorization": "Bearer " + Path(self._environment["RAY_AUTH_TOKEN_PATH"]).read_text()}
         request = urllib.request.Request(self._address + path, method=method, headers=headers)
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy knows this machine's loopback
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot reach the loopback
         try:
             with opener.open(request, timeout=10) as answer:
                 found = json.load(answer)
@@ -109,7 +107,7 @@ class JobServer:
 LOOPBACK = "127.0.0.1"
 START_SECONDS = 120.0
 
-# Ray's ports, all pinned: on a machine with two clusters its defaults collide.
+# All of Ray's ports get a free number: the defaults of two clusters on one machine collide.
 _PORT_FLAGS = (
     "--port",
     "--dashboard-agent-listen-port",
@@ -121,7 +119,7 @@ _PORT_FLAGS = (
     "--ray-client-server-port",
 )
 
-# Becomes the head; the kernel ends it (PR_SET_PDEATHSIG = 1) when its owner dies, even by kill -9.
+# It becomes the head. The kernel ends it (PR_SET_PDEATHSIG = 1) when its owner dies, even by kill -9.
 _HEAD = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)
@@ -132,14 +130,14 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 class LocalCluster:
-    """A Ray head on this machine; a context manager that leaves no process and no file.
+    """A Ray head on this machine: a context manager that leaves no process and no file.
 
     Enter it in a thread that outlives it: the head ends with the thread that started it.
 
     Attributes:
         address: of the job server, for `ray job submit --address`.
         gcs_address: for `ray.init(address=...)`, with `environment` set.
-        environment: what a process needs to talk to the cluster; pass it as `env` to subprocesses.
+        environment: variables by which a process reaches the cluster; pass it as `env` to subprocesses.
     """
 
     def __init__(
@@ -152,12 +150,12 @@ class LocalCluster:
         """Prepares a cluster; entering the context starts it.
 
         Args:
-            num_cpus: CPUs that Ray may plan with; all of this machine when None.
+            num_cpus: CPUs that Ray may use; all of this machine when None.
             object_store_memory: bytes of shared memory.
             dashboard_port: port of the job server; a free one when None.
 
         Raises:
-            ValueError: the port is taken, or is none.
+            ValueError: the port is taken, or not allowed.
         """
         self._num_cpus = num_cpus or len(os.sched_getaffinity(0))
         self._object_store_memory = object_store_memory
@@ -186,17 +184,13 @@ class LocalCluster:
         self.stop()
 
     def start(self) -> None:
-        """Starts the head and returns when it is complete and its job server answers.
+        """Starts the head, and returns when it is up and its job server answers.
 
         Raises:
-            ValueError: the head died, or did not answer in time; the message ends with its last words.
+            ValueError: the head died, or did not answer in time; the message ends with its last lines.
         """
-        # A short path in /tmp: sockets lie below it, and their paths may have 107 bytes.
-        self._folder = Path(tempfile.mkdtemp(prefix="vmoco-", dir="/tmp" if os.path.isdir("/tmp") else None))
-        token = self._folder / "token"
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_urlsafe(32))
-        self.environment = self._make_environment(token)
+        self._folder = make_folder()
+        self.environment = self._make_environment(self._folder / "token")
         ports = [f"{flag}={port}" for flag, port in self._ports.items()]
         command = [
             str(Path(sys.executable).parent / "ray"),
@@ -244,21 +238,24 @@ class LocalCluster:
             self._folder = self._head = None
 
     def submit(self, entrypoint: Sequence[str], working_dir: str | Path) -> int:
-        """Runs a job to its end; see `JobServer.submit`."""
+        """Runs a job to its end, as `JobServer.submit` says."""
         return JobServer(self.address, self.environment).submit(entrypoint, working_dir)
 
     def _make_environment(self, token: Path) -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        path = [str(Path(sys.executable).parent), environment.get("PATH", os.defpath)]  # `python` in a job is this one
+        path = [
+            str(Path(sys.executable).parent),
+            environment.get("PATH", os.defpath),
+        ]  # so that `python` in a job is this one
         return environment | {
             "PATH": os.pathsep.join(path),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_API_SERVER_ADDRESS": self.address,  # where `ray job` looks; a job tells it in its stop command
+            "RAY_API_SERVER_ADDRESS": self.address,  # `ray job` reads it, and a job prints it in its stop command
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_JOB_SECONDS),  # Ray's 3 s are too short to checkpoint
-            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Ray's 2 s block each report of a checkpoint for as long
-            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # jobs are stopped before the cluster, nothing to wait for
+            ray_internals.JOB_STOP_SECONDS: str(STOP_JOB_SECONDS),  # Ray's 3 s are too short to checkpoint
+            ray_internals.HEALTH_CHECK_SECONDS: "0.2",  # with Ray's 2 s each report of a checkpoint takes 2 s
+            ray_internals.DRAIN_SECONDS: "0",  # jobs are stopped before the cluster, so there is nothing to wait for
         }
 
     def _wait_until_up(self) -> None:
@@ -266,15 +263,15 @@ class LocalCluster:
         assert self._folder is not None
         server = JobServer(self.address, self.environment)
         deadline = time.monotonic() + START_SECONDS
-        # The job server answers first; what Ray writes last, for `ray.init("auto")`, is the address of the cluster.
-        while not (self._folder / "ray_current_cluster").exists() or not server.answers():
+        # The job server answers first. The last thing that Ray writes is the address of the cluster, in this file.
+        while not (self._folder / ray_internals.HEAD_IS_UP).exists() or not server.answers():
             if self._head.poll() is not None or time.monotonic() > deadline:
-                words = (self._folder / "head.log").read_text(errors="replace").strip().splitlines()[-15:]
+                lines = (self._folder / "head.log").read_text(errors="replace").strip().splitlines()[-15:]
                 ended = self._head.returncode
                 reason = (
                     f"gave no answer in {START_SECONDS:.0f} s" if ended is None else f"ended with exit code {ended}"
                 )
-                raise ValueError(f"the local Ray cluster {reason}; its last words:\n" + "\n".join(words))
+                raise ValueError(f"the local Ray cluster {reason}; its last lines:\n" + "\n".join(lines))
             time.sleep(0.1)
 
     def _processes(self) -> list[int]:
@@ -297,7 +294,7 @@ class LocalCluster:
 
 @contextlib.contextmanager
 def _no_interrupt() -> Iterator[None]:
-    """Lets an impatient second Ctrl-C wait: what it would break off is the stopping, and that is bounded."""
+    """Ignores Ctrl-C meanwhile: a second one must not interrupt the stopping, which ends soon in any case."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -310,15 +307,15 @@ def _no_interrupt() -> Iterator[None]:
 
 def _check_port(port: int) -> None:
     if not 1024 <= port <= 65535:
-        raise ValueError(f"dashboard port {port} is not allowed: choose one from 1024 to 65535")
+        raise ValueError(f"--dashboard-port {port} is not allowed: choose one from 1024 to 65535")
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was in use a moment ago is free
         try:
             probe.bind((LOOPBACK, port))
         except OSError as error:
             raise ValueError(
-                f"dashboard port {port} on {LOOPBACK} is taken ({error.strerror}): "
-                "choose another one, or none at all for any free port"
+                f"--dashboard-port {port} is taken on {LOOPBACK} ({error.strerror}): choose another one, or leave the "
+                "flag out to use any free port"
             ) from None
 
 

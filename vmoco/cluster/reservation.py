@@ -1,13 +1,11 @@
-"""The room that a run has in the cluster: looked for before it begins, and kept right in Ray's books while it runs.
+"""What a run reserves in the cluster: checked before the run begins, and kept right in Ray's coordinator while it runs.
 
-Ray's autoscaling coordinator writes down what each run of Ray Train asks for, and an elastic run gets as many workers
-as fit beside what was asked for before. Two things are wrong in these books. What a killed run has asked for stands in
-them for three minutes, so an elastic run on the same nodes gets no workers until then: the next run strikes it out.
-And the evaluation is not in them, so a run that has lost a node would wait for ever for workers that find no room
-beside it: it is written down. (A run of a fixed size does not ask: Ray starts its workers as soon as they fit.)
-
-
-How many trials a cluster holds at once: Ray would wait for ever for the workers of one more.
+Ray's autoscaling coordinator keeps what each run of Ray Train has asked for, and an elastic run gets as many workers as
+fit beside the earlier requests. Two things would go wrong. The coordinator keeps the request of a killed run for three
+minutes, so an elastic run on the same nodes gets no workers until then: the next run cancels the request. And it does
+not know of the evaluation, so a run that has lost a node would wait without end for workers that do not fit beside the
+evaluation: this file asks for the evaluation too. (A run of a fixed size does not ask: Ray starts its workers as soon
+as they fit.)
 """
 
 from __future__ import annotations
@@ -21,34 +19,32 @@ from types import TracebackType
 import ray
 import ray.exceptions
 import ray.util
-from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ResourceRequestPriority
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
-from ray.experimental import internal_kv
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
+from vmoco.cluster import ray_internals
 from vmoco.config import EvaluationSettings, PretrainSettings
 
 NAMESPACE = "vmoco"
-"""Ray's namespace of our actors with a name, and of our notes in Ray's store."""
-_KEPT_SECONDS = 60.0  # so long the coordinator remembers the evaluation
+"""Ray's namespace of our named actors, and of our records in the store of Ray's head."""
+_REQUEST_SECONDS = 60.0  # the coordinator forgets a request after this time
 _RENEW_SECONDS = 15.0
 _ANSWER_SECONDS = 5.0
-# The evaluation's resources are there within this time, or never: `check_room` has counted them.
+# `check_capacity` has counted the evaluation's resources, so they are free within this time or never.
 _RESERVE_SECONDS = 60.0
-_NODES_SECONDS = 3600.0  # where an autoscaler has to bring the node first
+_NODES_SECONDS = 3600.0  # where an autoscaler has to add the node first
 
 
 def resources(settings: EvaluationSettings) -> dict[str, float]:
-    """What the task needs of the cluster; empty where it shares what the workers have."""
+    """What the evaluation needs of the cluster; empty where it shares the resources of the workers."""
     wanted = {"CPU": float(settings.num_cpus), "GPU": float(settings.use_gpu)}
     return {name: number for name, number in wanted.items() if number and settings.enabled}
 
 
 def reserve(settings: EvaluationSettings, *, timeout: float) -> PlacementGroup | None:
-    """Sets the task's resources aside for the whole run, so that workers, also elastic ones, never take them.
+    """Reserves the evaluation's resources for the run's lifetime, so that workers, also elastic ones, never take them.
 
     Raises:
-        ValueError: the cluster does not have them free.
+        ValueError: no node has them free within `timeout` seconds.
     """
     wanted = resources(settings)
     if not wanted:
@@ -57,40 +53,41 @@ def reserve(settings: EvaluationSettings, *, timeout: float) -> PlacementGroup |
     if not group.wait(timeout):
         ray.util.remove_placement_group(group)
         raise ValueError(
-            f"no node has {wanted} free for the evaluation of checkpoints: lower evaluation.num-cpus (0 shares those "
-            "of the workers), set evaluation.no-enabled, or add nodes"
+            f"no node has {_as_text(wanted)} free for the evaluation of checkpoints (--evaluation.num-cpus "
+            f"{settings.num_cpus}): lower --evaluation.num-cpus (0 shares the CPUs of the workers), set "
+            "--evaluation.no-enabled, or add nodes"
         )
     return group
 
 
-class Room:
-    """What a run takes of the cluster and asks for; a context manager, which gives it back.
+class Reservation:
+    """What a run holds and has asked for in the cluster; a context manager, which gives it back.
 
     Args:
         settings: of the run.
 
     Attributes:
-        holder: name, in `NAMESPACE`, that an actor of the run must have for as long as the run lives.
-        evaluation: resources set aside for it, from entering on; None where it shares those of the workers.
+        holder: name, in `NAMESPACE`, of an actor that must live as long as the run does.
+        evaluation: resources reserved for the evaluation, from entering on; None where it shares those of the workers.
 
     Raises:
-        ValueError: on entering: the cluster does not have the evaluation's resources free.
+        ValueError: on entering: no node has the evaluation's resources free.
     """
 
     def __init__(self, settings: PretrainSettings) -> None:
         self.holder = f"run-{uuid.uuid4().hex}"
         self.evaluation: PlacementGroup | None = None
         self._settings = settings
-        self._noted: list[str] = []
+        self._recorded: list[str] = []
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name="room", daemon=True)
+        self._thread = threading.Thread(target=self._renew, name="reservation", daemon=True)
 
-    def __enter__(self) -> Room:
-        strike_out_dead()
+    def __enter__(self) -> Reservation:
+        cancel_dead()
         waits = self._settings.scaling.wait_for_nodes
         self.evaluation = reserve(self._settings.evaluation, timeout=_NODES_SECONDS if waits else _RESERVE_SECONDS)
         if self.evaluation is not None:
-            self.note(self._evaluation_name)
+            self.record(self._evaluation_name)
             self._ask()
             self._thread.start()
         return self
@@ -101,15 +98,15 @@ class Room:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
-        for requester in self._noted:
-            _strike_out(requester)
+        for requester in self._recorded:
+            _cancel(requester)
         if self.evaluation is not None:
             ray.util.remove_placement_group(self.evaluation)
 
-    def note(self, requester: str) -> None:
-        """Notes, where a later run finds it, by which name this run asks the coordinator."""
-        self._noted.append(requester)
-        internal_kv._internal_kv_put(requester, self.holder, namespace=NAMESPACE)
+    def record(self, requester: str) -> None:
+        """Records, where a later run finds it, the name by which this run asks the coordinator."""
+        self._recorded.append(requester)
+        ray_internals.put_record(requester, self.holder, namespace=NAMESPACE)
 
     @property
     def _evaluation_name(self) -> str:
@@ -117,81 +114,98 @@ class Room:
 
     def _renew(self) -> None:
         while not self._ended.wait(_RENEW_SECONDS):
-            with contextlib.suppress(ray.exceptions.RayError):  # a head that is away for a moment: the next one counts
+            with contextlib.suppress(ray.exceptions.RayError):  # the head does not answer now: the next time counts
                 self._ask()
 
     def _ask(self) -> None:
-        """Asks for what the evaluation has already, so that nobody counts on it."""
+        """Asks for what the evaluation already has, so that no elastic run counts on it."""
         assert self.evaluation is not None, "there is none without"
-        get_or_create_autoscaling_coordinator().request_resources.remote(
-            requester_id=self._evaluation_name,
-            resources=[self.evaluation.bundle_specs[0] | _place_of(self.evaluation)],
-            expire_after_s=_KEPT_SECONDS,
-            priority=ResourceRequestPriority.HIGH,  # as Ray Train's; of two that are alike the earlier one counts
-        )
+        bundle = self.evaluation.bundle_specs[0] | _node_of(self.evaluation)
+        ray_internals.request_resources(self._evaluation_name, bundle, seconds=_REQUEST_SECONDS)
 
 
-def strike_out_dead() -> None:
-    """Strikes out what runs have asked for that are no more, and could not do it themselves."""
+def cancel_dead() -> None:
+    """Cancels the requests of runs that have ended and could not cancel them."""
     alive = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
-    for key in internal_kv._internal_kv_list("", namespace=NAMESPACE):
-        holder = internal_kv._internal_kv_get(key, namespace=NAMESPACE)
-        if holder is not None and holder.decode() not in alive:
-            _strike_out(key.decode())
+    for requester, holder in ray_internals.records(namespace=NAMESPACE).items():
+        if holder not in alive:
+            _cancel(requester)
 
 
-def _strike_out(requester: str) -> None:
-    coordinator = get_or_create_autoscaling_coordinator()
-    with contextlib.suppress(ray.exceptions.RayError):  # it then stands until it is forgotten, as without us
-        ray.get(coordinator.cancel_request.remote(requester), timeout=_ANSWER_SECONDS)
-        # After it: what is not struck out because this process dies here, the next one finds.
-        internal_kv._internal_kv_del(requester, namespace=NAMESPACE)
+def _cancel(requester: str) -> None:
+    with contextlib.suppress(ray.exceptions.RayError):  # then the coordinator forgets the request after its own time
+        ray_internals.cancel_request(requester, timeout=_ANSWER_SECONDS)
+        # Afterwards: where this process dies in between, the next run still finds the record.
+        ray_internals.delete_record(requester, namespace=NAMESPACE)
 
 
-def _place_of(group: PlacementGroup) -> dict[str, float]:
-    """A little of the resource that the group's node alone has: without it Ray would count on the largest node."""
+def _node_of(group: PlacementGroup) -> dict[str, float]:
+    """A little of the resource that only the group's node has: without it Ray would count on the largest node."""
     place = placement_group_table(group)["bundles_to_node_id"].get(0)
     found = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] == place]
     return {f"node:{node['NodeManagerAddress']}": 0.001 for node in found}
 
 
-def check_room(settings: PretrainSettings) -> None:
-    """Checks that the cluster can hold the workers and the evaluation, because Ray would wait for them for ever.
+def check_capacity(settings: PretrainSettings) -> None:
+    """Checks that the cluster can hold the workers and the evaluation, because Ray would wait for them without end.
 
     Raises:
         ValueError: it cannot.
     """
     if settings.scaling.wait_for_nodes:
         return
-    if problem := lacking(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]]):
+    if problem := shortage(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]]):
         raise ValueError(problem)
 
 
-def lacking(settings: PretrainSettings, nodes: Sequence[Mapping[str, float]]) -> str | None:
-    """What empty nodes lack to hold the fewest workers that a run goes on with, and its evaluation; None if nothing.
+def shortage(settings: PretrainSettings, nodes: Sequence[Mapping[str, float]]) -> str | None:
+    """Why empty nodes cannot hold the fewest workers that a run goes on with, and its evaluation; None if they can.
 
     Args:
         settings: of the run.
         nodes: resources of each, such as {"CPU": 8.0, "GPU": 1.0}.
     """
     scaling, beside = settings.scaling, resources(settings.evaluation)
-    worker = {"CPU": float(scaling.cpus_per_worker)} | ({"GPU": 1.0} if scaling.use_gpu else {})
+    worker = _worker(settings)
     wanted = scaling.min_workers or scaling.num_workers
     if _most_workers(nodes, worker, beside) >= wanted:
         return None
-    extra = f" and its evaluation {_said(beside)}" if beside else ""
-    there = ", ".join(_said({name: node.get(name, 0.0) for name in worker | beside}) for node in nodes) or "none"
+    extra = f" and its evaluation {_as_text(beside)}" if beside else ""
+    there = ", ".join(_as_text({name: node.get(name, 0.0) for name in worker | beside}) for node in nodes) or "none"
     return (
-        f"a run of {wanted} workers, which need {_said(worker)} each{extra}, does not fit on the nodes of the cluster "
-        f"({there}): lower scaling.num-workers, scaling.cpus-per-worker or evaluation.num-cpus, add nodes, or set "
-        "scaling.wait-for-nodes where an autoscaler adds them"
+        f"a run of {wanted} workers, which need {_as_text(worker)} each{extra}, does not fit on the nodes of the "
+        f"cluster ({there}): lower --scaling.num-workers, --scaling.cpus-per-worker or --evaluation.num-cpus, add "
+        "nodes, or set --scaling.wait-for-nodes where an autoscaler adds them"
     )
+
+
+def trials_at_once(settings: Sequence[PretrainSettings], nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many trials the nodes hold at once, counting the largest trial with all its workers; at least one.
+
+    Ray would wait without end for the workers of one trial more.
+
+    Args:
+        settings: of the trials.
+        nodes: resources of each node.
+
+    Raises:
+        ValueError: they do not hold one, and it does not wait for more nodes.
+    """
+    for each in settings:
+        if not each.scaling.wait_for_nodes and (problem := shortage(each, nodes)):
+            raise ValueError(problem)
+    return max(1, min(_copies(each, nodes) for each in settings))
+
+
+def _worker(settings: PretrainSettings) -> dict[str, float]:
+    scaling = settings.scaling
+    return {"CPU": float(scaling.cpus_per_worker)} | ({"GPU": 1.0} if scaling.use_gpu else {})
 
 
 def _most_workers(
     nodes: Sequence[Mapping[str, float]], worker: Mapping[str, float], beside: Mapping[str, float]
 ) -> int:
-    """The most workers that fit where the evaluation has the best node for it; -1 where it has none."""
+    """The most workers that fit where the evaluation has the best node for it; -1 where it fits on no node."""
     counts = [_count(node, worker) for node in nodes]
     if not beside:
         return sum(counts)
@@ -204,30 +218,10 @@ def _count(node: Mapping[str, float], worker: Mapping[str, float]) -> int:
     return int(min(node.get(name, 0.0) // number for name, number in worker.items()))
 
 
-def _said(wanted: Mapping[str, float]) -> str:
-    return " + ".join(f"{number:.0f} {name}" for name, number in wanted.items())
-
-
-def capacity(settings: Sequence[PretrainSettings], nodes: Sequence[dict[str, float]]) -> int:
-    """Trials that the nodes hold at once, counting the largest trial with all its workers; at least one.
-
-    Args:
-        settings: of the trials.
-        nodes: resources of each node.
-
-    Raises:
-        ValueError: they do not hold one, and it does not wait for more.
-    """
-    for each in settings:
-        if not each.scaling.wait_for_nodes and (problem := lacking(each, nodes)):
-            raise ValueError(problem)
-    return max(1, min(_capacity(each, nodes) for each in settings))
-
-
-def _capacity(settings: PretrainSettings, nodes: Sequence[dict[str, float]]) -> int:
-    scaling = settings.scaling
-    worker = {"CPU": float(scaling.cpus_per_worker)} | ({"GPU": 1.0} if scaling.use_gpu else {})
-    bundles = [worker] * scaling.num_workers + [each for each in [resources(settings.evaluation)] if each]
+def _copies(settings: PretrainSettings, nodes: Sequence[Mapping[str, float]]) -> int:
+    """How often all workers and the evaluation of one trial fit on the nodes."""
+    bundles = [_worker(settings)] * settings.scaling.num_workers
+    bundles += [each for each in [resources(settings.evaluation)] if each]
     free = [dict(node) for node in nodes]
     count = 0
     while all(_take(bundle, free) for bundle in bundles):
@@ -235,10 +229,14 @@ def _capacity(settings: PretrainSettings, nodes: Sequence[dict[str, float]]) -> 
     return count
 
 
-def _take(bundle: dict[str, float], free: list[dict[str, float]]) -> bool:
+def _take(bundle: Mapping[str, float], free: list[dict[str, float]]) -> bool:
     for node in free:
         if all(node.get(name, 0.0) >= number for name, number in bundle.items()):
             for name, number in bundle.items():
                 node[name] -= number
             return True
     return False
+
+
+def _as_text(wanted: Mapping[str, float]) -> str:
+    return " + ".join(f"{number:.0f} {name}" for name, number in wanted.items())

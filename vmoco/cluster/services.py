@@ -1,7 +1,7 @@
-"""What a new store and a new tracker need before the first job: buckets, and a user for the nodes.
+"""Sets up a new store and a new tracker before the first job: buckets, and a user for the nodes.
 
-Secrets come from the environment and never from a flag, because flags are seen by everybody on a machine and are kept
-with a submitted job.
+Secrets come from the environment and never from a flag: everybody on a machine sees flags, and Ray keeps those of a
+submitted job.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import pyarrow.fs as pafs
 
 
 def make_buckets(names: Sequence[str]) -> list[str]:
-    """Makes the S3 buckets that are missing, at AWS_ENDPOINT_URL or in AWS itself.
+    """Makes the missing S3 buckets, at AWS_ENDPOINT_URL or in AWS.
 
     Returns:
-        The names of those made.
+        The names of the buckets that it made.
 
     Raises:
-        ValueError: the store cannot be reached, or does not let this key make buckets.
+        ValueError: the store cannot be reached, or this key may not make buckets.
     """
     made = []
     for name in names:
         try:
-            # By URI: only so does Arrow look at AWS_ENDPOINT_URL.
+            # By URI, because otherwise Arrow does not read AWS_ENDPOINT_URL.
             store, _ = pafs.FileSystem.from_uri(f"s3://{name}?allow_bucket_creation=true")
             if store.get_file_info(name).type == pafs.FileType.NotFound:
                 store.create_dir(name)
@@ -44,9 +44,9 @@ def make_buckets(names: Sequence[str]) -> list[str]:
 
 
 def make_tracker_user(tracker: str, *, admin_password: str, user: str, password: str) -> None:
-    """Makes a user of an MLflow server with authentication, or gives an existing one this password.
+    """Makes a user of an MLflow server with authentication, or sets the password of an existing one.
 
-    The user is no administrator: it reads everything, and changes what it made itself.
+    The user is not an administrator: it reads everything, and changes only what it made.
 
     Args:
         tracker: URL of the server.
@@ -61,9 +61,9 @@ def make_tracker_user(tracker: str, *, admin_password: str, user: str, password:
     try:
         _ask(tracker, "POST", "users/create", body, admin_password)
     except urllib.error.HTTPError as error:
-        said = error.read().decode(errors="replace")
-        if "RESOURCE_ALREADY_EXISTS" not in said:
-            raise ValueError(_refused(tracker, user, error, said)) from error
+        answer = error.read().decode(errors="replace")
+        if "RESOURCE_ALREADY_EXISTS" not in answer:
+            raise ValueError(_refused(tracker, user, error, answer)) from error
         try:
             _ask(tracker, "PATCH", "users/update-password", body, admin_password)
         except OSError as again:
@@ -72,10 +72,10 @@ def make_tracker_user(tracker: str, *, admin_password: str, user: str, password:
         raise ValueError(f"the tracker {tracker} cannot be reached ({error}): check its address") from error
 
 
-def _refused(tracker: str, user: str, error: OSError, said: str) -> str:
+def _refused(tracker: str, user: str, error: OSError, answer: str) -> str:
     if isinstance(error, urllib.error.HTTPError) and error.code == 401:
-        return f"the tracker {tracker} does not take the password of its user admin: check TRACKER_ADMIN_PASSWORD"
-    return f"the tracker {tracker} does not make user {user!r}: {error} {' '.join(said.split())[:300]}".rstrip()
+        return f"the tracker {tracker} refuses the password of its user admin: check TRACKER_ADMIN_PASSWORD"
+    return f"the tracker {tracker} cannot make user {user!r}: {error} {' '.join(answer.split())[:300]}".rstrip()
 
 
 def _ask(tracker: str, method: str, path: str, body: dict[str, str], admin_password: str) -> Any:

@@ -75,8 +75,8 @@ def _check_shard(manifest: Manifest, name: str, rows: list[dict[str, Any]]) -> l
         there = read_rows(manifest.shard_uri(name))
     except (OSError, ValueError) as error:
         return [*findings, f"shard {name}: {error}"]
-    if there.account.encoding != manifest.encoding or there.account.frame_shape != manifest.frame_shape:
-        stored = f"{there.account.encoding} {there.account.frame_shape}"
+    if there.metadata.encoding != manifest.encoding or there.metadata.frame_shape != manifest.frame_shape:
+        stored = f"{there.metadata.encoding} {there.metadata.frame_shape}"
         findings.append(f"shard {name}: its clips are {stored}, not {manifest.encoding} {manifest.frame_shape}")
     own = there.table.to_pylist()
     for row in rows:

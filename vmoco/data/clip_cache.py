@@ -1,9 +1,9 @@
-"""Clips of remote shards on this node's own disk, with a bound on their size; shared by all processes of the node.
+"""Clips of remote shards on this node's disk, with a bound on their size; all processes of the node share them.
 
-Each clip is one file, named by the SHA-256 of its bytes: whoever needs the same clip finds it, whatever the run, and a
-file can be checked by its name. A file gets its name when it is whole, so readers need no lock. Writers take one: each
-newcomer adds its size to an account, and first removes those that were not read for longest where there is no room.
-A file that another process still reads keeps its content until that process lets go of it.
+Each clip is one file, named by the SHA-256 of its bytes. So every run finds a clip that another run has fetched, and
+the name of a file is enough to check it. A file gets its name only when it is complete, so readers need no lock.
+Writers take a lock: each adds the size of its clip to a total, and first removes the clips that were read longest ago
+where there is no space. A file that another process still reads keeps its content until that process closes it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,33 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-_ACCOUNT = "size"
-_FILL_AGAIN = 0.9
-"""Share of the bound that is left after making room: not every newcomer has to look through all files."""
+from vmoco import storage
+
+_SIZE = "size"
+"""Name of the file that holds the total, in bytes."""
+_KEEP_SHARE = 0.9
+"""Share of the bound that stays after clips were removed, so that not every new clip has to look through all files."""
+
+
+def cache_for(uri: str, *, folder: str | None = None, gib: float = 50.0) -> ClipCache | None:
+    """The cache of this node for a data set; None where the data set is on this machine's disk.
+
+    Args:
+        uri: of the data set.
+        folder: `--data.cache`; $VMOCO_HOME/cache when left out.
+        gib: `--data.cache-gib`, the most that the cache may hold.
+
+    Raises:
+        ValueError: the folder cannot be used.
+    """
+    if storage.local_path(uri) is not None:
+        return None
+    place = Path(folder or storage.join(storage.home(), "cache")).expanduser()
+    return ClipCache(place / "clips", max_bytes=int(gib * 2**30))
+
+
+class CacheError(ValueError):
+    """The folder or the disk of a cache cannot take a file."""
 
 
 class ClipCache:
@@ -26,53 +50,54 @@ class ClipCache:
     Args:
         folder: on this node's disk; made if it is not there.
         max_bytes: most that it may hold.
+        setting: what names the folder, for error messages.
 
     Raises:
-        ValueError: the folder cannot be used.
+        CacheError: the folder cannot be used.
     """
 
-    def __init__(self, folder: Path, *, max_bytes: int) -> None:
+    def __init__(self, folder: Path, *, max_bytes: int, setting: str = "--data.cache") -> None:
+        self._setting = setting
         self._folder = folder
         self._max_bytes = max_bytes
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with self._account():
+            with self._locked_size():
                 pass
         except OSError as error:
-            raise ValueError(f"data.cache {folder} cannot be used ({error.strerror}): give another folder") from error
+            raise CacheError(f"{setting} {folder} cannot be used ({error.strerror}): give another folder") from error
 
-    def get(self, name: str, num_bytes: int, *, fetch: Callable[[], bytes]) -> Path:
+    def get(self, name: str, *, fetch: Callable[[], bytes]) -> Path:
         """The file of a clip; fetched first where it is not there.
 
         Args:
             name: SHA-256 of its bytes.
-            num_bytes: its size.
             fetch: returns its bytes.
 
         Raises:
-            ValueError: there is no room for it.
+            CacheError: the cache or the disk is too small for it.
         """
         path = self._folder / name[:2] / name
         try:
-            os.utime(path)  # read now, so removed late
+            os.utime(path)  # read just now, so it is removed late
             return path
         except FileNotFoundError:
             pass
         content = fetch()
         temporary = path.with_name(f".{name}.{uuid.uuid4().hex}.tmp")
-        # Written under the lock, so that what is accounted for is there: milliseconds beside the fetching.
-        with self._account() as account:
+        # Written under the lock, so that the total is that of the files: it takes milliseconds, the fetch takes longer.
+        with self._locked_size() as size_file:
             if path.exists():  # another process was faster
                 return path
-            self._make_room(num_bytes, account)
+            self._make_space(len(content), size_file)
             try:
                 path.parent.mkdir(exist_ok=True)
                 temporary.write_bytes(content)
                 os.replace(temporary, path)
             except OSError as error:
-                raise ValueError(
-                    f"data.cache {self._folder} cannot take a clip ({error.strerror}): lower data.cache-gib below what "
-                    "the disk has free, or give another folder"
+                raise CacheError(
+                    f"{self._setting} {self._folder}: a file cannot be written ({error.strerror}); lower its bound "
+                    "below the free space of the disk, or give another folder"
                 ) from error
             finally:
                 temporary.unlink(missing_ok=True)
@@ -83,38 +108,39 @@ class ClipCache:
         (self._folder / name[:2] / name).unlink(missing_ok=True)
 
     def size(self) -> int:
-        """Bytes of all clips that are there, counted while none is added or removed."""
-        with self._account():
+        """Bytes of all clips, counted while no clip is added or removed."""
+        with self._locked_size():
             return sum(size for _, size, _ in self._files())
 
-    def _make_room(self, num_bytes: int, account: Path) -> None:
+    def _make_space(self, num_bytes: int, size_file: Path) -> None:
         if num_bytes > self._max_bytes:
-            raise ValueError(
-                f"data.cache-gib {self._max_bytes / 2**30:.3f} is below one clip of {num_bytes} bytes: raise it"
+            raise CacheError(
+                f"{self._setting} {self._folder} may hold {self._max_bytes / 2**30:.3f} GiB, less than one file of "
+                f"{num_bytes} bytes: raise its bound"
             )
-        used = int(account.read_text() or 0) + num_bytes
+        used = int(size_file.read_text() or 0) + num_bytes
         if used > self._max_bytes:
-            # Counted anew: a process that was killed has left the account a little wrong.
+            # Counted from the files: a process that was killed may have left a wrong total.
             files = sorted(self._files())
             used = sum(size for _, size, _ in files) + num_bytes
             for _, size, path in files:
-                if used <= self._max_bytes * _FILL_AGAIN:
+                if used <= self._max_bytes * _KEEP_SHARE:
                     break
                 path.unlink(missing_ok=True)
                 used -= size
-        account.write_text(str(used))
+        size_file.write_text(str(used))
 
     @contextlib.contextmanager
-    def _account(self) -> Iterator[Path]:
-        """The file of the account, which no other process reads or writes meanwhile."""
-        with open(self._folder / f".{_ACCOUNT}.lock", "w") as lock:
+    def _locked_size(self) -> Iterator[Path]:
+        """The file with the total, which no other process reads or writes meanwhile."""
+        with open(self._folder / f".{_SIZE}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            path = self._folder / _ACCOUNT
+            path = self._folder / _SIZE
             path.touch()
             yield path
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
-        """When each clip was read last, its size and its path."""
+        """Of each clip the time of its last read, its size and its path."""
         for path in self._folder.glob("??/*"):
             with contextlib.suppress(FileNotFoundError):  # removed by another process
                 status = path.stat()

@@ -1,21 +1,20 @@
-"""A picture of random clips, written beside the manifest, so that a person can look at what was cut.
+"""Contact sheets: pictures of clips in rows, frames from left to right, for a person to look at.
 
-One clip per row, frames from left to right, its name and time in the margin. Which clips are drawn follows from their
-names, so the same data set gives the same picture.
+frame        0    1    2    3   ...
+clip a      [ ]  [X]  [ ]  [ ]        X: dropped by the generator, grey in a red frame
+clip b      [ ]  [ ]  [ ]  [X]
+of all       |    ‖    |    |         share of the clips since the last checkpoint that lost this frame
 
-
-The contact sheet: clips in rows, frames in columns, and which of them the generator drops.
-
-frame       0    1    2    3   ...
-clip a     [ ]  [X]  [ ]  [ ]        X is dropped: framed in red and greyed
-clip b     [ ]  [ ]  [ ]  [X]
-of all      |    ‖    |    |         share of the clips since the last checkpoint that lost this position
+One is written beside each manifest, and one with each checkpoint that has a generator. Equal content gives equal bytes:
+which clips of a data set are shown follows from their names.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -23,108 +22,114 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from vmoco import storage
-from vmoco.data.frames import Encoding, Shape
-from vmoco.data.manifest import shard_uri
-from vmoco.data.shard_reader import read_clip
+from vmoco.data.frames import Encoding, Frames, Shape
+from vmoco.data.shard_reader import ClipReader
 from vmoco.seed import hash64, mix64
 
 NAME = "contact_sheet.png"
 
 _CLIPS, _FRAMES = 16, 8
-_HEIGHT, _GAP, _MARGIN = 96, 4, 260  # pixels
-_INK, _PALE, _PAPER = (40, 40, 40), (120, 120, 120), (255, 255, 255)
+_HEIGHT, _GAP, _MARGIN, _HEAD, _BARS, _LINE = 96, 6, 108, 58, 110, 18  # pixels
+_INK, _PALE, _GREY, _PAPER, _RED = (40, 40, 40), (120, 120, 120), (205, 205, 205), (255, 255, 255), (214, 39, 40)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A clip of a contact sheet."""
+
+    frames: Frames
+    """uint8 (T, H, W, 3): those that are shown."""
+    lines: tuple[str, ...]
+    """Text in the left margin: the name, and what is known of the clip."""
+    dropped: Sequence[bool] = ()
+    """(T,), which of the frames are marked as dropped; none when left out."""
 
 
 def write(uri: str, table: pa.Table, *, frame_shape: Shape, encoding: Encoding) -> None:
-    """Draws the sheet of the data set at `uri`; `table` has the columns of a manifest.
+    """Writes the contact sheet of the data set at `uri`; `table` has the columns of a manifest.
 
     Raises:
-        ValueError: a shard cannot be read, or the place cannot be written.
+        ValueError: a shard is missing or damaged, or the place cannot be written.
     """
     ids = np.array([int(clip_id, 16) for clip_id in table["clip_id"].to_pylist()], np.uint64)
     order = np.argsort(mix64(ids, hash64("contact sheet")), kind="stable")[:_CLIPS]
-    rows = sorted(table.take(order).to_pylist(), key=lambda row: (row["video_id"], row["start_seconds"]))
-    num_frames = min(_FRAMES, frame_shape[0])
-    shown = np.linspace(0, frame_shape[0] - 1, num_frames).round().astype(int)
-    width = round(_HEIGHT * frame_shape[2] / frame_shape[1])
-    size = (_MARGIN + num_frames * (width + _GAP), 40 + len(rows) * (_HEIGHT + _GAP))
-    sheet = Image.new("RGB", size, _PAPER)
-    pen, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(16), ImageFont.load_default(12)
-    pen.text((_GAP, 10), f"{len(rows)} of {table.num_rows} clips, frames {', '.join(map(str, shown))}", _INK, font=font)
-    for number, row in enumerate(rows):
-        top = 40 + number * (_HEIGHT + _GAP)
-        name = row["video_id"] if len(row["video_id"]) < 38 else "…" + row["video_id"][-36:]
-        pen.text((_GAP, top + 20), name.replace("\n", " "), _INK, font=small)
-        about = f"from {row['start_seconds']:.2f} s, {row['fps']:.4g} frames/s"
-        about += f"\n{row['label']}" if row["label"] else ""
-        pen.multiline_text((_GAP, top + 40), about, _PALE, font=small)
-        frames = read_clip(shard_uri(uri, row["shard"]), row, frame_shape=frame_shape, encoding=encoding)
-        for place, frame in enumerate(shown):
-            picture = Image.fromarray(frames[frame]).resize((width, _HEIGHT), Image.Resampling.BICUBIC)
-            sheet.paste(picture, (_MARGIN + place * (width + _GAP), top))
-    content = io.BytesIO()
-    sheet.save(content, "PNG")
-    storage.write_atomic(storage.join(uri, NAME), content.getvalue())
-
-
-_CELL, _DROPPED_GAP, _DROPPED_MARGIN = 96, 6, 108  # pixels
-_HEAD, _BARS = 58, 110
-Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
-
-_RED, _DROPPED_INK, _DROPPED_PALE, _DROPPED_PAPER = (214, 39, 40), (40, 40, 40), (205, 205, 205), (255, 255, 255)
+    chosen = table.take(order).sort_by([("video_id", "ascending"), ("start_seconds", "ascending")])
+    numbers = np.linspace(0, frame_shape[0] - 1, min(_FRAMES, frame_shape[0])).round().astype(int).tolist()
+    reader = ClipReader(uri, chosen, frame_shape=frame_shape, encoding=encoding)
+    frames = reader.several(range(chosen.num_rows), itertools.repeat(numbers))
+    rows = [Row(pictures, _lines(row)) for row, pictures in zip(chosen.to_pylist(), frames, strict=True)]
+    title = f"{len(rows)} of {table.num_rows} clips, with the numbers of the frames that are shown"
+    storage.write_atomic(storage.join(uri, NAME), draw(rows, title=title, numbers=numbers))
 
 
 def dropped_frames_sheet(
     clips: torch.Tensor, dropped: torch.Tensor, *, names: Sequence[str], shares: Sequence[float], title: str
 ) -> bytes:
-    """Draws the sheet as a PNG.
+    """The contact sheet of what the generator drops, as a PNG.
 
     Args:
         clips: uint8 (B, T, H, W, 3).
         dropped: bool (B, T).
-        names: of the clips, for the left margin.
-        shares: of each position, in [0, 1].
+        names: of the clips.
+        shares: (T,), share of all clips that lost the frame at each position, in [0, 1].
         title: the line above.
     """
-    num_clips, num_frames = dropped.shape
-    pitch = _CELL + _DROPPED_GAP
-    size = (_DROPPED_MARGIN + num_frames * pitch + _DROPPED_GAP, _HEAD + num_clips * pitch + _BARS)
-    sheet = Image.new("RGB", size, _DROPPED_PAPER)
+    rows = [
+        Row(frames, (name,), marks)
+        for frames, name, marks in zip(clips.cpu().numpy(), names, dropped.tolist(), strict=False)
+    ]
+    return draw(rows, title=title, numbers=range(dropped.shape[1]), shares=shares)
+
+
+def draw(rows: Sequence[Row], *, title: str, numbers: Sequence[int], shares: Sequence[float] = ()) -> bytes:
+    """Draws clips in rows, as a PNG.
+
+    Args:
+        rows: the clips, of one shape.
+        title: the line above.
+        numbers: (T,), of the frames, the head of each column.
+        shares: (T,), length of a bar below each column, in [0, 1]; no bars when left out.
+    """
+    large, small = ImageFont.load_default(18), ImageFont.load_default(14)
+    height, width = rows[0].frames.shape[1:3] if rows else (1, 1)
+    cell = (round(_HEIGHT * width / height), _HEIGHT)
+    pitch = (cell[0] + _GAP, cell[1] + _GAP)
+    texts = [small.getlength(line) for row in rows for line in row.lines]
+    margin = max(_MARGIN, *(round(text) + 3 * _GAP for text in texts)) if texts else _MARGIN
+    foot = _HEAD + len(rows) * pitch[1]
+    size = (margin + len(numbers) * pitch[0] + _GAP, foot + (_BARS if shares else 0))
+    sheet = Image.new("RGB", (max(size[0], round(large.getlength(title)) + 2 * _GAP), size[1]), _PAPER)
     pen = ImageDraw.Draw(sheet)
-    small, large = ImageFont.load_default(14), ImageFont.load_default(18)
-    pen.text((_DROPPED_GAP, _DROPPED_GAP), title, _DROPPED_INK, font=large)
-    for frame in range(num_frames):
-        pen.text(
-            (_DROPPED_MARGIN + frame * pitch + _CELL // 2, _HEAD - 10),
-            str(frame),
-            _DROPPED_INK,
-            font=small,
-            anchor="ms",
-        )
-    for row in range(num_clips):
-        top = _HEAD + row * pitch
-        pen.text((_DROPPED_GAP, top + _CELL // 2), names[row], _DROPPED_INK, font=small, anchor="lm")
-        for frame in range(num_frames):
-            left = _DROPPED_MARGIN + frame * pitch
-            picture = Image.fromarray(clips[row, frame].cpu().numpy()).resize((_CELL, _CELL), Image.Resampling.BICUBIC)
-            if dropped[row, frame]:
-                picture = Image.blend(
-                    picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, _DROPPED_PALE), 0.4
-                )
-                pen.rectangle((left - 4, top - 4, left + _CELL + 3, top + _CELL + 3), fill=_RED)
+    pen.text((_GAP, _GAP), title, _INK, font=large)
+    for column, number in enumerate(numbers):
+        head = (margin + column * pitch[0] + cell[0] // 2, _HEAD - 10)
+        pen.text(head, str(number), _INK, font=small, anchor="ms")
+    for place, row in enumerate(rows):
+        top = _HEAD + place * pitch[1]
+        first = top + _HEIGHT // 2 - _LINE * (len(row.lines) - 1) // 2
+        for line, text in enumerate(row.lines):
+            pen.text((_GAP, first + line * _LINE), text, _PALE if line else _INK, font=small, anchor="lm")
+        for column, frame in enumerate(row.frames):
+            left = margin + column * pitch[0]
+            picture = Image.fromarray(frame).resize(cell, Image.Resampling.BICUBIC)
+            if row.dropped and row.dropped[column]:
+                picture = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", cell, _GREY), 0.4)
+                pen.rectangle((left - 4, top - 4, left + cell[0] + 3, top + cell[1] + 3), fill=_RED)
             sheet.paste(picture, (left, top))
-    _draw_bars(pen, shares, top=_HEAD + num_clips * pitch, pitch=pitch, font=small)
+    if shares:
+        pen.text((_GAP, foot + _BARS - 12), "dropped in\nthis share\nof all clips", _INK, font=small, anchor="ld")
+    for column, share in enumerate(shares):
+        left, bottom, length = margin + column * pitch[0], foot + _BARS - 12, round((_BARS - 40) * share)
+        pen.rectangle((left + cell[0] // 4, bottom - length, left + cell[0] * 3 // 4, bottom), fill=_RED)
+        pen.text((left + cell[0] // 2, bottom - length - 4), f"{share:.0%}", _INK, font=small, anchor="ms")
     content = io.BytesIO()
     sheet.save(content, "PNG")
     return content.getvalue()
 
 
-def _draw_bars(pen: ImageDraw.ImageDraw, shares: Sequence[float], *, top: int, pitch: int, font: Font) -> None:
-    """One bar per column, its length the share of clips, with the number above it."""
-    foot = top + _BARS - 12
-    longest = _BARS - 40
-    pen.text((_DROPPED_GAP, foot), "dropped in\nthis share\nof all clips", _DROPPED_INK, font=font, anchor="ld")
-    for frame, share in enumerate(shares):
-        left, height = _DROPPED_MARGIN + frame * pitch, round(longest * share)
-        pen.rectangle((left + 24, foot - height, left + _CELL - 24, foot), fill=_RED)
-        pen.text((left + _CELL // 2, foot - height - 4), f"{share:.0%}", _DROPPED_INK, font=font, anchor="ms")
+def _lines(row: dict[str, object]) -> tuple[str, ...]:
+    """The text beside a clip of a data set, from its row of the manifest."""
+    name = str(row["video_id"]).replace("\n", " ")
+    shown = name if len(name) < 38 else "…" + name[-36:]
+    label = (str(row["label"]),) if row["label"] else ()
+    return (shown, f"from {row['start_seconds']:.2f} s, {row['fps']:.4g} frames/s", *label)

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from pydantic import TypeAdapter
 
+from vmoco.cluster import ray_internals
+
 Plan = TypeVar("Plan")
 Result = TypeVar("Result")
 
@@ -59,7 +61,7 @@ def run_tasks(
     bars, level = context.enable_progress_bars, log.level
     context.enable_progress_bars = False
     log.setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that bars are off
+    logging.getLogger(ray_internals.PROGRESS_LOGGER).setLevel(logging.ERROR)  # it warns that bars are off
     try:
         # One block per plan is one task per plan.
         blocks = ray.data.from_blocks([to_table([plan], plan_type) for plan in plans])

@@ -43,44 +43,52 @@ def encode(frames: Frames, encoding: Encoding, *, quality: int) -> Stored:
     return pack([_jpeg(frame, quality) for frame in frames])
 
 
-def decode(stored: Stored, encoding: Encoding, shape: Shape) -> Frames:
-    """The pixels of a stored clip, uint8 (T, H, W, C): for `raw` a view of `stored`, not a copy.
+def decode(stored: Stored, encoding: Encoding, shape: Shape, numbers: Sequence[int] | None = None) -> Frames:
+    """The pixels of a stored clip, or of some of its frames; no others are decoded.
+
+    Args:
+        stored: bytes of the clip.
+        encoding: how it is stored.
+        shape: (T, H, W, C) of the stored clip.
+        numbers: of the frames that are wanted, in order; all when left out.
+
+    Returns:
+        uint8 (len(numbers), H, W, C); of a raw clip a view of `stored` where the numbers are a `range`.
 
     Raises:
         ValueError: the bytes are not a clip of that shape.
     """
+    numbers = range(shape[0]) if numbers is None else numbers
     if encoding == "raw":
         pixels = np.frombuffer(stored, np.uint8)
         if pixels.size != math.prod(shape):
             raise ValueError(f"{pixels.size} bytes are not a raw clip of {'x'.join(map(str, shape))}")
-        return pixels.reshape(shape)
-    return decode_images(unpack(stored, num_frames=shape[0]), shape)
+        pixels = pixels.reshape(shape)
+        if isinstance(numbers, range):
+            return pixels[numbers.start : numbers.stop : numbers.step]
+        return pixels[list(numbers)]
+    images = unpack(stored, num_frames=shape[0])
+    frames = np.empty((len(numbers), *shape[1:]), np.uint8)
+    for place, number in enumerate(numbers):
+        _decode_image(images[number], frames[place], number=number)
+    return frames
 
 
-def decode_images(images: Sequence[Stored], shape: Shape) -> Frames:
-    """The pixels of a clip from its JPEGs, uint8 (T, H, W, C).
-
-    Raises:
-        ValueError: they are not JPEGs of that shape.
-    """
+def _decode_image(image: Stored, target: Frames, *, number: int) -> None:
+    """Decodes a JPEG into uint8 (H, W, C); `number` is that of the frame, for errors."""
     import simplejpeg
 
     # The same pixels as Pillow's, into the clip itself and without a copy: 2.7 times as fast. torchvision is between
     # the two, and its JPEG functions are deprecated.
-    frames = np.empty(shape, np.uint8)
-    if len(images) != shape[0]:
-        raise ValueError(f"it has {len(images)} frames, and should have {shape[0]}")
-    for place, image in enumerate(images):
-        try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
-            found = (height, width, 1 if colours == "Gray" else 3)
-            if found == shape[1:]:
-                simplejpeg.decode_jpeg(image, "RGB", buffer=frames[place])
-        except ValueError as error:
-            raise ValueError(f"frame {place} is no whole JPEG: {error}") from None
-        if found != shape[1:]:
-            raise ValueError(f"frame {place} is {found}, and should be {shape[1:]}")
-    return frames
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
+        found = (height, width, 1 if colours == "Gray" else 3)
+        if found == target.shape:
+            simplejpeg.decode_jpeg(image, "RGB", buffer=target)
+    except ValueError as error:
+        raise ValueError(f"frame {number} is not a complete JPEG: {error}") from None
+    if found != target.shape:
+        raise ValueError(f"frame {number} is {found}, and should be {target.shape}")
 
 
 def pack(images: Sequence[bytes]) -> bytes:
@@ -95,7 +103,7 @@ def unpack(stored: Stored, *, num_frames: int) -> list[memoryview]:
     """The images in the stored bytes of a clip; views.
 
     Raises:
-        ValueError: the bytes are no such clip.
+        ValueError: the bytes are not such a clip.
     """
     view, start = memoryview(stored).cast("B"), _table_size(num_frames)
     if len(view) < start:

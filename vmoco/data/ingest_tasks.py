@@ -27,7 +27,7 @@ from vmoco.data.clips import ClipPlan, Part
 from vmoco.data.decoder import Decoder, StoredClips
 from vmoco.data.ledger import Rejection, VideoError, attributed
 from vmoco.data.manifest import FIELDS, shard_uri
-from vmoco.data.shard import VERSION, Account, ShardFile, Video
+from vmoco.data.shard import VERSION, ShardFile, ShardMetadata, Video
 from vmoco.data.shard_reader import ShardScan
 from vmoco.data.source import Found
 from vmoco.job_settings import IngestSettings
@@ -248,11 +248,11 @@ def make_shard(plan: ShardPlan, *, root: str, output: str, settings: IngestSetti
         )
         for unit in plan.units
     ]
-    account = Account(
+    metadata = ShardMetadata(
         settings.content(), settings.frame_shape, tuple(videos), tuple(rejections), encoding=settings.encoding
     )
-    rows, file = shard.write_shard(uri, _clips(cuts, decoder.scratch, settings), account=account)
-    return _made(plan, rows, file, account, reused=False)
+    rows, file = shard.write_shard(uri, _clips(cuts, decoder.scratch, settings), metadata=metadata)
+    return _made(plan, rows, file, metadata, reused=False)
 
 
 def _existing(plan: ShardPlan, uri: str) -> MadeShard | None:
@@ -262,8 +262,8 @@ def _existing(plan: ShardPlan, uri: str) -> MadeShard | None:
         rows = there.table.to_pylist()
         scan = ShardScan(uri, rows)
         intact = all(whole for _, _, whole in scan)
-        if intact and not any(rejection.transient for rejection in there.account.rejected):
-            return _made(plan, rows, scan.file, there.account, reused=True)
+        if intact and not any(rejection.transient for rejection in there.metadata.rejected):
+            return _made(plan, rows, scan.file, there.metadata, reused=True)
     except (OSError, ValueError):
         pass
     return None
@@ -315,11 +315,13 @@ def _clips(
             place += size
 
 
-def _made(plan: ShardPlan, rows: list[dict[str, Any]], file: ShardFile, account: Account, *, reused: bool) -> MadeShard:
-    videos = {read.video_id: read for read in account.videos}
+def _made(
+    plan: ShardPlan, rows: list[dict[str, Any]], file: ShardFile, metadata: ShardMetadata, *, reused: bool
+) -> MadeShard:
+    videos = {read.video_id: read for read in metadata.videos}
     for number, row in enumerate(rows):
         read = videos[row["video_id"]]
         row |= {"shard": plan.name, "row": number, "entry": read.entry, "range": read.range}
         row |= {"video_bytes": read.num_bytes, "video_sha256": read.sha256}
-    rejections = tuple(dataclasses.replace(rejection, shard=plan.name) for rejection in account.rejected)
+    rejections = tuple(dataclasses.replace(rejection, shard=plan.name) for rejection in metadata.rejected)
     return MadeShard(plan.name, file, rows, rejections, reused)

@@ -29,9 +29,10 @@ import torch
 
 from vmoco.config import PretrainSettings
 from vmoco.data import augment
+from vmoco.data.clip_cache import cache_for
 from vmoco.data.manifest import Manifest
 from vmoco.data.plan import Draws, Int64Array, Plan
-from vmoco.data.shard_reader import ClipReader, cache_for
+from vmoco.data.shard_reader import ClipReader
 from vmoco.seed import UInt64Array, hash64, mix64, uniform, uniforms
 
 
@@ -131,9 +132,8 @@ class Loader:
         self._rows = manifest.table.filter(pc.invert(manifest.table["held_out"]))
         self.clip_ids: list[str] = self._rows["clip_id"].to_pylist()
         data = settings.data
-        self._reader = ClipReader(
-            manifest, self._rows, cache=cache_for(manifest, folder=data.cache, gib=data.cache_gib)
-        )
+        cache = cache_for(manifest.uri, folder=data.cache, gib=data.cache_gib)
+        self._reader = ClipReader.of(manifest, self._rows, cache=cache)
         videos = self._rows["video_id"].combine_chunks().dictionary_encode()
         names = videos.dictionary.to_pylist()
         # A hash and not the index: a key keeps its meaning when the data set grows between two runs.
@@ -227,8 +227,9 @@ class Loader:
         frames = self._memory.take(shape)
         target = frames.numpy()
         starts = self._window_starts(window_seeds).tolist()
-        for place, (stored, start) in enumerate(zip(self._reader.several(clips.tolist()), starts, strict=True)):
-            target[place] = stored[start : start + data.num_frames * data.stride : data.stride]
+        windows = (range(start, start + _span(self._settings), data.stride) for start in starts)
+        for place, window in enumerate(self._reader.several(clips.tolist(), windows)):
+            target[place] = window
         table = augment.draw(self._view_seeds(draws, name), self._settings.augment, height=height, width=width)
         return View(frames, torch.from_numpy(table))
 

@@ -1,18 +1,15 @@
-"""What a shard says of itself in its schema metadata: every video that went in, also those that gave no clip.
+"""A shard: one Arrow IPC file of clips, which is read by memory map or by byte ranges.
 
-With it a shard stands on its own: a manifest can be rebuilt from shards, and a later run knows what was done.
+The file is not compressed and has one record batch per clip. So the frames of a clip are one range of the file, row i
+is record batch i, and a reader touches only what it asks for. All types are Arrow's own, so any Arrow reader opens it.
 
-
-A shard: one Arrow IPC file of clips, read by memory map or clip by clip by ranges.
-
-Uncompressed, and one record batch per clip: so the frames of a clip are one contiguous range of the file, row i is
-record batch i, and a reader touches nothing but what it asks for. Only Arrow's own types, so any Arrow reader opens it.
-
-Schema, version 2. The metadata key `vmoco` of the schema holds the `Account` as JSON. Each row is a clip: ROW_FIELDS,
-then `frames`:
+Schema, version 2. Each row is a clip: ROW_FIELDS, then `frames`:
 
     raw    fixed_shape_tensor<uint8>[T, H, W, C]      the range (offset, num_bytes) is the pixels
     jpeg   list<binary>, T items, each a JPEG file    the range is Arrow's offsets of the items, and the items
+
+The metadata key `vmoco` of the schema holds the `ShardMetadata` as JSON: every video that was read for the shard, also
+those that gave no clip. So a manifest can be made again from the shards, and a later ingest knows what was done.
 """
 
 from __future__ import annotations
@@ -38,14 +35,14 @@ VERSION = 2
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """A video, or a part of a long one, that a shard accounts for, as it was when it was read."""
+    """A video, or a part of a long one, as it was when it was read for a shard."""
 
     video_id: str
     num_bytes: int
     sha256: str
     """Hash of the file; empty where it could not be read."""
     entry: str = ""
-    """Hash of what the list of videos said of it: size, range, label, splits."""
+    """Hash of its entry in the list of videos: size, range, label, splits."""
     range: str | None = None
     """Which seconds of the file it is, as `0.5-3`; None where it is all of it."""
     part: int = 0
@@ -54,8 +51,8 @@ class Video:
 
 
 @dataclasses.dataclass(frozen=True)
-class Account:
-    """Which videos went into a shard, with which settings, and which of them were rejected."""
+class ShardMetadata:
+    """Which videos were read for a shard, with which settings, and which of them were rejected."""
 
     settings: dict[str, Any]
     """`IngestSettings.content()`."""
@@ -68,11 +65,11 @@ class Account:
     """How the frames of every clip are stored."""
 
     def to_json(self) -> str:
-        """The account as canonical JSON: equal accounts give equal bytes."""
+        """Canonical JSON: equal metadata give equal bytes."""
         return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str | bytes, *, uri: str) -> Account:
+    def from_json(cls, text: str | bytes, *, uri: str) -> ShardMetadata:
         """Reads `to_json` back.
 
         Raises:
@@ -140,7 +137,7 @@ class ShardFile:
     sha256: str
 
 
-def write_shard(uri: str, clips: Iterable[Clip], *, account: Account) -> tuple[list[dict[str, Any]], ShardFile]:
+def write_shard(uri: str, clips: Iterable[Clip], *, metadata: ShardMetadata) -> tuple[list[dict[str, Any]], ShardFile]:
     """Writes a shard that is never visible half-written, one clip in memory at a time.
 
     Returns:
@@ -149,8 +146,8 @@ def write_shard(uri: str, clips: Iterable[Clip], *, account: Account) -> tuple[l
     Raises:
         ValueError: the place cannot be written.
     """
-    frames = pa.field("frames", _frames_type(account), nullable=False)
-    schema = pa.schema([*ROW_FIELDS, frames], metadata={METADATA_KEY: account.to_json().encode()})
+    frames = pa.field("frames", _frames_type(metadata), nullable=False)
+    schema = pa.schema([*ROW_FIELDS, frames], metadata={METADATA_KEY: metadata.to_json().encode()})
     options = pa.ipc.IpcWriteOptions(compression=None, use_threads=False)
     rows = []
     with storage.open_atomic(uri) as plain:
@@ -158,8 +155,8 @@ def write_shard(uri: str, clips: Iterable[Clip], *, account: Account) -> tuple[l
         with pa.ipc.new_file(pa.PythonFile(file, mode="w"), schema, options=options) as writer:
             end = _header_bytes(schema, options)
             for clip in clips:
-                row = _row(clip, account.frame_shape)
-                column = _column(clip, account)
+                row = _row(clip, metadata.frame_shape)
+                column = _column(clip, metadata)
                 # The place of the frames is a field of the row, so it must be known before: a message has the same
                 # size whatever the numbers in it, and the frames are its last buffer.
                 batch = _batch(row, column, schema)
@@ -187,9 +184,9 @@ class _Hashing(io.RawIOBase):
         return self._file.write(content)
 
 
-def _frames_type(account: Account) -> pa.DataType:
-    if account.encoding == "raw":
-        return pa.fixed_shape_tensor(pa.uint8(), account.frame_shape)
+def _frames_type(metadata: ShardMetadata) -> pa.DataType:
+    if metadata.encoding == "raw":
+        return pa.fixed_shape_tensor(pa.uint8(), metadata.frame_shape)
     return pa.list_(pa.field("item", pa.binary(), nullable=False))
 
 
@@ -206,13 +203,13 @@ def _bytes(clip: Clip) -> memoryview:
     return memoryview(stored).cast("B")
 
 
-def _column(clip: Clip, account: Account) -> pa.Array:
-    column_type, stored = _frames_type(account), _bytes(clip)
-    if account.encoding == "raw":
-        pixels = storing.decode(stored, "raw", account.frame_shape).reshape(-1)
+def _column(clip: Clip, metadata: ShardMetadata) -> pa.Array:
+    column_type, stored = _frames_type(metadata), _bytes(clip)
+    if metadata.encoding == "raw":
+        pixels = storing.decode(stored, "raw", metadata.frame_shape).reshape(-1)
         storage_array = pa.FixedSizeListArray.from_arrays(pa.array(pixels), pixels.size)
         return pa.ExtensionArray.from_storage(column_type, storage_array)
-    num_frames = account.frame_shape[0]
+    num_frames = metadata.frame_shape[0]
     images = storing.unpack(stored, num_frames=num_frames)
     ends = np.cumsum([0, *map(len, images)], dtype=np.int32)
     data = pa.py_buffer(stored[stored.nbytes - int(ends[-1]) :])
@@ -237,14 +234,14 @@ def _header_bytes(schema: pa.Schema, options: pa.ipc.IpcWriteOptions) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class ShardRows:
-    """A shard without its pixels: one table row per clip (the fields of ROW_FIELDS, in file order), and its account."""
+    """A shard without its pixels: one table row per clip (ROW_FIELDS, in file order), and its metadata."""
 
     table: pa.Table
-    account: Account
+    metadata: ShardMetadata
 
 
 def read_rows(uri: str) -> ShardRows:
-    """Reads the rows of a shard and its account, and none of its pixels.
+    """Reads the rows of a shard and its metadata, and none of its pixels.
 
     Raises:
         ValueError: the shard is missing, truncated or of another version.
@@ -254,79 +251,18 @@ def read_rows(uri: str) -> ShardRows:
         with filesystem.open_input_file(path) as file:
             return read_rows_from(file, uri=uri)
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(_missing(uri)) from None
+        raise ValueError(
+            f"shard {uri} is missing: run jobs/ingest.py again, or give the folder that holds the data set"
+        ) from None
 
 
 def read_rows_from(file: pa.NativeFile, *, uri: str) -> ShardRows:
     """`read_rows` of an open file; `uri` is its name in errors."""
-    account = _account(_open(file, uri=uri), uri=uri)
+    metadata = _metadata(_open(file, uri=uri), uri=uri)
     # With a list of fields Arrow fetches only their buffers; without one it would read the whole batch.
     reader = _open(file, uri=uri, included_fields=list(range(len(ROW_FIELDS))))
     batches = [reader.get_batch(row) for row in range(reader.num_record_batches)]
-    return ShardRows(pa.Table.from_batches(batches, schema=pa.schema(ROW_FIELDS)), account)
-
-
-class ShardReader:
-    """Memory-maps a shard on this machine's disk; a clip is read when it is asked for."""
-
-    def __init__(self, path: str) -> None:
-        """Opens the shard; reads its schema only.
-
-        Raises:
-            ValueError: the shard is missing, truncated or of another version, or not on a local disk.
-        """
-        local = storage.local_path(path)
-        if local is None:
-            raise ValueError(f"{path} is not on this machine's disk: a shard is memory-mapped, so copy it here first")
-        try:
-            self._map = pa.memory_map(str(local))
-        except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(_missing(path)) from None
-        self._path = path
-        self._reader = _open(self._map, uri=path)
-        self.account = _account(self._reader, uri=path)
-        self._column = self._reader.schema.get_field_index("frames")
-
-    def __len__(self) -> int:
-        """Number of clips."""
-        return int(self._reader.num_record_batches)
-
-    def __enter__(self) -> ShardReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the file; views that are still held keep the memory map alive."""
-        self._map.close()
-
-    @property
-    def frame_shape(self) -> Shape:
-        """(T, H, W, C) of every clip."""
-        return self.account.frame_shape
-
-    @property
-    def encoding(self) -> Encoding:
-        """How the frames are stored."""
-        return self.account.encoding
-
-    def frames(self, row: int) -> Frames:
-        """The pixels of clip `row`, uint8 (T, H, W, C): a read-only view of a raw shard, decoded from a JPEG one.
-
-        Raises:
-            ValueError: a JPEG is damaged.
-        """
-        assert 0 <= row < len(self), (row, len(self))
-        column = self._reader.get_batch(row).column(self._column)
-        if self.encoding == "raw":
-            view: Frames = column.storage.flatten().to_numpy(zero_copy_only=True).reshape(self.frame_shape)
-            return view
-        images = [memoryview(image.as_buffer()).cast("B") for image in column.values]
-        try:
-            return storing.decode_images(images, self.frame_shape)
-        except ValueError as error:
-            raise ValueError(f"clip {row} of shard {self._path} is damaged ({error}): run jobs/check.py data") from None
+    return ShardRows(pa.Table.from_batches(batches, schema=pa.schema(ROW_FIELDS)), metadata)
 
 
 def _open(file: pa.NativeFile, *, uri: str, included_fields: list[int] | None = None) -> pa.ipc.RecordBatchFileReader:
@@ -339,12 +275,8 @@ def _open(file: pa.NativeFile, *, uri: str, included_fields: list[int] | None = 
         ) from None
 
 
-def _account(reader: pa.ipc.RecordBatchFileReader, *, uri: str) -> Account:
+def _metadata(reader: pa.ipc.RecordBatchFileReader, *, uri: str) -> ShardMetadata:
     text = (reader.schema.metadata or {}).get(METADATA_KEY)
     if text is None:
         raise ValueError(f"{uri} is an Arrow file but not a vmoco shard: shards are made by jobs/ingest.py")
-    return Account.from_json(text, uri=uri)
-
-
-def _missing(uri: str) -> str:
-    return f"shard {uri} is missing: run jobs/ingest.py again, or give the folder that holds the data set"
+    return ShardMetadata.from_json(text, uri=uri)

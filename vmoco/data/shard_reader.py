@@ -1,22 +1,21 @@
-"""Reads single clips of a data set, wherever its shards are, and checks each when it is read first.
+"""The one reader of shards: it finds clips by their byte ranges and checks them by their hashes.
 
-A clip is a range of its shard. On this machine's disk the shard is memory-mapped, so the pixels of a raw clip are a
-view of the file. From a remote shard the range alone is fetched, into the cache of the node, and mapped from there.
+A clip is a range of bytes of its shard. A shard on this machine's disk is memory-mapped, so a raw clip is a view of the
+file and costs no copy. From a remote shard only the range is fetched, into the cache of this node, and mapped there.
 
-
-Stored clips by their ranges, checked by their hashes: one of them, or all of a shard while it is read once.
-
-This needs no memory map, so the shard may be anywhere.
+`ClipReader` reads clips in any order. `ShardScan` reads one shard from its first byte to its last, as a check of
+the complete file needs it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import mmap
+import itertools
 import os
 import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,181 +23,234 @@ import numpy as np
 import pyarrow as pa
 
 from vmoco import storage
-from vmoco.data import frames
 from vmoco.data import frames as storing
 from vmoco.data.clip_cache import ClipCache
 from vmoco.data.frames import Encoding, Frames, Shape
-from vmoco.data.manifest import Manifest
+from vmoco.data.manifest import Manifest, shard_uri
 from vmoco.data.shard import ShardFile
 
-_FETCHES = 16
-"""Clips that are fetched from remote shards side by side: one takes as long as the way there and back."""
-_MEND = "bring the shard back as it was, or remove it and run jobs/ingest.py again"
+MAX_OPEN = 64
+"""Shards that a reader keeps open: memory maps, or connections to a store."""
+_FETCH_THREADS = 16
+"""Clips that are fetched from remote shards at once: each waits for one round trip to the store."""
+_DECODE_THREADS = 8
+"""Most threads that decode JPEGs; the decoder lets other threads run."""
+_PIECE = 2**22  # bytes
+_FIX = "restore the shard, or remove it and run jobs/ingest.py again"
 
 
 class ClipReader:
-    """Clips by their place in a table of the manifest's rows; for several threads.
+    """Reads clips of a data set, local or remote. Several threads may use one reader.
 
     Args:
-        manifest: data set.
-        rows: rows of its table; a clip is named by its place in them.
-        cache: for remote shards; None where they are on this machine's disk.
+        uri: folder of the data set.
+        rows: rows of its manifest with clip_id, shard, offset, num_bytes and sha256; a clip is named by its place here.
+        frame_shape: (T, H, W, C) of every stored clip.
+        encoding: how its frames are stored.
+        shard_bytes: sizes of the shards by name, to notice a truncated one before its first clip is read.
+        crop: cut off the padding of pictures that do not fill the frame; `rows` then has their height and width.
+        cache: for clips of remote shards that are read more than once; without one they are fetched each time.
+        max_open: shards that are kept open; the one that was used longest ago is closed first.
     """
 
-    def __init__(self, manifest: Manifest, rows: pa.Table, *, cache: ClipCache | None) -> None:
-        self._manifest = manifest
-        self._cache = cache
-        self._clip_ids = rows["clip_id"]
-        self._sha256 = rows["sha256"]
+    def __init__(
+        self,
+        uri: str,
+        rows: pa.Table,
+        *,
+        frame_shape: Shape,
+        encoding: Encoding,
+        shard_bytes: Mapping[str, int] | None = None,
+        crop: bool = False,
+        cache: ClipCache | None = None,
+        max_open: int = MAX_OPEN,
+    ) -> None:
+        self._uri, self._frame_shape, self._encoding, self._shard_bytes = uri, frame_shape, encoding, shard_bytes or {}
+        self._clip_ids = rows["clip_id"].combine_chunks()
+        self._sha256 = rows["sha256"].combine_chunks()
         self._shards = rows["shard"].combine_chunks().dictionary_encode()
         self._shard_of = self._shards.indices.to_numpy()
-        self._offset = rows["offset"].to_numpy()
-        self._num_bytes = rows["num_bytes"].to_numpy()
+        self._offset, self._num_bytes = rows["offset"].to_numpy(), rows["num_bytes"].to_numpy()
+        self._pictures = (rows["height"].to_numpy(), rows["width"].to_numpy()) if crop else None
         self._checked = np.zeros(rows.num_rows, bool)
-        self._open: dict[int, Any] = {}
-        self._opening = threading.Lock()
-        self._fetching = ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch") if cache else None
+        self._cache, self._is_remote = cache, storage.local_path(uri) is None
+        self._open: OrderedDict[int, Future[Any]] = OrderedDict()
+        self._max_open = max_open
+        self._lock = threading.Lock()  # of `_open`; never held while a file is opened or read
+        threads = _FETCH_THREADS if self._is_remote else min(_DECODE_THREADS, os.cpu_count() or 1)
+        # A view of a mapped file costs less than a task of a pool.
+        self._pool = ThreadPoolExecutor(threads, "clips") if self._is_remote or encoding == "jpeg" else None
+        self._ahead = 2 * threads
 
-    def frames(self, clip: int) -> Frames:
-        """The pixels of a clip, uint8 (T, H, W, C): a read-only view where it is stored raw.
+    @classmethod
+    def of(
+        cls, manifest: Manifest, rows: pa.Table | None = None, *, crop: bool = False, cache: ClipCache | None = None
+    ) -> ClipReader:
+        """A reader of some rows of a manifest's table, or of all."""
+        return cls(
+            manifest.uri,
+            manifest.table if rows is None else rows,
+            frame_shape=manifest.frame_shape,
+            encoding=manifest.encoding,
+            shard_bytes={name: file.num_bytes for name, file in manifest.shards.items()},
+            crop=crop,
+            cache=cache,
+        )
+
+    def frames(self, clip: int, numbers: Sequence[int] | None = None) -> Frames:
+        """Frames of a clip; no others are decoded.
+
+        Args:
+            clip: its place in the rows.
+            numbers: of the frames that are wanted, in order; all when left out.
+
+        Returns:
+            uint8 (len(numbers), H, W, C); of a raw clip a read-only view where the numbers are a `range`.
 
         Raises:
-            ValueError: its shard is missing or truncated, or its bytes are not those that the manifest knows.
+            ValueError: its shard is missing or truncated, or its bytes are not those that ingest wrote.
+            OSError: the store cannot be reached.
         """
-        stored = self._remote(clip) if self._cache else self._local(clip)
+        stored = self._stored(clip)
+        try:
+            frames = storing.decode(stored, self._encoding, self._frame_shape, numbers)
+        except ValueError as error:
+            raise ValueError(f"{self._name(clip)} cannot be decoded: {error}; {_FIX}") from None
+        if self._pictures is None:
+            return frames
+        height, width = (int(sizes[clip]) for sizes in self._pictures)
+        return frames[:, :height, :width]
+
+    def several(
+        self, clips: Iterable[int], numbers: Iterable[Sequence[int] | None] = itertools.repeat(None)
+    ) -> Iterator[Frames]:
+        """`frames` of each clip, in the order asked for; JPEG and remote clips are read by several threads.
+
+        Reads only a few clips ahead of the caller, so any number of clips may be asked for.
+        """
+        if self._pool is None:
+            yield from map(self.frames, clips, numbers)
+            return
+        waiting: deque[Future[Frames]] = deque()
+        try:
+            for clip, wanted in zip(clips, numbers, strict=False):
+                waiting.append(self._pool.submit(self.frames, clip, wanted))
+                if len(waiting) == self._ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def _stored(self, clip: int) -> memoryview:
+        """The stored bytes of a clip, hashed when they are read for the first time."""
+        stored = self._read(clip)
         if not self._checked[clip]:
-            if hashlib.sha256(stored).hexdigest() != self._sha256[clip].as_py():
-                if self._cache is None:
-                    raise ValueError(
-                        f"clip {self._clip_ids[clip]} of shard {self._uri(clip)} is damaged: its bytes do not have the "
-                        f"SHA-256 of the manifest; {_MEND}"
-                    )
-                self._cache.drop(self._sha256[clip].as_py())  # this disk has damaged it: the shard has it whole
-                stored = self._remote(clip)
+            if not self._is_intact(clip, stored):
+                if not self._is_remote or self._cache is None:
+                    raise ValueError(self._damage(clip, stored))
+                self._cache.drop(self._sha256[clip].as_py())  # this disk has damaged it: the store has the original
+                stored = self._read(clip)
             self._checked[clip] = True
-        return storing.decode(stored, self._manifest.encoding, self._manifest.frame_shape)
+        return stored
 
-    def several(self, clips: Iterable[int]) -> Iterator[Frames]:
-        """`frames` of each clip, in their order; those of remote shards are read side by side."""
-        return self._fetching.map(self.frames, clips) if self._fetching else map(self.frames, clips)
-
-    def _local(self, clip: int) -> memoryview:
-        shard = int(self._shard_of[clip])
-        with self._opening:
-            if shard not in self._open:
-                self._open[shard] = self._map(clip)
-        begin = int(self._offset[clip])
-        mapped: memoryview = self._open[shard]
-        return mapped[begin : begin + int(self._num_bytes[clip])]
-
-    def _map(self, clip: int) -> memoryview:
-        uri = self._uri(clip)
-        path = storage.local_path(uri)
-        assert path is not None, "remote shards have a cache"
+    def _read(self, clip: int) -> memoryview:
+        if not self._is_remote:
+            return self._mapped(clip)
+        if self._cache is None:
+            return memoryview(self._fetch(clip))
+        path = self._cache.get(self._sha256[clip].as_py(), fetch=lambda: self._fetch(clip))
         try:
-            found = path.stat().st_size
-        except FileNotFoundError:
-            raise ValueError(f"shard {uri} is missing: {_MEND}") from None
-        if found != (known := self._manifest.shards[self._name(clip)].num_bytes):
-            raise ValueError(f"shard {uri} is truncated or was changed: {found} bytes of {known}; {_MEND}")
-        return _mapped(path)
-
-    def _remote(self, clip: int) -> memoryview:
-        assert self._cache is not None, "called for remote shards alone"
-        size = int(self._num_bytes[clip])
-        path = self._cache.get(self._sha256[clip].as_py(), size, fetch=lambda: self._fetch(clip))
-        try:
-            return _mapped(path)
-        except (FileNotFoundError, ValueError):  # removed by another process to make room, just now
+            return _map(path)
+        except FileNotFoundError:  # another process has just removed it to make space
             return memoryview(self._fetch(clip))
 
-    def _fetch(self, clip: int) -> bytes:
-        shard, uri = int(self._shard_of[clip]), self._uri(clip)
-        try:
-            with self._opening:
-                if shard not in self._open:
-                    filesystem, path = storage.filesystem(uri)
-                    self._open[shard] = filesystem.open_input_file(path)
-            size, begin = int(self._num_bytes[clip]), int(self._offset[clip])
-            content = bytes(storage.patiently(lambda: self._open[shard].read_at(size, begin)))
-        except FileNotFoundError:
-            raise ValueError(f"shard {uri} is missing: {_MEND}") from None
-        if hashlib.sha256(content).hexdigest() != self._sha256[clip].as_py():  # never into the cache
+    def _mapped(self, clip: int) -> memoryview:
+        mapped = self._opened(clip)
+        begin = int(self._offset[clip])
+        end = begin + int(self._num_bytes[clip])
+        if end > mapped.nbytes:
             raise ValueError(
-                f"clip {self._clip_ids[clip]} of shard {uri} is damaged: the {len(content)} bytes that were fetched do "
-                f"not have the SHA-256 of the manifest; {_MEND}"
+                f"shard {self._shard_uri(clip)} is truncated or was changed: it has {mapped.nbytes} bytes, and clip "
+                f"{self._clip_ids[clip]} ends at byte {end}; {_FIX}"
             )
+        return mapped[begin:end]
+
+    def _fetch(self, clip: int) -> bytes:
+        size, begin = int(self._num_bytes[clip]), int(self._offset[clip])
+        content = bytes(storage.patiently(lambda: self._opened(clip).read_at(size, begin)))
+        if not self._is_intact(clip, content):  # damage never enters the cache
+            raise ValueError(self._damage(clip, content))
         return content
 
+    def _opened(self, clip: int) -> Any:
+        """The shard of a clip: its mapped bytes, or the remote file. One thread opens it, others wait for that one."""
+        shard = int(self._shard_of[clip])
+        with self._lock:
+            future = self._open.get(shard)
+            opens = future is None
+            if future is None:
+                future = self._open[shard] = Future()
+                if len(self._open) > self._max_open:
+                    self._open.popitem(last=False)  # whoever still reads it keeps it open
+            else:
+                self._open.move_to_end(shard)
+        if opens:
+            try:
+                future.set_result(self._open_shard(clip))
+            except BaseException as error:
+                with self._lock:
+                    if self._open.get(shard) is future:
+                        del self._open[shard]  # the next try opens it again
+                future.set_exception(error)
+        return future.result()
+
+    def _open_shard(self, clip: int) -> Any:
+        uri = self._shard_uri(clip)
+        filesystem, path = storage.filesystem(uri)
+        try:
+            if self._is_remote:
+                return filesystem.open_input_file(path)
+            mapped = _map(Path(path))
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(f"shard {uri} is missing: {_FIX}") from None
+        known = self._shard_bytes.get(self._shard_name(clip), mapped.nbytes)
+        if mapped.nbytes != known:
+            raise ValueError(f"shard {uri} is truncated or was changed: {mapped.nbytes} bytes of {known}; {_FIX}")
+        return mapped
+
+    def _is_intact(self, clip: int, stored: bytes | memoryview) -> bool:
+        return hashlib.sha256(stored).hexdigest() == self._sha256[clip].as_py()
+
+    def _damage(self, clip: int, stored: bytes | memoryview) -> str:
+        return (
+            f"{self._name(clip)} is damaged: the SHA-256 of its {len(stored)} bytes is not that of the manifest; {_FIX}"
+        )
+
     def _name(self, clip: int) -> str:
+        return f"clip {self._clip_ids[clip]} of shard {self._shard_uri(clip)}"
+
+    def _shard_uri(self, clip: int) -> str:
+        return shard_uri(self._uri, self._shard_name(clip))
+
+    def _shard_name(self, clip: int) -> str:
         name: str = self._shards.dictionary[int(self._shard_of[clip])].as_py()
         return name
 
-    def _uri(self, clip: int) -> str:
-        return self._manifest.shard_uri(self._name(clip))
 
-
-def cache_for(manifest: Manifest, *, folder: str | None = None, gib: float = 50.0) -> ClipCache | None:
-    """The cache of this node for a data set; None where its shards are on this machine's disk.
-
-    Args:
-        manifest: data set.
-        folder: `data.cache`.
-        gib: `data.cache_gib`.
-
-    Raises:
-        ValueError: the folder cannot be used.
-    """
-    if storage.local_path(manifest.uri) is not None:
-        return None
-    place = Path(folder or storage.join(storage.home(), "cache")).expanduser()
-    return ClipCache(place / "clips", max_bytes=int(gib * 2**30))
-
-
-def _mapped(path: Path) -> memoryview:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return memoryview(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
-    finally:
-        os.close(descriptor)
-
-
-_PIECE = 2**22  # bytes
-
-
-def read_clip(uri: str, row: dict[str, Any], *, frame_shape: Shape, encoding: Encoding) -> Frames:
-    """The frames of one clip, uint8 (T, H, W, C), by its range: also of a shard that is not on this machine.
-
-    Args:
-        uri: Of the shard.
-        row: Of the manifest.
-        frame_shape: (T, H, W, C) of every clip of the data set.
-        encoding: How its frames are stored.
-
-    Raises:
-        ValueError: the shard cannot be read, or the bytes are not those that were written.
-    """
-    filesystem, path = storage.filesystem(uri)
-
-    def read() -> bytes:
-        with filesystem.open_input_file(path) as file:
-            return bytes(file.read_at(row["num_bytes"], row["offset"]))
-
-    try:
-        stored = storage.patiently(read)
-    except OSError as error:
-        raise ValueError(f"shard {uri} cannot be read: {error}") from None
-    if hashlib.sha256(stored).hexdigest() != row["sha256"]:
-        raise ValueError(f"clip {row['clip_id']} of shard {uri} is damaged: run jobs/check.py data")
-    return frames.decode(stored, encoding, frame_shape)
+def _map(path: Path) -> memoryview:
+    """A file as memory; it takes no file descriptor, and stays mapped until the last view of it has gone."""
+    with pa.memory_map(str(path)) as file:
+        return memoryview(file.read_buffer())
 
 
 class ShardScan:
-    """Reads a shard once, from one end to the other: the stored clips on the way, and in the end its size and hash.
+    """Reads a shard once, from one end to the other: its stored clips, and in the end its size and hash.
 
     Args:
-        uri: Of the shard.
-        rows: Its clips, as rows of the shard or the manifest.
+        uri: of the shard.
+        rows: its clips, as rows of the shard or the manifest, in any order.
     """
 
     def __init__(self, uri: str, rows: list[dict[str, Any]]) -> None:
@@ -207,7 +259,7 @@ class ShardScan:
         self._sha256, self._num_bytes = hashlib.sha256(), 0
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], bytes, bool]]:
-        """Each row, its stored bytes, and whether they are those that were written.
+        """Each row, its stored bytes, and whether their SHA-256 is that of the row.
 
         Raises:
             OSError: the shard cannot be read.
@@ -216,20 +268,21 @@ class ShardScan:
         with filesystem.open_input_stream(path) as file:
             for row in self._rows:
                 self._skip(file, row["offset"] - self._num_bytes)
-                stored = self._taken(file.read(row["num_bytes"]))
+                stored = self._read(file, row["num_bytes"])
                 yield row, stored, hashlib.sha256(stored).hexdigest() == row["sha256"]
             self._skip(file, 2**62)
 
     @property
     def file(self) -> ShardFile:
-        """Size and hash of what was read: of the whole shard, once the iteration has come to its end."""
+        """Size and hash of what was read: of the complete shard once the iteration has ended."""
         return ShardFile(self._num_bytes, self._sha256.hexdigest())
 
     def _skip(self, file: Any, size: int) -> None:
-        while size > 0 and (piece := self._taken(file.read(min(_PIECE, size)))):
+        while size > 0 and (piece := self._read(file, min(_PIECE, size))):
             size -= len(piece)
 
-    def _taken(self, piece: bytes) -> bytes:
+    def _read(self, file: Any, size: int) -> bytes:
+        piece: bytes = file.read(size)
         self._sha256.update(piece)
         self._num_bytes += len(piece)
         return piece

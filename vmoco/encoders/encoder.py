@@ -1,7 +1,6 @@
 """A pretrained encoder with its preprocessing: what `vmoco.load_encoder` returns.
 
-It takes frames as they are, uint8 RGB of any size, and does the rest itself, so that nobody has to know how it was
-trained.
+It takes raw frames, uint8 RGB of any size, and prepares them itself, so callers need not know how it was trained.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ Source = str | os.PathLike[str] | npt.NDArray[np.uint8] | torch.Tensor
 """A video file, or frames."""
 
 MAX_CLIPS = 32
-"""Of one video file; as many as ingest cuts by default."""
+"""Most clips of one video file; the default of ingest."""
 SECONDS_PER_VIDEO = 600.0
 _S3D_FRAMES = 5  # S3D halves time three times, without padding at the last
 
@@ -45,7 +44,7 @@ class Preprocessing:
     mean: tuple[float, float, float] = PIXEL_MEAN
     std: tuple[float, float, float] = PIXEL_STD
     standardise: bool = False
-    """Each clip is brought to zero mean and unit deviation of its own; `mean` and `std` do not count then."""
+    """Scale each clip to zero mean and unit deviation; `mean` and `std` are not used then."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -76,7 +75,7 @@ class Encoder(nn.Module):
     Attributes:
         backbone: the network, for fine-tuning: normalised float (B, 3, T, H, W) -> (B, feature_dim).
         preprocessing: what `forward` does to frames first.
-        card: where it comes from.
+        card: its origin, the content of encoder.json.
     """
 
     mean: torch.Tensor
@@ -164,7 +163,7 @@ class Encoder(nn.Module):
         return features
 
     def weights_hash(self) -> str:
-        """16 hex digits over the weights and how frames are prepared: equal ones give equal features."""
+        """16 hex digits over weights and preprocessing; encoders with equal hashes give equal features."""
         digest = hashlib.sha256(repr(self.preprocessing).encode())
         for name, tensor in sorted(self.backbone.state_dict().items()):
             digest.update(name.encode())
@@ -172,7 +171,7 @@ class Encoder(nn.Module):
         return digest.hexdigest()[:16]
 
     def stride(self, fps: float) -> int:
-        """Distance of the frames that come nearest to the encoder's own frame rate, in frames of a video of `fps`."""
+        """Every how many frames of a video of `fps` to take one, to come nearest to the encoder's frame rate."""
         return max(1, round(fps / self.preprocessing.fps))
 
     def cut_video(

@@ -1,10 +1,9 @@
-"""Runs an exported encoder with torch and MLflow alone: this file travels with every registered encoder.
+"""Runs an exported encoder with only torch and MLflow: this file is logged with every registered encoder.
 
-MLflow calls `_load_pyfunc` in the environment of whoever pulls the encoder, where there is no vmoco: so it imports
-nothing of it. The program is an archive of torch.export, and opening one can run code: it is opened only after its
-SHA-256 is the one that the encoder's card records, and the card's the one that the registry recorded when it was
-registered. This file and MLmodel themselves come from where the encoder is stored, as with any model of MLflow:
-`vmoco.load_encoder`, which runs no code of an encoder, is the choice where that store is not trusted.
+MLflow calls `_load_pyfunc` where vmoco is not installed, so this file imports nothing of vmoco. The program is a
+torch.export archive, and opening one can run code. It is opened only if its SHA-256 is the one in the encoder's card,
+and the card's SHA-256 the one that the registry recorded. This file and MLmodel come from the artifact store, as with
+any model of MLflow: use `vmoco.load_encoder`, which runs no code of an encoder, if you do not trust that store.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class EncoderProgram:
                 f"{folder / PROGRAM} is damaged or was changed: its SHA-256 is {found[:12]}..., {CARD} says "
                 f"{str(self.card['files'].get(PROGRAM))[:12]}...; it was not opened"
             )
-        self._module = torch.export.load(io.BytesIO(program)).module()  # the very bytes that were checked
+        self._module = torch.export.load(io.BytesIO(program)).module()  # the bytes that were checked
 
     def predict(self, clips: Any, params: dict[str, Any] | None = None) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Raw clips, uint8 (B, T, H, W, 3), RGB, of any height and width -> unit features float32 (B, feature_dim).
@@ -76,7 +75,7 @@ def _load_pyfunc(path: str) -> EncoderProgram:
 def _check_card(folder: Path, content: bytes) -> None:
     """Compares the card with the registry's record, where the encoder was fetched by its name."""
     if not (folder / _REGISTERED).exists():
-        return  # a folder of one's own, or an artifact of a run: there is no record but the card
+        return  # a local folder, or an artifact of a run: the registry has no record of it
     import mlflow
 
     lines = (folder / _REGISTERED).read_text().splitlines()
@@ -85,7 +84,7 @@ def _check_card(folder: Path, content: bytes) -> None:
     if version.tags.get(SHA256_TAG) != hashlib.sha256(content).hexdigest():
         raise ValueError(
             f"{folder / CARD} is not what was registered as {version.name} version {version.version}: it is damaged "
-            "or was changed; nothing of it was opened"
+            "or was changed; it was not opened"
         )
 
 
@@ -93,4 +92,4 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: this is no encoder of vmoco, or it is damaged") from None
+        raise ValueError(f"{path} is missing: this is not an encoder of vmoco, or it is damaged") from None

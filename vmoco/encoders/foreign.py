@@ -1,6 +1,6 @@
-"""Encoders of others, with the preprocessing that they were trained with: torchvision's, and the released VideoMoCo's.
+"""Encoders that vmoco did not train: torchvision's and the released VideoMoCo, each with its own preprocessing.
 
-Also random initialisation, which is nobody's: what an encoder has to be better than.
+Also random initialisation, the baseline that every trained encoder has to beat.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _RELEASED = Preprocessing(num_frames=32, fps=25.0, size=112, mean=(0.485, 0.456,
 
 
 def read(path: Path) -> tuple[str, Encoder]:
-    """Reads weights of torchvision or of the released code from a local file; whose they are is told by their keys.
+    """Reads weights of torchvision or of the released code from a local file; the keys tell which of them it is.
 
     Returns:
         "torchvision" or "released", and the encoder.
 
     Raises:
-        ValueError: it cannot be read as weights, or they are of no network that is known.
+        ValueError: the file has no weights, or weights of an unknown network.
     """
     checkpoint = weights.read_checkpoint(path)
     kind, name, width, head = weights.recognise(checkpoint)
@@ -43,10 +43,10 @@ def read(path: Path) -> tuple[str, Encoder]:
 
 
 def supervised(name: str) -> Encoder:
-    """torchvision's encoder of that architecture, trained on Kinetics-400 with labels; fetched once per machine.
+    """torchvision's encoder of an architecture, trained on Kinetics-400 with labels; downloaded once per machine.
 
     Raises:
-        ValueError: torchvision has none, or it cannot be fetched.
+        ValueError: torchvision has none, or it cannot be downloaded.
     """
     if name not in weights.TORCHVISION:
         raise ValueError(f"torchvision has no weights of {name}, only of {', '.join(weights.TORCHVISION)}")
@@ -57,11 +57,11 @@ def supervised(name: str) -> Encoder:
         return _torchvision(name, found.get_state_dict(progress=False))
     except (OSError, RuntimeError) as error:  # no network, or a file that is not what its name says
         place = f"{torch.hub.get_dir()}/checkpoints/{found.url.rpartition('/')[2]}"
-        raise ValueError(f"torchvision's weights cannot be fetched ({error}): put them at {place}") from None
+        raise ValueError(f"torchvision's weights cannot be fetched ({error}): copy {found.url} to {place}") from None
 
 
 def random_initialisation(encoder: Encoder, *, seed: int) -> Encoder:
-    """An encoder of the same architecture and preprocessing that has learned nothing."""
+    """An untrained encoder of the same architecture and preprocessing."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hash64("random initialisation", seed) % 2**63)
         name = encoder.card["backbone"]

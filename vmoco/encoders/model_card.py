@@ -17,8 +17,8 @@ def write(folder: Path, card: Mapping[str, Any], *, histories: Histories) -> Non
 
     Args:
         folder: of the encoder.
-        card: what encoder.json says.
-        histories: (step, value) of each tracked metric that is drawn.
+        card: the content of encoder.json.
+        histories: (step, value) of each metric to draw.
     """
     drawn = _draw(folder / PLOTS, histories)
     sections = [
@@ -49,13 +49,13 @@ def _usage(card: Mapping[str, Any]) -> str:
     expected = card["preprocessing"]
     return textwrap.dedent(
         f"""\
-        ## To use it
+        ## How to use it
 
             import vmoco
-            encoder = vmoco.load_encoder("models:/NAME@ALIAS")      # reads safetensors and JSON alone
+            encoder = vmoco.load_encoder("models:/NAME@ALIAS")      # reads safetensors and JSON only
             features = encoder.embed("video.mp4")                   # or uint8 frames (T, H, W, 3), RGB
 
-        Without vmoco, with torch and MLflow alone (this runs the code that lies beside it):
+        Without vmoco, with only torch and MLflow (this runs the code in the encoder's folder):
 
             model = mlflow.pyfunc.load_model("models:/NAME@ALIAS")
             features = model.predict(clips)                         # uint8 (B, {expected["num_frames"]}, H, W, 3), RGB
@@ -72,11 +72,11 @@ def _data(card: Mapping[str, Any]) -> str:
     lines = ["## What it was trained on"]
     if counts := data.get("counts"):
         lines.append(
-            f"{counts['clips']} clips of {counts['videos']} videos, of which {counts['held_out']} were held out; "
+            f"{counts['clips']} clips of {counts['videos']} videos; {counts['held_out']} of the videos were held out; "
             f"manifest `{data['manifest_hash']}` of `{data['uri']}`. Their names are in `videos.parquet`."
         )
-    if said := data.get("description"):
-        lines.append(said)
+    if description := data.get("description"):
+        lines.append(description)
     lines.append(f"Licence of the videos: {data['licence']}.")
     return "\n\n".join(lines)
 

@@ -1,13 +1,15 @@
-"""The encoder as a thing of its own: a folder that any process can load, without Ray.
+"""An exported encoder: a folder that any process can load, without Ray.
 
     encoder.safetensors   weights of the backbone
-    encoder.json          the card: preprocessing, lineage, and the SHA-256 of every other file of this list
-    settings.json         the resolved settings of the run, the same bytes as in its checkpoint and in MLflow
-    videos.parquet        which videos it was trained on, and which were held out
-    program.pt2           the same network for whoever has no vmoco (`vmoco/encoders/encoder_program.py`)
+    encoder.json          the card: preprocessing, lineage, and the SHA-256 of each file listed here
+    settings.json         all settings of the run, the same bytes as in its checkpoint and in MLflow
+    videos.parquet        the videos of its data set, and which of them were held out
+    program.pt2           the network as a program that needs no vmoco (`encoder_program.py`)
+    encoder.onnx          the same for ONNX Runtime, if it was asked for
 
-`load_encoder` reads safetensors and JSON alone, so nothing in the folder can run code, and only files whose hash is
-the recorded one: the card holds the files' hashes, the registry the card's.
+Imported weights have no settings.json and no videos.parquet. `registry.attach` adds README.md and plots/ for people,
+and MLmodel, requirements and code/ for MLflow. `load_encoder` reads safetensors and JSON only, so no file of the folder
+can run code, and it reads only bytes that have the recorded hash: the card records the files, the registry the card.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import importlib.metadata
 import json
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from vmoco.encoders.encoder_program import CARD, PROGRAM
 from vmoco.encoders.portable import ONNX, write_onnx, write_program
 from vmoco.model.backbone import Backbone, build_backbone
 
-__all__ = ["Encoder", "Preprocessing", "load_encoder", "read_encoder", "write_folder"]
+__all__ = ["Encoder", "Preprocessing", "load_encoder", "write_folder"]
 
 VERSION = 2
 WEIGHTS, SETTINGS, VIDEOS = "encoder.safetensors", "settings.json", "videos.parquet"
@@ -53,14 +54,14 @@ def write_folder(
     lineage: dict[str, Any],
     onnx: bool = False,
 ) -> dict[str, Any]:
-    """Writes weights, program and, last, the card, which accounts for every file in the folder.
+    """Writes weights, program and, last, the card, with the hash of every file in the folder.
 
     Args:
-        folder: exists; what the encoder brings along is in it already.
+        folder: exists, and already holds settings.json and videos.parquet if the encoder has them.
         backbone: its weights.
         backbone_name: for `build_backbone`.
         preprocessing: of the encoder.
-        lineage: where it comes from: entries of the card.
+        lineage: entries of the card about its origin.
         onnx: also write encoder.onnx.
 
     Returns:
@@ -90,7 +91,7 @@ def write_folder(
 
 
 def add_scores(folder: Path, scores: dict[str, dict[str, Any]]) -> None:
-    """Notes scores in the card of an encoder that is not registered yet, by protocol."""
+    """Adds scores, by protocol, to the card of an encoder that is not registered yet."""
     card = json.loads((folder / CARD).read_text())
     storage.write_atomic(str(folder / CARD), json.dumps(card | {"scores": scores}, indent=1, sort_keys=True).encode())
 
@@ -99,71 +100,61 @@ def load_encoder(uri: str) -> Encoder:
     """Loads an encoder in evaluation mode, on the CPU.
 
     Args:
-        uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/ID/encoder`, or a folder that `write_encoder` wrote.
+        uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/ID/encoder`, or a folder that `write_folder` wrote.
 
     Raises:
-        ValueError: there is none, it is damaged or was changed, or it is of another version.
+        ValueError: there is none, it is damaged or was changed, or its format has another version.
     """
     if uri.startswith(("models:/", "runs:/")):
         from vmoco.encoders import registry
 
-        with tempfile.TemporaryDirectory() as folder:
-            sha256 = registry.fetch(uri, Path(folder), names=(CARD, WEIGHTS))
-            return read_encoder(Path(folder), uri, sha256=sha256)
-    return read_encoder(Path(uri), uri)
+        located = registry.locate(uri)
+        card = _parsed(registry.pull(located, CARD, sha256=located.card_sha256), uri)
+        return _encoder(card, registry.pull(located, WEIGHTS, sha256=card["files"][WEIGHTS]))
+    folder = Path(uri)
+    card = _parsed(_read(folder / CARD, f"{uri} is not an encoder of vmoco"), uri)
+    weights = _read(folder / WEIGHTS, f"encoder {uri} is damaged")
+    if hashlib.sha256(weights).hexdigest() != card["files"].get(WEIGHTS):
+        raise ValueError(f"encoder {uri} is damaged or was changed: its weights do not have the hash in its {CARD}")
+    return _encoder(card, weights)
 
 
-def read_encoder(folder: Path, uri: str, *, sha256: str | None = None) -> Encoder:
-    """Reads an encoder from a folder.
+def _read(path: Path, problem: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{problem}: it has no {path.name}") from None
 
-    Args:
-        folder: with card and weights.
-        uri: its name in errors.
-        sha256: of its card, as the registry recorded it; None for a folder of one's own, which has no other record.
+
+def _parsed(content: bytes, uri: str) -> dict[str, Any]:
+    """The card of an encoder.
 
     Raises:
-        ValueError: as for `load_encoder`.
+        ValueError: it is not JSON, or its format has another version.
     """
-    content = read_card(folder, uri, sha256=sha256)
-    card = json.loads(content)
+    try:
+        card: dict[str, Any] = json.loads(content)
+    except ValueError:
+        raise ValueError(f"encoder {uri} is damaged: its {CARD} is no JSON") from None
     if card.get("version") != VERSION:
         raise ValueError(f"encoder {uri} is of version {card.get('version')}, this vmoco reads version {VERSION}")
-    try:
-        weights = (folder / WEIGHTS).read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"encoder {uri} is damaged: it has no {WEIGHTS}") from None
-    if hashlib.sha256(weights).hexdigest() != card["files"].get(WEIGHTS):
-        raise ValueError(f"encoder {uri} is damaged or was changed: its weights do not have the hash that {CARD} says")
+    return card
+
+
+def _encoder(card: dict[str, Any], weights: bytes) -> Encoder:
+    """Builds an encoder from a card and weights whose hashes were checked."""
     backbone = build_backbone(card["backbone"])
-    backbone.load_state_dict(load(weights))  # the very bytes that were checked
+    backbone.load_state_dict(load(weights))
     return Encoder(backbone, Preprocessing.from_json(card["preprocessing"]), card).eval()
 
 
-def read_card(folder: Path, uri: str, *, sha256: str | None) -> bytes:
-    """The bytes of a card, checked against the registry's record of it, where there is one.
-
-    Raises:
-        ValueError: there is none, or it is another.
-    """
-    try:
-        content = (folder / CARD).read_bytes()
-        json.loads(content)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{uri} is not an encoder of vmoco: it has no {CARD}") from None
-    except ValueError:
-        raise ValueError(f"encoder {uri} is damaged: its {CARD} is no JSON") from None
-    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"encoder {uri} is damaged or was changed: its {CARD} is not the one that was registered")
-    return content
-
-
 def git_commit() -> str | None:
-    """The commit of vmoco's own sources, `+changes` where they differ from it; None outside a git checkout.
+    """The commit of vmoco's sources, with `+changes` if files differ from it; None outside a git checkout.
 
-    VMOCO_COMMIT overrides it, for images and working directories that travel without .git.
+    VMOCO_COMMIT overrides it, for images and working directories without .git.
     """
-    if told := os.environ.get("VMOCO_COMMIT"):
-        return told
+    if given := os.environ.get("VMOCO_COMMIT"):
+        return given
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -184,4 +175,4 @@ def _versions() -> dict[str, str]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions | {"torch": torch.__version__}  # with its build
+    return versions | {"torch": torch.__version__}  # with the build, such as +cpu

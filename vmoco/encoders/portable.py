@@ -1,8 +1,8 @@
-"""The encoder as a program of its own: torch.export for Python without vmoco, ONNX for everything else.
+"""An encoder as a program without vmoco: torch.export for Python, ONNX for everything else.
 
-Both take square raw clips, uint8 (B, T, S, S, 3) with the encoder's T and any B and S, scale and normalise them, and
-give unit features. Cutting the square out is left to the caller (`encoder_program` does it): a program that asks which
-side is the shorter would be one program for each answer.
+Both take square raw clips, uint8 (B, T, S, S, 3), with the encoder's T and any B and S. They scale and normalise them
+and return unit features. The caller crops to a square (`encoder_program.py` does): cropping depends on which side is
+shorter, and an exported program cannot branch on that.
 """
 
 from __future__ import annotations
@@ -45,11 +45,13 @@ def write_program(encoder: Encoder, folder: Path) -> Path:
     exported = torch.export.export(program, (clips,), dynamic_shapes=_dynamic())
     path = folder / PROGRAM
     torch.export.save(exported, str(path))
-    # Before anyone can pull it: an archive that loads and computes something else is the worst that can happen.
+    # Checked before anyone can pull it: an archive that loads and computes something else would go unnoticed.
     found = torch.export.load(str(path)).module()(clips)
     if not torch.equal(found, encoder.embed(clips)):
         difference = (found - encoder.embed(clips)).abs().max().item()
-        raise RuntimeError(f"the exported program differs from the encoder by {difference:.2g}: it is not kept")
+        raise RuntimeError(
+            f"the exported program differs from the encoder by {difference:.2g}, and must not differ: it is not kept"
+        )
     return path
 
 
@@ -62,13 +64,13 @@ def write_onnx(encoder: Encoder, folder: Path) -> Path:
     """
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401 - torch.onnx needs it and says so less clearly
+        import onnxscript  # noqa: F401 - torch.onnx needs it, and its own message is less clear
     except ImportError as error:
         raise ValueError(f"ONNX needs the package {error.name}: pip install 'vmoco[onnx]'") from None
     program, clips = _Program(encoder).eval(), _example(encoder)
     path = folder / ONNX
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*axis name", UserWarning)  # height and width share one name: as is meant
+        warnings.filterwarnings("ignore", ".*axis name", UserWarning)  # height and width share one name on purpose
         torch.onnx.export(
             program,
             (clips,),
@@ -83,7 +85,9 @@ def write_onnx(encoder: Encoder, folder: Path) -> Path:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     difference = float(np.abs(session.run(None, {"clips": clips.numpy()})[0] - encoder.embed(clips).numpy()).max())
     if not difference <= ONNX_TOLERANCE:
-        raise RuntimeError(f"ONNX Runtime differs from the encoder by {difference:.2g}: {ONNX} is not kept")
+        raise RuntimeError(
+            f"ONNX Runtime differs from the encoder by {difference:.2g}, above {ONNX_TOLERANCE:g}: {ONNX} is not kept"
+        )
     return path
 
 

@@ -1,8 +1,8 @@
-"""Which version is the champion: scores of registered versions, and the one alias that has to be earned.
+"""Scores of registered encoders, and the alias "champion", which moves only to a better one.
 
-Scores are tags of a version, one for each protocol and evaluation set (by the hash of its clips), so two versions are
-compared only on the same clips. Every move of the champion is noted with its reason in a tag of the name; rolling back
-takes the one before.
+A score is a tag of a version, one for each protocol and evaluation set (a hash of its clips), so two versions are
+compared only on the same clips. A tag of the registered name lists each move of the champion with its reason; a
+rollback restores the previous champion from that list.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Score:
     protocol: str
     """What was measured, such as label-free or knn."""
     evaluation_set: str
-    """Hash of the clips it was measured on, and of how."""
+    """Hash of the clips and of the way it was measured."""
     value: float
     low: float
     high: float
     """`low` to `high` is the 95 % interval over videos."""
     beside: str
-    """What it has to be compared with, in words."""
+    """The reference values for it, as text."""
 
     def row(self) -> dict[str, Any]:
         """As an entry of the encoder's card."""
@@ -47,7 +47,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Move:
-    """The champion of a name, from a moment on."""
+    """One move of the alias "champion"."""
 
     version: str
     since: str
@@ -56,7 +56,7 @@ class Move:
 
 
 def record(uri: str, scores: Sequence[Score]) -> None:
-    """Adds scores to a registered version, in place of older ones of the same protocol and set.
+    """Adds scores to a registered version; a score replaces the older one of its protocol and evaluation set.
 
     Raises:
         ValueError: there is no such version.
@@ -79,19 +79,19 @@ def scores_of(version: Any) -> list[Score]:
 def promote(
     name: str, *, version: str | None = None, protocol: str = LABEL_FREE, force_reason: str | None = None
 ) -> Move:
-    """Makes a version the champion, if it scores better than the one that is.
+    """Makes a version the champion if it scores better than the present champion.
 
-    Better is a score above the champion's interval, on the same evaluation set; where the two have several sets in
-    common, on every one of them. A name without a champion takes any version that has a score.
+    Better means above the champion's 95 % interval on every evaluation set that both have. When a name has no champion
+    yet, any version with a score becomes it.
 
     Args:
         name: registered name.
         version: its number; the candidate when left out.
         protocol: which score decides.
-        force_reason: moves the alias whatever the scores say; why, for those who come after.
+        force_reason: moves the alias whatever the scores are; the text is kept as the reason of the move.
 
     Raises:
-        ValueError: there is no such version, it has no score, none on the same set, or no better one.
+        ValueError: there is no such version, it has no score on the champion's evaluation sets, or it is not better.
     """
     challenger = registry.find_version(f"models:/{name}/{version}" if version else f"models:/{name}@{CANDIDATE}")
     champion = _champion(name)
@@ -99,7 +99,9 @@ def promote(
         raise ValueError(f"{name} version {challenger.version} is the champion already")
     if force_reason is not None:
         if not force_reason.strip():
-            raise ValueError("a forced move needs a reason: say why the scores do not decide")
+            raise ValueError(
+                "--force is empty: write why the scores do not decide, such as --force 'a video was withdrawn'"
+            )
         reason = f"forced: {force_reason.strip()}"
     else:
         reason = _reason(name, challenger, champion, protocol)
@@ -107,15 +109,15 @@ def promote(
 
 
 def rollback(name: str) -> Move:
-    """Makes the version the champion again that was it before.
+    """Restores the previous champion.
 
     Raises:
-        ValueError: there was none before.
+        ValueError: there is no previous champion.
     """
     moves = history(name)
     if len(moves) < 2:
-        raise ValueError(f"{name} has had {len(moves)} champions, so there is none to go back to")
-    # A second rollback goes back further: the moves since then are undone, and not undone again.
+        raise ValueError(f"{name} has had {len(moves)} champions: a rollback needs a previous one")
+    # The list ends with the restored move, so a second rollback goes back one champion further.
     return _move(name, moves[-2].version, f"rollback of version {moves[-1].version}", kept=moves[:-2])
 
 
@@ -139,7 +141,7 @@ def _reason(name: str, challenger: Any, champion: Any | None, protocol: str) -> 
     evaluate = f"run jobs/evaluate.py models:/{name}/{challenger.version}"
     if not mine:
         raise ValueError(
-            f"{name} version {challenger.version} has no {protocol} score: {evaluate}, or force it with a reason"
+            f"{name} version {challenger.version} has no {protocol} score: {evaluate}, or give a reason with --force"
         )
     if champion is None:
         return f"the first: {next(iter(mine.values()))}"
@@ -149,14 +151,14 @@ def _reason(name: str, challenger: Any, champion: Any | None, protocol: str) -> 
         raise ValueError(
             f"{name} version {challenger.version} and the champion, version {champion.version}, have no {protocol} "
             f"score on the same evaluation set: {evaluate} and models:/{name}/{champion.version} with the same --data, "
-            "or force it with a reason"
+            "or give a reason with --force"
         )
     for evaluation_set in common:
         if not mine[evaluation_set].value > theirs[evaluation_set].high:
             raise ValueError(
                 f"{name} version {challenger.version} is not better than the champion, version {champion.version}: "
                 f"{mine[evaluation_set]}, the champion {theirs[evaluation_set]}; a score above the champion's interval "
-                "is needed, or force it with a reason"
+                "is needed, or a reason with --force"
             )
     return f"{mine[common[0]]}, version {champion.version} {theirs[common[0]]}"
 

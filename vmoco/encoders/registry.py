@@ -1,39 +1,40 @@
-"""Encoders by name in MLflow's model registry; one of the few files that know MLflow.
+"""Encoders by name in MLflow's model registry: register, find, pull, and which of them saw a video.
 
-A version's artifacts are what `export.py` wrote, with what MLflow needs to load them by itself and a model card. The
-SHA-256 of the encoder's card is kept in the tracker's database, not beside the files: whoever can change the files of
-an encoder cannot change that record with them.
-
-
-Which encoders saw a video: for takedowns, and for whoever asks.
-
-Every registered version carries the names of its videos; versions that were trained on one data set share a list,
-which is fetched once.
+The artifacts of a version are what `package.write_folder` wrote, a model card, and what MLflow needs to load them
+without vmoco. The SHA-256 of the encoder's card is a tag in the tracker's database, and not a file beside the card:
+whoever can change the files of an encoder cannot change that record with them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vmoco import tracking
+from vmoco import storage, tracking
+from vmoco.data.clip_cache import CacheError, ClipCache
 from vmoco.encoders import encoder_program, model_card
 from vmoco.encoders.encoder_program import CARD, SHA256_TAG
-from vmoco.encoders.package import VIDEOS, read_card
+from vmoco.encoders.package import VIDEOS
 from vmoco.storage import file_sha256
 
 ARTIFACT_FOLDER = "encoder"
 CANDIDATE, CHAMPION = "candidate", "champion"
+_PAGE = 100  # entries in one answer of the registry
+_CACHE_GIB = 10.0
 _METRICS = ("loss", "accuracy", "retrieval", "effective_rank", "embedding_std", "generator_loss")
 """Of a run, those that its model card shows, where they were tracked."""
 
@@ -52,12 +53,12 @@ class Registered:
 
 
 def attach(folder: Path, *, run_id: str, artifact_folder: str = ARTIFACT_FOLDER) -> None:
-    """Completes an exported encoder with a model card and what MLflow needs, and logs it with its run.
+    """Adds a model card and what MLflow needs to an exported encoder, and logs it as artifacts of its run.
 
     Args:
-        folder: what `export.write_encoder` wrote.
-        run_id: MLflow run that trained it, or that stands for its import.
-        artifact_folder: where it goes among the run's artifacts.
+        folder: what `package.write_folder` wrote.
+        run_id: MLflow run that trained it, or the run of its import.
+        artifact_folder: folder among the run's artifacts that receives it.
     """
     tracker = tracking.client()
     card = json.loads((folder / CARD).read_text())
@@ -76,17 +77,17 @@ def attach(folder: Path, *, run_id: str, artifact_folder: str = ARTIFACT_FOLDER)
 def register(
     run_id: str, *, name: str, alias: str, description: str = "", artifact_folder: str = ARTIFACT_FOLDER
 ) -> Registered:
-    """Registers an encoder that was attached to a run as a new version of `name`: the candidate.
+    """Registers the encoder of a run as a new version of `name`, with the alias "candidate".
 
     Args:
-        run_id: MLflow run that `attach` logged an encoder with.
+        run_id: MLflow run with an encoder that `attach` logged.
         name: registered name.
-        alias: a further name of this version, if not "candidate".
-        description: one line for a person.
+        alias: one more alias of this version, or "candidate".
+        description: one line that MLflow and `jobs/registry.py list` show.
         artifact_folder: as for `attach`.
 
     Raises:
-        ValueError: the alias is "champion", which only `promotion.promote` gives, or the name is not allowed.
+        ValueError: the alias is "champion", which only `promotion.promote` sets, or MLflow does not allow the name.
     """
     from mlflow.exceptions import MlflowException
 
@@ -107,33 +108,36 @@ def register(
 
 
 def check_alias(alias: str) -> None:
-    """Refuses the alias that has to be earned.
+    """Refuses the alias "champion", which only a better score gives.
 
     Raises:
         ValueError: it is "champion".
     """
     if alias == CHAMPION:
         raise ValueError(
-            f"alias {CHAMPION!r} is not given at registration, because it moves only to an encoder that scores better: "
-            "register it, and then run jobs/registry.py promote NAME"
+            f"alias {CHAMPION!r} cannot be set when an encoder is registered, because only a better score gives it: "
+            "register the encoder under another alias, then run jobs/registry.py promote NAME"
         )
 
 
-def fetch(uri: str, folder: Path, *, names: Sequence[str]) -> str | None:
-    """Copies files of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/ID/FOLDER` into a folder.
+@dataclass(frozen=True)
+class Located:
+    """The place of an encoder's files, and the hash that the tracker's database records for its card."""
 
-    Args:
-        uri: which encoder.
-        folder: receives the files.
-        names: files of the encoder; those that it has not are left out.
+    uri: str
+    """What the caller asked for, for messages."""
+    source: str
+    """Artifact URI of its folder."""
+    card_sha256: str
+    """SHA-256 of its card when the encoder was registered or attached."""
 
-    Returns:
-        The SHA-256 of its card, as it was recorded when the encoder was registered or attached.
+
+def locate(uri: str) -> Located:
+    """Finds `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/ID/FOLDER`.
 
     Raises:
-        ValueError: there is no such name, alias or version; what there is, is listed.
+        ValueError: there is no such name, alias or version; the message lists what there is.
     """
-    import mlflow
     from mlflow.exceptions import MlflowException
 
     tracker = tracking.client()
@@ -147,23 +151,78 @@ def fetch(uri: str, folder: Path, *, names: Sequence[str]) -> str | None:
             run = tracker.get_run(run_id)
             source = f"{run.info.artifact_uri}/{artifact_folder}"
             record = run.data.tags.get(f"{SHA256_TAG}.{artifact_folder}")
-        if record is None:
-            raise ValueError(f"{uri} has no record of its hash: it was not registered by vmoco, so it is not read")
-        for name in names:
-            got = mlflow.artifacts.download_artifacts(
-                artifact_uri=f"{source}/{name}", tracking_uri=tracking.tracking_uri()
-            )
-            shutil.copy(got, folder / name)
     except (MlflowException, OSError) as error:
         raise ValueError(f"{uri} cannot be fetched from {tracking.tracking_uri()}: {error}") from error
-    return str(record)
+    if record is None:
+        raise ValueError(f"{uri} has no {SHA256_TAG} tag, because vmoco did not register it: it is not read")
+    return Located(uri, source, str(record))
+
+
+def pull(located: Located, name: str, *, sha256: str) -> bytes:
+    """The content of one file of an encoder, from the cache in $VMOCO_HOME/encoders or from the artifact store.
+
+    A file of the cache is named by its SHA-256, which is checked on each load: a damaged one is downloaded again. The
+    cache holds at most 10 GiB, or VMOCO_ENCODER_CACHE_GIB; files that were not read for longest are removed first.
+
+    Args:
+        located: the encoder.
+        name: of the file.
+        sha256: its recorded hash.
+
+    Raises:
+        ValueError: the file is missing, damaged or was changed, or VMOCO_ENCODER_CACHE_GIB is not a number.
+    """
+    fetched: list[bytes] = []
+
+    def fetch() -> bytes:
+        fetched.append(_download(located, name, sha256))
+        return fetched[0]
+
+    try:
+        path = _cache().get(sha256, fetch=fetch)
+    except CacheError:  # the folder cannot be written, or the bound is too small: load without the cache
+        return fetched[0] if fetched else fetch()
+    with contextlib.suppress(FileNotFoundError):  # another process has just removed it, to free space
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() == sha256:
+            return content
+        _cache().drop(sha256)  # damaged on this disk; the artifact store has the original
+    return _download(located, name, sha256)
+
+
+def _cache() -> ClipCache:
+    typed = os.environ.get("VMOCO_ENCODER_CACHE_GIB") or str(_CACHE_GIB)
+    try:
+        max_bytes = int(float(typed) * 2**30)
+    except (ValueError, OverflowError):
+        raise ValueError(f"VMOCO_ENCODER_CACHE_GIB is {typed!r}: give a number of GiB, such as 10 or 0.5") from None
+    place = Path(storage.home(), "encoders")
+    return ClipCache(place, max_bytes=max_bytes, setting="VMOCO_ENCODER_CACHE_GIB")
+
+
+def _download(located: Located, name: str, sha256: str) -> bytes:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = mlflow.artifacts.download_artifacts(
+                artifact_uri=f"{located.source}/{name}", dst_path=folder, tracking_uri=tracking.tracking_uri()
+            )
+            content = Path(path).read_bytes()
+        except (MlflowException, OSError) as error:
+            raise ValueError(f"{located.uri} cannot be fetched from {tracking.tracking_uri()}: {error}") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        record = "the one that was registered" if sha256 == located.card_sha256 else f"the one that its {CARD} records"
+        raise ValueError(f"encoder {located.uri} is damaged or was changed: its {name} is not {record}")
+    return content
 
 
 def find_version(uri: str) -> Any:
     """MLflow's entry of `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
 
     Raises:
-        ValueError: there is none; what there is, is listed.
+        ValueError: there is none; the message lists what there is.
     """
     from mlflow.exceptions import MlflowException
 
@@ -185,7 +244,7 @@ def find_model(name: str) -> Any:
     """MLflow's entry of a registered name.
 
     Raises:
-        ValueError: there is none; what there is, is listed.
+        ValueError: there is none; the message lists what there is.
     """
     from mlflow.exceptions import MlflowException
 
@@ -198,10 +257,10 @@ def find_model(name: str) -> Any:
 
 
 def find_run(run: str) -> Any:
-    """MLflow's entry of a run, by its id or by its name (of several, the newest).
+    """MLflow's entry of a run, by its id or by its name; the newest of several with one name.
 
     Raises:
-        ValueError: there is none; the newest that there are, are listed.
+        ValueError: there is none; the message lists the newest runs.
     """
     from mlflow.exceptions import MlflowException
 
@@ -209,7 +268,7 @@ def find_run(run: str) -> Any:
     try:
         return tracker.get_run(run)
     except MlflowException:
-        experiments = [experiment.experiment_id for experiment in tracker.search_experiments()]
+        experiments = [experiment.experiment_id for experiment in _paged(tracker.search_experiments)]
         quoted = run.replace("'", "")
         named = tracker.search_runs(
             experiments, f"attributes.run_name = '{quoted}'", max_results=1, order_by=["attributes.start_time DESC"]
@@ -222,7 +281,7 @@ def find_run(run: str) -> Any:
 
 
 def read_text(run_id: str, name: str) -> str | None:
-    """A text among the artifacts of a run, or None where it has none of that name."""
+    """A text among the artifacts of a run; None when there is no artifact of that name."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -233,24 +292,35 @@ def read_text(run_id: str, name: str) -> str | None:
 
 
 def versions(name: str | None = None) -> list[Any]:
-    """MLflow's entries of all versions, of one name or of all, the newest of a name first; with their aliases."""
+    """MLflow's entries of all versions of one name, or of all names; the newest version of a name comes first."""
     tracker = tracking.client()
     names = [name] if name else [model.name for model in _models(tracker)]
     found = []
     for each in names:
-        listed = tracker.search_model_versions(f"name = '{each}'", max_results=1000)
-        # The search leaves tags and aliases of some stores out; the version itself has them.
+        listed = _paged(tracker.search_model_versions, f"name = '{each}'")
+        # In some stores the search leaves out tags and aliases; the version itself has them.
         found += [tracker.get_model_version(each, version.version) for version in listed]
     return sorted(found, key=lambda version: (version.name, -int(version.version)))
 
 
 def _models(tracker: Any) -> list[Any]:
-    # The search leaves aliases out; the model itself has them.
-    return [tracker.get_registered_model(model.name) for model in tracker.search_registered_models(max_results=100)]
+    # The search leaves out aliases; the model itself has them.
+    return [tracker.get_registered_model(model.name) for model in _paged(tracker.search_registered_models)]
+
+
+def _paged(search: Callable[..., Any], filter_string: str | None = None) -> list[Any]:
+    """All entries of a search of MLflow, which returns them page by page."""
+    found, token = [], None
+    while True:
+        page = search(filter_string=filter_string, max_results=_PAGE, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
 
 
 def _write_mlmodel(folder: Path, card: dict[str, Any]) -> None:
-    """Adds MLmodel, its requirements and the loader, so that `mlflow.pyfunc.load_model` takes the folder."""
+    """Adds MLmodel, its requirements and the loader, so that `mlflow.pyfunc.load_model` can load the folder."""
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
@@ -261,8 +331,8 @@ def _write_mlmodel(folder: Path, card: dict[str, Any]) -> None:
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, card["feature_dim"]))]),
     )
     loader = Path(encoder_program.__file__)
-    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():  # MLflow wants a folder of its own
-        warnings.filterwarnings("ignore", ".*input example")  # clips of noise would say no more than the signature
+    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():  # MLflow needs an empty folder
+        warnings.filterwarnings("ignore", ".*input example")  # clips of noise would add nothing to the signature
         mlflow.pyfunc.save_model(
             str(Path(place, "model")),
             loader_module=loader.stem,
@@ -276,27 +346,29 @@ def _write_mlmodel(folder: Path, card: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Sighting:
-    """A registered encoder that has to do with a video."""
+    """A registered encoder whose data set contains a video."""
 
     uri: str
     """models:/NAME/VERSION."""
     aliases: tuple[str, ...]
     held_out: bool
-    """Whether the video was held out: then no weight depends on it, only scores."""
+    """Whether the video was held out: then only scores depend on it, and no weight."""
     manifest_hash: str
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """The answer for one video."""
+    """Which registered encoders saw one video."""
 
     sightings: tuple[Sighting, ...]
     unknown: tuple[str, ...]
-    """Versions whose videos are not known, such as imported weights."""
+    """Versions without a list of videos, such as imported weights."""
 
 
 def encoders_that_saw(video_id: str) -> Lineage:
-    """Looks a video up in the lineage of all registered versions.
+    """Finds every registered version whose list of videos contains a video.
+
+    Versions that were trained on one data set share a list, which is read once.
 
     Args:
         video_id: as the manifest of the data set names it.
@@ -305,20 +377,17 @@ def encoders_that_saw(video_id: str) -> Lineage:
         ValueError: an encoder's files are damaged.
     """
     sightings, unknown = [], []
-    found_in: dict[str, tuple[bool, bool]] = {}  # by the hash of the list: whether it is in it, and held out
+    found_in: dict[str, tuple[bool, bool]] = {}  # by the hash of the list: is the video in it, and is it held out
     for version in versions():
         uri = f"models:/{version.name}/{version.version}"
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place)
-            sha256 = fetch(uri, folder, names=(CARD,))
-            card = json.loads(read_card(folder, uri, sha256=sha256))
-            listed = card["files"].get(VIDEOS)
-            if listed is None:
-                unknown.append(uri)
-                continue
-            if listed not in found_in:
-                fetch(uri, folder, names=(VIDEOS,))
-                found_in[listed] = _look_up(folder / VIDEOS, video_id, sha256=listed, uri=uri)
+        located = locate(uri)
+        card = json.loads(pull(located, CARD, sha256=located.card_sha256))
+        listed = card["files"].get(VIDEOS)
+        if listed is None:
+            unknown.append(uri)
+            continue
+        if listed not in found_in:
+            found_in[listed] = _look_up(pull(located, VIDEOS, sha256=listed), video_id)
         seen, held_out = found_in[listed]
         if seen:
             aliases = tuple(sorted(version.aliases))
@@ -326,8 +395,6 @@ def encoders_that_saw(video_id: str) -> Lineage:
     return Lineage(tuple(sightings), tuple(unknown))
 
 
-def _look_up(path: Path, video_id: str, *, sha256: str, uri: str) -> tuple[bool, bool]:
-    if file_sha256(str(path)) != sha256:
-        raise ValueError(f"encoder {uri} is damaged or was changed: its {VIDEOS} does not have the hash of its card")
-    row = pq.read_table(path, filters=pc.field("video_id") == video_id)
+def _look_up(videos: bytes, video_id: str) -> tuple[bool, bool]:
+    row = pq.read_table(pa.BufferReader(videos), filters=pc.field("video_id") == video_id)
     return row.num_rows > 0, bool(row.num_rows and row["held_out"][0].as_py())

@@ -1,29 +1,26 @@
-"""Videos or a data set -> table of embeddings, by a pool of Ray Data actors that each hold the encoder.
+"""Embeds videos or a data set: a pool of Ray Data actors, each with the encoder, writes a table of embeddings.
 
-As in ingest, all is planned before it is scheduled: the name of a part follows from the clips that go into it, so what
-is there is not made again, whoever made it and however the job ended.
+All work is planned before it is scheduled, as in ingest. The name of a part of the table follows from the clips in it,
+so a part that is there is not made again, whichever job made it and however that job ended.
 
-
-What one actor of an embedding job does: keeps the encoder, reads clips, writes one part of the table at a time.
-
-Knows nothing of Ray. A clip comes from a shard, or from a video that is decoded here.
+`EmbedTask` is what one actor does; it knows nothing of Ray. Its clips come from the shards of a data set, or from
+videos that it decodes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
+import pyarrow as pa
 import torch
 
 from vmoco import storage
@@ -31,14 +28,16 @@ from vmoco.data import fetch, ledger, source
 from vmoco.data.decoder import Decoder
 from vmoco.data.ledger import Rejection, VideoError
 from vmoco.data.manifest import NAME, Manifest
-from vmoco.data.shard import ShardReader
+from vmoco.data.shard_reader import ClipReader
 from vmoco.encoders.encoder import Encoder
-from vmoco.evaluate.features import Window, embed_batch, mean_colour, window, without_colour
+from vmoco.evaluate.features import Frames, Window, embed_batch, mean_colour, window, without_colour
 from vmoco.evaluate.table import SPLITS, FeatureTable, part_bytes, part_rejected, part_uri
 from vmoco.job_settings import EmbedSettings, PoolSettings
 from vmoco.seed import hash64
 
 ABOUT = "embeddings.json"
+_ROW_NAMES = ["clip_id", "video_id", "start_seconds", "label", *SPLITS, "held_out", "shard", "row"]
+_ROW_NAMES += ["offset", "num_bytes", "sha256", "height", "width"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,16 +96,13 @@ def shard_items(manifest: Manifest, chosen: Any = None) -> list[dict[str, Any]]:
         chosen: boolean column, which clips are embedded; all when left out.
     """
     table = manifest.table if chosen is None else manifest.table.filter(chosen)
-    names = ["clip_id", "video_id", "start_seconds", "label", *SPLITS, "held_out", "row", "sha256", "height", "width"]
+    table = table.select([*_ROW_NAMES, "fps"]).sort_by([("shard", "ascending"), ("row", "ascending")])
+    about = {"data_set": manifest.uri, "frame_shape": manifest.frame_shape, "encoding": manifest.encoding}
     items = []
-    for shard in sorted(table["shard"].unique().to_pylist()):
-        members = table.filter(pc.equal(table["shard"], shard)).sort_by("row")
-        rows = members.select(names).to_pylist()
-        for row, fps in zip(rows, members["fps"].to_pylist(), strict=True):
-            row |= {"source": shard, "clip_seconds": manifest.frame_shape[0] / fps}
+    for shard, members in itertools.groupby(table.to_pylist(), key=lambda row: str(row["shard"])):
+        rows = [row | {"source": shard, "clip_seconds": manifest.frame_shape[0] / row.pop("fps")} for row in members]
         clips = "".join(row["clip_id"] + row["sha256"] for row in rows)
-        plan = {"shard": manifest.shard_uri(shard), "rows": rows}
-        items.append({"part": _digest(shard, clips), "plan": json.dumps(plan)})
+        items.append({"part": _digest(shard, clips), "plan": json.dumps(about | {"rows": rows})})
     return items
 
 
@@ -214,7 +210,8 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-Frames = npt.NDArray[np.uint8]
+_Clip = tuple[dict[str, Any], Frames]
+"""A row of the table, and the frames that the encoder sees."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,44 +251,42 @@ class EmbedTask:
         """Makes one part.
 
         Args:
-            item: `part`, its name; `plan`, JSON: the URI of a shard and rows of its manifest, or a folder and videos.
+            item: `part`, its name; `plan`, JSON: a data set and rows of its manifest, or a folder and videos.
 
         Returns:
-            `clips`, the number of them; `error`, what a person has to mend, or empty.
+            `clips`, the number of them; `error`, an error message that the user can act on, or empty.
         """
         plan = json.loads(item["plan"])
         rejected: list[Rejection] = []
         try:
-            if "shard" in plan:
-                rows, features = self._embed(_of_shard(plan))
-            else:
-                rows, features = self._embed(self._of_videos(plan, rejected))
+            clips = self._of_videos(plan, rejected) if "videos" in plan else self._of_data_set(plan)
+            rows, features = self._embed(clips)
             content = part_bytes(rows, features, rejected=rejected)
             storage.write_atomic(part_uri(self._work.output, item["part"]), content)
-        except ValueError as error:  # as a value: an exception in a task ends the job with Ray's stack around it
+        except (OSError, ValueError) as error:  # as a value: an exception ends the job with Ray's stack around it
             return {"clips": 0, "error": str(error)}
         return {"clips": len(rows), "error": ""}
 
-    def _embed(
-        self, clips: Iterator[tuple[dict[str, Any], Frames]]
-    ) -> tuple[list[dict[str, Any]], npt.NDArray[np.float32]]:
+    def _embed(self, clips: Iterable[_Clip]) -> tuple[list[dict[str, Any]], npt.NDArray[np.float32]]:
         """Rows and features of clips, in batches of one size."""
         rows: list[dict[str, Any]] = []
         parts = [torch.zeros(0, self._encoder.feature_dim)]  # a part may have no clip
-        batch: list[Frames] = []
-        for row, frames in clips:
-            seen = self._work.window.of(frames) if "shard" in row else frames
-            row = {name: value for name, value in row.items() if name != "shard"}
-            rows.append(row | {"colour": mean_colour(frames).tolist()})
-            batch.append(seen if self._work.colour else without_colour(seen))
-            if len(batch) == self._work.batch_size:
-                parts.append(embed_batch(self._encoder, batch))
-                batch.clear()
-        if batch:
-            parts.append(embed_batch(self._encoder, batch))
+        clips = iter(clips)
+        while batch := list(itertools.islice(clips, self._work.batch_size)):
+            rows += [row for row, _ in batch]
+            seen = [frames if self._work.colour else without_colour(frames) for _, frames in batch]
+            parts.append(embed_batch(self._encoder, seen))
         return rows, torch.cat(parts).numpy()
 
-    def _of_videos(self, plan: dict[str, Any], rejected: list[Rejection]) -> Iterator[tuple[dict[str, Any], Frames]]:
+    def _of_data_set(self, plan: dict[str, Any]) -> Iterator[_Clip]:
+        shape, rows = tuple(plan["frame_shape"]), plan["rows"]
+        table = pa.Table.from_pylist(rows)
+        reader = ClipReader(plan["data_set"], table, frame_shape=shape, encoding=plan["encoding"], crop=True)
+        seen = self._work.window.numbers(shape[0])
+        for row, frames in zip(rows, reader.several(range(len(rows))), strict=True):  # all frames: for the mean colour
+            yield row | {"colour": mean_colour(frames).tolist()}, frames[seen.start : seen.stop : seen.step]
+
+    def _of_videos(self, plan: dict[str, Any], rejected: list[Rejection]) -> Iterator[_Clip]:
         for name, num_bytes in plan["videos"]:
             found = source.Found(name, num_bytes)
             try:
@@ -318,28 +313,7 @@ class EmbedTask:
                         "source": name,
                         "row": place,
                         "sha256": sha256,
+                        "colour": mean_colour(frames).tolist(),
                     },
                     frames,
                 )
-
-
-def _of_shard(plan: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Frames]]:
-    with local_shard(plan["shard"]) as reader:
-        for row in plan["rows"]:
-            height, width = row.pop("height"), row.pop("width")
-            frames = reader.frames(row["row"])[:, :height, :width]  # what is left is padding
-            yield row | {"shard": True}, frames
-
-
-@contextlib.contextmanager
-def local_shard(uri: str) -> Iterator[ShardReader]:
-    """A reader of a shard wherever it lies: a remote one is copied to this machine's disk, and removed again."""
-    if storage.local_path(uri) is not None:
-        with ShardReader(uri) as reader:
-            yield reader
-        return
-    with tempfile.NamedTemporaryFile(suffix=".arrow") as copy:
-        copy.write(storage.read_bytes(uri))
-        copy.flush()
-        with ShardReader(copy.name) as reader:
-            yield reader

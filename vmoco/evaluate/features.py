@@ -1,14 +1,12 @@
-"""Colour, which tells most videos apart and is nothing learned: its mean, and clips from which it was taken.
+"""Features of the clips of a data set: which frames an encoder sees, and clips without colour.
 
-It is taken from the pixels and not from the features: a feature that depends on colour in any but a linear way would
-keep it through every regression.
-
-
-Features of the clips of a data set, and which frames of a stored clip an encoder sees.
+Colour tells most videos apart and is nothing that an encoder has learned. It is removed from the pixels and not from
+the features: a feature that depends on colour in a way that is not linear would keep it through every regression.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,15 +16,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from vmoco.data.clip_cache import cache_for
 from vmoco.data.manifest import Manifest
-from vmoco.data.shard_reader import ClipReader, cache_for
+from vmoco.data.shard_reader import ClipReader
 from vmoco.encoders.encoder import Encoder
 
 Frames = npt.NDArray[np.uint8]
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _MEAN, _DEVIATION = 100.0, 55.0
-"""Of the brightness of Kinetics, about."""
+"""About those of the brightness in Kinetics."""
 
 
 def mean_colour(frames: Frames) -> npt.NDArray[np.float32]:
@@ -36,9 +35,9 @@ def mean_colour(frames: Frames) -> npt.NDArray[np.float32]:
 
 
 def without_colour(frames: Frames) -> Frames:
-    """The clip in grey, with the mean and the deviation of brightness that all clips get: uint8 (T, H, W, 3) -> same.
+    """The clip in grey, its brightness at the same mean and deviation as every clip: uint8 (T, H, W, 3) -> same.
 
-    What moves and where, and the texture, stay; one factor and one offset serve all frames.
+    Motion and texture stay: all frames are changed by one factor and one offset.
     """
     grey = frames @ _LUMA  # float32 (T, H, W)
     grey = (grey - grey.mean(dtype=np.float64)) * (_DEVIATION / max(float(grey.std(dtype=np.float64)), 1.0)) + _MEAN
@@ -56,13 +55,17 @@ class Window:
     num_frames: int
     stride: int
     note: str = ""
-    """What a person should know: that the frame rate is not the encoder's own."""
+    """Warning that the frame rate is not that of the encoder's training; empty where it is."""
 
-    def of(self, frames: Frames) -> Frames:
-        """A view of those frames of a clip (T, H, W, C)."""
-        span = (self.num_frames - 1) * self.stride + 1
-        start = (len(frames) - span) // 2
-        return frames[start : start + span : self.stride]
+    @property
+    def span(self) -> int:
+        """Stored frames from the first to the last that is seen."""
+        return (self.num_frames - 1) * self.stride + 1
+
+    def numbers(self, num_stored: int, *, start: int | None = None) -> range:
+        """The frames that are seen of a clip of `num_stored` frames, from `start` on where it is given."""
+        start = (num_stored - self.span) // 2 if start is None else start
+        return range(start, start + self.span, self.stride)
 
 
 def window(encoder: Encoder, manifest: Manifest) -> Window:
@@ -108,17 +111,17 @@ def clip_features(
         rows: rows of its table, in the order of the result.
         batch_size: clips in one forward.
         colour: False shows the encoder the clips `without_colour`.
-        progress: takes a line every few seconds.
+        progress: is called with a progress line every few seconds.
 
     Returns:
         float32 (number of rows, feature_dim), unit rows.
 
     Raises:
-        ValueError: the clips of the data set are too short for the encoder.
+        ValueError: the clips of the data set are too short for the encoder, or a clip is damaged.
     """
     parts: list[torch.Tensor] = []
     seen = window(encoder, manifest)
-    frames = map(seen.of, _frames(manifest, rows))
+    frames = _frames(manifest, rows, seen.numbers(manifest.frame_shape[0]))
     if not colour:
         frames = map(without_colour, frames)
     started = said = time.monotonic()
@@ -145,12 +148,15 @@ def embed_batch(encoder: Encoder, clips: Sequence[Frames]) -> torch.Tensor:
 
 
 def mean_colours(manifest: Manifest, rows: pa.Table) -> Features:
-    """What colour alone says of clips: their mean red, green and blue, float32 (number of rows, 3)."""
+    """Mean red, green and blue of clips, float32 (number of rows, 3): what an encoder must beat.
+
+    Raises:
+        ValueError: a clip is damaged.
+    """
     return np.stack([mean_colour(frames) for frames in _frames(manifest, rows)])
 
 
-def _frames(manifest: Manifest, rows: pa.Table) -> Iterator[Frames]:
+def _frames(manifest: Manifest, rows: pa.Table, numbers: Sequence[int] | None = None) -> Iterator[Frames]:
     """The frames of each clip without their padding, uint8 (T, H, W, 3)."""
-    reader = ClipReader(manifest, rows, cache=cache_for(manifest))
-    for clip, (height, width) in enumerate(zip(rows["height"].to_pylist(), rows["width"].to_pylist(), strict=True)):
-        yield reader.frames(clip)[:, :height, :width]
+    reader = ClipReader.of(manifest, rows, crop=True, cache=cache_for(manifest.uri))
+    return reader.several(range(rows.num_rows), itertools.repeat(numbers))

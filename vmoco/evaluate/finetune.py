@@ -7,23 +7,22 @@ the mean over the classes' probabilities of its clips (10), centre crop.
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import itertools
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from vmoco.config import AugmentSettings
 from vmoco.data import augment
+from vmoco.data.clip_cache import cache_for
 from vmoco.data.manifest import Manifest
-from vmoco.data.shard import ShardReader
+from vmoco.data.shard_reader import ClipReader
 from vmoco.encoders.encoder import Encoder
-from vmoco.evaluate.embed import local_shard
 from vmoco.evaluate.features import Frames, Window
 from vmoco.evaluate.protocols import Measured, Split, video_right
 from vmoco.job_settings import FinetuneSettings
@@ -85,36 +84,36 @@ def finetune(
     clips_of = _clips_of(split.video_ids, split.train)
     steps_per_epoch = max(len(clips_of) // settings.batch_size, 1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * steps_per_epoch)
-    with _Clips(manifest) as clips:
-        for epoch in range(settings.epochs):
-            model.train()
-            order = permutation(len(clips_of), hash64("finetune order", seed, epoch))
-            total = 0.0
-            for step in range(steps_per_epoch):
-                videos = order[step * settings.batch_size : (step + 1) * settings.batch_size]
-                seeds = mix64(videos.astype(np.uint64), hash64("finetune clip", seed, epoch))
-                rows = [_pick(clips_of[video], draw) for video, draw in zip(videos, _draws(seeds, "clip"), strict=True)]
-                pixels = _augmented(model.encoder, [clips[row] for row in rows], seeds, settings, window, device)
-                keep = _keep(seeds, encoder.feature_dim, settings.dropout).to(device)
-                loss = F.cross_entropy(model(pixels, keep), torch.from_numpy(split.labels[rows]).to(device))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                total += float(loss.detach())
-            if not np.isfinite(total):
-                raise ValueError(
-                    f"fine-tuning on {split.name} diverged in epoch {epoch}: lower --finetune.learning-rate "
-                    f"{settings.learning_rate:g}"
-                )
-            show(
-                f"fine-tuning on {split.name}: epoch {epoch + 1}/{settings.epochs}, loss {total / steps_per_epoch:.3f}"
+    reader = ClipReader.of(manifest, crop=True, cache=cache_for(manifest.uri))
+    for epoch in range(settings.epochs):
+        model.train()
+        order = permutation(len(clips_of), hash64("finetune order", seed, epoch))
+        total = 0.0
+        for step in range(steps_per_epoch):
+            videos = order[step * settings.batch_size : (step + 1) * settings.batch_size]
+            seeds = mix64(videos.astype(np.uint64), hash64("finetune clip", seed, epoch))
+            rows = [_pick(clips_of[video], draw) for video, draw in zip(videos, _draws(seeds, "clip"), strict=True)]
+            windows = _windows(seeds, window, num_stored=manifest.frame_shape[0])
+            pixels = _augmented(model.encoder, list(reader.several(rows, windows)), seeds, settings, device)
+            keep = _keep(seeds, encoder.feature_dim, settings.dropout).to(device)
+            loss = F.cross_entropy(model(pixels, keep), torch.from_numpy(split.labels[rows]).to(device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += float(loss.detach())
+        if not np.isfinite(total):
+            raise ValueError(
+                f"fine-tuning on {split.name} diverged in epoch {epoch}: lower --finetune.learning-rate "
+                f"{settings.learning_rate:g}"
             )
-        return _test(model, clips, split, settings, window, device)
+        show(f"fine-tuning on {split.name}: epoch {epoch + 1}/{settings.epochs}, loss {total / steps_per_epoch:.3f}")
+    seen = window.numbers(manifest.frame_shape[0])
+    return _test(model, reader, seen, split, settings, device)
 
 
 def _test(
-    model: Classifier, clips: _Clips, split: Split, settings: FinetuneSettings, window: Window, device: str
+    model: Classifier, reader: ClipReader, seen: range, split: Split, settings: FinetuneSettings, device: str
 ) -> Measured:
     model.eval()
     rows = []
@@ -124,36 +123,17 @@ def _test(
     shares = []
     with torch.inference_mode():
         for first in range(0, len(rows), settings.batch_size):
-            frames = [window.of(clips[row]) for row in rows[first : first + settings.batch_size]]
+            frames = reader.several(rows[first : first + settings.batch_size], itertools.repeat(seen))
             prepared = torch.cat([model.encoder.preprocess(torch.from_numpy(clip.copy())[None]) for clip in frames])
             shares.append(model(prepared.to(device)).softmax(dim=1).double().cpu().numpy())
     right, videos = video_right(shares, np.arange(len(split.classes)), videos=split.video_ids[rows], split=split)
     return Measured("finetune", right, videos, f"{settings.epochs} epochs, {settings.clips_per_video} clips a video")
 
 
-class _Clips:
-    """The stored frames of the rows of a manifest; each shard is opened once, a remote one copied once."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        self._stack = contextlib.ExitStack()
-        self._manifest = manifest
-        columns = manifest.table.select(["shard", "row", "height", "width"])
-        self._rows: pa.Table = columns.combine_chunks()
-        self._readers: dict[str, ShardReader] = {}
-
-    def __enter__(self) -> _Clips:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def __getitem__(self, row: int) -> Frames:
-        """uint8 (T, H, W, 3), without padding."""
-        shard, place, height, width = (column[int(row)].as_py() for column in self._rows.columns)
-        if shard not in self._readers:
-            self._readers[shard] = self._stack.enter_context(local_shard(self._manifest.shard_uri(shard)))
-        frames: Frames = self._readers[shard].frames(place)[:, :height, :width]
-        return frames
+def _windows(seeds: npt.NDArray[np.uint64], window: Window, *, num_stored: int) -> list[range]:
+    """The frames of each clip that are seen in training: the place of the window is drawn."""
+    starts = (_draws(seeds, "window") * (num_stored - window.span + 1)).astype(np.int64)
+    return [window.numbers(num_stored, start=int(start)) for start in starts]
 
 
 def _augmented(
@@ -161,17 +141,14 @@ def _augmented(
     clips: list[Frames],
     seeds: npt.NDArray[np.uint64],
     settings: FinetuneSettings,
-    window: Window,
     device: str,
 ) -> torch.Tensor:
-    """Windows, crops and mirrorings of clips, normalised as the encoder wants them: float (B, 3, T, size, size)."""
+    """Crops and mirrorings of clips (T, H, W, 3), normalised as the encoder wants them: float (B, 3, T, size, size)."""
     size = encoder.preprocessing.size
-    span = (window.num_frames - 1) * window.stride + 1
     wanted = AugmentSettings(size=size, min_area=settings.min_area, flip_probability=settings.flip_probability)
     views = []
-    for index, (clip, place) in enumerate(zip(clips, _draws(seeds, "window"), strict=True)):
-        start = int(place * (len(clip) - span + 1))
-        frames = torch.from_numpy(clip[start : start + span : window.stride].copy())[None].to(device)
+    for index, clip in enumerate(clips):
+        frames = torch.from_numpy(clip.copy())[None].to(device)
         draws = augment.draw(seeds[index : index + 1], wanted, height=clip.shape[1], width=clip.shape[2])
         views.append(augment.resized_crop(frames, torch.from_numpy(draws).to(device), size=size))
     normalised: torch.Tensor = (torch.cat(views) - encoder.mean) / encoder.std

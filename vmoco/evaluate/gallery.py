@@ -8,11 +8,13 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from PIL import Image
 
 from vmoco import storage
@@ -20,8 +22,8 @@ from vmoco.data import fetch, source
 from vmoco.data.decoder import Decoder
 from vmoco.data.ledger import VideoError
 from vmoco.data.manifest import NAME, Manifest
+from vmoco.data.shard_reader import ClipReader
 from vmoco.encoders.encoder import Encoder
-from vmoco.evaluate.embed import local_shard
 from vmoco.evaluate.knn import nearest
 from vmoco.evaluate.table import Blocks, FeatureTable
 from vmoco.job_settings import EmbedSettings
@@ -57,6 +59,7 @@ class Clip:
     """A clip of the table, as the page names it."""
 
     row: int
+    clip_id: str
     video_id: str
     start_seconds: float
     source: str
@@ -142,7 +145,7 @@ def _queries(videos: npt.NDArray[np.object_], count: int) -> Rows:
 
 
 def _clip(table: FeatureTable, row: int) -> Clip:
-    names = ("video_id", "start_seconds", "source", "row", "label")
+    names = ("clip_id", "video_id", "start_seconds", "source", "row", "label")
     return Clip(row, *(table.rows[name][row].as_py() for name in names))
 
 
@@ -162,18 +165,19 @@ def _row(query: Clip, near: list[Clip], cosines: Features, pictures: dict[int, s
 
 
 def _thumbnails(clips: list[Clip], encoder: Encoder, settings: EmbedSettings) -> Iterator[tuple[int, str]]:
-    """Moving pictures of clips as data URIs, by row of the table; each shard or video is opened once."""
+    """Moving pictures of clips as data URIs, by row of the table; each shard or video is opened once.
+
+    Raises:
+        ValueError: a clip has changed or is damaged, or a video can no longer be decoded.
+    """
     place = storage.absolute_uri(settings.videos)
-    manifest = Manifest.load(place) if storage.exists(storage.join(place, NAME)) else None
+    if storage.exists(storage.join(place, NAME)):
+        yield from _stored(Manifest.load(place), clips)
+        return
     by_source: dict[str, list[Clip]] = {}
     for clip in clips:
         by_source.setdefault(clip.source, []).append(clip)
     for name, members in by_source.items():
-        if manifest is not None:
-            with local_shard(manifest.shard_uri(name)) as reader:
-                for clip in members:
-                    yield clip.row, _animated(reader.frames(clip.place))
-            continue
         try:
             frames = _decoded(place, name, encoder, settings)
         except VideoError as error:
@@ -181,7 +185,29 @@ def _thumbnails(clips: list[Clip], encoder: Encoder, settings: EmbedSettings) ->
                 f"video {name} has gone since it was embedded ({error}): run it with --no-gallery"
             ) from None
         for clip in members:
-            yield clip.row, _animated(frames[clip.place])
+            yield clip.row, _animated(frames[clip.place][_shown_frames(frames.shape[1])])
+
+
+def _stored(manifest: Manifest, clips: list[Clip]) -> Iterator[tuple[int, str]]:
+    """The thumbnails of clips of a data set: only the frames that are shown are decoded."""
+    places = {name: at for at, name in enumerate(manifest.table["clip_id"].to_pylist())}
+    lost = [clip for clip in clips if clip.clip_id not in places]
+    if lost:
+        raise ValueError(
+            f"clip {lost[0].clip_id} of {lost[0].video_id!r} is no longer in data set {manifest.uri}: run "
+            "jobs/embed.py with another --output, or use --no-gallery"
+        )
+    rows = manifest.table.take(pa.array([places[clip.clip_id] for clip in clips]))
+    shown = _shown_frames(manifest.frame_shape[0])
+    frames = ClipReader.of(manifest, rows, crop=True).several(range(len(clips)), itertools.repeat(shown))
+    for clip, pictures in zip(clips, frames, strict=True):
+        yield clip.row, _animated(pictures)
+
+
+def _shown_frames(num_frames: int) -> list[int]:
+    """The frames of a clip that its thumbnail shows, spread evenly."""
+    shown: list[int] = np.linspace(0, num_frames - 1, min(_FRAMES, num_frames)).round().astype(int).tolist()
+    return shown
 
 
 def _decoded(folder: str, name: str, encoder: Encoder, settings: EmbedSettings) -> npt.NDArray[np.uint8]:
@@ -203,8 +229,7 @@ def _decoded(folder: str, name: str, encoder: Encoder, settings: EmbedSettings) 
 def _animated(frames: npt.NDArray[np.uint8]) -> str:
     height, width = frames.shape[1:3]
     size = (max(1, round(width * _HEIGHT / height)), _HEIGHT)
-    chosen = frames[np.linspace(0, len(frames) - 1, min(_FRAMES, len(frames))).round().astype(int)]
-    images = [Image.fromarray(frame).resize(size) for frame in chosen]
+    images = [Image.fromarray(frame).resize(size) for frame in frames]
     file = io.BytesIO()
     images[0].save(file, "WEBP", save_all=True, append_images=images[1:], duration=120, loop=0, quality=60)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

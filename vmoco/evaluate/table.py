@@ -6,10 +6,9 @@ bytes each), the features never all at once.
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +37,7 @@ FIELDS = [
 _REJECTED = b"vmoco.rejected"
 FEATURE = "feature"
 
+Result = TypeVar("Result")
 Features = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 
@@ -72,10 +72,10 @@ def part_uri(folder: str, name: str) -> str:
 
 def part_rejected(folder: str, name: str) -> list[Rejection] | None:
     """The videos that a part accounts for and that gave no clips; None where there is no such part."""
-    uri = part_uri(folder, name)
-    if not storage.exists(uri):
+    try:
+        metadata = _read(part_uri(folder, name), pq.read_schema).metadata or {}
+    except FileNotFoundError:
         return None
-    metadata = pq.read_schema(_open(uri)).metadata or {}
     return [Rejection(**row) for row in json.loads(metadata.get(_REJECTED, b"[]"))]
 
 
@@ -102,7 +102,7 @@ class FeatureTable:
             raise ValueError(f"there is no table of embeddings in {folder}: make one with jobs/embed.py")
         self._uris = [part_uri(folder, name) for name in parts]
         names = [field.name for field in FIELDS]
-        tables = [pq.read_table(_open(uri), columns=names) for uri in self._uris]
+        tables = [_read_columns(uri, names) for uri in self._uris]
         self._ends = np.cumsum([table.num_rows for table in tables])
         self.rows = pa.concat_tables(tables).combine_chunks()
 
@@ -139,7 +139,7 @@ class Blocks:
             mask = self._chosen[first:end]
             first = end
             if mask.any():
-                yield _dense(pq.read_table(_open(uri), columns=[FEATURE])[FEATURE])[mask]
+                yield _dense(_read_columns(uri, [FEATURE])[FEATURE])[mask]
 
 
 def _dense(column: pa.ChunkedArray) -> Features:
@@ -148,6 +148,20 @@ def _dense(column: pa.ChunkedArray) -> Features:
     return dense
 
 
-def _open(uri: str) -> Any:
-    local = storage.local_path(uri)
-    return pa.memory_map(str(local)) if local is not None else io.BytesIO(storage.read_bytes(uri))
+def _read_columns(uri: str, names: list[str]) -> pa.Table:
+    return _read(uri, lambda file: pq.read_table(file, columns=names))
+
+
+def _read(uri: str, read: Callable[[pa.NativeFile], Result]) -> Result:
+    """Reads from a part, wherever it lies; only the ranges that `read` asks for are fetched.
+
+    Raises:
+        FileNotFoundError: there is no such part.
+    """
+    filesystem, path = storage.filesystem(uri)
+
+    def opened() -> Result:
+        with filesystem.open_input_file(path) as file:
+            return read(file)
+
+    return storage.patiently(opened)

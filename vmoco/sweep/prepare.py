@@ -1,4 +1,4 @@
-"""A sweep before Ray: its space is read, its trials are checked as runs, and what was done of it before is found."""
+"""A sweep before Ray starts: reads the space, checks each trial as a run, and finds what was done before."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from vmoco.config import PretrainSettings, RunSettings
 from vmoco.data.manifest import Manifest
 from vmoco.evaluate.score import scored_clips
 from vmoco.job_settings import SweepSettings
-from vmoco.sweep import search
+from vmoco.sweep import space as spaces
 from vmoco.sweep.record import Sweep, Trial, read_sweep
-from vmoco.sweep.search import Plan, Point
-from vmoco.sweep.space import Space, Values, load_space
+from vmoco.sweep.space import Point, Points, Space, Values, as_text, load_space
 from vmoco.train import run
 from vmoco.train.fork import FIXED
 from vmoco.train.resume import uri_of
@@ -32,15 +31,15 @@ class PreparedSweep:
     runs: list[PreparedRun]
     """Of each trial."""
     refused: list[str]
-    """A sentence for each combination that is no trial."""
+    """A message for each combination that is not valid."""
 
     def add(self, point: Point) -> int | None:
-        """Makes a trial of a point; returns its place, or None where its run is refused."""
+        """Makes a trial of a point; returns its place, or None where its run is not valid."""
         place = len(self.sweep.trials)
         try:
             prepared = run.prepare(_as_run(point.settings, self.sweep, place))
         except ValueError as error:
-            self.refused.append(f"{search.said(point.values)}: {error}")
+            self.refused.append(f"{as_text(point.values)}: {error}")
             return None
         assert prepared.settings.run.name is not None, "given"
         self.sweep.trials.append(
@@ -56,10 +55,10 @@ class PreparedSweep:
         return place
 
     def point(self, values: Values, *, generation: int = 0, fork: str = "") -> Point:
-        """What a trial is to be; one of a population trains for the steps of its generation.
+        """The point of a trial. A member of a population trains for the steps of its generation.
 
         Raises:
-            ValueError: no run can have the values.
+            ValueError: the values are not valid.
         """
         settings = self.space.settings(values)
         if self.settings.scheduler == "pbt":
@@ -73,11 +72,11 @@ class PreparedSweep:
         return Point(values, settings, generation)
 
     def waiting(self) -> list[int]:
-        """Places of the trials that have not ended; of a population, in its newest generation."""
+        """Places of the trials that have not ended; of a population, those of its newest generation."""
         return [at for at, trial in enumerate(self.sweep.trials) if not trial.ended and at in self._newest()]
 
     def next_generation(self) -> bool:
-        """Of a population whose newest generation has ended: adds the next one, and returns whether there is one."""
+        """Adds the next generation of a population whose newest has ended; returns whether there is one."""
         if self.settings.scheduler != "pbt":
             return False
         places = self._newest()
@@ -86,10 +85,10 @@ class PreparedSweep:
             return False
         places_of = {self.sweep.trials[place].name: place for place in places}
         added = []
-        for member in search.next_generation(self.space, members, score=self.sweep.score):
+        for member in spaces.next_generation(self.space, members, score=self.sweep.score):
             donor = uri_of(self.runs[places_of[member.donor.name]].folder, member.donor.steps)
             added.append(self.add(self.point(member.values, generation=members[0].generation + 1, fork=donor)))
-        self.sweep.save()  # all of them or none: what is added here is what goes on after a kill
+        self.sweep.save()  # all at once: after a kill the sweep goes on with a complete generation
         return any(place is not None for place in added)
 
     def _newest(self) -> list[int]:
@@ -97,10 +96,10 @@ class PreparedSweep:
         return [place for place, trial in enumerate(self.sweep.trials) if trial.generation == newest]
 
     def suggest(self) -> int | None:
-        """With a search that learns: makes the next trial; returns its place, or None where there is none."""
+        """Makes the next trial of a search that learns; returns its place, or None where there is none."""
         if self.settings.search != "optuna" or len(self.sweep.trials) >= self.settings.samples:
             return None
-        point = search.suggest(self.space, self.sweep.trials, score=self.sweep.score)
+        point = spaces.suggest(self.space, self.sweep.trials, score=self.sweep.score)
         return self.add(point) if point else None
 
 
@@ -112,12 +111,12 @@ def prepare(settings: SweepSettings) -> PreparedSweep:
     """
     base = settings.pretrain
     if not base.evaluation.enabled:
-        raise ValueError("evaluation.no-enabled leaves a sweep without a score: leave it out")
+        raise ValueError("--evaluation.no-enabled leaves a sweep without a score: leave the flag out")
     axes = load_space(settings.space)
     space = Space.read(axes, base)
     _check_population(settings, space)
-    plan = _plan(space, settings)
-    first = plan.points[0].settings if plan.points else base
+    points = _points(space, settings)
+    first = points.points[0].settings if points.points else base
     checked = run.prepare(first.model_copy(update={"run": RunSettings(name=base.run.name, storage=base.run.storage)}))
     _check_metric(settings, checked.manifest)
     what = [checked.manifest.hash, axes, settings.search, settings.metric, base.content_hash()]
@@ -128,29 +127,29 @@ def prepare(settings: SweepSettings) -> PreparedSweep:
     assert checked.settings.run.storage is not None, "resolved"
     folder = storage.join(checked.settings.run.storage, name)
     sweep = Sweep(name, folder, content, settings.metric, checked.manifest.hash)
-    prepared = PreparedSweep(settings, space, sweep, [], list(plan.refused))
-    _take_up(prepared, read_sweep(folder))
+    prepared = PreparedSweep(settings, space, sweep, [], list(points.refused))
+    _resume(prepared, read_sweep(folder))
     have = [trial.values for trial in sweep.trials if trial.generation == 0]
-    for point in plan.points:
+    for point in points.points:
         if point.values not in have:
             prepared.add(prepared.point(point.values))
-    if not sweep.trials and plan.points:
+    if not sweep.trials and points.points:
         raise ValueError(f"no combination of the space is a valid run: {prepared.refused[0]}")
     return prepared
 
 
-def _plan(space: Space, settings: SweepSettings) -> Plan:
+def _points(space: Space, settings: SweepSettings) -> Points:
     if settings.search == "grid":
-        return search.grid(space)
+        return spaces.grid(space)
     if settings.search == "random":
-        return search.random(space, samples=settings.samples)
-    if search.suggest(space, [], score=settings.metric) is None:
+        return spaces.random(space, samples=settings.samples)
+    if spaces.suggest(space, [], score=settings.metric) is None:
         raise ValueError("no combination of the space is a valid run")
-    return Plan([], [])
+    return Points([], [])
 
 
-def _take_up(prepared: PreparedSweep, kept: Sweep | None) -> None:
-    """Fills in the trials of a sweep that was begun before.
+def _resume(prepared: PreparedSweep, kept: Sweep | None) -> None:
+    """Adds the trials of a sweep that was started before.
 
     Raises:
         ValueError: the name belongs to another sweep.
@@ -160,19 +159,17 @@ def _take_up(prepared: PreparedSweep, kept: Sweep | None) -> None:
         return
     if kept.content != sweep.content:
         raise ValueError(
-            f"run.name {sweep.name!r} belongs to a sweep with another space, data set, metric or settings: submit it "
-            "as it was to go on, or give another run.name"
+            f"--run.name {sweep.name} belongs to a sweep with another space, data set, metric or settings: submit the "
+            "same command to go on with it, or give another --run.name"
         )
     sweep.parent_run, sweep.registered, sweep.registered_trial = kept.parent_run, kept.registered, kept.registered_trial
     for before in kept.trials:
         place = prepared.add(prepared.point(before.values, generation=before.generation, fork=before.fork))
         if place is None:
-            raise ValueError(
-                f"trial {before.name} of sweep {sweep.name} was a run and is none any more: {prepared.refused[-1]}"
-            )
+            raise ValueError(f"trial {before.name} of sweep {sweep.name} cannot go on: {prepared.refused[-1]}")
         trial = dataclasses.replace(before, steps=sweep.trials[place].steps)
-        # Whether a trial has ended well is known best by its own folder: the driver may have died just then. One that
-        # failed is tried again, but not in a generation that others have gone on from.
+        # The trial's own folder knows best whether it has finished: the driver may have died just then. A trial that
+        # failed is tried again, but not in a generation from which others have gone on.
         is_newest = trial.generation == max(each.generation for each in kept.trials)
         if is_newest and (not trial.ended or (trial.status == "finished" and not prepared.runs[place].finished)):
             trial.status, trial.reason = "waiting", ""
@@ -180,7 +177,7 @@ def _take_up(prepared: PreparedSweep, kept: Sweep | None) -> None:
 
 
 def _as_run(settings: PretrainSettings, sweep: Sweep, place: int) -> PretrainSettings:
-    """A trial is a run of its own that registers nothing: the sweep does so, for the best."""
+    """A trial is a run that registers nothing: the sweep registers the best one."""
     name = f"{sweep.name}-{place:03d}"
     own = settings.run.model_copy(update={"name": name, "storage": storage.join(sweep.folder, "trials")})
     quiet = settings.tracking.model_copy(update={"register_as": None})
@@ -192,28 +189,29 @@ def _check_population(settings: SweepSettings, space: Space) -> None:
         return
     if settings.search != "random" or settings.samples < 2:
         raise ValueError(
-            "--scheduler pbt begins with a population drawn at random: give --search random and --samples 2 or more"
+            f"--scheduler pbt needs a random population, and --search is {settings.search} with --samples "
+            f"{settings.samples}: give --search random and --samples 2 or more"
         )
     if settings.pbt_steps >= settings.pretrain.train.steps:
         raise ValueError(
-            f"--pbt-steps {settings.pbt_steps} is one generation alone, as a run has {settings.pretrain.train.steps} "
-            "steps: lower it, or raise train.steps"
+            f"--pbt-steps {settings.pbt_steps} leaves a single generation, as --train.steps is "
+            f"{settings.pretrain.train.steps}: lower --pbt-steps, or raise --train.steps"
         )
     if fixed := sorted(space.fields() & (set(FIXED) | {"train.steps", "train.stop_after"})):
         raise ValueError(
             f"the space names {', '.join(fixed)}, which cannot change within a run, and the members of a population go "
-            "on from each other: leave it out, or take another scheduler"
+            "on from each other: leave it out, or choose another --scheduler"
         )
 
 
 def _check_metric(settings: SweepSettings, manifest: Manifest) -> None:
-    scored_clips(manifest, max_videos=settings.pretrain.evaluation.max_videos)  # a checkpoint always gets this score
+    scored_clips(manifest, max_videos=settings.pretrain.evaluation.max_videos)  # raises where there are too few
     if settings.metric != "knn":
         return
     table = manifest.table
     labelled = table.filter(table["label"].is_valid())["held_out"].to_pylist()
     if set(labelled) != {True, False}:
         raise ValueError(
-            f"metric knn needs labelled clips both to train on and held out, and {manifest.uri} has none of either or "
-            "both: take --metric retrieval"
+            f"--metric knn needs labelled clips, some held out and some not, and {manifest.uri} lacks them: choose "
+            "--metric retrieval"
         )

@@ -1,4 +1,4 @@
-"""What is known of each trial of a sweep, kept in the sweep's folder, so that a sweep goes on where it was."""
+"""The record of a sweep: what is known of each trial, in the sweep's folder, so that a killed sweep goes on."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from vmoco import storage
 
-RECORD = "sweep.json"
+FILE = "sweep.json"
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
 
 
 @dataclass
 class Trial:
-    """One trial; `stopped` is by the scheduler, because others were better."""
+    """One trial. The scheduler stops it where others are better."""
 
     name: str
     values: dict[str, Any]
@@ -22,40 +22,40 @@ class Trial:
     status: Status = "waiting"
     step: int = 0
     scores: dict[str, float] = field(default_factory=dict)
-    """By name, as in `score/retrieval`: the last that it reported."""
+    """The last that it reported, by name, such as `score/retrieval`."""
     run_id: str | None = None
-    """Its MLflow run, when it has one."""
+    """Its MLflow run, once it has one."""
     reason: str = ""
     """Why it failed."""
     seconds: float = 0.0
-    """From its start to its end, those of each start."""
+    """Time that it ran, over all its starts."""
     generation: int = 0
-    """Of a population: how often it has been selected from before this trial."""
+    """Of a population: how many generations there were before this one."""
     fork: str = ""
-    """Checkpoint of its donor in the generation before, which it begins from."""
+    """Checkpoint that it begins from: of its donor in the generation before, or the one of --run.fork."""
 
     @property
     def ended(self) -> bool:
-        """Whether submitting the sweep again leaves it alone; one that failed is tried again."""
+        """Whether a sweep that is submitted again skips it. A trial that failed is tried again."""
         return self.status in ("finished", "stopped")
 
 
 @dataclass
 class Sweep:
-    """A sweep as it is kept."""
+    """A sweep and its trials."""
 
     name: str
     folder: str
     content: str
-    """Hash of what the sweep is: data, space, search, metric, and what all trials share."""
+    """Hash of data, space, search, metric, and the settings that all trials share."""
     metric: str
     manifest_hash: str
     trials: list[Trial] = field(default_factory=list)
     parent_run: str = ""
     registered: str = ""
-    """Version that its best encoder became, as models:/NAME/VERSION."""
+    """Registered version of its best encoder, as models:/NAME/VERSION."""
     registered_trial: str = ""
-    """The trial that it is of."""
+    """The trial that this encoder is of."""
 
     @property
     def score(self) -> str:
@@ -63,28 +63,29 @@ class Sweep:
         return f"score/{self.metric}"
 
     def best(self) -> Trial | None:
-        """The finished trial that scores highest, of a population's newest generation; None where none has a score."""
+        """The finished trial with the highest score; of a population, in its newest generation."""
         scored = [trial for trial in self.trials if trial.status == "finished" and self.score in trial.scores]
         newest = max((trial.generation for trial in scored), default=0)
         scored = [trial for trial in scored if trial.generation == newest]
         return max(scored, key=lambda trial: trial.scores[self.score], default=None)
 
     def lineage(self, trial: Trial) -> list[Trial]:
-        """The trial and those that it descends from, oldest first."""
+        """The trial and the trials that it descends from, oldest first."""
+        by_name = {each.name: each for each in self.trials}
         found = [trial]
-        while found[0].fork:
-            found.insert(0, next(each for each in self.trials if found[0].fork.split("/")[-2] == each.name))
+        while found[0].generation:  # the first generation may begin from a checkpoint too, but of no trial (run.fork)
+            found.insert(0, by_name[found[0].fork.split("/")[-2]])
         return found
 
     def save(self) -> None:
         """Writes the record."""
-        storage.write_atomic(storage.join(self.folder, RECORD), json.dumps(asdict(self), indent=1).encode())
+        storage.write_atomic(storage.join(self.folder, FILE), json.dumps(asdict(self), indent=1).encode())
 
 
 def read_sweep(folder: str) -> Sweep | None:
     """The sweep that a folder holds; None where it holds none."""
     try:
-        kept = json.loads(storage.read_bytes(storage.join(folder, RECORD)))
+        kept = json.loads(storage.read_bytes(storage.join(folder, FILE)))
     except FileNotFoundError:
         return None
     return Sweep(**kept | {"trials": [Trial(**row) for row in kept["trials"]]})

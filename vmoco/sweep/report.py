@@ -1,6 +1,6 @@
 """The report of a sweep: what its trials scored, by setting and over time.
 
-One HTML file, which needs no network, and the two pictures that matter as PNG, for whoever cannot open it.
+One HTML file that needs no network, and its two main pictures as PNG.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from vmoco import storage, tracking
 from vmoco.sweep.record import Sweep, Trial
-from vmoco.sweep.space import said, short
+from vmoco.sweep.space import as_text, short
 
 PAGE = "report.html"
 Curves = dict[str, list[tuple[int, float]]]
@@ -34,7 +34,7 @@ def write_report(sweep: Sweep, *, show: Callable[[str], None]) -> str:
 
     Args:
         sweep: with its trials.
-        show: takes a line for a person.
+        show: prints a line.
 
     Returns:
         URI of the page.
@@ -54,7 +54,7 @@ def write_report(sweep: Sweep, *, show: Callable[[str], None]) -> str:
 
 
 def page(sweep: Sweep, scores: Curves, decay: list[tuple[int, float]]) -> str:
-    """The page.
+    """The HTML page.
 
     Args:
         sweep: with its trials.
@@ -75,7 +75,7 @@ def page(sweep: Sweep, scores: Curves, decay: list[tuple[int, float]]) -> str:
     parts = []
     for place, (title, figure) in enumerate(figures):
         figure.update_layout(margin={"l": 90, "r": 40, "t": 70, "b": 60}, height=440, template="plotly_white")
-        # The first brings the library along for all.
+        # The first figure includes the library for all.
         drawn = figure.to_html(full_html=False, include_plotlyjs=place == 0, config={"displaylogo": False})
         parts.append(f"<h2>{html.escape(title)}</h2>{drawn}")
     title = html.escape(f"Sweep {sweep.name}")
@@ -93,7 +93,7 @@ def _summary(sweep: Sweep) -> str:
     best = sweep.best()
     if best is None:
         return text + " None has finished with a score."
-    text += f" Best by {sweep.metric}: {best.name} ({said(best.values)}) with {best.scores[sweep.score]:.3f}"
+    text += f" Best by {sweep.metric}: {best.name} ({as_text(best.values)}) with {best.scores[sweep.score]:.3f}"
     text += f", registered as {sweep.registered}." if sweep.registered else "."
     colour = best.scores.get("score/retrieval_by_colour")
     if sweep.metric == "retrieval" and colour is not None:
@@ -106,7 +106,7 @@ def _summary(sweep: Sweep) -> str:
 
 
 def _grid(sweep: Sweep) -> tuple[list[str], list[str], list[list[float | None]]]:
-    """Names of rows (first axis) and columns (second), and scores; where more axes vary, the best of a cell's."""
+    """Rows (first axis), columns (second axis) and scores; where more axes vary, the best score of each cell."""
     scored = [trial for trial in sweep.trials if sweep.score in trial.scores]
     down, across = list(sweep.trials[0].values)[:2]
     rows, columns = (_ordered([trial.values[axis] for trial in scored]) for axis in (down, across))
@@ -119,7 +119,7 @@ def _grid(sweep: Sweep) -> tuple[list[str], list[str], list[list[float | None]]]
 
 
 def _ordered(values: list[Any]) -> list[str]:
-    """Each once, numbers ascending, all else as it came."""
+    """Each value once: numbers ascending, others in the given order."""
     numbers = all(isinstance(value, int | float) for value in values)
     return list(dict.fromkeys(map(short, sorted(values) if numbers else values)))
 
@@ -129,7 +129,7 @@ def _has_two_axes(sweep: Sweep) -> bool:
 
 
 def _is_grid(cells: list[list[float | None]]) -> bool:
-    """Whether most cells have a score: with draws from ranges, hardly two trials share a row."""
+    """Whether most cells have a score: of trials drawn from ranges, hardly two share a row."""
     flat = [cell for row in cells for cell in row]
     return len([cell for cell in flat if cell is not None]) * 2 > len(flat)
 
@@ -237,7 +237,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def _schedule(sweep: Sweep, axes: list[str]) -> str:
-    """What the best of a population had been trained with, generation by generation."""
+    """The settings by which the best of a population was trained, generation by generation."""
     best = sweep.best()
     if best is None or best.generation == 0:
         return ""

@@ -1,4 +1,14 @@
-"""What a sweep may try: axes, of which each combination of values is the settings of a pretraining."""
+"""What a sweep tries: a space of settings, and how the next trials are chosen in it.
+
+A space has axes, and each combination of their values gives the settings of one pretraining. Trials are every
+combination, random draws, draws that learn from the scores (Optuna), or a population. What comes next is a function of
+the seed and of the trials so far, so a sweep goes on without any state of the search.
+
+Population-based training (Jaderberg et al., 2017) finds a schedule of settings rather than one value of each. A
+population trains side by side for some steps: a generation. Then the worst take the training state of one of the best
+and settings near its own, and all go on. Each member of the next generation is a run that begins from the last
+checkpoint of its donor; a member that is not among the worst is its own donor.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +16,7 @@ import contextlib
 import difflib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +25,11 @@ import numpy as np
 import yaml
 
 from vmoco.config import PretrainSettings
+from vmoco.seed import hash64
+from vmoco.sweep.record import Trial
 
-# Neither changes what an encoder learns, and the sweep sets them itself.
-_NOT_TRIED = ("run.name", "run.storage", "data.uri", "tracking", "evaluation")
+# They do not change what an encoder learns, and the sweep sets them itself.
+_SAME_FOR_ALL = ("run.name", "run.storage", "data.uri", "tracking", "evaluation")
 
 BUILT_IN: dict[str, dict[str, Any]] = {
     "ratio-decay": {
@@ -32,28 +44,36 @@ BUILT_IN: dict[str, dict[str, Any]] = {
 }
 """Spaces by name; t and its end are those of the preset, or of its flags."""
 
+_TRIES = 64
+"""Draws for one trial, or for a change of one, before it is given up: all were equal to earlier ones, or not valid."""
+_SHARE = 0.25
+"""Of a population, the share that is replaced, and the share that is copied."""
+_RESAMPLE = 0.25
+"""How often a setting is drawn anew instead of moved."""
+_FACTOR = 1.2
+"""By how much a setting is moved."""
 
 Values = dict[str, Any]
-"""By axis, what a person reads: a value, or the name of a choice."""
+"""By axis, as the user writes it: a value, or the name of a choice."""
 
 
 @dataclass(frozen=True)
 class Choices:
-    """An axis of some values; each has a label, and the fields that it sets."""
+    """An axis of some values. Each has a label, and the fields that it sets."""
 
     choices: list[tuple[Any, dict[str, Any]]]
 
     @property
     def labels(self) -> list[Any]:
-        """What a person reads of each."""
+        """The values as the user writes them."""
         return [label for label, _ in self.choices]
 
     def fields(self, label: Any) -> dict[str, Any]:
-        """What a value sets."""
+        """The fields that a value sets."""
         return next(fields for own, fields in self.choices if own == label)
 
     def draw(self, random: np.random.Generator) -> Any:
-        """Any, equally likely."""
+        """A value, each equally likely."""
         return self.choices[int(random.integers(len(self.choices)))][0]
 
 
@@ -65,31 +85,31 @@ class Range:
     low: float
     high: float
     log: bool
-    whole: bool
+    integer: bool
 
     def fields(self, label: Any) -> dict[str, Any]:
-        """What a value sets."""
+        """The fields that a value sets."""
         return {self.field: label}
 
     def draw(self, random: np.random.Generator) -> Any:
-        """Any, equally likely, or with equally likely logarithms."""
+        """A value: each equally likely, or each logarithm."""
         if self.log:
             value = math.exp(random.uniform(math.log(self.low), math.log(self.high)))
         else:
             value = float(random.uniform(self.low, self.high))
-        return round(value) if self.whole else value
+        return round(value) if self.integer else value
 
 
 @dataclass(frozen=True)
 class Space:
-    """Axes over a base of settings that all trials share."""
+    """Axes over settings that all trials share."""
 
     base: PretrainSettings
     axes: dict[str, Choices | Range]
 
     @staticmethod
     def read(space: Mapping[str, Any], base: PretrainSettings) -> Space:
-        """Reads axes as a file has them.
+        """Reads the axes that a file holds.
 
         Args:
             space: by axis: a list of values, {low, high, log}, or {name: {field: value}}.
@@ -116,8 +136,8 @@ class Space:
         for axis, values in self.axes.items():
             if isinstance(values, Range):
                 raise ValueError(
-                    f"axis {axis} of the space is a range, and a grid needs a list: list values, or give "
-                    "--search random or optuna"
+                    f"axis {axis} of the space is a range, and --search grid needs a list: list values, or give "
+                    "--search random or --search optuna"
                 )
         labels = [values.labels for values in self.axes.values() if isinstance(values, Choices)]
         return (dict(zip(self.axes, chosen, strict=True)) for chosen in itertools.product(*labels))
@@ -131,7 +151,7 @@ class Space:
         """The pretraining of a combination.
 
         Raises:
-            ValueError: no run can have it.
+            ValueError: it is not valid.
         """
         changed = self.base.model_dump()
         for axis, label in values.items():
@@ -141,13 +161,13 @@ class Space:
         return PretrainSettings(**changed)
 
 
-def said(values: Mapping[str, Any]) -> str:
-    """A combination as words; numbers to four digits."""
+def as_text(values: Mapping[str, Any]) -> str:
+    """A combination in words, such as "moco.decay 0.99, generator.drop_ratio 0.5"."""
     return ", ".join(f"{axis} {short(value)}" for axis, value in values.items())
 
 
 def short(value: Any) -> str:
-    """A value as a person reads it."""
+    """A value in words; numbers to four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -162,7 +182,7 @@ def load_space(name: str) -> dict[str, Any]:
     path = Path(name)
     if not path.is_file():
         raise ValueError(
-            f"--space {name!r} is neither a file nor a built-in space: write the path of a YAML file, or "
+            f"--space {name!r} is neither a file nor a built-in space: give the path of a YAML file, or "
             f"{', '.join(BUILT_IN)}"
         )
     try:
@@ -175,7 +195,7 @@ def load_space(name: str) -> dict[str, Any]:
 
 
 def _with_numbers(found: Any) -> Any:
-    """What YAML found, with 1e-4 as a number: to YAML it is one only with a point, as 1.0e-4."""
+    """What YAML found, with 1e-4 as a number: YAML takes it for a text, and only 1.0e-4 for a number."""
     if isinstance(found, dict):
         return {key: _with_numbers(value) for key, value in found.items()}
     if isinstance(found, list):
@@ -223,5 +243,183 @@ def _check_field(field: str, base: PretrainSettings) -> None:
     if field not in known:
         nearest = difflib.get_close_matches(field, known, n=1, cutoff=0)
         raise ValueError(f"the space names the field {field!r}, which no run has: did you mean {nearest[0]!r}?")
-    if field in _NOT_TRIED or field.split(".")[0] in _NOT_TRIED:
-        raise ValueError(f"the space names {field!r}, which is the same for all trials: give it as a flag")
+    if field in _SAME_FOR_ALL or field.split(".")[0] in _SAME_FOR_ALL:
+        flag = f"--{field.replace('_', '-')}"
+        raise ValueError(f"the space names {field!r}, which is the same for all trials: give it as a flag ({flag})")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A combination that a trial can be made of."""
+
+    values: Values
+    settings: PretrainSettings
+    generation: int = 0
+
+
+@dataclass(frozen=True)
+class Points:
+    """All points that are known before the first trial starts."""
+
+    points: list[Point]
+    refused: list[str]
+    """A message for each combination that is not valid."""
+
+
+def grid(space: Space) -> Points:
+    """Every combination, in order; equal ones once.
+
+    Raises:
+        ValueError: an axis is a range, or no combination is valid.
+    """
+    return _points(space, space.combinations(), None)
+
+
+def random(space: Space, *, samples: int) -> Points:
+    """Random combinations by the seed of the space's base; fewer than `samples` where no more differ.
+
+    Raises:
+        ValueError: no combination is valid.
+    """
+    draws = (space.draw(hash64("sweep", space.base.run.seed, place)) for place in range(samples * _TRIES))
+    return _points(space, draws, samples)
+
+
+def _points(space: Space, combinations: Iterable[Values], count: int | None) -> Points:
+    points: dict[str, Point] = {}
+    refused: dict[str, None] = {}
+    for values in combinations:
+        try:
+            settings = space.settings(values)
+        except ValueError as error:
+            refused[f"{as_text(values)}: {error}"] = None
+            continue
+        points.setdefault(settings.canonical_json(), Point(values, settings))
+        if len(points) == count:
+            break
+    if not points:
+        first = next(iter(refused), "it has none")
+        raise ValueError(f"no combination of the space is a valid run: {first}")
+    return Points(list(points.values()), list(refused))
+
+
+def suggest(space: Space, trials: Sequence[Trial], *, score: str) -> Point | None:
+    """What to try next, by Optuna's tree-structured Parzen estimator.
+
+    Args:
+        space: what may be tried.
+        trials: so far. Those without a score count as no better than the worst, so that trials that run at the same
+            time are not close together.
+        score: name of the number that chooses.
+
+    Returns:
+        None where nothing new was found.
+    """
+    import optuna  # takes 1 s: imported only where it is asked for
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    distributions = {axis: _distribution(values) for axis, values in space.axes.items()}
+    known = {str(trial.values) for trial in trials}
+    for attempt in range(_TRIES):
+        seed = hash64("sweep", space.base.run.seed, len(trials), attempt) % 2**32
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4, constant_liar=True, multivariate=True)
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        study.add_trials(
+            _for_optuna(trial, space, distributions, score) for trial in trials if trial.status != "failed"
+        )
+        asked = study.ask(distributions).params
+        values = {axis: _label(chosen, space.axes[axis]) for axis, chosen in asked.items()}
+        if str(values) in known:
+            continue
+        with contextlib.suppress(ValueError):  # not valid
+            return Point(values, space.settings(values))
+    return None
+
+
+def _distribution(axis: Any) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if not isinstance(axis, Range):
+        return CategoricalDistribution(range(len(axis.choices)))  # by place, as a value may be a list
+    if axis.integer:
+        return IntDistribution(int(axis.low), int(axis.high), log=axis.log)
+    return FloatDistribution(axis.low, axis.high, log=axis.log)
+
+
+def _label(chosen: Any, axis: Any) -> Any:
+    return chosen if isinstance(axis, Range) else axis.labels[chosen]
+
+
+def _for_optuna(trial: Trial, space: Space, distributions: dict[str, Any], score: str) -> Any:
+    from optuna.trial import TrialState, create_trial
+
+    params = {
+        axis: trial.values[axis] if isinstance(values, Range) else values.labels.index(trial.values[axis])
+        for axis, values in space.axes.items()
+    }
+    value = trial.scores.get(score) if trial.ended else None
+    state = TrialState.RUNNING if value is None else TrialState.COMPLETE
+    return create_trial(params=params, distributions=distributions, value=value, state=state)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member of the next generation."""
+
+    donor: Trial
+    values: Values
+
+
+def next_generation(space: Space, members: Sequence[Trial], *, score: str) -> list[Member]:
+    """The next generation, in the order of this one.
+
+    Args:
+        space: in which the settings move.
+        members: of this generation, in order; those without a score are the worst.
+        score: name of the number that chooses; higher is better.
+
+    Returns:
+        An empty list where no member has a score.
+    """
+    scored = [member for member in members if member.status == "finished" and score in member.scores]
+    if not scored:
+        return []
+    ranked = sorted(members, key=lambda member: member.scores[score] if member in scored else -math.inf, reverse=True)
+    count = max(1, round(_SHARE * len(members))) if len(members) > 1 else 0
+    best = ranked[: min(count, len(scored))] or ranked
+    replaced = {member.name for member in ranked[len(ranked) - count :]} | {
+        member.name for member in members if member not in scored
+    }
+    found = []
+    for place, member in enumerate(members):
+        if member.name not in replaced:
+            found.append(Member(member, member.values))
+            continue
+        random = np.random.default_rng(hash64("population", space.base.run.seed, member.generation, place))
+        donor = best[int(random.integers(len(best)))]
+        found.append(Member(donor, _near(donor.values, space, random)))
+    return found
+
+
+def _near(values: Values, space: Space, random: np.random.Generator) -> Values:
+    for _ in range(_TRIES):
+        moved = {axis: _moved(values[axis], space.axes[axis], random) for axis in space.axes}
+        with contextlib.suppress(ValueError):  # not valid
+            space.settings(moved)
+            return moved
+    return values
+
+
+def _moved(value: object, axis: Choices | Range, random: np.random.Generator) -> object:
+    if random.random() < _RESAMPLE:
+        return axis.draw(random)
+    up = bool(random.integers(2))
+    if isinstance(axis, Choices):
+        place = axis.labels.index(value) + (1 if up else -1)
+        return axis.labels[min(max(place, 0), len(axis.labels) - 1)]
+    assert isinstance(value, int | float), "a range is of numbers"
+    # Where a range is not logarithmic, a step is a share of its width: near 1 or 0 a factor would move it too far.
+    width = (axis.high - axis.low) * (_FACTOR - 1)
+    near = value * (_FACTOR if up else 1 / _FACTOR) if axis.log else value + (width if up else -width)
+    kept = min(max(near, axis.low), axis.high)
+    return round(kept) if axis.integer else float(kept)

@@ -1,13 +1,9 @@
-"""One trial: the pretraining of `jobs/pretrain.py`, within a trial of Ray Tune.
+"""Runs a sweep from the driver: Ray Tune starts the trials, then the best encoder is registered.
 
-What a person has to mend ends this trial, with its reason as its result; only a lost process or node raises, so that
-Ray Tune starts the trial again, and it goes on from its checkpoint by its name.
-
-
-Runs a sweep from the driver: Ray Tune starts the trials, then the best encoder is registered.
-
-Each trial is a run with a name of its own. So submitting the same sweep again hands Ray Tune those that have not
-ended, and a trial goes on from its checkpoint as any run does; nothing is kept of Ray Tune itself.
+Each trial is a run with its own name: the pretraining of `jobs/pretrain.py` within a trial of Ray Tune. A sweep that is
+submitted again gives Ray Tune the trials that have not ended, and each goes on from its checkpoint as any run does.
+Nothing is kept of Ray Tune itself. An error that the user has to fix ends its trial, with the reason as its result.
+Only a lost process or node raises an error, so that Ray Tune starts the trial again.
 """
 
 from __future__ import annotations
@@ -24,13 +20,14 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from vmoco import job, storage, tracking
-from vmoco.cluster.reservation import capacity
+from vmoco.cluster import ray_internals
+from vmoco.cluster.reservation import trials_at_once
 from vmoco.config import PretrainSettings
 from vmoco.job_settings import RegisterOptions
 from vmoco.sweep.prepare import PreparedSweep
 from vmoco.sweep.record import Sweep
-from vmoco.sweep.space import said
-from vmoco.sweep.trial_callback import Board
+from vmoco.sweep.space import as_text
+from vmoco.sweep.trial_callback import TrialCallback
 from vmoco.train import run
 from vmoco.train.launch import check_places
 from vmoco.train.publish import publish_run
@@ -38,17 +35,17 @@ from vmoco.train.run import run_id_of
 
 MEMORY = 64 * 2**20
 """What the process around a trial asks of Ray: no CPU, or it could keep its own workers from starting."""
-
-
 _TRACKER_SECONDS = 3600.0
-"""So long a trial waits at its start for the tracker: one that is away for a while must not fail all that wait."""
+"""How long a trial waits at its start for the tracker: one that is down for a while must not fail all trials."""
+_MAX_LOST = 3
+"""How often Ray Tune starts a trial again after its process or node was lost."""
 
 
 def train_trial(config: dict[str, Any]) -> dict[str, Any]:
-    """Runs in Ray Tune; returns its last result: step, score/*, run_id, seconds; or `failed`, the reason.
+    """Runs one trial in Ray Tune; returns step, score/* and run_id; or `failed`, the reason.
 
     Args:
-        config: settings (JSON), parent (MLflow run), environment, and index, the trial's place in its sweep.
+        config: settings (JSON), parent (MLflow run), environment, and index (the trial's place in its sweep).
     """
     os.environ.update(config["environment"])
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -75,25 +72,22 @@ def train_trial(config: dict[str, Any]) -> dict[str, Any]:
         return {"failed": job.describe(error).removeprefix("error: ")}
 
 
-_LOST = 3  # times that Ray Tune starts a trial again after its process or node was lost
-
-
 def run_sweep(prepared: PreparedSweep, *, show: Callable[[str], None]) -> Sweep:
     """Runs all trials that have not ended; `ray.init` has been called, with a dashboard.
 
     Args:
         prepared: what `prepare` returned.
-        show: takes each line for a person.
+        show: prints a line.
 
     Raises:
         ValueError: the cluster cannot hold a trial, or the tracker cannot be used.
     """
     settings, sweep = prepared.settings, prepared.sweep
-    for sentence in prepared.refused:
-        show(f"warning: left out, because no run can have it: {sentence}")
-    told = len(prepared.refused)
+    for reason in prepared.refused:
+        show(f"warning: left out, because it is not valid: {reason}")
+    num_shown = len(prepared.refused)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    at_once = capacity([settings.pretrain, *(each.settings for each in prepared.runs)], nodes)
+    at_once = trials_at_once([settings.pretrain, *(each.settings for each in prepared.runs)], nodes)
     check_places(prepared.runs[0].settings if prepared.runs else settings.pretrain, show=show)
     at_once = min(at_once, settings.max_concurrent or at_once)
     if sweep.parent_run:
@@ -120,13 +114,13 @@ def run_sweep(prepared: PreparedSweep, *, show: Callable[[str], None]) -> Sweep:
     except (KeyboardInterrupt, SystemExit):
         _note_stopped(prepared, show)
         raise
-    for sentence in prepared.refused[told:]:
-        show(f"warning: not tried, because no run can have it: {sentence}")
+    for reason in prepared.refused[num_shown:]:
+        show(f"warning: not tried, because it is not valid: {reason}")
     return sweep
 
 
 def _note_stopped(prepared: PreparedSweep, show: Callable[[str], None]) -> None:
-    """Tells the tracker that the running trials are stopped: their processes end with this one, and cannot."""
+    """Tells the tracker that the running trials are stopped: their processes end with this one."""
     for each, its_run in zip(prepared.sweep.trials, prepared.runs, strict=True):
         run_id = run_id_of(its_run) if each.status == "running" else None
         if run_id and (problem := tracking.finish_run(run_id, "KILLED")):
@@ -134,7 +128,7 @@ def _note_stopped(prepared: PreparedSweep, show: Callable[[str], None]) -> None:
 
 
 class _Feed(Searcher):
-    """Hands Ray Tune the trials that have not ended, then those that the search makes of what was learned."""
+    """Gives Ray Tune the trials that have not ended, then those that a search suggests."""
 
     def __init__(self, prepared: PreparedSweep) -> None:
         super().__init__()
@@ -154,27 +148,27 @@ class _Feed(Searcher):
         }
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Nothing: the board has it in the sweep's own record."""
+        """Does nothing: the trial callback writes it to the sweep's own record."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing, for the same reason."""
+        """Does nothing, for the same reason."""
 
 
 def _environment() -> dict[str, str]:
     return {
         "VMOCO_HOME": storage.home(),
         "MLFLOW_TRACKING_URI": tracking.tracking_uri(),
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": os.environ.get("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2"),
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        ray_internals.HEALTH_CHECK_SECONDS: os.environ.get(ray_internals.HEALTH_CHECK_SECONDS, "0.2"),
+        ray_internals.CHANGE_DIRECTORY: "0",
     }
 
 
 def _fit(prepared: PreparedSweep, count: int, at_once: int, show: Callable[[str], None]) -> None:
     sweep, settings = prepared.sweep, prepared.settings
-    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # the first reports come before the first score
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # MLflow has all of it
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the job at once: the trials have their checkpoints
-    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)  # it misses those loggers
+    # The first reports have no score yet; MLflow has what Tune would log; and Ctrl-C ends the job at once, because the
+    # trials have their checkpoints.
+    os.environ.update(dict.fromkeys(ray_internals.TUNE_SWITCHES, "1"))
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)  # it warns without its loggers
     tuner = tune.Tuner(
         tune.with_resources(train_trial, {"memory": MEMORY}),
         tune_config=tune.TuneConfig(
@@ -188,8 +182,8 @@ def _fit(prepared: PreparedSweep, count: int, at_once: int, show: Callable[[str]
         run_config=tune.RunConfig(
             name="tune",
             storage_path=sweep.folder,
-            failure_config=tune.FailureConfig(max_failures=_LOST),
-            callbacks=[Board(sweep, prepared.runs, show=show, seconds=settings.table_seconds)],
+            failure_config=tune.FailureConfig(max_failures=_MAX_LOST),
+            callbacks=[TrialCallback(sweep, prepared.runs, show=show, seconds=settings.table_seconds)],
             verbose=0,
         ),
     )
@@ -201,13 +195,13 @@ def _scheduler(prepared: PreparedSweep) -> TrialScheduler:
         return FIFOScheduler()
     steps = prepared.settings.pretrain.train.steps
     return ASHAScheduler(
-        # The step that the score is of: a report carries the newest score, which is of a checkpoint before. And Tune's
-        # own count of reports begins anew when a trial is resumed.
+        # The step of the score: a report carries the newest score, which is of an earlier checkpoint. Tune's own count
+        # of reports starts anew when a trial is resumed.
         time_attr="scored_step",
         max_t=steps,
         grace_period=min(prepared.settings.asha_grace_steps, steps),
         reduction_factor=3,
-        stop_last_trials=False,  # the last step is followed by its score, and by what the run still has to say
+        stop_last_trials=False,  # after the last step its score and its export follow
     )
 
 
@@ -215,7 +209,7 @@ def register_best(prepared: PreparedSweep, *, show: Callable[[str], None]) -> st
     """Registers the encoder of the best trial, once; returns models:/NAME/VERSION, or "" where none has finished.
 
     Raises:
-        ValueError: the tracker cannot be used, or what the trial kept is gone.
+        ValueError: the tracker cannot be used, or the checkpoint of the best trial is gone.
     """
     sweep, tracked = prepared.sweep, prepared.settings.pretrain.tracking
     best = sweep.best()
@@ -226,7 +220,7 @@ def register_best(prepared: PreparedSweep, *, show: Callable[[str], None]) -> st
         best.run_id,
         RegisterOptions(name=tracked.register_as or sweep.name, alias=tracked.alias, data_licence=tracked.data_licence),
         note=f"best of {len(sweep.trials)} trials of sweep {sweep.name} by {sweep.score} "
-        f"{best.scores[sweep.score]:.3f}: {said(best.values)}; ",
+        f"{best.scores[sweep.score]:.3f}: {as_text(best.values)}; ",
         show=show,
     )
     sweep.registered, sweep.registered_trial = f"models:/{made.name}/{made.version}", best.name

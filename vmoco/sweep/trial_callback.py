@@ -1,4 +1,4 @@
-"""What the driver hears of its trials from Ray Tune: kept in the ledger, and shown as a table in the job's log."""
+"""Ray Tune's callback for the trials of a sweep: it keeps the record, and prints a table to the job's log."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from ray import tune
 
 from vmoco import tracking
 from vmoco.sweep.record import Sweep, Trial
-from vmoco.sweep.space import said
+from vmoco.sweep.space import as_text
 from vmoco.train.run import PreparedRun, run_id_of
 
 
-class Board(tune.Callback):
+class TrialCallback(tune.Callback):
     """Follows the trials of a sweep.
 
     Args:
-        sweep: whose trials it updates; the configuration of each of Tune's trials has an `index` into them.
-        prepared: run of each trial.
-        show: takes each line for a person.
-        seconds: least time between two tables.
+        sweep: whose trials it updates. The configuration of each of Tune's trials has an `index` into them.
+        prepared: the run of each trial.
+        show: prints a line.
+        seconds: shortest time between two tables.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Board(tune.Callback):
         self._seconds = seconds
         self._shown = float("-inf")
         self._began: dict[str, tuple[float, int]] = {}
-        """Of each running trial, time and step of its first report: before it is start-up."""
+        """Time and step of each running trial's first report: the time before it is start-up."""
         self._started: dict[str, float] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -60,13 +60,13 @@ class Board(tune.Callback):
             self._ended(own, trial, "finished")
         else:
             self._ended(own, trial, "stopped")
-            if own.run_id:  # its process was ended, so nobody else says it
+            if own.run_id:  # its process has been ended, so it cannot do this itself
                 self._note(own, {"vmoco.stopped": f"by ASHA at step {own.step}"}, status="KILLED")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        said = str(trial.get_pickled_error() or "").strip().splitlines() or ["its process was lost"]
+        reasons = str(trial.get_pickled_error() or "").strip().splitlines() or ["its process was lost"]
         own = self._of(trial)
-        self._failed(own, trial, said[-1])
+        self._failed(own, trial, reasons[-1])
         if own.run_id:
             self._note(own, {}, status="FAILED")
 
@@ -78,7 +78,7 @@ class Board(tune.Callback):
             self._note(own, {"vmoco.failed": reason[:5000]})
 
     def _note(self, own: Trial, tags: dict[str, str], *, status: str | None = None) -> None:
-        """Tells the tracker; one that is away ends no sweep."""
+        """Tells the tracker. A tracker that does not answer does not end the sweep."""
         assert own.run_id is not None, "asked before"
         problems = [tracking.note_run(own.run_id, tags=tags)]
         if status is not None:
@@ -88,7 +88,7 @@ class Board(tune.Callback):
 
     def _ended(self, own: Trial, trial: Any, status: Any) -> None:
         own.status = status
-        if (started := self._started.pop(own.name, None)) is not None:  # none where its process never came up
+        if (started := self._started.pop(own.name, None)) is not None:  # none where its process never started
             own.seconds += time.monotonic() - started
         own.run_id = run_id_of(self._prepared[trial.config["index"]])
         self._sweep.save()
@@ -122,6 +122,6 @@ def table(sweep: Sweep, seconds_left: dict[str, float | None]) -> list[str]:
         lines.append(
             f"{trial.name:{width}}  {trial.status:8}  {f'{trial.step}/{trial.steps}':>13}  "
             f"{'-' if score is None else f'{score:.3f}':>14}  {'-' if rank is None else f'{rank:.1f}':>6}  "
-            f"{'-' if left is None else f'{left // 60:.0f}:{left % 60:02.0f}':>8}  " + said(trial.values)
+            f"{'-' if left is None else f'{left // 60:.0f}:{left % 60:02.0f}':>8}  " + as_text(trial.values)
         )
     return lines

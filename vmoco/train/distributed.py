@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+SLOW_STEP_SECONDS = 1800.0
+"""Longest wait for the other ranks until the first step is done: a resume from a slow store, or a first compile."""
+STEP_SECONDS = 120.0
+"""Longest wait for the other ranks in every later step. A rank that waits longer gives up, and the run restarts."""
 
 
 def rank() -> int:
@@ -16,6 +22,14 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait_at_most(seconds: float) -> None:
+    """Sets how long the collectives that this rank starts from now on wait for the other ranks."""
+    if dist.is_initialized():
+        # Versions of torch before 2.14 have it under its former, private name.
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        set_timeout(timedelta(seconds=seconds))
 
 
 def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:

@@ -1,8 +1,8 @@
-"""Runs a pretraining from the driver: Ray Train does the work, then the encoder is exported and registered.
+"""Runs a pretraining from the driver: Ray Train trains, then the encoder is exported and registered.
 
-Ray Train runs in a thread and the main thread waits for signals, so that a stop becomes a checkpoint. An error that a
-person has to mend ends the run at once; everything else restarts it from its last checkpoint. A trial of Ray Tune
-calls `pretrain` too: in a thread, where no signal arrives, with the callback that hands its reports to Tune.
+Ray Train runs in a thread, and the main thread waits for signals, so that a request to stop becomes a checkpoint. An
+error that the user has to fix ends the run at once. Everything else restarts it from its last checkpoint. A trial of
+Ray Tune calls `pretrain` too: in a thread, where no signal arrives, with the callback that reports to Tune.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vmoco import storage, tracking
+from vmoco.cluster import ray_internals
 from vmoco.cluster.check import check_nodes
-from vmoco.cluster.reservation import NAMESPACE, Room, check_room
+from vmoco.cluster.reservation import NAMESPACE, Reservation, check_capacity
 from vmoco.config import PretrainSettings
 from vmoco.encoders import registry
 from vmoco.encoders.promotion import Score
 from vmoco.job import StopRequest, is_user_error
-from vmoco.train.channel import Channel, Listener
+from vmoco.train import distributed
+from vmoco.train.channel import Channel, Listener, RestartLimit
 from vmoco.train.checkpoints import Kept
 from vmoco.train.evaluation import score_now
 from vmoco.train.lease import Lease
@@ -40,10 +42,8 @@ from vmoco.train.resume import local_copy
 from vmoco.train.run import PreparedRun, Run, close_run, introduce, open_run
 from vmoco.train.worker import SPOOL, run_worker
 
-# A rank that has lost another waits this long in a collective before it gives up, in seconds.
-_COLLECTIVE_TIMEOUT = 120
-_TRACKER_SECONDS = 300.0  # a run that has trained waits so long for a tracker that does not answer
-_SILENT_SECONDS = 60.0  # workers that have not begun by then wait for something: a person wants to know for what
+_TRACKER_SECONDS = 300.0  # how long a run that has trained waits for a tracker that does not answer
+_SILENT_SECONDS = 60.0  # after this time without a worker a line says what the run waits for
 
 
 @dataclass(frozen=True)
@@ -67,51 +67,52 @@ def pretrain(
     callbacks: Sequence[Any] = (),
     parent_run: str | None = None,
 ) -> Outcome:
-    """Pretrains an encoder; `ray.init` has been called.
+    """Pretrains an encoder. `ray.init` has been called.
 
     Args:
         prepared: what `prepare` returned.
-        show: takes each line for a person.
+        show: prints a progress line.
         callbacks: of Ray Train, such as the one that reports to Ray Tune.
-        parent_run: MLflow run of the sweep that this run is a trial of. Its encoder stays in its last checkpoint, from
-            where the sweep publishes the best: to export each would take longer than many a short trial trains.
+        parent_run: MLflow run of the sweep that this run is a trial of. Its encoder stays in its last checkpoint, and
+            the sweep publishes the best one: to export each would take longer than many a short trial trains.
 
     Raises:
-        ValueError: cluster, places or tracker cannot be used, another job trains this run, or a worker met an error
-            that a person has to mend.
-        ray.train.TrainingFailedError: a worker failed more often than scaling.max-failures.
+        ValueError: cluster, storage, data or tracker cannot be used; another job trains this run; a worker met an
+            error that the user has to fix.
+        ray.train.TrainingFailedError: the workers failed more often than --scaling.max-failures allows.
     """
-    check_room(prepared.settings)
-    if parent_run is None:  # a sweep has asked already, once for all its trials
+    check_capacity(prepared.settings)
+    if parent_run is None:  # a sweep has checked them once for all its trials
         check_places(prepared.settings, show=show)
-    room = Room(prepared.settings)
+    reservation = Reservation(prepared.settings)
     # Beside the driver: on another node it would be lost with that node, and the run with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    channel = Channel.options(name=room.holder, namespace=NAMESPACE, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    actor: Any = Channel
+    channel = actor.options(name=reservation.holder, namespace=NAMESPACE, scheduling_strategy=here).remote()
     lost = channel.fail.remote
-    with Lease(prepared.folder, on_lost=lambda said: ray.get(lost(said)), show=show) as lease, room:
+    with Lease(prepared.folder, on_lost=lambda reason: ray.get(lost(reason)), show=show) as lease, reservation:
         run = open_run(prepared, parent_run=parent_run)
-        return _pretrain(run, channel, lease, room, show=show, callbacks=callbacks, export=parent_run is None)
+        return _pretrain(run, channel, lease, reservation, show=show, callbacks=callbacks, export=parent_run is None)
 
 
 def check_places(settings: PretrainSettings, *, show: Callable[[str], None]) -> None:
-    """Has every machine of the cluster look whether it reaches what a run reads and writes, before the run begins.
+    """Checks on every machine of the cluster that it reaches what a run reads and writes, before the run begins.
 
     Raises:
         ValueError: one does not.
     """
     places = {
-        "run.storage": settings.run.storage or storage.join(storage.home(), "runs"),
-        "data.uri": settings.data.uri,
+        "--run.storage": settings.run.storage or storage.join(storage.home(), "runs"),
+        "--data.uri": settings.data.uri,
     }
-    check_nodes(places, writes="run.storage", tracker=tracking.tracking_uri(), show=show)
+    check_nodes(places, writes="--run.storage", tracker=tracking.tracking_uri(), show=show)
 
 
 def _pretrain(
     run: Run,
     channel: Any,
     lease: Lease,
-    room: Room,
+    reservation: Reservation,
     *,
     show: Callable[[str], None],
     callbacks: Sequence[Any],
@@ -123,12 +124,12 @@ def _pretrain(
     with _stop_requests(channel) as stop:
         status = "FAILED"
         try:
-            last = _fit(run, channel, lease, room, show=show, callbacks=callbacks)
+            last = _fit(run, channel, lease, reservation, show=show, callbacks=callbacks)
             finished = last.step == run.settings.last_step
-            status = "KILLED"  # unless it has ended and its encoder is safe
+            status = "KILLED"  # unless it has finished and its encoder is exported
             if finished:
-                _settle(run, show)
-            registered = _export(run, last, room.evaluation, show) if finished and export else None
+                _send_rest(run, show)
+            registered = _export(run, last, reservation.evaluation, show) if finished and export else None
             status = "FINISHED" if finished else status
             if finished:
                 logged = f"runs:/{run.run_id}/{registry.ARTIFACT_FOLDER}" if export else last.uri
@@ -144,7 +145,7 @@ def _pretrain(
 
 @contextlib.contextmanager
 def _stop_requests(channel: Any) -> Iterator[StopRequest | None]:
-    """Turns signals into a wish that the workers hear; None in a thread, which gets no signals."""
+    """Turns signals into a request to stop that the workers receive; None in a thread, which gets no signals."""
     if threading.current_thread() is not threading.main_thread():
         yield None
         return
@@ -153,16 +154,21 @@ def _stop_requests(channel: Any) -> Iterator[StopRequest | None]:
 
 
 def _fit(
-    run: Run, channel: Any, lease: Lease, room: Room, *, show: Callable[[str], None], callbacks: Sequence[Any]
+    run: Run,
+    channel: Any,
+    lease: Lease,
+    reservation: Reservation,
+    *,
+    show: Callable[[str], None],
+    callbacks: Sequence[Any],
 ) -> Kept:
-    """Trains to the end, or to a stop; returns the last checkpoint."""
+    """Trains to the end, or until a stop; returns the last checkpoint."""
     settings, scaling = run.settings, run.settings.scaling
-    assert settings.run.storage is not None
     per_worker = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.use_gpu else {})
     elastic = scaling.min_workers is not None and scaling.min_workers < scaling.num_workers
     if elastic:
-        # Ray waits so long for workers that have no node any more, 30 s by default, before it goes on with fewer.
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+        # How long Ray waits for workers whose node is gone, 60 s by default, before it goes on with fewer.
+        os.environ.setdefault(ray_internals.WORKER_START_SECONDS, "10")
     trainer = TorchTrainer(
         run_worker,  # type: ignore[arg-type]  # mypy sees Ray Train's first version here, and below
         train_loop_config={
@@ -172,7 +178,7 @@ def _fit(
             "run_folder": run.folder,
             "lease": lease.token,
             "channel": channel,
-            "evaluation": room.evaluation,
+            "evaluation": reservation.evaluation,
         },
         scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
             num_workers=(scaling.min_workers, scaling.num_workers) if elastic else scaling.num_workers,  # type: ignore[arg-type]
@@ -180,16 +186,11 @@ def _fit(
             resources_per_worker=per_worker,
             elastic_resize_monitor_interval_s=scaling.resize_seconds,
         ),
-        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT),
-        run_config=ray.train.RunConfig(
-            name=settings.run.name,
-            storage_path=settings.run.storage,
-            failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
-            callbacks=list(callbacks),
-        ),
+        torch_config=torch_config(use_gpu=scaling.use_gpu),
+        run_config=run_config(run, channel, callbacks),
     )
-    room.note(f"train-{trainer.train_run_context.run_id}")  # type: ignore[attr-defined]  # so Ray Train names it
-    # In a thread of its own: in the main thread Ray would take Ctrl-C for itself and abort without a checkpoint.
+    reservation.record(ray_internals.requester_of(trainer))
+    # In a thread of its own: in the main thread Ray would handle Ctrl-C itself and abort without a checkpoint.
     results: list[ray.train.Result] = []
     errors: list[BaseException] = []
 
@@ -201,18 +202,18 @@ def _fit(
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
-    patient_until = time.monotonic() + _SILENT_SECONDS
+    silent_until = time.monotonic() + _SILENT_SECONDS
     while thread.is_alive():
         thread.join(timeout=0.2)  # short, so that signals are handled
-        if time.monotonic() > patient_until:
-            patient_until = math.inf
+        if time.monotonic() > silent_until:
+            silent_until = math.inf
             if not ray.get(channel.num_started.remote()):
                 show(
-                    f"no worker has begun for {_SILENT_SECONDS:.0f} s: the nodes are in use (`ray status`), or Ray "
-                    "keeps them for a job that was killed, up to 200 s long"
+                    f"no worker has started for {_SILENT_SECONDS:.0f} s: the nodes are in use (see `ray status`), or "
+                    "Ray keeps them for a job that was killed, for up to 200 s"
                 )
-    if said := ray.get(channel.error.remote()):
-        raise ValueError(said)
+    if reason := ray.get(channel.error.remote()):
+        raise ValueError(reason)
     if errors:
         raise errors[0]
     last = results[0].return_value  # type: ignore[attr-defined]
@@ -220,27 +221,47 @@ def _fit(
     return Kept(**last)
 
 
-def _settle(run: Run, show: Callable[[str], None]) -> None:
-    """Sends what the tracker did not take from the workers, which have ended: a finished run is whole there.
+def run_config(run: Run, channel: Any, callbacks: Sequence[Any]) -> ray.train.RunConfig:
+    """The run for Ray Train, which restarts it without limit: `RestartLimit` ends it."""
+    settings = run.settings
+    assert settings.run.name is not None, "resolved"
+    limit = RestartLimit(
+        name=settings.run.name, folder=run.folder, max_failures=settings.scaling.max_failures, channel=channel
+    )
+    return ray.train.RunConfig(
+        name=settings.run.name,
+        storage_path=settings.run.storage,
+        failure_config=ray.train.FailureConfig(max_failures=-1),
+        callbacks=[limit, *callbacks],  # type: ignore[list-item]  # mypy sees Ray Train's first version
+    )
+
+
+def torch_config(*, use_gpu: bool) -> TorchConfig:
+    """How ranks reach each other. The training loop shortens the time limit after the first step."""
+    return TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(distributed.SLOW_STEP_SECONDS))
+
+
+def _send_rest(run: Run, show: Callable[[str], None]) -> None:
+    """Sends what the tracker did not take from the workers, which have ended.
 
     Raises:
-        ValueError: the tracker does not take it; the run is not lost.
+        ValueError: the tracker still does not take it; the run is not lost.
     """
     file = storage.join(run.folder, SPOOL)
     if not storage.exists(file):
         return
     show(f"waiting for the tracker, up to {_TRACKER_SECONDS:.0f} s")
-    spool = tracking.spool(tracking.tracking_uri(), run.run_id, file=file)
+    spool = tracking.spool(tracking.tracking_uri(), run.run_id, file=file, warn=show)
     if problem := spool.close(timeout=_TRACKER_SECONDS):
-        raise ValueError(f"run {run.settings.run.name} has trained to its end, and {problem}: {_rest(run)}")
+        raise ValueError(f"run {run.settings.run.name} has trained to its end, and {problem}: {_how_to_resume(run)}")
 
 
-def _rest(run: Run) -> str:
-    return f"when it answers, the same command with --run.name {run.settings.run.name} does the rest"
+def _how_to_resume(run: Run) -> str:
+    return f"when it answers, submit the same command with --run.name {run.settings.run.name} to do the rest"
 
 
 def _export(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) -> registry.Registered | None:
-    """Logs the encoder with its run, and registers it where the settings name it.
+    """Logs the encoder with its run, and registers it if the settings give it a name.
 
     Raises:
         ValueError: the tracker does not take it; the run is not lost.
@@ -252,7 +273,7 @@ def _export(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) 
             raise
         raise ValueError(
             f"run {run.settings.run.name} has trained to its end, and the tracker {tracking.tracking_uri()} does not "
-            f"take its encoder ({error}): {_rest(run)}"
+            f"take its encoder ({error}): {_how_to_resume(run)}"
         ) from error
 
 
@@ -272,12 +293,12 @@ def _register(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]
 
 
 def _score(run: Run, last: Kept, evaluation: Any, show: Callable[[str], None]) -> Score | None:
-    """The score of an encoder that the workers could not wait for; one that cannot be had takes no encoder away."""
+    """The score of an encoder that the workers could not wait for. An encoder without a score is registered too."""
     if run.settings.tracking.register_as is None or not run.settings.evaluation.enabled:
         return None
     try:
         return score_now(last, run.settings, evaluation)
-    except ray.exceptions.RayError as error:
-        said = str(error).splitlines()[-1]
-        show(f"warning: the encoder is registered without a score, and `jobs/evaluate.py` gives it one: {said}")
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        reason = str(error).splitlines()[-1]
+        show(f"warning: the encoder is registered without a score ({reason}): jobs/evaluate.py can score it later")
         return None

@@ -72,7 +72,11 @@ def train(
     interval = Interval(settings, state, loader, utilisation)
     dropped = DroppedFrames(settings.data.num_frames, settings.num_dropped)  # since the last checkpoint
     stopping = False
+    # In these steps a rank may be minutes later than another: it resumes from a slow store, or it compiles.
+    slow_steps = {state.step} | ({settings.generator_start} if settings.train.compile else set())
     for batch in loader:
+        slow = batch.step in slow_steps
+        distributed.wait_at_most(distributed.SLOW_STEP_SECONDS if slow else distributed.STEP_SECONDS)
         metrics = step(batch, stop_requested=host.stop_requested(), checkpoint_requested=host.checkpoint_requested())
         interval.dropped.add(metrics.dropped())
         dropped.add(metrics.dropped())

@@ -21,7 +21,6 @@ one that the key was made of. It is encoded in the micro-batch of then, because 
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vmoco.config import PretrainSettings
+from vmoco.mlflow_internals import machine_monitors
 from vmoco.model.cost import step_cost
 from vmoco.model.moco import running_statistics_kept
 from vmoco.train import distributed
@@ -51,15 +51,8 @@ class SystemMetrics:
     """
 
     def __init__(self, node: str = "") -> None:
-        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-
         self._prefix = f"system/{node}/" if node else "system/"
-        self._monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        with contextlib.suppress(Exception):  # whatever it raises, it means that there is no NVIDIA GPU to watch
-            self._monitors.append(GPUMonitor())
+        self._monitors = machine_monitors()
 
     def numbers(self) -> dict[str, float]:
         """What the monitors see now; rates are since the last call."""

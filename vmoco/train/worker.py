@@ -12,12 +12,12 @@ import safetensors.torch
 import torch
 
 from vmoco import storage, tracking
+from vmoco.cluster import ray_internals
 from vmoco.config import PretrainSettings
 from vmoco.data.manifest import Manifest
 from vmoco.encoders.promotion import Score
-from vmoco.job import is_user_error, root_cause
 from vmoco.model.precision import autocast_dtype, require_determinism
-from vmoco.train.channel import StopWatch
+from vmoco.train.channel import StopWatch, errors_reported
 from vmoco.train.checkpoints import LIST, Checkpoints, Kept, list_text
 from vmoco.train.evaluation import SCORE, Evaluator
 from vmoco.train.fork import fork
@@ -46,13 +46,8 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     """
     if ray.get(config["channel"].error.remote()):
         return None  # Ray restarts after every error; one that a person has to mend would only come again
-    try:
+    with errors_reported(config["channel"]):
         return _run(config)
-    except Exception as error:
-        cause, _ = root_cause(error)
-        if is_user_error(cause):
-            ray.get(config["channel"].fail.remote(str(cause)))
-        raise
 
 
 def _run(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -139,7 +134,9 @@ class RayHost:
                     failed=self._not_scored,
                 )
         if context.get_local_rank() == 0:  # one of each machine says how the machine is
-            self._spool = tracking.spool(config["tracking_uri"], config["run_id"], file=file, may_send=may_send)
+            self._spool = tracking.spool(
+                config["tracking_uri"], config["run_id"], file=file, may_send=may_send, warn=self.say
+            )
             node = "" if context.get_node_rank() == 0 else f"node-{context.get_node_rank()}"
             self._system = SystemMetrics(node)
 
@@ -160,7 +157,7 @@ class RayHost:
         return self._stop.requested()
 
     def checkpoint_requested(self) -> bool:
-        if self._preempted or (notice := _preemption()) is None:
+        if self._preempted or (notice := ray_internals.preemption_info()) is None:
             return False
         self._preempted = True  # once for each group of workers: Ray starts a new one when the machine has gone
         if self.is_first:
@@ -235,16 +232,3 @@ class RayHost:
     def _not_scored(self, sentence: str) -> None:
         self._counts["evaluations_failed"] += 1
         self.say(f"warning: {sentence}")
-
-
-def _preemption() -> str | None:
-    """A sentence about machines of this run that will be taken away; None where there are none."""
-    # Ray's `get_preemption_info` waits for all ranks at each call. This is what Ray has told this rank; the ranks
-    # agree by the sum that they exchange in each step anyhow.
-    from ray.train.v2._internal.execution.context import get_train_context
-
-    info = get_train_context().preemption_context.preemption_info
-    if info is None:
-        return None
-    ranks = ", ".join(str(rank) for rank in info.preempted_ranks)
-    return f"the machine of rank {ranks} will be taken away"

@@ -1,4 +1,4 @@
-"""Without the token, the password, a certificate or the right key, every door of a real service stays shut."""
+"""A real service refuses every request without the token, the password, a certificate or the right key."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tests.cluster.service import BIN, ROOT, Service
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 
-# Asks each port of a host in plain HTTP, in TLS without a certificate, and in TLS with one but without the token;
-# prints what each answered.
+# Sends requests to each port of a host: plain HTTP, TLS without a certificate, and TLS with a certificate but without
+# the token. Prints the answers.
 ASK = """
 import grpc, json, sys, urllib.error, urllib.request
 host, folder, token, *ports = sys.argv[1:]
@@ -58,13 +58,15 @@ print(json.dumps(found))
 
 
 @pytest.mark.parametrize("name", ["head", "one"])
-def test_every_port_of_a_node_refuses_strangers(service: Service, name: str) -> None:
-    """Of all ports that a node offers, only those of metrics answer without token or certificate."""
+def test_every_port_of_a_node_asks_for_token_or_certificate(service: Service, name: str) -> None:
+    """Of all ports of a node, only those of metrics answer without token or certificate."""
     host, outside = service.hosts[name], service.hosts["outside"]
     ports = host.listening()
     expected = {6380, 6381, 6382, 6383, 8080, 52365} | ({6379, 8265, 10001, 44217, 44227} if name == "head" else set())
     assert expected <= ports
-    assert all(20000 <= port <= 20999 for port in ports - expected), f"not in the README: {sorted(ports - expected)}"
+    assert all(20000 <= port <= 20999 for port in ports - expected), (
+        f"not in cluster/README.md: {sorted(ports - expected)}"
+    )
     (outside.folder / "ask.py").write_text(ASK)
     token = (service.secrets / "token").read_text()
     asked = outside.run(
@@ -90,7 +92,7 @@ def test_every_port_of_a_node_refuses_strangers(service: Service, name: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ("unset RAY_AUTH_MODE RAY_AUTH_TOKEN_PATH", "401"),
         ("unset RAY_AUTH_TOKEN_PATH; export RAY_AUTH_TOKEN=wrong", "403"),
@@ -98,19 +100,19 @@ def test_every_port_of_a_node_refuses_strangers(service: Service, name: str) -> 
     ],
     ids=["no token", "wrong token", "unknown authority"],
 )
-def test_the_job_server_refuses_at_the_door(service: Service, change: str, said: str) -> None:
-    """`ray job list` without token, with a wrong one, or to a door whose authority is not known, is refused."""
+def test_the_job_server_refuses_at_the_gateway(service: Service, change: str, message: str) -> None:
+    """`ray job list` fails without token, with a wrong one, and with a gateway of an unknown authority."""
     outside = service.hosts["outside"]
     command = f"source client.env; verify='--verify ca.crt'; {change}; {BIN}/ray job list $verify"
     code, printed = outside.attempt(command)
     assert code != 0
-    assert said in printed or "uthenticat" in printed, printed
+    assert message in printed or "uthenticat" in printed, printed
     code, printed = outside.attempt(f"source client.env; {BIN}/ray job list --verify ca.crt")
     assert code == 0, printed
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ("export MLFLOW_TRACKING_PASSWORD=wrong-password", "401"),
         ("unset MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_USERNAME", "401"),
@@ -118,17 +120,17 @@ def test_the_job_server_refuses_at_the_door(service: Service, change: str, said:
     ],
     ids=["wrong password", "no password", "unknown authority"],
 )
-def test_the_tracker_refuses_at_the_door(service: Service, change: str, said: str) -> None:
-    """MLflow's client is refused without password, with a wrong one, or where it does not know the authority."""
+def test_the_tracker_refuses_at_the_gateway(service: Service, change: str, message: str) -> None:
+    """MLflow's client fails without password, with a wrong one, and with a gateway of an unknown authority."""
     search = "from vmoco import tracking; print(len(tracking.client().search_experiments()))"
     outside = service.hosts["outside"]
     code, printed = outside.attempt(f"source client.env; {change}; cd {ROOT}; {BIN}/python -c '{search}'")
     assert code != 0
-    assert said in printed, printed
+    assert message in printed, printed
 
 
 def test_the_tracker_answers_only_to_its_own_names(service: Service) -> None:
-    """A request under a foreign Host, as a rebinding web page would send it, is refused even with the password."""
+    """A request with a foreign Host header, as in DNS rebinding, is refused even with the password."""
     outside, services = service.hosts["outside"], service.hosts["services"]
     ask = (
         "import os, requests; r = requests.get(os.environ['MLFLOW_TRACKING_URI'] + "
@@ -141,8 +143,8 @@ def test_the_tracker_answers_only_to_its_own_names(service: Service) -> None:
 
 
 @pytest.mark.parametrize(("user", "own", "other"), [("nodes", "vmoco", "mlflow"), ("tracker", "mlflow", "vmoco")])
-def test_a_key_to_the_store_fits_one_bucket(service: Service, user: str, own: str, other: str) -> None:
-    """With the policies that are shipped, nodes and tracker write, list and delete in their own bucket and no other."""
+def test_a_key_to_the_store_is_limited_to_one_bucket(service: Service, user: str, own: str, other: str) -> None:
+    """With the policies of this repository, nodes and tracker write, list and delete only in their own bucket."""
     trial = (
         "from vmoco import storage; import sys; place = f's3://{sys.argv[1]}/trial'; "
         "storage.write_atomic(place + '/x', b'1'); assert storage.list_files(place) == ['x']; "
