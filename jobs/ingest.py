@@ -8,7 +8,7 @@ On a laptop, without a cluster:
 
     python jobs/ingest.py --videos ~/videos --output ~/.vmoco/data/mine
 
-Run it again to continue after an interruption or to add new videos: what is done is not done twice.
+Run the same command again to continue after an interruption or to add new videos; finished work is not repeated.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ HOMES = {
         "vmoco.evaluate.embed",
         "vmoco.evaluate.evaluate",
         "vmoco.cluster.check",
-        "vmoco.data.ingest_tasks",
+        "vmoco.data.distribute",
         "vmoco.train.launch",
         "vmoco.train.worker",
         "vmoco.train.system_metrics",

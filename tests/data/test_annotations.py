@@ -170,5 +170,8 @@ def test_hmdb51(tmp_path: Path) -> None:
     }
     with pytest.raises(ValueError, match=r"no split files of ucf101 in .*splits"):
         list_annotated(root, str(lists), "ucf101")
-    with pytest.raises(ValueError, match=r"--annotations of hmdb51 is the folder .* is not a folder"):
+    with pytest.raises(
+        ValueError,
+        match=r"with --layout hmdb51, --annotations .*nothing must be the folder of its split files: .* not a folder",
+    ):
         list_annotated(root, str(tmp_path / "nothing"), "hmdb51")

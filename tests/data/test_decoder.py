@@ -18,7 +18,7 @@ import pytest
 from tests.data import videos
 from vmoco.data import decoder as under_test
 from vmoco.data.clips import ClipPlan
-from vmoco.data.decoder import Decoder
+from vmoco.data.decoder import Decoder, StoredClips
 from vmoco.data.frames import decode
 from vmoco.data.ledger import VideoError
 
@@ -61,9 +61,9 @@ def strange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Decoder
     made.close()
 
 
-def cut(decoder: Decoder, path: Path, **changes: Any) -> dict[str, Any]:
+def cut(decoder: Decoder, path: Path, **changes: Any) -> StoredClips:
     options: dict[str, Any] = {"part": None, "size": (24, 32), "encoding": "raw", "quality": 92, "offset": 0}
-    return decoder.cut({"path": str(path)}, PLAN, **{**options, "seconds": 60.0, **changes})
+    return decoder.cut(str(path), PLAN, **{**options, "seconds": 60.0, **changes})
 
 
 def test_clips_lie_in_the_scratch_file(tmp_path: Path) -> None:
@@ -72,10 +72,10 @@ def test_clips_lie_in_the_scratch_file(tmp_path: Path) -> None:
     decoder = Decoder()
     for encoding, offset in (("raw", 0), ("jpeg", 123)):
         made = cut(decoder, path, encoding=encoding, offset=offset)
-        for number, size in enumerate(made["sizes"]):
-            stored = os.pread(decoder.scratch.fileno(), size, offset + sum(made["sizes"][:number]))
+        for number, size in enumerate(made.sizes):
+            stored = os.pread(decoder.scratch.fileno(), size, offset + sum(made.sizes[:number]))
             clip = decode(stored, encoding, (4, 24, 32, 3))  # type: ignore[arg-type]
-            first = round(made["start_seconds"][number] * 25)
+            first = round(made.start_seconds[number] * 25)
             assert [videos.number_of(frame) for frame in clip] == list(range(first, first + 4))
     first_process = decoder._process
     cut(decoder, path)
@@ -104,7 +104,7 @@ def test_mischief_costs_one_video(
     assert time.monotonic() - began < 10
     assert (caught.value.reason, caught.value.transient) == (reason, transient)
     assert said in caught.value.message
-    assert len(cut(strange, good)["sizes"]) == 3
+    assert len(cut(strange, good).sizes) == 3
 
 
 def test_a_frame_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,11 +131,11 @@ TASK = """
 import sys
 from pathlib import Path
 import ray.data
-from tests.data.test_shard_task import make, settings
-from vmoco.data.decoder import Decoder
+from tests.data.test_ingest_tasks import make, settings
+from vmoco.data.decoder import Decoder, StoredClips
 decoder = Decoder()
 made = make(settings(Path(sys.argv[1]), num_frames=16, height=128, width=171), decoder)
-assert not made["rejected"], made["rejected"]
+assert not made.rejected, made.rejected
 for pid in ("self", decoder._process.pid):
     (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
     print(int(line.split()[1]) / 1024)
@@ -164,7 +164,7 @@ def test_the_process_ends_with_its_task(tmp_path: Path, hangs: bool) -> None:
     code = (
         "import sys, time\n"
         "from vmoco.data.decoder import Decoder; from vmoco.data.clips import ClipPlan\n"
-        "decoder = Decoder(); decoder.probe({'path': sys.argv[1]}, ClipPlan(4), part_seconds=9, seconds=9)\n"
+        "decoder = Decoder(); decoder.probe(sys.argv[1], ClipPlan(4), part_seconds=9, seconds=9)\n"
         "print(decoder._process.pid, flush=True); time.sleep(100)"
     )
     task = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)

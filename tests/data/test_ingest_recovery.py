@@ -14,7 +14,7 @@ import pytest
 
 from tests.data import videos
 from tests.data.test_ingest import ROOT, flags, quiet, shards
-from tests.data.test_shard_task import settings
+from tests.data.test_ingest_tasks import settings
 from tests.nodes import Nodes
 from vmoco.data.ingest import ingest
 from vmoco.data.manifest import NAME, Manifest

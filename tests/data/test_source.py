@@ -68,7 +68,7 @@ def test_what_is_no_file_is_rejected(tmp_path: Path) -> None:
 def test_no_videos_is_an_error(tmp_path: Path) -> None:
     """The error says what was looked for; a folder that is not there is another error."""
     make(tmp_path, "a.txt", ".b.mp4")
-    with pytest.raises(ValueError, match=r"no videos found in .* \(1 hidden ones are left out\): looked for .* \.mp4 "):
+    with pytest.raises(ValueError, match=r"no videos found in .* \(1 hidden ones are skipped\): looked for .* \.mp4 "):
         list_videos(str(tmp_path))
     for name in ("missing", "a.txt"):
         with pytest.raises(ValueError, match="is not a folder that can be read"):

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from tests.data import videos
-from tests.data.test_shard_task import settings
+from tests.data.test_ingest_tasks import settings
 from tests.store import BUCKET, Fault, Store
 from vmoco import storage
 from vmoco.data.check import check
 from vmoco.data.clips import ClipPlan
 from vmoco.data.decoder import Decoder
 from vmoco.data.fetch import local_copy, ranged
-from vmoco.data.ledger import VideoError
+from vmoco.data.ledger import ScratchError, VideoError
 from vmoco.data.manifest import Manifest
 from vmoco.data.source import Found, list_videos
 
@@ -60,20 +62,38 @@ def test_what_goes_on_failing_is_told(store: Store) -> None:
     assert store.names("out") == []
 
 
+class FullDisk(io.FileIO):
+    """A file on a disk without space: the kernel's own, which only cannot be truncated."""
+
+    def truncate(self, size: int | None = None) -> int:
+        return 0
+
+
+def test_a_full_disk_is_not_the_fault_of_the_video(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that does not fit on this machine's disk ends the job, and names the folder and what to do."""
+    storage.write_atomic(f"s3://{BUCKET}/in/a.mp4", b"content")
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", lambda **_: FullDisk("/dev/full", "r+"))
+    message = (
+        rf"cannot copy a video to {tempfile.gettempdir()}: No space left on device; free space there, or set TMPDIR"
+    )
+    with pytest.raises(ScratchError, match=message), local_copy(f"s3://{BUCKET}/in", Found("a.mp4", 7)):
+        pass
+
+
 def test_parts_are_read_by_ranges(store: Store, tmp_path: Path) -> None:
     """A part of a long remote video is decoded from ranges of it; a few of them may fail."""
     coding = {"g": "10", "keyint_min": "10", "sc_threshold": "0"}
     path = videos.write_video(tmp_path / "a.mp4", videos.images(200, height=480, width=640), options=coding)
     storage.write_atomic(f"s3://{BUCKET}/in/a.mp4", path.read_bytes())
     decoder, plan = Decoder(), ClipPlan(4)
-    _, parts, _ = decoder.probe({"path": str(path)}, plan, part_seconds=2, seconds=60)
+    parts = decoder.probe(str(path), plan, part_seconds=2, seconds=60).parts
     options = {"size": (24, 32), "encoding": "raw", "quality": 92, "offset": 0, "seconds": 60}
     source = ranged(f"s3://{BUCKET}/in", Found("a.mp4", path.stat().st_size))
     store.faults.append(Fault("GET", "in/a", times=4, status="500 Internal Server Error"))
     found = []
-    for at in ({"path": str(path)}, source):
+    for at in (str(path), source):
         made = decoder.cut(at, plan, part=parts[2], **options)  # type: ignore[arg-type]
-        found.append((made, os.pread(decoder.scratch.fileno(), sum(made["sizes"]), 0)))
+        found.append((made, os.pread(decoder.scratch.fileno(), sum(made.sizes), 0)))
     assert found[0] == found[1]
     assert store.faults[0].times == 0
     decoder.close()
@@ -83,7 +103,7 @@ def test_parts_are_read_by_ranges(store: Store, tmp_path: Path) -> None:
 TASK = """
 import sys, threading, time
 from pathlib import Path
-from tests.data.test_shard_task import settings
+from tests.data.test_ingest_tasks import settings
 from vmoco.data.decoder import Decoder
 from vmoco.data.ingest_tasks import Probed
 from vmoco.data.ingest_tasks import make_shard, plan_shards
@@ -106,7 +126,7 @@ decoder = Decoder()
 made("small")  # all libraries are loaded, all connections open
 before = own_mib()
 threading.Thread(target=watch, daemon=True).start()
-print(made("large")["file"]["num_bytes"] / 2**20, peak - before)
+print(made("large").file.num_bytes / 2**20, peak - before)
 decoder.close()
 """
 

@@ -1,10 +1,10 @@
-"""Lists of videos: tables of paths, and the official files of Kinetics, UCF101 and HMDB51.
+"""Reads lists of videos: tables of paths, and the official files of Kinetics, UCF101 and HMDB51.
 
-A list says which videos of a folder are meant, and what is known of them: a label, a range of seconds, a place in the
-official splits. It never leads out of the folder. A video that a list names and the folder lacks becomes a ledger row.
+A list names videos of one folder, and may give each a label, a range of seconds and its place in the official splits.
+A path outside the folder is refused. A video that is on the list but not in the folder becomes a ledger row.
 
     table      CSV, Parquet or JSON lines: path, and optionally start_seconds, end_seconds, label, video_id, split
-    kinetics   CSV: label, youtube_id, time_start, time_end, split; files `<id>_<start>_<end>.mp4`, or whole `<id>.mp4`
+    kinetics   CSV: label, youtube_id, time_start, time_end, split; files `<id>_<start>_<end>.mp4`, or uncut `<id>.mp4`
     ucf101     trainlist01.txt ... testlist03.txt: `Class/name.avi` on each line
     hmdb51     <class>_test_split1.txt ...: `name.avi 1` on each line; 1 is train, 2 is test, 0 is neither
 """
@@ -35,15 +35,15 @@ _COLUMNS = {"path", "start_seconds", "end_seconds", "label", "video_id", "split"
 
 
 def list_annotated(root: str, annotations: str, layout: Layout) -> Listing:
-    """The videos of `root` that a list names, with what it says of them.
+    """The videos of `root` that a list names, with their fields from the list.
 
     Args:
         root: Folder or URI prefix of the videos.
         annotations: A table, the CSV of Kinetics, or the folder of split files of UCF101 or HMDB51.
-        layout: Which of these it is.
+        layout: Which of these `annotations` is.
 
     Raises:
-        ValueError: the list cannot be read, leads out of the root, names something twice, or nothing that is there.
+        ValueError: the list cannot be read, names a path outside the root, a video twice, or no video of the root.
     """
     there = list_videos(root)
     files = {found.path: found for found in there.videos}
@@ -61,11 +61,13 @@ def list_annotated(root: str, annotations: str, layout: Layout) -> Listing:
             size = files[found.path].num_bytes
             videos.append(dataclasses.replace(found, num_bytes=size))
         else:
-            said = unreadable.get(found.path)
-            reason, message = (said.reason, said.message) if said else ("missing", f"the list names {found.path}")
+            known = unreadable.get(found.path)
+            reason, message = (known.reason, known.message) if known else ("missing", f"the list names {found.path}")
             rejected.append(Rejection(found.video_id, "list", reason, message, transient=True))
     if not videos:
-        raise ValueError(f"none of the {len(named)} videos that {annotations} names is in {root}: check --videos")
+        raise ValueError(
+            f"none of the {len(named)} videos that {annotations} names is in {root}: check --videos and --annotations"
+        )
     return Listing(tuple(videos), tuple(rejected), 0)
 
 
@@ -132,7 +134,7 @@ def _seconds(value: Any, name: str, *, where: str) -> float | None:
 
 
 def _kinetics(uri: str, files: dict[str, Found]) -> list[Found]:
-    """One entry per row: the trimmed file where there is one, else the range of the whole one."""
+    """One video per row: the trimmed file if there is one, otherwise a range of the uncut one."""
     by_name = {posixpath.splitext(posixpath.basename(path))[0]: path for path in files}
     named = []
     for number, row in enumerate(_rows(uri), start=1):
@@ -146,14 +148,14 @@ def _kinetics(uri: str, files: dict[str, Found]) -> list[Found]:
         start, end = (_seconds(row[name], name, where=where) or 0.0 for name in ("time_start", "time_end"))
         trimmed = f"{row['youtube_id']}_{start:06.0f}_{end:06.0f}"
         path = by_name.get(trimmed) or by_name.get(row["youtube_id"])
-        whole = path is not None and trimmed not in by_name
+        uncut = path is not None and trimmed not in by_name
         named.append(
             Found(
                 trimmed,
                 0,
                 path or f"{trimmed}.mp4",
-                start_seconds=start if whole else None,
-                end_seconds=end if whole else None,
+                start_seconds=start if uncut else None,
+                end_seconds=end if uncut else None,
                 label=row.get("label") or None,
                 splits=(row.get("split") or None, None, None),
             )
@@ -167,7 +169,9 @@ def _official_splits(folder: str, read_line: Any, layout: str) -> list[Found]:
     try:
         names = [name for name in storage.list_files(folder) if name.endswith(".txt")]
     except ValueError as error:
-        raise ValueError(f"--annotations of {layout} is the folder of its split files: {error}") from None
+        raise ValueError(
+            f"with --layout {layout}, --annotations {folder} must be the folder of its split files: {error}"
+        ) from None
     for name in names:
         for line in (
             storage.read_bytes(storage.join(folder, name)).decode().splitlines() if name.endswith(".txt") else ()

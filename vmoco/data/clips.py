@@ -1,9 +1,8 @@
-"""Which frames of a video become clips: pure functions of numbers, no pixels.
+"""Decides which frames of a video become clips, and how a long video is split into parts for several tasks.
 
-Parts of a long video: stretches from one key frame to another that different tasks decode. Pure: no pixels.
-
-Which clips are cut is decided for the whole video before it is split, so they do not depend on the parts. A clip
-belongs to the part in which it starts; its last frames may lie in the next one, and are then decoded by both.
+Pure functions of time stamps, no pixels. The clips are chosen for the complete video before it is split, so they do not
+depend on the parts. A part goes from one key frame to another. A clip belongs to the part in which it starts; its last
+frames may lie in the next part, and both tasks decode them then.
 """
 
 from __future__ import annotations
@@ -28,24 +27,24 @@ class ClipPlan:
     stride: int = 1
     """Distance between two frames of a clip: in frames of the video, or of `fps` where that is given."""
     max_clips: int = 10**9
-    """At most this many, spread evenly."""
+    """Largest number of clips, spread evenly."""
     fps: float | None = None
-    """Take frames at this rate, by their time stamps; None takes them as they come."""
+    """Take frames at this rate, by their time stamps; None takes every frame."""
     short: Literal["reject", "loop"] = "reject"
-    """What becomes of a video that is shorter than a clip: no clip, or one clip of its frames over and over."""
+    """A video that is shorter than a clip gives no clip, or one clip that repeats its frames."""
     start_seconds: float | None = None
-    """Only what is shown from here on, counted from the first frame; None is from the start."""
+    """Take only frames from this time on, counted from the first frame; None starts with the first frame."""
     end_seconds: float | None = None
-    """Only what is shown before this; None is to the end."""
+    """Take only frames before this time; None ends with the last frame."""
 
 
 def clip_indices(times: Int64Array, time_base: Fraction, plan: ClipPlan) -> Int64Array:
-    """The frames of each clip: int64 (N, T), numbers of frames in the video; N is 0 where there is no clip.
+    """The frames of each clip: int64 (N, T), numbers of frames in the video; N is 0 if there is no clip.
 
     Args:
-        times: int64 (F,), time stamp of each frame in units of `time_base`, in the order in which they are shown.
+        times: int64 (F,), time stamp of each frame in units of `time_base`, in display order.
         time_base: Seconds of one unit.
-        plan: What to cut.
+        plan: How to cut.
     """
     frames = _in_range(times, time_base, plan)
     if plan.fps is not None and len(frames):
@@ -60,12 +59,12 @@ def clip_indices(times: Int64Array, time_base: Fraction, plan: ClipPlan) -> Int6
 def resample(times: Int64Array, time_base: Fraction, fps: Fraction) -> Int64Array:
     """The frame that is shown at 0, 1/fps, 2/fps ... seconds after the first one, to the end of the last.
 
-    Example: frames at 0, 40, 80, 200 and 240 ms (120 ms of one frame standing still), fps 20:
+    Example: frames at 0, 40, 80, 200 and 240 ms (one frame stands still for 120 ms), fps 20:
 
-        at      0   50  100  150  200  250  ms      the last frame is shown for as long as the mean of the others
+        at      0   50  100  150  200  250  ms      the last frame is shown for the mean time of the others
         frame   0    1    2    2    3    4
 
-    Exact: in whole numbers, so it is the same on every machine.
+    Computed in integers, so every machine gets the same frames.
     """
     times = np.maximum.accumulate(times) - times[0]
     mean = Fraction(int(times[-1]), len(times) - 1) if len(times) > 1 else 1 / (fps * time_base)
@@ -77,21 +76,21 @@ def resample(times: Int64Array, time_base: Fraction, fps: Fraction) -> Int64Arra
 
 
 def _in_range(times: Int64Array, time_base: Fraction, plan: ClipPlan) -> Int64Array:
-    """Numbers of the frames that are shown in the range of the plan."""
+    """Numbers of the frames in the plan's range of seconds."""
     if not len(times) or (plan.start_seconds is None and plan.end_seconds is None):
         return np.arange(len(times), dtype=np.int64)
     seconds = (times - times[0]) * float(time_base)
     start = -math.inf if plan.start_seconds is None else plan.start_seconds
     end = math.inf if plan.end_seconds is None else plan.end_seconds
-    # A microsecond of grace: a list says 1.4, and a frame lies at 1.3999999.
+    # A microsecond of tolerance: a list says 1.4, and a frame lies at 1.3999999.
     return np.flatnonzero((seconds >= start - 1e-6) & (seconds < end - 1e-6)).astype(np.int64)
 
 
 def start_indices(total: int, *, num_frames: int, stride: int, max_clips: int) -> list[int]:
     """First frames of the clips that are cut from a video of `total` frames.
 
-    As many clips as fit side by side, at most `max_clips`, spread evenly: each clip lies in the middle of its equal
-    share of the video, so clips never overlap and a long video is covered from end to end.
+    As many clips as fit side by side, at most `max_clips`. Each lies in the middle of its equal share of the video, so
+    clips never overlap, and those of a long video are spread from end to end.
 
     Example: total=23, num_frames=4, stride=2. A clip of frames 0 2 4 6 spans 7 frames, so three fit (21 of 23):
 
@@ -103,10 +102,10 @@ def start_indices(total: int, *, num_frames: int, stride: int, max_clips: int) -
         total: Frames of the video.
         num_frames: T, frames of a clip.
         stride: Distance between two frames of a clip, in frames of the video.
-        max_clips: At most this many.
+        max_clips: Largest number of clips.
 
     Returns:
-        Increasing indices; empty where the video is shorter than one clip.
+        Increasing indices; empty if the video is shorter than one clip.
     """
     span = clip_span(num_frames=num_frames, stride=stride)
     count = min(max_clips, total // span)
@@ -115,13 +114,13 @@ def start_indices(total: int, *, num_frames: int, stride: int, max_clips: int) -
 
 
 def clip_span(*, num_frames: int, stride: int) -> int:
-    """Frames of the video from the first to the last frame of a clip, both counted."""
+    """Number of frames of the video from the first to the last frame of a clip, including both."""
     return (num_frames - 1) * stride + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What one task decodes of a long video. Times are time stamps in the unit of the video stream."""
+    """The share of a long video that one task decodes. Times are time stamps in the unit of the video stream."""
 
     start: int
     """Time of a key frame, the first frame of the part."""
@@ -145,11 +144,11 @@ def split(
     seconds: float,
     fps: float,
 ) -> list[Part]:
-    """Splits a video into parts of about `seconds`; one part, or none, where it cannot or need not be split.
+    """Splits a video into parts of about `seconds`; none if it is too short for that or has too few key frames.
 
     Args:
         times: int64 (F,), time stamps of the frames, increasing.
-        keyframes: int64, time stamps of those at which decoding can begin.
+        keyframes: int64, time stamps of the frames at which decoding can begin.
         time_base: Seconds of one unit.
         indices: int64 (N, T), frames of the clips.
         plan: Parts outside its range are left out.

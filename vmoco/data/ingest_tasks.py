@@ -1,16 +1,11 @@
-"""Ray Data as a pool: a function over texts, one task for each; a task whose node dies is tried again.
+"""The two kinds of tasks of ingest: one probes a group of videos, the other cuts the clips of one shard and writes it.
 
-The first look at videos: what each of them holds, before shards are planned. Knows nothing of Ray.
+Knows nothing of Ray. Probing reads every video once, for its hash, its time stamps and whether it is truncated, and
+decodes nothing; the plans of the shards follow from the results. These are kept beside the data set until it is
+complete, so a run that continues a killed one reads no video again.
 
-Every video is read once here, for its hash, its time stamps and whether it was cut off; nothing is decoded. The plan of
-the shards follows from the results, which are kept beside the data set until it is complete: a run that was killed does
-not read its videos again.
-
-
-Planning shards, and what one task of ingest does: decodes what was planned for one shard and writes it.
-
-Knows nothing of Ray. The clips of a shard wait in a nameless temporary file, not in memory: the shard's header, which
-comes first, accounts for all its videos, so the last one must have been decoded before the first clip is written.
+The clips of a shard wait in a temporary file, not in memory: the shard's header comes first and lists all its videos,
+so the last one must be decoded before the first clip is written.
 """
 
 from __future__ import annotations
@@ -19,113 +14,54 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
+import pyarrow as pa
+from pydantic import TypeAdapter
 
 from vmoco import storage
-from vmoco.cluster import ray_internals
 from vmoco.data import fetch, shard
 from vmoco.data.clips import ClipPlan, Part
-from vmoco.data.decoder import Decoder
-from vmoco.data.ledger import Rejection, VideoError
-from vmoco.data.manifest import shard_uri
-from vmoco.data.shard import VERSION, ShardMetadata, Video
+from vmoco.data.decoder import Decoder, StoredClips
+from vmoco.data.ledger import Rejection, VideoError, attributed
+from vmoco.data.manifest import FIELDS, shard_uri
+from vmoco.data.shard import VERSION, ShardFile, ShardMetadata, Video
 from vmoco.data.shard_reader import ShardScan
 from vmoco.data.source import Found
 from vmoco.job_settings import IngestSettings
 from vmoco.seed import hash64
 
-CPUS_OF_LONG_TASKS = 1.0
-"""One task to a core: two decoders that take turns on a core push each other out of its cache, and a clip costs each a
-sixth more. Ray's loop sees only ten times a second that a task has ended, which is a fiftieth of a shard's time."""
-CPUS_OF_WAITING_TASKS = 0.5
-"""Two tasks share a core: one works while the other waits for a store, or is short and has ended unseen."""
-
-
-def run_tasks(task: Callable[[str], str], items: list[str], *, num_cpus: float) -> Iterator[str]:
-    """Runs a function over texts in Ray tasks, one per text, and yields the results as they are done.
-
-    Args:
-        task: The function.
-        items: What it is called with.
-        num_cpus: Cores of one task, which bound how many run at a time.
-
-    Raises:
-        ValueError: what a task raised as one.
-    """
-    import ray.data
-
-    # Texts, because Ray would turn anything else into its own column types. An error travels as a value, because an
-    # exception in a task would end the job with Ray's stack trace around it.
-    def run(row: dict[str, str]) -> dict[str, str]:
-        try:
-            return {"result": task(row["item"]), "error": ""}
-        except ValueError as error:
-            return {"result": "", "error": str(error)}
-
-    if not items:
-        return
-    context = ray.data.DataContext.get_current()
-    log = logging.getLogger("ray.data")
-    bars, level = context.enable_progress_bars, log.level
-    context.enable_progress_bars = False
-    log.setLevel(logging.WARNING)
-    logging.getLogger(ray_internals.PROGRESS_LOGGER).setLevel(logging.ERROR)  # it warns that bars are off
-    try:
-        # One block per text is one task per text.
-        blocks = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
-        for row in blocks.map(run, num_cpus=num_cpus).iter_rows():
-            if row["error"]:
-                raise ValueError(row["error"])
-            yield row["result"]
-    finally:
-        context.enable_progress_bars = bars
-        log.setLevel(level)
-
-
 FOLDER = "probes"
-"""Folder of the results in a data set that is being made."""
+"""Folder of the results of probing, in a data set that is not complete yet."""
 VIDEOS_PER_TASK = 32
 
 
 @dataclasses.dataclass(frozen=True)
+class ProbeTask:
+    """The plan of a task that probes."""
+
+    videos: tuple[Found, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Probed:
-    """A video that was looked at."""
+    """A video, and what probing found."""
 
     found: Found
     sha256: str = ""
     """Hash of the file; empty where it could not be read."""
     num_clips: int = 0
-    """Clips that it will give, unless the decoder finds other frames than the container promises."""
+    """Clips that it will give, unless decoding finds other frames than the file lists."""
     parts: tuple[Part, ...] = ()
-    """Parts of a long video; none where it is decoded as a whole."""
+    """Parts of a long video; empty where it is decoded in one go."""
     duration: float = 0.0
     """Seconds."""
     rejection: Rejection | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """The result as plain values."""
-        return dataclasses.asdict(self)
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Probed:
-        """Reads `to_json` back."""
-        return cls(
-            found=found_from_json(values["found"]),
-            sha256=values["sha256"],
-            num_clips=values["num_clips"],
-            parts=tuple(Part(**part) for part in values["parts"]),
-            duration=values["duration"],
-            rejection=Rejection(**values["rejection"]) if values["rejection"] else None,
-        )
-
-
-def found_from_json(values: dict[str, Any]) -> Found:
-    """A `Found` from plain values."""
-    return Found(**{**values, "splits": tuple(values["splits"])})
+_PROBED = TypeAdapter(list[Probed])
 
 
 def clip_plan(settings: IngestSettings, found: Found) -> ClipPlan:
@@ -147,54 +83,59 @@ def rejected(found: Found, error: VideoError) -> Rejection:
 
 
 def probe_videos(
-    videos: list[Found], *, root: str, output: str, settings: IngestSettings, decoder: Decoder
+    task: ProbeTask, *, root: str, output: str, settings: IngestSettings, decoder: Decoder
 ) -> list[Probed]:
-    """Looks at a group of videos: what one task does. Results that are there already are taken.
+    """Probes a group of videos, or takes the results of an earlier run.
 
     Raises:
         ValueError: the results cannot be written.
     """
-    named = [settings.content(), settings.part_seconds, [found.entry for found in videos]]
+    named = [settings.content(), settings.part_seconds, [found.entry for found in task.videos]]
     name = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
     place = storage.join(output, FOLDER, f"{name}.json")
-    kept = _kept(place)
-    if kept is None:
-        kept = [_probe(found, root=root, settings=settings, decoder=decoder) for found in videos]
-        if not any(each.rejection and each.rejection.transient for each in kept):
-            storage.write_atomic(place, json.dumps([each.to_json() for each in kept]).encode())
-    return kept
+    kept = _kept(place, task)
+    if kept is not None:
+        return kept
+    probed = [_probe(found, root=root, settings=settings, decoder=decoder) for found in task.videos]
+    if not any(each.rejection and each.rejection.transient for each in probed):
+        storage.write_atomic(place, _PROBED.dump_json(probed))
+    return probed
 
 
-def _kept(place: str) -> list[Probed] | None:
+def _kept(place: str, task: ProbeTask) -> list[Probed] | None:
+    """The results of an earlier run; None if there are none, or none that this version reads."""
     try:
-        return [Probed.from_json(values) for values in json.loads(storage.read_bytes(place))]
-    except (OSError, ValueError, KeyError, TypeError):
+        kept = _PROBED.validate_json(storage.read_bytes(place))
+    except (OSError, ValueError):
         return None
+    return kept if tuple(each.found for each in kept) == task.videos else None
 
 
 def _probe(found: Found, *, root: str, settings: IngestSettings, decoder: Decoder) -> Probed:
     sha256 = ""
     try:
-        with fetch.local_copy(root, found) as path:
-            sha256 = fetch.file_sha256(path)
-            num_clips, parts, duration = decoder.probe(
-                {"path": path},
+        with attributed("probe"), contextlib.ExitStack() as stack:
+            with attributed("read"):
+                path = stack.enter_context(fetch.local_copy(root, found))
+                sha256 = fetch.file_sha256(path)
+            contents = decoder.probe(
+                path,
                 clip_plan(settings, found),
                 part_seconds=settings.part_seconds,
                 seconds=settings.seconds_per_video,
             )
-        return Probed(found, sha256, num_clips, tuple(parts), duration)
+        return Probed(found, sha256, contents.num_clips, contents.parts, contents.duration)
     except VideoError as error:
         return Probed(found, sha256, rejection=rejected(found, error))
 
 
-# What a JPEG at quality 92 takes of its raw frame, roughly: only the size of shards depends on it.
+# Size of a JPEG at quality 92 over that of its raw frame, roughly: only the size of shards depends on it.
 _JPEG_SHARE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """What is decoded in one go: a video, or a part of a long one."""
+    """A video, or a part of a long one: what one request to the decoder cuts."""
 
     found: Found
     sha256: str
@@ -203,37 +144,40 @@ class Unit:
     """Of the part."""
     num_parts: int = 1
     duration: float = 0.0
-    """Of a video that is decoded as a whole, in seconds."""
+    """Seconds of a video that is decoded in one go."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardPlan:
-    """One task: what goes into one shard, and the shard's name, which follows from that."""
+    """The plan of a task that cuts: the content of one shard, and the shard's name, which follows from that."""
 
     name: str
     units: tuple[Unit, ...]
 
-    def to_json(self) -> str:
-        """The plan as JSON."""
-        return json.dumps(dataclasses.asdict(self))
 
-    @classmethod
-    def from_json(cls, text: str) -> ShardPlan:
-        """Reads `to_json` back."""
-        values = json.loads(text)
-        for unit in values["units"]:
-            unit["found"] = found_from_json(unit["found"])
-            unit["part"] = Part(**unit["part"]) if unit["part"] else None
-        return cls(values["name"], tuple(Unit(**unit) for unit in values["units"]))
+ManifestRows = Annotated[list[dict[str, Any]], pa.list_(pa.struct(FIELDS))]
+"""Rows of the manifest, one per clip."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MadeShard:
+    """A shard that was written, or was there already."""
+
+    name: str
+    file: ShardFile
+    rows: ManifestRows
+    rejected: tuple[Rejection, ...]
+    reused: bool
+    """It was there already, with the same bytes."""
 
 
 def plan_shards(probed: Sequence[Probed], settings: IngestSettings, *, whole: bool = False) -> list[ShardPlan]:
-    """Groups neighbours until a shard has the size that is aimed at; names follow from settings and content.
+    """Groups neighbouring videos into shards of the wanted size; names follow from settings and content.
 
     Args:
         probed: The videos to cut, in the order of the shards; none is rejected.
         settings: Of the ingest.
-        whole: Decode long videos as a whole too.
+        whole: Decode long videos in one go too.
     """
     shape = settings.frame_shape
     clip_bytes = shape[0] * shape[1] * shape[2] * shape[3] * (1.0 if settings.encoding == "raw" else _JPEG_SHARE)
@@ -269,40 +213,29 @@ def is_held_out(video_id: str, percent: float) -> bool:
     return hash64("held-out", video_id) % 10_000 < percent * 100
 
 
-def make_shard(
-    plan: ShardPlan, *, root: str, output: str, settings: IngestSettings, decoder: Decoder
-) -> dict[str, Any]:
-    """Decodes what was planned for one shard and writes it: what one task does.
+def make_shard(plan: ShardPlan, *, root: str, output: str, settings: IngestSettings, decoder: Decoder) -> MadeShard:
+    """Cuts the clips of one shard and writes it, or takes the shard of an earlier run.
 
-    A shard of that name that is there already holds the same bytes, unless something transient was in its way.
-
-    Returns:
-        `shard`, its `file`, its manifest `rows`, its `rejected` videos, `num_videos`, and whether it was `reused`.
+    An existing shard of that name has the same bytes, unless one of its videos was rejected for a transient reason.
 
     Raises:
-        ValueError: the shard cannot be written.
+        ValueError: the shard, or the temporary file, cannot be written.
     """
     uri = shard_uri(output, plan.name)
-    try:
-        there = shard.read_rows(uri)
-        rows = there.table.to_pylist()
-        scan = ShardScan(uri, rows)
-        damaged = not all(whole for _, _, whole in scan)
-        if not damaged and not any(rejection.transient for rejection in there.metadata.rejected):
-            return _made(plan, rows, scan.file, there.metadata, reused=True)
-    except (OSError, ValueError):
-        pass  # missing, or damaged: it is made anew and replaced
-    cuts: list[tuple[Unit, dict[str, Any]]] = []
+    reused = _existing(plan, uri)
+    if reused is not None:
+        return reused
+    cuts: list[tuple[Unit, int, StoredClips]] = []
     rejections: list[Rejection] = []
-    offset = 0  # over the clips of the shard before, whose pages are there already: new ones cost more than the copy
+    offset = 0  # overwrites the clips of the shard before: new pages of the file would cost more than the copy
     for unit in plan.units:
         try:
             cut = _cut(unit, root=root, settings=settings, decoder=decoder, offset=offset)
         except VideoError as error:
             rejections.append(rejected(unit.found, error))
         else:
-            cuts.append((unit, cut | {"offset": offset}))
-            offset += sum(cut["sizes"])
+            cuts.append((unit, offset, cut))
+            offset += sum(cut.sizes)
     videos = [
         Video(
             video_id=unit.found.video_id,
@@ -322,12 +255,27 @@ def make_shard(
     return _made(plan, rows, file, metadata, reused=False)
 
 
-def _cut(unit: Unit, *, root: str, settings: IngestSettings, decoder: Decoder, offset: int) -> dict[str, Any]:
-    with contextlib.ExitStack() as stack:
-        if unit.part:
-            source = fetch.ranged(root, unit.found)
-        else:
-            source = {"path": stack.enter_context(fetch.local_copy(root, unit.found))}
+def _existing(plan: ShardPlan, uri: str) -> MadeShard | None:
+    """The shard if it is there, undamaged, and without a transient rejection; otherwise it is made again."""
+    try:
+        there = shard.read_rows(uri)
+        rows = there.table.to_pylist()
+        scan = ShardScan(uri, rows)
+        intact = all(whole for _, _, whole in scan)
+        if intact and not any(rejection.transient for rejection in there.metadata.rejected):
+            return _made(plan, rows, scan.file, there.metadata, reused=True)
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _cut(unit: Unit, *, root: str, settings: IngestSettings, decoder: Decoder, offset: int) -> StoredClips:
+    with attributed("decode"), contextlib.ExitStack() as stack:
+        with attributed("read"):
+            if unit.part:
+                source = fetch.ranged(root, unit.found)
+            else:
+                source = stack.enter_context(fetch.local_copy(root, unit.found))
         return decoder.cut(
             source,
             clip_plan(settings, unit.found),
@@ -342,14 +290,15 @@ def _cut(unit: Unit, *, root: str, settings: IngestSettings, decoder: Decoder, o
 
 
 def _clips(
-    cuts: list[tuple[Unit, dict[str, Any]]], scratch: BinaryIO, settings: IngestSettings
+    cuts: list[tuple[Unit, int, StoredClips]], scratch: BinaryIO, settings: IngestSettings
 ) -> Iterator[shard.Clip]:
-    # Mapped, so that pixels go from one file to the other without a copy of their own.
-    stored = np.memmap(scratch, np.uint8, mode="r") if any(cut["sizes"] for _, cut in cuts) else np.empty(0, np.uint8)
-    for unit, cut in cuts:
-        found, place, repeats, before = unit.found, cut["offset"], 0, None
-        rate = settings.fps or cut["fps"]
-        for time, seconds, size in zip(cut["start_times"], cut["start_seconds"], cut["sizes"], strict=True):
+    """The clips of a shard, from the scratch file: each unit with its offset there."""
+    # A memory map, so pixels go from one file to the other without a further copy.
+    stored = np.memmap(scratch, np.uint8, mode="r") if any(cut.sizes for *_, cut in cuts) else np.empty(0, np.uint8)
+    for unit, place, cut in cuts:
+        found, repeats, before = unit.found, 0, None
+        rate = settings.fps or cut.fps
+        for time, seconds, size in zip(cut.start_times, cut.start_seconds, cut.sizes, strict=True):
             # At a rate far above the video's, two clips may start with the same frame.
             repeats, before = (repeats + 1 if time == before else 0), time
             parts = [found.video_id, time, *([repeats] if repeats else [])]
@@ -367,18 +316,12 @@ def _clips(
 
 
 def _made(
-    plan: ShardPlan, rows: list[dict[str, Any]], file: shard.ShardFile, metadata: ShardMetadata, *, reused: bool
-) -> dict[str, Any]:
+    plan: ShardPlan, rows: list[dict[str, Any]], file: ShardFile, metadata: ShardMetadata, *, reused: bool
+) -> MadeShard:
     videos = {read.video_id: read for read in metadata.videos}
     for number, row in enumerate(rows):
         read = videos[row["video_id"]]
         row |= {"shard": plan.name, "row": number, "entry": read.entry, "range": read.range}
         row |= {"video_bytes": read.num_bytes, "video_sha256": read.sha256}
-    return {
-        "shard": plan.name,
-        "file": dataclasses.asdict(file),
-        "rows": rows,
-        "rejected": [{**rejection.to_json(), "shard": plan.name} for rejection in metadata.rejected],
-        "num_videos": len(videos),
-        "reused": reused,
-    }
+    rejections = tuple(dataclasses.replace(rejection, shard=plan.name) for rejection in metadata.rejected)
+    return MadeShard(plan.name, file, rows, rejections, reused)

@@ -1,23 +1,29 @@
 """The ledger: one JSON line per video that gave no clips, with the reason, so that no video ever just disappears.
 
-`reason` is a short code that can be counted; `message` is what the decoder or the system said. A `transient` rejection
-(a time limit, a read error) is tried again by the next run; the others stay until the file itself changes.
+`reason` is a short code that can be counted; `message` comes from the decoder or the system. The next run tries the
+`transient` ones again (a time limit, a read error); the others stay until the file itself changes.
+
+Whatever is raised while one video is read becomes its row (`attributed`), so no video ends a job of many hours. Only an
+error of the place that the job writes to ends it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from typing import Literal
 
 from vmoco import storage
 
 NAME = "ledger.jsonl"
 
 NOT_SEEKABLE = "not-seekable"
-"""Reason of a part of a long video that cannot be decoded alone: then the whole video is."""
+"""Reason of a part of a long video that cannot be decoded alone: then the video is decoded from its start."""
+UNEXPECTED = "unexpected-error"
+"""Reason of a video that raised an error for which there is no other reason."""
 
 Stage = Literal["list", "read", "probe", "decode", "clip"]
 
@@ -29,32 +35,49 @@ class Rejection:
     video_id: str
     """Path of the video below the root."""
     stage: Stage
-    """How far it came."""
+    """Step of ingest at which it failed."""
     reason: str
     """Short stable code, such as `truncated`."""
     message: str
-    """What the decoder or the system said."""
+    """Error message of the decoder or the system."""
     transient: bool = False
     """Whether another try may succeed."""
     entry: str = ""
-    """Hash of what the list of videos said of it: another entry is another video."""
+    """`Found.entry` of the video when it was rejected: another entry is another video."""
     shard: str = ""
-    """Shard that accounts for the video; empty where it was rejected before any shard was planned."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The rejection as plain values."""
-        return dataclasses.asdict(self)
+    """Shard whose metadata lists the video; empty where it was rejected before any shard was planned."""
 
 
 class VideoError(Exception):
     """A video that gives no clips: the fields of a ledger row."""
 
     def __init__(self, stage: Stage, reason: str, message: str, *, transient: bool = False) -> None:
+        message = message.encode(errors="backslashreplace").decode()  # it may quote a name that is not valid Unicode
         super().__init__(f"{stage}: {reason}: {message}")
         self.stage: Stage = stage
         self.reason = reason
         self.message = message
         self.transient = transient
+
+
+class ScratchError(ValueError):
+    """The disk for temporary files cannot be written, which is no fault of the video: it ends the job."""
+
+
+@contextlib.contextmanager
+def attributed(stage: Stage) -> Iterator[None]:
+    """Attributes every error of a block to the video that is being read: whatever it is, it becomes a VideoError.
+
+    Raises:
+        VideoError: the block failed.
+        ScratchError: as it is.
+    """
+    try:
+        yield
+    except (VideoError, ScratchError):
+        raise
+    except Exception as error:
+        raise VideoError(stage, UNEXPECTED, f"{type(error).__name__}: {error}", transient=True) from error
 
 
 def write(uri: str, rejections: Iterable[Rejection]) -> None:
@@ -64,12 +87,12 @@ def write(uri: str, rejections: Iterable[Rejection]) -> None:
         ValueError: the place cannot be written.
     """
     ordered = sorted(rejections, key=lambda rejection: rejection.video_id)
-    lines = [json.dumps(rejection.to_json(), sort_keys=True) + "\n" for rejection in ordered]
+    lines = [json.dumps(dataclasses.asdict(rejection), sort_keys=True) + "\n" for rejection in ordered]
     storage.write_atomic(storage.join(uri, NAME), "".join(lines).encode())
 
 
 def read(uri: str) -> list[Rejection]:
-    """The ledger of the data set at `uri`; empty where there is none.
+    """The ledger of the data set at `uri`; empty if there is none.
 
     Raises:
         ValueError: a line is not a ledger row.

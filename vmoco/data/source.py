@@ -1,6 +1,6 @@
-"""Where the videos come from: lists the videos of a folder, a URI prefix or a pattern.
+"""Lists the videos of a folder, a URI prefix or a pattern.
 
-A video is named by its path below the root, so a data set does not change when the root moves. Every real folder is
+The name of a video is its path below the root, so a data set does not change when the root moves. Each real folder is
 listed once, however many links lead to it, so a loop of links ends.
 """
 
@@ -30,19 +30,19 @@ Splits = tuple[str | None, str | None, str | None]
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A video, or a stretch of one, and what a list says of it."""
+    """A video, or a range of one, and its fields from a list of videos."""
 
     video_id: str
-    """Its name in the data set; the path where no list gives another."""
+    """Its name in the data set: the path, unless a list gives another name."""
     num_bytes: int
-    """Of the file."""
+    """Size of the file."""
     path: str = ""
     """Below the root, with slashes."""
     start_seconds: float | None = None
     end_seconds: float | None = None
     label: str | None = None
     splits: Splits = (None, None, None)
-    """`train`, `test` or `validate` in each official split."""
+    """`train`, `test` or `validate` in each official split; None where it is in no part of it."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -50,34 +50,34 @@ class Found:
 
     @property
     def range(self) -> str | None:
-        """The seconds as `0.5-3`, `-3` or `0.5-`; None where it is the whole file."""
+        """The seconds as `0.5-3`, `-3` or `0.5-`; None for the complete file."""
         if self.start_seconds is None and self.end_seconds is None:
             return None
         return "-".join("" if value is None else f"{value:g}" for value in (self.start_seconds, self.end_seconds))
 
     @property
     def entry(self) -> str:
-        """16 hex digits over all that is known of it before it is read: another entry is another video."""
+        """16 hex digits over all fields: if one of them changes, it counts as another video."""
         return f"{hash64(*(str(value) for value in dataclasses.astuple(self))):016x}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """What a folder holds."""
+    """The videos of a folder."""
 
     videos: tuple[Found, ...]
     """Sorted by video_id."""
     rejected: tuple[Rejection, ...]
-    """Names with a video's extension that are no readable file, and folders that cannot be read."""
+    """Files with a video's extension that cannot be read, and folders that cannot be read."""
     num_hidden: int
-    """Videos left out because their name, or a folder's, starts with a dot."""
+    """Number of videos that are skipped because their name, or a folder's, starts with a dot."""
 
 
 def list_videos(uri: str) -> Listing:
     """Lists the videos below a folder or URI prefix, or those that match a pattern such as `/data/*/part-?.mp4`.
 
     Raises:
-        ValueError: the folder cannot be read, or there is no video in it.
+        ValueError: the folder cannot be read, or it holds no video.
     """
     root, pattern = split_pattern(uri)
     local = storage.local_path(root)
@@ -89,7 +89,7 @@ def list_videos(uri: str) -> Listing:
             listing.num_hidden,
         )
     if not listing.videos and not listing.rejected:
-        hidden = f" ({listing.num_hidden} hidden ones are left out)" if listing.num_hidden else ""
+        hidden = f" ({listing.num_hidden} hidden ones are skipped)" if listing.num_hidden else ""
         where = f"that match {pattern} " if pattern else ""
         raise ValueError(
             f"no videos {where}found in {root}{hidden}: looked for {' '.join(EXTENSIONS)} in it and its folders"
@@ -98,11 +98,11 @@ def list_videos(uri: str) -> Listing:
 
 
 def split_pattern(uri: str) -> tuple[str, str]:
-    """The folder of a pattern, and the pattern below it; the pattern is empty where `uri` is a folder."""
+    """The folder of a pattern, and the pattern below it; the pattern is empty if `uri` is a folder."""
     parts = uri.split("/")
     wild = [number for number, part in enumerate(parts) if any(sign in part for sign in "*?[")]
     local = storage.local_path(uri)
-    if not wild or (local is not None and local.exists()):  # a folder may be called `[old]`
+    if not wild or (local is not None and local.exists()):  # a folder's name may be `[old]`
         return uri, ""
     return "/".join(parts[: wild[0]]) or "/", "/".join(parts[wild[0] :])
 
@@ -130,7 +130,7 @@ def _list_remote(uri: str) -> Listing:
     try:
         entries = storage.patiently(lambda: filesystem.get_file_info(pafs.FileSelector(root, recursive=True)))
     except OSError as error:
-        raise ValueError(f"{uri} cannot be listed ({error}): check the address, or the rights to it") from error
+        raise ValueError(f"{uri} cannot be listed ({error}): check the address and its permissions") from error
     videos, num_hidden = [], 0
     for entry in entries:
         name = entry.path[len(root) :].lstrip("/")
@@ -145,7 +145,7 @@ def _list_remote(uri: str) -> Listing:
 
 def _list_local(root: str) -> Listing:
     if not os.path.isdir(root):
-        raise ValueError(f"{root} is not a folder that can be read: check the path, or the rights to it")
+        raise ValueError(f"{root} is not a folder that can be read: check the path and its permissions")
     videos: list[Found] = []
     rejected: list[Rejection] = []
     num_hidden = 0
@@ -156,33 +156,33 @@ def _list_local(root: str) -> Listing:
         rejected.append(_rejection(name, "unreadable-folder", error.strerror or "", transient=True))
 
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable):
-        about = os.stat(folder)
-        if (about.st_dev, about.st_ino) in seen:
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
             subfolders.clear()
             continue
-        seen.add((about.st_dev, about.st_ino))
+        seen.add((status.st_dev, status.st_ino))
         num_hidden += sum(_is_video(name) for name in names if name.startswith("."))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
             if not name.startswith(".") and _is_video(name):
                 path = os.path.join(folder, name)
-                found = _look_at(path, os.path.relpath(path, root).replace(os.sep, "/"))
+                found = _found(path, os.path.relpath(path, root).replace(os.sep, "/"))
                 (videos if isinstance(found, Found) else rejected).append(found)  # type: ignore[arg-type]
     return Listing(tuple(sorted(videos, key=lambda found: found.video_id)), tuple(rejected), num_hidden)
 
 
-def _look_at(path: str, name: str) -> Found | Rejection:
+def _found(path: str, name: str) -> Found | Rejection:
     try:
         name.encode()
     except UnicodeEncodeError:
         return _rejection(name, "name-not-utf8", "the name of the file is not valid UTF-8: rename it")
     try:
-        about = os.stat(path)
+        status = os.stat(path)
     except OSError as error:
         return _rejection(name, "dangling-link" if os.path.islink(path) else "missing", error.strerror or "")
-    if not stat.S_ISREG(about.st_mode):  # opening a FIFO would wait for ever
+    if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait forever
         return _rejection(name, "not-a-file", "a FIFO, socket, device or folder")
-    return Found(name, about.st_size)
+    return Found(name, status.st_size)
 
 
 def _rejection(name: str, reason: str, message: str, *, transient: bool = True) -> Rejection:

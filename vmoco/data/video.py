@@ -1,17 +1,10 @@
-"""Opens a video and reads it with PyAV: a closed list of formats, one thread, and errors that name what is wrong.
+"""Reads a video with PyAV: opens it, finds its time stamps, decodes the frames that are needed, scales and crops them.
 
-With `video.py` and `scale.py` all that knows PyAV.
+A video is read twice: once without decoding, which finds time stamps and truncated files, and once decoding, which
+keeps only the frames of the chosen clips. So memory holds one decoded frame and one clip, however long the video is. A
+video with any damage is rejected completely, because what a decoder conceals is not footage.
 
-
-Scales decoded frames to cover the stored frame, turned and shaped as their metadata says, and crops the middle.
-
-Decodes the frames of a video that are needed, scaled and cropped.
-
-A video is read twice: once without decoding, which finds its time stamps and cut files, and once decoding, which keeps
-only the frames of the chosen clips. So memory holds one decoded frame and one clip, however long the video. A video
-with any damage is rejected as a whole: what a decoder conceals is not footage.
-
-A decoder may hang or crash, and nothing here can help that: `decoder.py` runs it in a process of its own.
+A decoder may hang or crash; `decoder.py` runs this code in a separate process for that reason.
 """
 
 from __future__ import annotations
@@ -30,27 +23,26 @@ from vmoco.data.clips import ClipPlan, Int64Array, Part, clip_indices, clip_span
 from vmoco.data.frames import Frames
 from vmoco.data.ledger import NOT_SEEKABLE, Stage, VideoError
 
-# Formats that are one file by themselves. Playlists (hls, concat, dash) are left out: a file of the user's could make
-# FFmpeg open other files or addresses.
+# Formats that consist of one file. Playlists (hls, concat, dash) are not allowed: a user's file could make FFmpeg open
+# other files or addresses.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,h264,hevc,m4v,nut,gif,ivf"
 
 Source = str | BinaryIO
-"""Path of a local file, or a file opened for reading, with a name."""
+"""Path of a local file, or a file that is open for reading and has a name."""
 
 
 def open_video(source: Source) -> Any:
-    """PyAV's container, to be closed by the caller; raises av.error.FFmpegError, which `errors` turns."""
+    """PyAV's container, which the caller closes; call it inside `errors`, because it raises av.error.FFmpegError."""
     if not isinstance(source, str):
         source.seek(0)  # it is opened twice
-    # ENOENT and the like were met when the file was read for its hash; here every failure is one of the format.
-    # Titles are in whatever encoding; nobody reads them here.
+    # Titles may be in any encoding, and nothing here reads them.
     options = {"format_whitelist": FORMATS}
     return av.open(source, mode="r", options=options, buffer_size=2**20, metadata_errors="replace")
 
 
 @contextlib.contextmanager
 def errors(stage: Stage, reason: str) -> Iterator[None]:
-    """Turns FFmpeg's errors into a VideoError, with the last line that FFmpeg logged and nothing that varies."""
+    """Turns FFmpeg's errors into a VideoError whose message is the same each time: the error and the last log line."""
     av.logging.set_skip_repeated(False)  # "(repeated 3 more times)" would depend on the video before
     level = av.logging.get_level()
     av.logging.set_level(av.logging.ERROR)
@@ -62,17 +54,17 @@ def errors(stage: Stage, reason: str) -> Iterator[None]:
     except av.error.FileNotFoundError:
         raise VideoError("read", "missing", "it was listed, but is gone", transient=True) from None
     except av.error.FFmpegError as error:
-        said = [error.strerror or type(error).__name__]
+        message = [error.strerror or type(error).__name__]
         logged: Any = error.log  # (level, part of FFmpeg, line); PyAV's type is wrong
         if logged is not None:
-            said.append(f"{logged[1]}: {logged[2].strip()}")
-        raise VideoError(stage, reason, "; ".join(said)) from None
+            message.append(f"{logged[1]}: {logged[2].strip()}")
+        raise VideoError(stage, reason, "; ".join(message)) from None
     finally:
         av.logging.set_level(level)
 
 
 def video_stream(container: Any) -> Any:
-    """The first stream of moving pictures, set to decode the same way everywhere; VideoError where there is none."""
+    """The first stream of moving pictures, set to decode the same way everywhere; VideoError if there is none."""
     cover = av.stream.Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
@@ -82,7 +74,7 @@ def video_stream(container: Any) -> Any:
     stream = streams[0]
     if stream.codec_context is None:
         raise VideoError("probe", "no-decoder", "FFmpeg has no decoder for its codec")
-    # Threads of frames can deadlock when decoding stops early, and one task has one core.
+    # Frame threads can deadlock when decoding stops early, and a task has one core anyway.
     stream.thread_type = "NONE"
     stream.codec_context.thread_count = 1
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS), "err_detect": "explode"}
@@ -90,23 +82,23 @@ def video_stream(container: Any) -> Any:
 
 
 def decoded(container: Any, stream: Any) -> Iterator[Any]:
-    """The frames of a stream, in the order in which they are shown."""
+    """The frames of a stream, in display order."""
     for packet in container.demux(stream):
         try:
             yield from packet.decode()
         except av.error.FFmpegError:
-            # Some codecs report a frame for which there is no memory as a damaged one. What they hold is not freed yet,
-            # so another frame would not fit either: MemoryError. 3 bytes a pixel, for 4:4:4 or 10 bits of 4:2:0.
+            # Some codecs report a frame for which memory is short as a damaged one. Their memory is not freed yet, so
+            # this allocation of one frame fails too: MemoryError. 3 bytes a pixel, for 4:4:4 or 10 bits of 4:2:0.
             np.empty((stream.codec_context.height, stream.codec_context.width, 3), np.uint8)
             raise
 
 
 MAX_PIXELS = 8192 * 4352
-"""Largest frame, decoded or scaled: a damaged header may promise any size, and one frame must fit in memory."""
+"""Pixels of the largest frame, decoded or scaled: a damaged header may state any size, and memory must hold it."""
 
-# swscale's bilinear filter widens when it shrinks, so it is antialiased: with chroma at full width it is within 52 to
-# 58 dB of torch's antialiased resize of the RGB frame (area: 38 to 53 dB, 20 % faster; decoding takes 2 to 5 times as
-# long as either). The last two flags make it give the same bytes on every CPU.
+# swscale's bilinear filter widens when it shrinks a frame, so it is antialiased: with chroma at full width it is within
+# 52 to 58 dB of torch's antialiased resize of the RGB frame (area: 38 to 53 dB, 20 % faster; decoding takes 2 to 5
+# times as long as either). With the last two flags it gives the same bytes on every CPU.
 SCALING = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
 
@@ -120,7 +112,7 @@ class Scaler:
         self._covers: dict[tuple[int, int, int], tuple[int, int]] = {}
 
     def scale(self, frame: Any) -> Frames:
-        """The frame as it is stored: uint8 (H, W, 3), RGB."""
+        """The frame as it is stored, turned upright and cropped in the middle: uint8 (H, W, 3), RGB."""
         turns = round(frame.rotation / 90) % 4  # counter-clockwise
         height, width = (self._width, self._height) if turns % 2 else (self._height, self._width)
         shape = (frame.width, frame.height, turns % 2)
@@ -136,7 +128,7 @@ class Scaler:
 
     def _cover(self, frame: Any, height: int, width: int) -> tuple[int, int]:
         """Height and width of the scaled frame before it is cropped."""
-        # Width of a pixel over its height; values that no camera makes come from damaged headers.
+        # Width of a pixel over its height; extreme values come from damaged headers.
         aspect = self.pixel_aspect
         shown = frame.width * (aspect if aspect and Fraction(1, 8) <= aspect <= 8 else Fraction(1))
         factor = max(Fraction(height) / frame.height, Fraction(width) / shown)
@@ -148,20 +140,20 @@ class Scaler:
         return tall, wide
 
 
-# Formats that keep the time at which each frame is shown. Elsewhere FFmpeg guesses, and guesses otherwise after a seek.
+# Formats that store the time of each frame. In others FFmpeg guesses it, and its guess after a seek is another one.
 _SEEKABLE = {"mov", "matroska"}
-# Formats whose header states how long they should be; elsewhere FFmpeg estimates the length from what is there.
+# Formats whose header states the length of the video; in others FFmpeg estimates it from the packets in the file.
 _DURATION_IN_HEADER = {"mov", "matroska", "flv", "asf"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """The frames of a video, found without decoding: a good guess, but the decoder has the last word."""
+    """The frames of a video, found without decoding it: a good estimate, which decoding may correct."""
 
     times: Int64Array
-    """int64 (F,): time stamps of the frames in the order in which they are shown, in units of `time_base`."""
+    """int64 (F,): time stamps of the frames in display order, in units of `time_base`."""
     keyframes: Int64Array
-    """Time stamps of frames at which decoding can begin; empty where that cannot be known."""
+    """Time stamps of frames at which decoding can begin; empty if the format does not tell."""
     time_base: Fraction
     """Seconds."""
     fps: float
@@ -170,7 +162,7 @@ class Timeline:
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """What is known of the clips of one video or part; their pixels went to the sink."""
+    """The clips of a video or part, without their pixels, which went to the sink."""
 
     start_times: list[int]
     """Time stamp of the first frame of each clip, in the video's own unit."""
@@ -181,20 +173,20 @@ class Cut:
 
 
 class Sink(Protocol):
-    """Takes the clips of a video, one after the other."""
+    """Receives the clips of a video, one after the other."""
 
     def add(self, frames: Frames) -> None:
-        """Takes a clip, uint8 (T, H, W, 3), RGB; the array is used again afterwards."""
+        """Receives a clip, uint8 (T, H, W, 3), RGB; the next clip overwrites the array."""
 
     def restart(self) -> None:
-        """Forgets the clips: they are all decoded anew."""
+        """Discards all clips, because decoding starts again."""
 
 
 def probe(source: Source) -> Timeline:
     """Reads a video without decoding it.
 
     Raises:
-        VideoError: it is no video, or it is cut off.
+        VideoError: it is no video, or it is truncated.
     """
     with errors("probe", "cannot-open"), open_video(source) as container:
         return _probe(container)
@@ -208,8 +200,8 @@ def cut_clips(source: Source, plan: ClipPlan, *, height: int, width: int, sink: 
     """
     timeline = probe(source)
     indices = clip_indices(timeline.times, timeline.time_base, plan)
-    # A codec may hold back or hide frames, so the guess can be off; the second time the frames are the decoder's own.
-    # A third count would mean that decoding is not repeatable.
+    # A codec may hold back or hide frames, so the estimate can be wrong; the second round uses the decoder's own times.
+    # If they differ again, decoding is not repeatable.
     for _ in range(3):
         sink.restart()
         collector = _Collector(indices, sink, height=height, width=width)
@@ -232,14 +224,11 @@ def cut_clips(source: Source, plan: ClipPlan, *, height: int, width: int, sink: 
     return Cut(starts.tolist(), [float(at * time_base) for at in starts.tolist()], timeline.fps)
 
 
-def cut_part(source: Source, part: Part, *, height: int, width: int, sink: Sink) -> list[float]:
+def cut_part(source: Source, part: Part, *, height: int, width: int, sink: Sink) -> Cut:
     """Decodes the clips of a part of a long video: the same pixels as `cut_clips` gives.
 
-    Returns:
-        The first second of each clip.
-
     Raises:
-        VideoError: NOT_SEEKABLE, where the part does not hold just the frames that it should.
+        VideoError: NOT_SEEKABLE, if the part does not hold exactly the planned frames.
     """
     try:
         with errors("decode", NOT_SEEKABLE), open_video(source) as container:
@@ -283,7 +272,7 @@ def _probe(container: Any) -> Timeline:
 
 
 def _check_length(container: Any, stream: Any, *, count: int, end: float) -> None:
-    """A cut file often decodes without a complaint; only its header knows that there was more."""
+    """Finds truncated files: they often decode without an error, and only the header tells that more should follow."""
     names = set(container.format.name.split(","))
     if "avi" in names and count < stream.frames - max(2, 0.02 * stream.frames):
         raise VideoError("probe", "truncated", f"{count} frames, and the header promises {stream.frames}")
@@ -295,7 +284,7 @@ def _check_length(container: Any, stream: Any, *, count: int, end: float) -> Non
 
 
 def _decode(container: Any, collector: _Collector) -> tuple[Int64Array, Fraction]:
-    """Decodes the whole video; returns the times of its frames and their unit."""
+    """Decodes a complete video; returns the times of its frames and their unit."""
     stream = video_stream(container)
     collector.scaler.pixel_aspect = stream.sample_aspect_ratio
     times: list[int] = []
@@ -307,7 +296,7 @@ def _decode(container: Any, collector: _Collector) -> tuple[Int64Array, Fraction
     return np.array(times, np.int64), stream.time_base
 
 
-def _decode_part(container: Any, part: Part, sink: Sink, *, height: int, width: int) -> list[float]:
+def _decode_part(container: Any, part: Part, sink: Sink, *, height: int, width: int) -> Cut:
     stream = video_stream(container)
     sink.restart()
     wanted = np.array(part.clips or np.empty((0, 0)), np.int64)
@@ -319,29 +308,26 @@ def _decode_part(container: Any, part: Part, sink: Sink, *, height: int, width: 
     for frame in decoded(container, stream):
         if frame.pts is None:
             raise VideoError("decode", NOT_SEEKABLE, "a frame has no time stamp")
-        if frame.pts < part.start:  # of the part before: shown earlier, or the seek went back further
+        if frame.pts < part.start:  # of the part before: displayed earlier, or the seek went back further
             continue
         if frame.is_corrupt or (not count and not (frame.pts == part.start and frame.key_frame)):
             raise VideoError("decode", NOT_SEEKABLE, f"decoding does not begin at {part.start}")
         if part.end is None or frame.pts < part.end:
             count += 1
         elif frame.pts > last:
-            return _part_seconds(part, stream, count=count, collector=collector)
+            break
         collector.take(frame.pts, frame)
-    return _part_seconds(part, stream, count=count, collector=collector)
-
-
-def _part_seconds(part: Part, stream: Any, *, count: int, collector: _Collector) -> list[float]:
     if count != part.num_frames or not collector.complete:
         raise VideoError("decode", NOT_SEEKABLE, f"{count} frames from {part.start}, and should be {part.num_frames}")
-    return [float(clip[0] * stream.time_base) for clip in part.clips]
+    starts = [clip[0] for clip in part.clips]
+    return Cut(starts, [float(start * stream.time_base) for start in starts], part.fps)
 
 
 class _Collector:
-    """Takes the decoded frames of a video in turn, and hands those of each clip to the sink once it has them all."""
+    """Receives the decoded frames of a video in turn, and gives each clip to the sink once all its frames are there."""
 
     def __init__(self, wanted: Int64Array, sink: Sink, *, height: int, width: int) -> None:
-        """`wanted` is (N, T): what each frame of each clip is called, increasing from clip to clip."""
+        """`wanted` is (N, T): number or time stamp of each frame of each clip, increasing from clip to clip."""
         self._sink = sink
         self._lasts = wanted.max(axis=1).tolist() if wanted.size else []
         self._places = [{name: np.flatnonzero(clip == name) for name in clip.tolist()} for clip in wanted]
@@ -351,11 +337,11 @@ class _Collector:
 
     @property
     def complete(self) -> bool:
-        """Whether every clip was handed over."""
+        """Whether the sink has every clip."""
         return self._clip == len(self._places)
 
     def take(self, name: int, frame: Any) -> None:
-        """Takes a frame; two clips, or two places of one, may want the same."""
+        """Receives a frame; two clips, or two places of one clip, may need the same one."""
         scaled = None
         while self._clip < len(self._places) and name in self._places[self._clip]:
             scaled = self.scaler.scale(frame) if scaled is None else scaled

@@ -189,12 +189,10 @@ class Encoder(nn.Module):
         size = (expected.size, expected.size)
         stride = self.stride(video.probe(path).fps)
         plan = ClipPlan(expected.num_frames, stride=stride, max_clips=max_clips)
-        cut = decoder.cut(
-            {"path": path}, plan, part=None, size=size, encoding="raw", quality=100, offset=0, seconds=seconds
-        )
-        stored = os.pread(decoder.scratch.fileno(), sum(cut["sizes"]), 0)
-        frames = np.frombuffer(stored, np.uint8).reshape(len(cut["sizes"]), expected.num_frames, *size, 3).copy()
-        return VideoClips(frames, cut["start_times"], cut["start_seconds"], expected.num_frames * stride / cut["fps"])
+        cut = decoder.cut(path, plan, part=None, size=size, encoding="raw", quality=100, offset=0, seconds=seconds)
+        stored = os.pread(decoder.scratch.fileno(), sum(cut.sizes), 0)
+        frames = np.frombuffer(stored, np.uint8).reshape(len(cut.sizes), expected.num_frames, *size, 3).copy()
+        return VideoClips(frames, cut.start_times, cut.start_seconds, expected.num_frames * stride / cut.fps)
 
     def _decoded(self, path: str) -> npt.NDArray[np.uint8]:
         from vmoco.data.decoder import Decoder

@@ -57,7 +57,7 @@ def part_bytes(
     flat = pa.array(np.ascontiguousarray(features, np.float32).reshape(-1))
     column = pa.FixedSizeListArray.from_arrays(flat, width)
     table = table.append_column(pa.field(FEATURE, pa.list_(pa.float32(), width), nullable=False), column)
-    lost = json.dumps([rejection.to_json() for rejection in rejected or []])
+    lost = json.dumps([vars(rejection) for rejection in rejected or []])
     table = table.replace_schema_metadata({_REJECTED: lost})
     sink = pa.BufferOutputStream()
     # Features are noise to a compressor; the few columns beside them are small.

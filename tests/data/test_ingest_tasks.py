@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import shutil
 from collections.abc import Iterator
@@ -13,9 +14,20 @@ import pytest
 
 from tests.data import videos
 from tests.dataset import stored_frames
+from vmoco.data import fetch
 from vmoco.data.decoder import Decoder
-from vmoco.data.ingest_tasks import Probed, ShardPlan, is_held_out, make_shard, plan_shards, probe_videos
-from vmoco.data.ledger import VideoError
+from vmoco.data.distribute import from_table, to_table
+from vmoco.data.ingest_tasks import (
+    MadeShard,
+    Probed,
+    ProbeTask,
+    ShardPlan,
+    is_held_out,
+    make_shard,
+    plan_shards,
+    probe_videos,
+)
+from vmoco.data.ledger import ScratchError, VideoError
 from vmoco.data.manifest import shard_uri
 from vmoco.data.shard import read_rows
 from vmoco.data.source import Found, list_videos
@@ -44,10 +56,12 @@ def decoder() -> Iterator[Decoder]:
 def probed(chosen: IngestSettings, decoder: Decoder) -> list[Probed]:
     """All videos, looked at."""
     found = list(list_videos(chosen.videos).videos)
-    return probe_videos(found, root=chosen.videos, output=chosen.output, settings=chosen, decoder=decoder)
+    return probe_videos(
+        ProbeTask(tuple(found)), root=chosen.videos, output=chosen.output, settings=chosen, decoder=decoder
+    )
 
 
-def make(chosen: IngestSettings, decoder: Decoder) -> dict[str, Any]:
+def make(chosen: IngestSettings, decoder: Decoder) -> MadeShard:
     """All videos in one shard, those that are none too."""
     good = [Probed(found, "hash") for found in list_videos(chosen.videos).videos]
     (plan,) = plan_shards(good, chosen)
@@ -65,29 +79,29 @@ def root(tmp_path: Path) -> Path:
 def test_a_shard_holds_the_clips_and_accounts_for_all_videos(root: Path, decoder: Decoder) -> None:
     """Clips are in the order of the videos, each with the right frames; the broken video is in the metadata."""
     made = make(settings(root, stride=2), decoder)
-    assert [(row["video_id"], row["row"]) for row in made["rows"]] == [("a.mp4", i) for i in range(3)] + [("c.avi", 3)]
-    assert [(row["video_id"], row["reason"]) for row in made["rejected"]] == [("b.mp4", "cannot-open")]
-    assert len({row["clip_id"] for row in made["rows"]}) == 4
-    uri = shard_uri(str(root / "out"), made["shard"])
+    assert [(row["video_id"], row["row"]) for row in made.rows] == [("a.mp4", i) for i in range(3)] + [("c.avi", 3)]
+    assert [(row.video_id, row.reason) for row in made.rejected] == [("b.mp4", "cannot-open")]
+    assert len({row["clip_id"] for row in made.rows}) == 4
+    uri = shard_uri(str(root / "out"), made.name)
     assert [found.video_id for found in read_rows(uri).metadata.videos] == ["a.mp4", "b.mp4", "c.avi"]
     numbers = [[videos.number_of(frame) for frame in clip] for clip in stored_frames(uri)]
     assert numbers == [[start + 2 * place for place in range(4)] for start in (1, 11, 21, 2)]
-    assert made["rows"][0]["fps"] == pytest.approx(12.5)
+    assert made.rows[0]["fps"] == pytest.approx(12.5)
 
 
 def test_a_shard_that_is_there_is_reused(root: Path, monkeypatch: pytest.MonkeyPatch, decoder: Decoder) -> None:
     """A second call decodes nothing and returns the same rows; a damaged shard is made again."""
     first = make(settings(root), decoder)
-    path = Path(shard_uri(str(root / "out"), first["shard"]))
+    path = Path(shard_uri(str(root / "out"), first.name))
     whole = path.read_bytes()
     flipped = bytearray(whole)
-    flipped[first["rows"][1]["offset"] + 7] ^= 1
+    flipped[first.rows[1]["offset"] + 7] ^= 1
     for damaged in (whole[:-3], bytes(flipped)):
         path.write_bytes(damaged)
         assert make(settings(root), decoder) == first
         assert path.read_bytes() == whole
     monkeypatch.setattr(decoder, "cut", None)
-    assert make(settings(root), decoder) == first | {"reused": True}
+    assert make(settings(root), decoder) == dataclasses.replace(first, reused=True)
 
 
 def hurry(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, action: str) -> None:
@@ -104,13 +118,13 @@ def test_what_was_transient_is_tried_again(root: Path, decoder: Decoder, monkeyp
     with monkeypatch.context() as patch:
         hurry(decoder, patch, "cut")
         hurried = make(settings(root), decoder)
-    assert {row["reason"] for row in hurried["rejected"]} == {"timeout"}
-    assert hurried["rows"] == []
+    assert {row.reason for row in hurried.rejected} == {"timeout"}
+    assert hurried.rows == []
     made = make(settings(root), decoder)
-    assert made["shard"] == hurried["shard"]
-    assert len(made["rows"]) == 6
+    assert made.name == hurried.name
+    assert len(made.rows) == 6
     elsewhere = make(settings(root, output=str(root / "undisturbed")), decoder)
-    left, right = (Path(shard_uri(str(root / name), made["shard"])) for name in ("out", "undisturbed"))
+    left, right = (Path(shard_uri(str(root / name), made.name)) for name in ("out", "undisturbed"))
     assert left.read_bytes() == right.read_bytes()
     assert made == elsewhere
 
@@ -120,7 +134,7 @@ def test_a_file_that_vanished_is_transient(root: Path, decoder: Decoder) -> None
     chosen = settings(root)
     (plan,) = plan_shards([Probed(Found("gone.mp4", 5))], chosen)
     made = make_shard(plan, root=chosen.videos, output=chosen.output, settings=chosen, decoder=decoder)
-    assert [(row["reason"], row["transient"]) for row in made["rejected"]] == [("missing", True)]
+    assert [(row.reason, row.transient) for row in made.rejected] == [("missing", True)]
 
 
 def test_a_place_that_cannot_be_written_is_an_error(root: Path, decoder: Decoder) -> None:
@@ -147,7 +161,7 @@ def test_the_name_of_a_shard_follows_from_what_goes_in(tmp_path: Path) -> None:
         names.add(changed[0].name)
     assert len(names) == 8
     assert plan_shards(videos[:2], settings(tmp_path, videos_per_shard=9))[0].name == plans[0].name
-    assert [ShardPlan.from_json(plan.to_json()) for plan in plans] == plans
+    assert from_table(to_table(plans, ShardPlan), ShardPlan) == plans
 
 
 def test_shards_come_near_the_size_that_is_aimed_at(tmp_path: Path) -> None:
@@ -178,7 +192,7 @@ def test_a_long_video_is_the_same_in_parts(root: Path, decoder: Decoder) -> None
             for plan in plans
         ]
         assert len(made) == (10 if seconds == 1 else 1)
-        rows = [row for each in made for row in each["rows"]]
+        rows = [row for each in made for row in each.rows]
         found[seconds] = [[row[name] for name in ("clip_id", "start_seconds", "fps", "sha256")] for row in rows]
     assert len(found[600]) == 20
     assert sorted(found[1]) == sorted(found[600])
@@ -215,9 +229,9 @@ def test_the_held_out_share_is_right() -> None:
 def test_rows_read_back_are_those_returned(root: Path, decoder: Decoder) -> None:
     """What goes into the manifest is what the shard says of itself."""
     made = make(settings(root), decoder)
-    there = read_rows(shard_uri(str(root / "out"), made["shard"])).table.to_pylist()
+    there = read_rows(shard_uri(str(root / "out"), made.name)).table.to_pylist()
     names = there[0].keys()
-    assert [{name: row[name] for name in names} for row in made["rows"]] == there
+    assert [{name: row[name] for name in names} for row in made.rows] == there
 
 
 def test_what_an_earlier_shard_left_in_the_scratch_file_is_not_seen(root: Path) -> None:
@@ -228,6 +242,76 @@ def test_what_an_earlier_shard_left_in_the_scratch_file_is_not_seen(root: Path) 
         decoder = Decoder()
         for chosen in [*before, settings(root, output=str(root / name))]:
             made = make(chosen, decoder)
-        files.append((made["file"], made["rejected"]))
+        files.append((made.file, made.rejected))
         decoder.close()
     assert files[0] == files[1]
+
+
+STRANGE = [
+    ValueError("bad"),
+    KeyError("name"),
+    UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+    RuntimeError("\udcff is no text"),
+    OSError(""),
+    IndexError(),
+    AssertionError(),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", STRANGE, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("place", ["copy", "hash", "probe", "cut"])
+def test_every_error_of_a_video_is_its_ledger_row(
+    root: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception
+) -> None:
+    """Whatever is raised while one video is copied, hashed, probed or cut: its row is transient, the others are cut."""
+    target: Any = decoder if place in ("probe", "cut") else fetch
+    name = {"copy": "local_copy", "hash": "file_sha256"}.get(place, place)
+    honest = getattr(target, name)
+
+    def strange(*positional: Any, **named: Any) -> Any:
+        if any("b.mp4" in str(value) for value in positional):
+            raise error
+        return honest(*positional, **named)
+
+    monkeypatch.setattr(target, name, strange)
+    chosen = settings(root)
+    if place in ("probe", "hash"):
+        rejections = [each.rejection for each in probed(chosen, decoder)]
+        assert [rejection is None for rejection in rejections] == [True, False, True]
+        (rejection,) = filter(None, rejections)
+    else:
+        made = make(chosen, decoder)
+        assert {row["video_id"] for row in made.rows} == {"a.mp4", "c.avi"}
+        (rejection,) = made.rejected
+    stage = {"probe": "probe", "cut": "decode"}.get(place, "read")
+    assert (rejection.video_id, rejection.stage, rejection.transient) == ("b.mp4", stage, True)
+    assert rejection.reason == "unexpected-error"
+    assert rejection.message.startswith(f"{type(error).__name__}: ")
+    rejection.message.encode()  # so it can be written to the ledger
+
+
+def test_a_full_scratch_disk_ends_the_job(root: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that takes no pixels is no video's fault: the error says so, and no shard is written."""
+    with open("/dev/full", "r+b") as full:
+        monkeypatch.setattr(decoder, "scratch", full)
+        decoder.close()
+        with pytest.raises(ScratchError, match=r"cannot write pixels to /.*: .*; free space there, or set TMPDIR"):
+            make(settings(root), decoder)
+    decoder.close()
+    assert not (root / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[", '{"old": 1}', "[]", '[{"found": {"video_id": "a.mp4"}}]', "\\udcff"])
+def test_results_of_another_format_are_probed_again(root: Path, decoder: Decoder, content: str) -> None:
+    """What a killed run of another version has left does not crash this one, and is replaced."""
+    first = probed(settings(root), decoder)
+    (path,) = (root / "out/probes").iterdir()
+    (root / "in/b.mp4").unlink()
+    videos.write_video(root / "in/b.mp4", videos.images(30))
+    path.rename(path.with_suffix(".old"))
+    second = probed(settings(root), decoder)
+    assert second != first
+    (path,) = (root / "out/probes").glob("*.json")
+    path.write_text(content)
+    assert probed(settings(root), decoder) == second
