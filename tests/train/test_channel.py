@@ -13,7 +13,7 @@ from vmoco.job import describe
 from vmoco.presets import PRESETS
 from vmoco.train.run import Run, prepare
 from vmoco.train.run_folder import RunFolder
-from vmoco.train.state import RECORD
+from vmoco.train.state import STATE_RECORD
 
 CHECKPOINTS = 3
 
@@ -26,7 +26,7 @@ def fail_after_a_checkpoint(config: dict[str, str]) -> None:
     if kept < CHECKPOINTS:
         place = Path(RunFolder(config["folder"]).checkpoint_uri(10 * (kept + 1)))
         place.mkdir(parents=True)
-        (place / RECORD).touch()
+        (place / STATE_RECORD).touch()
     with errors_reported(None):  # it is no error for the user, so nothing is reported
         raise RuntimeError(f"failure with {kept} checkpoints")
 
