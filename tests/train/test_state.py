@@ -187,7 +187,9 @@ def test_another_architecture_is_refused_and_changes_nothing(kept: Path) -> None
     rewrite(kept, tensors, settings_hash=wide.content_hash())
     state = fresh(kept, wide)
     before = {name: tensor.clone() for name, tensor in state.tensors().items()}
-    with pytest.raises(ValueError, match=r"another network: generator\..* is \(8, .*, this run's \(9, .*: set the flags of --model"):
+    with pytest.raises(
+        ValueError, match=r"another network: generator\..* is \(8, .*, this run's \(9, .*: set the flags of --model"
+    ):
         state.load(kept)
     assert all(torch.equal(before[name], tensor) for name, tensor in state.tensors().items())
 
