@@ -29,7 +29,7 @@ HOMES = {
         "vmoco.train.system_metrics",
         "vmoco.train.channel",
         "vmoco.train.evaluation",
-        "vmoco.cluster.ray_internals",
+        "vmoco.ray_internals",
         "vmoco.cluster.reservation",
     },
     "mlflow": {
@@ -58,7 +58,7 @@ GROUND |= {
     "vmoco.job",
     "vmoco.own_folder",
     "vmoco.mlflow_internals",
-    "vmoco.cluster.ray_internals",
+    "vmoco.ray_internals",
 }
 PACKAGES = ("data", "model", "encoders", "cluster", "evaluate", "train", "sweep")
 
@@ -121,10 +121,10 @@ def test_ray_mlflow_and_av_stay_at_home(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_private_names_of_ray_and_mlflow_stay_in_their_file(path: Path) -> None:
     """Only `ray_internals` names a private module of Ray, and only `mlflow_internals` one of MLflow."""
-    if name_of(path) in ("vmoco.cluster.ray_internals", "vmoco.mlflow_internals"):
+    if name_of(path) in ("vmoco.ray_internals", "vmoco.mlflow_internals"):
         return
     found = PRIVATE.findall(path.read_text())
-    assert not found, f"{path} names {found[0]}: move it to vmoco/cluster/ray_internals.py or vmoco/mlflow_internals.py"
+    assert not found, f"{path} names {found[0]}: move it to vmoco/ray_internals.py or vmoco/mlflow_internals.py"
 
 
 @pytest.mark.parametrize("module", ["vmoco", "vmoco.config", "vmoco.job", "vmoco.cluster.local", "vmoco.demo"])

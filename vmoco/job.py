@@ -19,7 +19,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from vmoco.cluster import ray_internals
+from vmoco import ray_internals
 from vmoco.job_settings import plain_errors
 from vmoco.own_folder import make_folder
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.train.test_step import changed
-from vmoco.cluster import ray_internals
+from vmoco import ray_internals
 from vmoco.cluster.local import LocalCluster
 from vmoco.presets import PRESETS
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vmoco.cluster import ray_internals
+from vmoco import ray_internals
 from vmoco.own_folder import make_folder
 
 STOP_JOB_SECONDS = 60

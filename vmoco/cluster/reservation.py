@@ -21,7 +21,7 @@ import ray.exceptions
 import ray.util
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
-from vmoco.cluster import ray_internals
+from vmoco import ray_internals
 from vmoco.config import EvaluationSettings, PretrainSettings
 
 NAMESPACE = "vmoco"

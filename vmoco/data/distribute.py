@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from pydantic import TypeAdapter
 
-from vmoco.cluster import ray_internals
+from vmoco import ray_internals
 
 Plan = TypeVar("Plan")
 Result = TypeVar("Result")

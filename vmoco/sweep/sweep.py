@@ -19,8 +19,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from vmoco import job, storage, tracking
-from vmoco.cluster import ray_internals
+from vmoco import job, ray_internals, storage, tracking
 from vmoco.cluster.reservation import trials_at_once
 from vmoco.config import PretrainSettings
 from vmoco.job_settings import RegisterOptions

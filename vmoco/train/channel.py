@@ -17,7 +17,7 @@ from typing import Any
 import ray
 import ray.train
 
-from vmoco.cluster import ray_internals
+from vmoco import ray_internals
 from vmoco.job import describe, is_user_error, root_cause
 from vmoco.train.run_folder import RunFolder
 

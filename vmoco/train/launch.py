@@ -24,8 +24,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vmoco import storage, tracking
-from vmoco.cluster import ray_internals
+from vmoco import ray_internals, storage, tracking
 from vmoco.cluster.check import check_nodes
 from vmoco.cluster.reservation import NAMESPACE, Reservation, check_capacity
 from vmoco.config import PretrainSettings

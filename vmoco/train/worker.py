@@ -14,8 +14,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from vmoco import tracking
-from vmoco.cluster import ray_internals
+from vmoco import ray_internals, tracking
 from vmoco.config import PretrainSettings
 from vmoco.data.manifest import Manifest
 from vmoco.model.precision import autocast_dtype, require_determinism

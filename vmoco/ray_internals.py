@@ -1,6 +1,6 @@
 """Every private name of Ray that vmoco uses, so that an upgrade of Ray is checked and fixed in one file.
 
-`tests/cluster/test_ray_internals.py` checks each of them against the installed Ray and names what broke. Ray is
+`tests/test_ray_internals.py` checks each of them against the installed Ray and names what broke. Ray is
 imported inside the functions: it reads how to authenticate when it is imported, and some callers never need it. For
 the same reason this file imports nothing of vmoco, and every layer may use it.
 """

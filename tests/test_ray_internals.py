@@ -1,7 +1,7 @@
 """Every private name of Ray that vmoco uses is in the installed Ray and does what vmoco needs.
 
 Where a test fails after an upgrade of Ray, the message says which name broke and which function of
-`vmoco/cluster/ray_internals.py` uses it.
+`vmoco/ray_internals.py` uses it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
-from vmoco.cluster import ray_internals
+from vmoco import ray_internals
 from vmoco.cluster.local import LocalCluster
 
-HOME = "vmoco/cluster/ray_internals.py"
+HOME = "vmoco/ray_internals.py"
 
 NAMES = [
     ("ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator", "get_or_create_autoscaling_coordinator"),
@@ -156,7 +156,7 @@ def test_a_submitted_job_knows_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reading_an_error_imports_no_ray() -> None:
     """A job without Ray can describe its errors without loading Ray."""
     code = (
-        "import sys; from vmoco.cluster import ray_internals; ray_internals.wrapped_errors(ValueError('x')); "
+        "import sys; from vmoco import ray_internals; ray_internals.wrapped_errors(ValueError('x')); "
         "ray_internals.submission_id(); print('ray' in sys.modules)"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
