@@ -26,7 +26,7 @@ def put(cache: ClipCache, number: int, size: int = 1000) -> bool:
         fetched.append(number)
         return content
 
-    assert cache.get(hashlib.sha256(content).hexdigest(), fetch=fetch).read_bytes() == content
+    assert cache.read(hashlib.sha256(content).hexdigest(), fetch=fetch) == content
     return bool(fetched)
 
 

@@ -15,6 +15,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
+
 from vmoco import storage
 
 _SIZE = "size"
@@ -44,6 +46,12 @@ class CacheError(ValueError):
     """The folder or the disk of a cache cannot take a file."""
 
 
+def map_file(path: Path) -> memoryview:
+    """A file as memory; it takes no file descriptor, and stays mapped until the last view of it has gone."""
+    with pa.memory_map(str(path)) as file:
+        return memoryview(file.read_buffer()).cast("B")
+
+
 class ClipCache:
     """A folder of clips.
 
@@ -67,12 +75,14 @@ class ClipCache:
         except OSError as error:
             raise CacheError(f"{setting} {folder} cannot be used ({error.strerror}): give another folder") from error
 
-    def get(self, name: str, *, fetch: Callable[[], bytes]) -> Path:
-        """The file of a clip; fetched first where it is not there.
+    def read(self, name: str, *, fetch: Callable[[], bytes]) -> memoryview:
+        """The bytes of a clip; fetched first where the cache does not have them.
+
+        They are mapped, and stay readable when another process removes the file to free space.
 
         Args:
-            name: SHA-256 of its bytes.
-            fetch: returns its bytes.
+            name: SHA-256 of its bytes. The bytes of a file are not checked against it.
+            fetch: returns its bytes; not called while the lock is held.
 
         Raises:
             CacheError: the cache or the disk is too small for it.
@@ -80,15 +90,19 @@ class ClipCache:
         path = self._folder / name[:2] / name
         try:
             os.utime(path)  # read just now, so it is removed late
-            return path
-        except FileNotFoundError:
+            return map_file(path)
+        except FileNotFoundError:  # not there yet, or removed between the two lines
             pass
         content = fetch()
-        temporary = path.with_name(f".{name}.{uuid.uuid4().hex}.tmp")
+        self._add(path, content)
+        return memoryview(content)
+
+    def _add(self, path: Path, content: bytes) -> None:
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         # Written under the lock, so that the total is that of the files: it takes milliseconds, the fetch takes longer.
         with self._locked_size() as size_file:
             if path.exists():  # another process was faster
-                return path
+                return
             self._make_space(len(content), size_file)
             try:
                 path.parent.mkdir(exist_ok=True)
@@ -101,7 +115,6 @@ class ClipCache:
                 ) from error
             finally:
                 temporary.unlink(missing_ok=True)
-        return path
 
     def drop(self, name: str) -> None:
         """Removes a clip whose content is not what its name says."""

@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from vmoco import storage
 from vmoco.data import frames as storing
-from vmoco.data.clip_cache import ClipCache
+from vmoco.data.clip_cache import ClipCache, map_file
 from vmoco.data.frames import Encoding, Frames, Shape
 from vmoco.data.manifest import Manifest, shard_uri
 from vmoco.data.shard import ShardFile
@@ -160,11 +160,7 @@ class ClipReader:
             return self._mapped(clip)
         if self._cache is None:
             return memoryview(self._fetch(clip))
-        path = self._cache.get(self._sha256[clip].as_py(), fetch=lambda: self._fetch(clip))
-        try:
-            return _map(path)
-        except FileNotFoundError:  # another process has just removed it to make space
-            return memoryview(self._fetch(clip))
+        return self._cache.read(self._sha256[clip].as_py(), fetch=lambda: self._fetch(clip))
 
     def _mapped(self, clip: int) -> memoryview:
         mapped = self._opened(clip)
@@ -212,7 +208,7 @@ class ClipReader:
         try:
             if self._is_remote:
                 return filesystem.open_input_file(path)
-            mapped = _map(Path(path))
+            mapped = map_file(Path(path))
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"shard {uri} is missing: {_FIX}") from None
         known = self._shard_bytes.get(self._shard_name(clip), mapped.nbytes)
@@ -237,12 +233,6 @@ class ClipReader:
     def _shard_name(self, clip: int) -> str:
         name: str = self._shards.dictionary[int(self._shard_of[clip])].as_py()
         return name
-
-
-def _map(path: Path) -> memoryview:
-    """A file as memory; it takes no file descriptor, and stays mapped until the last view of it has gone."""
-    with pa.memory_map(str(path)) as file:
-        return memoryview(file.read_buffer())
 
 
 class ShardScan:

@@ -7,7 +7,6 @@ whoever can change the files of an encoder cannot change that record with them.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -179,15 +178,13 @@ def pull(located: Located, name: str, *, sha256: str) -> bytes:
         return fetched[0]
 
     try:
-        path = _cache().get(sha256, fetch=fetch)
+        content = bytes(_cache().read(sha256, fetch=fetch))
     except CacheError:  # the folder cannot be written, or the bound is too small: load without the cache
         return fetched[0] if fetched else fetch()
-    with contextlib.suppress(FileNotFoundError):  # another process has just removed it, to free space
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() == sha256:
-            return content
-        _cache().drop(sha256)  # damaged on this disk; the artifact store has the original
-    return _download(located, name, sha256)
+    if hashlib.sha256(content).hexdigest() == sha256:
+        return content
+    _cache().drop(sha256)  # damaged on this disk; the artifact store has the original
+    return fetch()
 
 
 def _cache() -> ClipCache:
