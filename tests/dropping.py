@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from vmoco.model.generator import drop_frames, frame_fill, importance_gradient
-from vmoco.model.loss import adversarial_loss
-from vmoco.model.moco import running_statistics_kept
+from vmoco.model.moco import adversarial_loss, running_statistics_kept
 
 
 def true_effects(

@@ -3,7 +3,7 @@
 Both train the same encoder in the same type and layout, r3d_18 and r2plus1d_18, 16x112x112, batch 2, 2 threads.
 The VideoMoCo step is `TrainStep` itself with generator, both losses, a full queue of 65,536 keys and both
 optimizers; augmentation is in neither. The two alternate and the median ratio of neighbours counts. bf16 is for the
-time alone: its weight gradients are wrong on CPUs (vmoco/model/precision.py). Peak memory is that of a process of
+time alone: its weight gradients are wrong on CPUs (vmoco/model/backbone.py). Peak memory is that of a process of
 its own which takes two fp32 steps, above what it held before. Units are FLOPs of the step over those of one forward.
 The generator's share is its forward and backward alone over the whole fp32 step.
 Ends with one JSON line: the fp32 ratios of time, the worse memory ratio, and everything else by name.

@@ -14,7 +14,7 @@ import pytest
 
 from tests.data import videos
 from tests.dataset import stored_frames
-from vmoco.data import fetch
+from vmoco.data import source
 from vmoco.data.decoder import Decoder
 from vmoco.data.distribute import from_table, to_table
 from vmoco.data.ingest_tasks import (
@@ -265,7 +265,7 @@ def test_every_error_of_a_video_is_its_ledger_row(
     root: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception
 ) -> None:
     """Whatever is raised while one video is copied, hashed, probed or cut: its row is transient, the others are cut."""
-    target: Any = decoder if place in ("probe", "cut") else fetch
+    target: Any = decoder if place in ("probe", "cut") else source
     name = {"copy": "local_copy", "hash": "file_sha256"}.get(place, place)
     honest = getattr(target, name)
 

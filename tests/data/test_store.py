@@ -18,10 +18,9 @@ from vmoco import storage
 from vmoco.data.check import check
 from vmoco.data.clips import ClipPlan
 from vmoco.data.decoder import Decoder
-from vmoco.data.fetch import local_copy, ranged
 from vmoco.data.ledger import ScratchError, VideoError
 from vmoco.data.manifest import Manifest
-from vmoco.data.source import Found, list_videos
+from vmoco.data.source import Found, list_videos, local_copy, ranged
 
 ROOT = Path(__file__).parents[2]
 

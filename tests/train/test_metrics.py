@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.ranks import run_on_ranks
 from vmoco.evaluate.score import effective_rank
-from vmoco.model.loss import Contrast
+from vmoco.model.moco import Contrast
 from vmoco.train import distributed
 from vmoco.train.metrics import DroppedFrames, StepMetrics, embedding_std
 

@@ -27,11 +27,11 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
-from vmoco.data import fetch, frames
+from vmoco.data import frames
 from vmoco.data.clips import ClipPlan, Part, clip_indices, split
-from vmoco.data.fetch import Source
 from vmoco.data.frames import Encoding
 from vmoco.data.ledger import ScratchError, Stage, VideoError, attributed
+from vmoco.data.source import Source, readable
 
 MEMORY_BYTES = 768 * 2**20
 # Signals by which a decoder ends itself. Another one may not come again: the kernel kills when memory is short.
@@ -247,7 +247,7 @@ def _probe(request: _Probe) -> Contents:
     from vmoco.data import video
 
     plan = request.plan
-    line = video.probe(fetch.readable(request.source))
+    line = video.probe(readable(request.source))
     indices = clip_indices(line.times, line.time_base, plan)
     parts = split(
         line.times,
@@ -266,7 +266,7 @@ def _cut(request: _Cut, scratch: int) -> StoredClips:
     from vmoco.data import video
 
     sink, (height, width) = _ScratchSink(scratch, request), request.size
-    source = fetch.readable(request.source)
+    source = readable(request.source)
     if request.part:
         cut = video.cut_part(source, request.part, height=height, width=width, sink=sink)
     else:

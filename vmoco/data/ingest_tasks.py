@@ -22,7 +22,7 @@ import pyarrow as pa
 from pydantic import TypeAdapter
 
 from vmoco import storage
-from vmoco.data import fetch, shard
+from vmoco.data import shard, source
 from vmoco.data.clips import ClipPlan, Part
 from vmoco.data.decoder import Decoder, StoredClips
 from vmoco.data.ledger import Rejection, VideoError, attributed
@@ -116,8 +116,8 @@ def _probe(found: Found, *, root: str, settings: IngestSettings, decoder: Decode
     try:
         with attributed("probe"), contextlib.ExitStack() as stack:
             with attributed("read"):
-                path = stack.enter_context(fetch.local_copy(root, found))
-                sha256 = fetch.file_sha256(path)
+                path = stack.enter_context(source.local_copy(root, found))
+                sha256 = source.file_sha256(path)
             contents = decoder.probe(
                 path,
                 clip_plan(settings, found),
@@ -273,11 +273,11 @@ def _cut(unit: Unit, *, root: str, settings: IngestSettings, decoder: Decoder, o
     with attributed("decode"), contextlib.ExitStack() as stack:
         with attributed("read"):
             if unit.part:
-                source = fetch.ranged(root, unit.found)
+                video = source.ranged(root, unit.found)
             else:
-                source = stack.enter_context(fetch.local_copy(root, unit.found))
+                video = stack.enter_context(source.local_copy(root, unit.found))
         return decoder.cut(
-            source,
+            video,
             clip_plan(settings, unit.found),
             part=unit.part,
             size=settings.size,

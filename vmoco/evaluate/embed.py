@@ -23,7 +23,7 @@ import pyarrow as pa
 import torch
 
 from vmoco import storage
-from vmoco.data import fetch, ledger, source
+from vmoco.data import ledger, source
 from vmoco.data.decoder import Decoder
 from vmoco.data.ledger import Rejection, VideoError
 from vmoco.data.manifest import NAME, Manifest
@@ -286,8 +286,8 @@ class EmbedTask:
         for name, num_bytes in plan["videos"]:
             found = source.Found(name, num_bytes)
             try:
-                with fetch.local_copy(plan["folder"], found) as path:
-                    sha256 = fetch.file_sha256(path)
+                with source.local_copy(plan["folder"], found) as path:
+                    sha256 = source.file_sha256(path)
                     cut = self._encoder.cut_video(
                         path,
                         decoder=self._decoder,

@@ -18,7 +18,7 @@ import pyarrow as pa
 from PIL import Image
 
 from vmoco import storage
-from vmoco.data import fetch, source
+from vmoco.data import source
 from vmoco.data.decoder import Decoder
 from vmoco.data.ledger import VideoError
 from vmoco.data.manifest import NAME, Manifest
@@ -215,7 +215,7 @@ def _decoded(folder: str, name: str, encoder: Encoder, settings: EmbedSettings) 
     found = source.Found(name, filesystem.get_file_info(path).size or 0)
     decoder = Decoder()
     try:
-        with fetch.local_copy(folder, found) as path:
+        with source.local_copy(folder, found) as path:
             return encoder.cut_video(
                 path,
                 decoder=decoder,

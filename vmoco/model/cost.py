@@ -14,8 +14,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmoco.config import PretrainSettings
+from vmoco.model.backbone import autocast_dtype
 from vmoco.model.moco import MocoEncoder
-from vmoco.model.precision import autocast_dtype
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import nn
 from vmoco.config import PretrainSettings
 from vmoco.data.loader import Loader
 from vmoco.evaluate.score import effective_rank
-from vmoco.model.loss import Contrast
+from vmoco.model.moco import Contrast
 from vmoco.model.queue import oldest_key_weight
 from vmoco.train import distributed
 from vmoco.train.optimizer import learning_rate

@@ -18,8 +18,7 @@ from vmoco.config import PretrainSettings
 from vmoco.data.augment import augment, to_pixels
 from vmoco.data.loader import RankBatch, View
 from vmoco.model.generator import drop_frames, frame_fill, importance_gradient, keep_mask
-from vmoco.model.loss import adversarial_loss, contrast
-from vmoco.model.moco import running_statistics_kept
+from vmoco.model.moco import adversarial_loss, contrast, running_statistics_kept
 from vmoco.model.queue import decay_at, key_weights
 from vmoco.train import distributed
 from vmoco.train.metrics import StepMetrics

@@ -17,7 +17,7 @@ import torch
 from vmoco import ray_internals, tracking
 from vmoco.config import PretrainSettings
 from vmoco.data.manifest import Manifest
-from vmoco.model.precision import autocast_dtype, require_determinism
+from vmoco.model.backbone import autocast_dtype, require_determinism
 from vmoco.spool import Document
 from vmoco.train.channel import StopWatch, errors_reported
 from vmoco.train.checkpoint_writer import CheckpointWriter

@@ -1,4 +1,4 @@
-"""The contrastive loss equals a slow plain version, written in numpy one query and one key at a time."""
+"""The losses equal a slow plain version, written in numpy one query and one key at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vmoco.model.loss import adversarial_loss, contrast
+from vmoco.model.moco import adversarial_loss, contrast
 
 TEMPERATURE = 0.07
 
