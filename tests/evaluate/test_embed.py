@@ -23,13 +23,15 @@ from tests.embeddings import embedded, labelled_data_set
 from tests.made import encoder_of, save_checkpoint, settings_for
 from vmoco import tracking
 from vmoco.cluster.local import LocalCluster
-from vmoco.data import ledger
+from vmoco.data import ledger, source
+from vmoco.data import video as video_files
 from vmoco.encoders import foreign, promotion, registry
 from vmoco.evaluate import evaluate as evaluation
 from vmoco.evaluate.embed import EmbedTask, Work, embed, shard_items
-from vmoco.evaluate.features import clip_features, window
+from vmoco.evaluate.features import Window, clip_features, window
 from vmoco.evaluate.knn import classify
 from vmoco.evaluate.score import score_encoder
+from vmoco.evaluate.table import part_rejected
 from vmoco.job_settings import EmbedSettings, EvaluateSettings, FinetuneSettings
 from vmoco.train.publish import write_encoder
 
@@ -133,6 +135,46 @@ def test_a_damaged_clip_is_not_embedded(tmp_path: Path) -> None:
     assert re.match(said, made[0]["error"])
     assert [bool(each["error"]) for each in made] == [True, False]
     assert len(list((tmp_path / "table" / "parts").iterdir())) == 1
+
+
+def three_videos(folder: Path) -> dict[str, Any]:
+    """An item of three videos, for `EmbedTask`."""
+    paths = [write_video(folder / f"{name}.mp4", images(24)) for name in "abc"]
+    plan = {"folder": str(folder), "videos": [[path.name, path.stat().st_size] for path in paths]}
+    return {"part": "all", "plan": json.dumps(plan)}
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("no rate"), ValueError("strange"), PermissionError(13, "locked")])
+@pytest.mark.parametrize("place", [(video_files, "probe"), (source, "file_sha256")], ids=["decode", "read"])
+def test_any_error_of_one_video_is_a_row_of_the_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[Any, str], error: Exception
+) -> None:
+    """Whatever is raised for one video, the others are embedded, and the next run tries it again."""
+    item, real = three_videos(tmp_path / "videos"), getattr(*place)
+
+    def broken(path: str) -> Any:
+        if path.endswith("b.mp4"):
+            raise error
+        return real(path)
+
+    monkeypatch.setattr(*place, broken)
+    task = EmbedTask(encoder_of(), Work(str(tmp_path / "table"), Window(8, 1), batch_size=4))
+    assert task(item) == {"clips": 6, "error": ""}
+    (row,) = part_rejected(str(tmp_path / "table"), "all") or []
+    stage = "decode" if place[1] == "probe" else "read"
+    assert (row.video_id, row.stage, row.reason, row.transient) == ("b.mp4", stage, "unexpected-error", True)
+    assert row.message == f"{type(error).__name__}: {error}"
+
+
+def test_a_full_scratch_disk_rejects_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a fault of the machine: the task returns the error message, and writes no part."""
+    item = three_videos(tmp_path / "videos")
+    task = EmbedTask(encoder_of(), Work(str(tmp_path / "table"), Window(8, 1), batch_size=4))
+    with open("/dev/full", "r+b") as full:
+        monkeypatch.setattr(task._decoder, "scratch", full)
+        assert re.search(r"cannot write pixels to /.*; free space there", task(item)["error"])
+        task._decoder.close()
+    assert not (tmp_path / "table").exists()
 
 
 def test_a_remote_data_set_is_embedded_clip_by_clip(tmp_path: Path, store: Any) -> None:

@@ -9,6 +9,7 @@ videos that it decodes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -25,7 +26,7 @@ import torch
 from vmoco import storage
 from vmoco.data import ledger, source
 from vmoco.data.decoder import Decoder
-from vmoco.data.ledger import Rejection, VideoError
+from vmoco.data.ledger import Rejection, VideoError, attributed
 from vmoco.data.manifest import NAME, Manifest
 from vmoco.data.shard_reader import ClipReader
 from vmoco.encoders.encoder import Encoder
@@ -283,11 +284,18 @@ class EmbedTask:
             yield row | {"colour": mean_colour(frames).tolist()}, frames[seen.start : seen.stop : seen.step]
 
     def _of_videos(self, plan: dict[str, Any], rejected: list[Rejection]) -> Iterator[_Clip]:
+        """Clips of videos; a video that fails, with whatever error, is added to `rejected`.
+
+        Raises:
+            ScratchError: the disk for temporary files cannot be written.
+        """
         for name, num_bytes in plan["videos"]:
             found = source.Found(name, num_bytes)
             try:
-                with source.local_copy(plan["folder"], found) as path:
-                    sha256 = source.file_sha256(path)
+                with attributed("decode"), contextlib.ExitStack() as stack:
+                    with attributed("read"):
+                        path = stack.enter_context(source.local_copy(plan["folder"], found))
+                        sha256 = source.file_sha256(path)
                     cut = self._encoder.cut_video(
                         path,
                         decoder=self._decoder,
