@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from vmoco.data.clip_cache import cache_for
+from vmoco.data.clip_cache import ClipCache, cache_for
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard_reader import ClipReader
 from vmoco.encoders.encoder import Encoder
@@ -101,6 +101,7 @@ def clip_features(
     *,
     batch_size: int = 16,
     colour: bool = True,
+    cache: ClipCache | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Features:
     """Features of clips by a frozen encoder, in this process.
@@ -111,6 +112,7 @@ def clip_features(
         rows: rows of its table, in the order of the result.
         batch_size: clips in one forward.
         colour: False shows the encoder the clips `without_colour`.
+        cache: of the clips of a remote data set; the default one when left out.
         progress: is called with a progress line every few seconds.
 
     Returns:
@@ -121,7 +123,7 @@ def clip_features(
     """
     parts: list[torch.Tensor] = []
     seen = window(encoder, manifest)
-    frames = _frames(manifest, rows, seen.numbers(manifest.frame_shape[0]))
+    frames = _frames(manifest, rows, seen.numbers(manifest.frame_shape[0]), cache=cache)
     if not colour:
         frames = map(without_colour, frames)
     printed = Progress(progress or _ignore, "features  computed", total=rows.num_rows, unit="clips", every_seconds=5)
@@ -148,16 +150,20 @@ def embed_batch(encoder: Encoder, clips: Sequence[Frames]) -> torch.Tensor:
         return torch.nn.functional.normalize(encoder.backbone(prepared), dim=1).cpu()
 
 
-def mean_colours(manifest: Manifest, rows: pa.Table) -> Features:
+def mean_colours(manifest: Manifest, rows: pa.Table, *, cache: ClipCache | None = None) -> Features:
     """Mean red, green and blue of clips, float32 (number of rows, 3): what an encoder must beat.
+
+    The arguments are those of `clip_features`.
 
     Raises:
         ValueError: a clip is damaged.
     """
-    return np.stack([mean_colour(frames) for frames in _frames(manifest, rows)])
+    return np.stack([mean_colour(frames) for frames in _frames(manifest, rows, cache=cache)])
 
 
-def _frames(manifest: Manifest, rows: pa.Table, numbers: Sequence[int] | None = None) -> Iterator[Frames]:
+def _frames(
+    manifest: Manifest, rows: pa.Table, numbers: Sequence[int] | None = None, *, cache: ClipCache | None
+) -> Iterator[Frames]:
     """The frames of each clip without their padding, uint8 (T, H, W, 3)."""
-    reader = ClipReader.of(manifest, rows, crop=True, cache=cache_for(manifest.uri))
+    reader = ClipReader.of(manifest, rows, crop=True, cache=cache or cache_for(manifest.uri))
     return reader.several(range(rows.num_rows), itertools.repeat(numbers))

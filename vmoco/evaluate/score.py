@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from vmoco.data.clip_cache import ClipCache
 from vmoco.data.manifest import Manifest
 from vmoco.encoders.encoder import Encoder
 from vmoco.encoders.promotion import LABEL_FREE, Score
@@ -175,6 +176,7 @@ def score_encoder(
     max_videos: int = MAX_VIDEOS,
     rounds: int = ROUNDS,
     batch_size: int = 16,
+    cache: ClipCache | None = None,
 ) -> LabelFreeScore:
     """Scores an encoder on the held-out videos of a data set; only the clips that take part are read and embedded.
 
@@ -184,17 +186,18 @@ def score_encoder(
         max_videos: most videos that take part.
         rounds: most pairs of clips of each video.
         batch_size: clips in one forward.
+        cache: of the clips of a remote data set; the default one when left out.
 
     Raises:
         ValueError: fewer than two held-out videos have two clips, a feature is not finite, or a clip is damaged.
     """
     rows, evaluation_set = scored_clips(manifest, max_videos=max_videos, rounds=rounds)
     found = score(
-        clip_features(encoder, manifest, rows, batch_size=batch_size, colour=False),
+        clip_features(encoder, manifest, rows, batch_size=batch_size, colour=False, cache=cache),
         video_ids=rows["video_id"].to_pylist(),
         start_seconds=rows["start_seconds"].to_numpy(),
         clip_seconds=_clip_seconds(manifest, rows),
-        colours=mean_colours(manifest, rows),
+        colours=mean_colours(manifest, rows, cache=cache),
         max_videos=max_videos,
         rounds=rounds,
     )
