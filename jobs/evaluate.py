@@ -1,4 +1,4 @@
-"""Evaluates a pretrained encoder: label-free, by kNN, linear probe and retrieval, or by fine-tuning.
+"""Evaluates a pretrained encoder: without labels, by kNN, linear probe and retrieval, or by fine-tuning.
 
 On a cluster:
 
@@ -9,7 +9,7 @@ On this machine alone:
     python jobs/evaluate.py models:/NAME@candidate --data URI --reference
     python jobs/evaluate.py models:/NAME@candidate --data URI --protocols finetune --splits 1 2 3
 
-The scores are recorded with the registered version; `jobs/registry.py promote` compares them.
+The scores are saved with the registered version. `jobs/registry.py promote` compares them.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def evaluate(
     """Evaluates an encoder.
 
     Args:
-        encoder: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/encoder, or a folder.
-        settings: data set, protocols and resources.
+        encoder: Encoder to use: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/encoder, or a folder.
+        settings: See `EvaluateSettings`.
     """
     from vmoco.encoders import foreign, package, promotion
     from vmoco.evaluate import evaluate as evaluation

@@ -1,6 +1,6 @@
-"""Turns a folder of videos into a data set: Arrow shards that training reads, a manifest, a ledger of rejected videos.
+"""Turns a folder of videos into a data set: Arrow shards, a manifest, and a ledger of rejected videos.
 
-On a cluster (paths must be visible from every node: a shared folder, s3://, gs://):
+On a cluster (every node must reach the paths: a shared folder, s3://, gs://):
 
     ray job submit --working-dir . -- python jobs/ingest.py --videos URI --output URI
 

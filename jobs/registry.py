@@ -1,10 +1,26 @@
-"""Lists the registered encoders, chooses the champion, and finds those that saw a video. Needs no Ray.
+"""Lists the registered encoders, chooses which version of a name is the champion, and finds who was trained on a video.
 
-python jobs/registry.py list
-python jobs/registry.py promote NAME                 # the candidate becomes the champion, if it scores better
-python jobs/registry.py promote NAME --version 3 --force "the champion saw a withdrawn video"
-python jobs/registry.py rollback NAME                # restores the previous champion
-python jobs/registry.py saw VIDEO                    # which encoders were trained on it; for takedowns
+List all versions with their aliases and scores:
+
+    python jobs/registry.py list
+
+Make the candidate the champion, if it scores better:
+
+    python jobs/registry.py promote NAME
+
+Make version 3 the champion without comparing scores, and keep the reason:
+
+    python jobs/registry.py promote NAME --version 3 --force "the champion saw a withdrawn video"
+
+Restore the previous champion:
+
+    python jobs/registry.py rollback NAME
+
+Find the encoders that were trained on a video, for example after its owner has withdrawn it:
+
+    python jobs/registry.py saw cats/1.mp4
+
+This job needs no Ray.
 """
 
 from collections.abc import Callable
@@ -31,13 +47,13 @@ def list_encoders() -> None:
 
 
 def promote(name: Word, version: str | None = None, protocol: str = "label-free", force: str | None = None) -> None:
-    """Makes a version the champion if it scores better on the same evaluation set.
+    """Makes a version the champion, if it scores better than the champion on the same evaluation set.
 
     Args:
-        name: registered name.
-        version: its number, such as 3; the candidate when left out.
-        protocol: which score decides, such as label-free or knn.
-        force: why the scores do not decide; moves the alias without a better score and keeps this reason.
+        name: Name of the registered encoder, for example videomoco-kinetics.
+        version: Number of the version, for example 3. When left out: the candidate.
+        protocol: Score to compare, for example label-free or knn.
+        force: Makes the version the champion without comparing scores. Give the reason, which is kept with the version.
     """
     from vmoco.encoders import promotion
 
@@ -46,7 +62,11 @@ def promote(name: Word, version: str | None = None, protocol: str = "label-free"
 
 
 def rollback(name: Word) -> None:
-    """Restores the previous champion."""
+    """Restores the previous champion.
+
+    Args:
+        name: Name of the registered encoder, for example videomoco-kinetics.
+    """
     from vmoco.encoders import promotion
 
     move = promotion.rollback(name)
@@ -54,10 +74,10 @@ def rollback(name: Word) -> None:
 
 
 def saw(video: Word) -> None:
-    """Prints which registered encoders were trained on a video.
+    """Prints the registered encoders that were trained on a video, and those whose data set held it out.
 
     Args:
-        video: its id in the manifest, which is its path below the ingested folder, such as cats/1.mp4.
+        video: Id of the video in the manifest: its path below the ingested folder, for example cats/1.mp4.
     """
     from vmoco.encoders import registry
 

@@ -238,7 +238,7 @@ def test_a_finished_run_is_not_run_again(service: Service, undisturbed: str) -> 
     )
     assert (result.returncode, result.stdout) == (
         0,
-        "run undisturbed has ended before; its encoder is models:/tested@candidate\n",
+        "run undisturbed has finished already; its encoder is models:/tested@candidate\n",
     ), result.stderr
     tracker = MlflowClient(f"sqlite:///{service.home}/mlflow.db")
     assert len(tracker.search_model_versions("name='tested'")) == 1
@@ -285,7 +285,7 @@ def test_a_stopped_job_keeps_its_state_and_goes_on(service: Service, undisturbed
     submission_id = stop.split("ray job stop ")[1].split()[0]
     JobServer(service.cluster.address, service.environment).ask("POST", f"/api/jobs/{submission_id}/stop")
     said, _ = job.communicate(timeout=100)
-    assert "the same command with --run.name stopped goes on" in said, said
+    assert "the same command with --run.name stopped continues" in said, said
     step = service.kept("stopped")[-1]["step"]
     assert 0 < step < 48
     assert f"from step {step}" in finished(service.pretrain("stopped", "--train.steps", "48"))
@@ -329,7 +329,7 @@ def test_ctrl_c_in_a_direct_run_keeps_the_state_and_leaves_nothing(service: Serv
     os.killpg(job.pid, signal.SIGINT)  # what a terminal does: every process of the group gets it
     said, _ = job.communicate(timeout=60)
     assert job.returncode == 130, said
-    assert "the same command with --run.name direct goes on" in said
+    assert "the same command with --run.name direct continues" in said
     assert said.strip().splitlines()[-1] == "stopped"
     assert service.kept("direct")[-1]["step"] >= 10
     assert processes.of_session(job.pid) == []

@@ -25,22 +25,24 @@ class IngestSettings(Settings):
     """Turns a folder of videos into a data set: Arrow shards, a manifest and a ledger of rejected videos."""
 
     videos: Annotated[str, Unhashed]
-    """Folder of the videos or URI prefix (file://, s3://, gs://), searched with its subfolders; or a pattern such as
-    '/data/**/a-*.mp4'; or a list (.csv, .parquet, .jsonl) of paths relative to its own folder."""
+    """Folder of the videos or URI prefix (file://, s3://, gs://); its subfolders are searched too. Or a pattern such as
+    '/data/**/a-*.mp4'. Or a file (.csv, .parquet, .jsonl) that lists paths relative to its own folder."""
     output: Annotated[str, Unhashed]
-    """Folder or URI of the data set. It is created if it does not exist, and continued if the settings are the same."""
+    """Folder or URI of the data set, for example s3://bucket/data. It is created if it does not exist. If it exists, it
+    is continued; the settings must be the same."""
     annotations: Annotated[str | None, Unhashed] = None
-    """File with the videos to take, and optionally their labels and splits. When left out, all videos are taken."""
+    """File that lists the videos to take, and optionally their labels and splits. When left out, all videos are
+    taken."""
     layout: Annotated[Layout, Unhashed] = "table"
-    """Format of --annotations: a table (CSV, Parquet, JSON lines) with the column path and optionally start_seconds,
-    end_seconds, label, video_id, split; or the official files of kinetics, ucf101 or hmdb51."""
+    """Format of --annotations. table is a CSV, Parquet or JSON lines file with the column path and, optionally,
+    start_seconds, end_seconds, label, video_id, split. kinetics, ucf101 and hmdb51 are their official files."""
     num_frames: int = Field(16, ge=2)
     """Number of frames in a stored clip. Training may take shorter clips, never longer ones."""
     stride: int = Field(1, ge=1)
     """Distance between neighbouring frames of a clip, in frames of the video or of --fps. 2 takes every second one."""
     fps: float | None = Field(None, gt=0)
-    """Frames per second to take, by their time stamps, for example 12.5. Use it if videos differ in their rate. When
-    left out, every frame is taken."""
+    """Frames per second to take, by their time stamps, for example 12.5. Use it if the videos have different rates.
+    When left out, every frame is taken."""
     short_videos: Literal["reject", "loop"] = "reject"
     """What to do with a video that is shorter than one clip: reject it, or repeat its frames until the clip is full."""
     short_side: Annotated[int | None, Unhashed] = Field(None, ge=16)
@@ -57,18 +59,18 @@ class IngestSettings(Settings):
     max_clips_per_video: int = Field(32, ge=1)
     """Largest number of clips from one video. They are spread evenly over it."""
     held_out_percent: float = Field(10.0, ge=0, le=90)
-    """Percentage of videos kept out of training, for scores. A hash of the name chooses them, so adding videos changes
-    nothing for those that are there."""
+    """Percentage of videos kept out of training, for scores. A hash of the name chooses them, so the choice stays the
+    same when videos are added."""
     max_rejected_percent: Annotated[float, Unhashed] = Field(50.0, ge=0, le=100)
     """Percentage of rejected videos above which the job fails."""
     duplicates: Annotated[Literal["reject", "keep"], Unhashed] = "reject"
-    """What to do with a file that has the same content as another one. Of duplicates, the first name is kept."""
+    """What to do with files that have the same content: reject all but the first by name, or keep all."""
     shard_megabytes: Annotated[int, Unhashed] = Field(256, ge=1)
     """Approximate size of a shard file, in MiB. One Ray task writes one shard."""
     videos_per_shard: Annotated[int, Unhashed] = Field(64, ge=1)
-    """Largest number of videos in one shard. Lower it if few videos should be spread over many workers."""
+    """Largest number of videos in one shard. Lower it to spread a few videos over many workers."""
     part_seconds: Annotated[float, Unhashed] = Field(600.0, ge=1)
-    """Length in seconds of the parts in which several tasks decode a video that lasts more than 1.5 times as long."""
+    """A video that lasts more than 1.5 times this many seconds is decoded in parts of this length, by several tasks."""
     seconds_per_video: Annotated[float, Unhashed] = Field(600.0, gt=0)
     """Time limit in seconds for decoding one video, or one part of a long one. A slower decoder is killed."""
 
@@ -110,7 +112,8 @@ class EmbedSettings(PoolSettings):
     videos: str
     """Folder or URI prefix of videos, or a data set made by jobs/ingest.py."""
     output: str
-    """Folder or URI of the table of embeddings. It is continued if it was made with the same encoder."""
+    """Folder or URI of the table of embeddings. It is created if it does not exist. If it exists, it is continued; the
+    encoder must be the same."""
     max_clips_per_video: int = Field(32, ge=1)
     """Largest number of clips from one video, spread evenly over it. Has no effect on a data set, whose clips are
     fixed."""
@@ -121,14 +124,14 @@ class EmbedSettings(PoolSettings):
     gallery: bool = True
     """Also writes gallery.html, a page with some clips, their nearest clips, and a map of all clips."""
     queries: int = Field(12, ge=1)
-    """Number of clips whose nearest clips the gallery shows."""
+    """Number of clips for which the gallery shows the nearest clips."""
 
 
 Protocol = Literal["label-free", "knn", "probe", "retrieval", "finetune"]
 
 
 class FinetuneSettings(Settings):
-    """Fine-tuning of all weights, as usual for UCF101 and HMDB51."""
+    """Fine-tuning of all weights, the usual protocol for UCF101 and HMDB51."""
 
     group = "finetune"
 
@@ -160,8 +163,8 @@ class EvaluateSettings(PoolSettings):
     """What to measure, for example knn probe. When left out: all that the labels of the data set allow, except
     finetune."""
     splits: tuple[Literal[1, 2, 3], ...] = ()
-    """Official splits to use, for example 1 2 3. When left out: all that the data set has, or else its held-out videos
-    as the test set."""
+    """Official splits to use, for example 1 2 3. When left out: all splits of the data set. If it has none, its
+    held-out videos are the test set."""
     reference: bool = False
     """Also evaluates two encoders of the same network for comparison: one with random weights, and torchvision's, which
     was trained with the labels of Kinetics."""
@@ -173,26 +176,28 @@ class EvaluateSettings(PoolSettings):
     """Largest number of training clips for the linear probe, spread evenly over all. Lower it if memory runs out."""
     finetune: FinetuneSettings = FinetuneSettings()
     features: str | None = None
-    """Folder or URI for tables of features, which all nodes must reach. When left out: $VMOCO_HOME/features."""
+    """Folder or URI for tables of features, for example s3://bucket/features. All nodes must reach it. When left out:
+    $VMOCO_HOME/features."""
     record: bool = True
-    """Saves the scores with the registered version, if the encoder is one."""
+    """Saves the scores with the registered version, if the encoder is a registered one (models:/...)."""
     seed: int = 0
     """Every random draw of fine-tuning and of random weights depends on this number."""
 
 
-class RegisterOptions(Settings):
-    """How an encoder is registered."""
+class RegisterSettings(Settings):
+    """Name, alias, description and checks of a registered encoder."""
 
     name: str
     """Name of the registered encoder, for example videomoco-kinetics."""
     alias: str = "candidate"
-    """Second alias of the new version, besides candidate, which it always gets."""
+    """One more alias of the new version, for example best-of-march. It always gets the alias candidate too."""
     onnx: bool = False
-    """Also writes encoder.onnx, and checks that it gives the same features as the encoder."""
+    """Also exports the encoder as encoder.onnx, and checks that this file gives the same features."""
     score: bool = True
-    """Scores the encoder of a run on the held-out videos of its data set, without labels."""
+    """Scores the encoder of a run on the held-out videos of its data set. Needs no labels. Set --no-score if these
+    videos are gone."""
     data_licence: str = ""
-    """Note on the owner and the licence of the videos, which is saved with the encoder. Example: 'CC BY 4.0, by us'."""
+    """Owner and licence of the videos, for example 'CC BY 4.0, by us'. This text is saved with the encoder."""
 
 
 Metric = Literal["retrieval", "effective_rank", "knn"]
@@ -202,8 +207,8 @@ class SweepSettings(Settings):
     """A sweep over settings of pretraining."""
 
     space: str = "ratio-decay"
-    """What to try: ratio-decay (drop ratios x kinds of decay), or a YAML file with one field and its values a line, for
-    example 'moco.decay: [0.99, 1.0]'."""
+    """What to try: ratio-decay (drop ratios x kinds of decay), or a YAML file. Each line of the file is a field with
+    its values, for example 'moco.decay: [0.99, 1.0]'."""
     search: Literal["grid", "random", "optuna"] = "grid"
     """How to choose combinations: grid takes all of them; random and optuna take --samples of them. optuna learns from
     the scores of earlier trials."""

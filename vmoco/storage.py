@@ -200,7 +200,7 @@ def list_files(uri: str, *, recursive: bool = True) -> list[str]:
     found, path = filesystem(uri)
     path = path.rstrip("/") or "/"
     if found.get_file_info(path).type != pafs.FileType.Directory:
-        raise ValueError(f"{uri} is not a folder that can be read: check the path, or the rights to it")
+        raise ValueError(f"{uri} is not a folder that can be read: check the path and its permissions")
     entries = found.get_file_info(pafs.FileSelector(path, recursive=recursive))
     names = (entry.path[len(path) :].lstrip("/") for entry in entries if entry.type == pafs.FileType.File)
     return sorted(name for name in names if not name.endswith(".tmp"))
@@ -220,7 +220,7 @@ def check_writable(uri: str) -> None:
     except (OSError, ValueError) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         reason = getattr(cause, "strerror", None) or cause
-        raise ValueError(f"{uri} cannot be written ({reason}): check the path, or the rights to it") from error
+        raise ValueError(f"{uri} cannot be written ({reason}): check the path and its permissions") from error
 
 
 def home() -> str:

@@ -108,14 +108,14 @@ def test_time_follows_the_measured_speed_and_memory_the_smallest_gpu() -> None:
 def test_a_real_cluster_is_checked(
     local_cluster: LocalCluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """One node that can carry `tiny` says so, with a measured time; it leaves nothing in the storage."""
+    """The check passes for `tiny` on one node, shows a measured time, and leaves nothing in the storage."""
     place = tmp_path / "runs"
     flags = ["--run.storage", str(place), "--scaling.num-workers", "2"]
     assert local_cluster.submit(["python", "jobs/check.py", "cluster", "tiny", *flags], ROOT) == 0
     said = capfd.readouterr().out
     assert "storage and tracker reached" in said
     assert "time: about 0.0 hours for 20 steps on 2 workers" in said
-    assert "the cluster can carry this run" in said
+    assert "the cluster is ready for this run" in said
     assert list(place.iterdir()) == []
 
 

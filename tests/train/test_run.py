@@ -12,6 +12,7 @@ from tests.train.test_step import changed
 from vmoco.config import PretrainSettings
 from vmoco.presets import PRESETS
 from vmoco.train.run import close_run, open_run, prepare
+from vmoco.train.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -54,6 +55,18 @@ def test_name_of_a_run_belongs_to_its_architecture_and_data(settings: PretrainSe
     assert again.run_id == run.run_id
     close_run(run, "models:/tested/1")
     assert prepare(settings).finished == "models:/tested/1"
+
+
+def test_a_run_of_another_version_is_named_in_plain_words(settings: PretrainSettings, vmoco_home: Path) -> None:
+    """The message has the run, the flag and what to do, without pydantic's words around it."""
+    folder = RunFolder(str(vmoco_home / "runs" / "tested"))
+    folder.write_run({"settings": {"moco": {"queue_length": 64}}})
+    with pytest.raises(
+        ValueError, match=r"settings of run 'tested': --moco\.queue-length does not exist: did"
+    ) as raised:
+        prepare(settings)
+    assert "Value error" not in str(raised.value)
+    assert str(raised.value).endswith("or give another --run.name")
 
 
 def test_a_run_that_ended_where_it_was_told_to_goes_on_when_told_to_end_later(settings: PretrainSettings) -> None:

@@ -16,7 +16,7 @@ from vmoco.config import PretrainSettings
 from vmoco.data.manifest import Manifest
 from vmoco.train.loop import train
 from vmoco.train.run_folder import CHECKPOINTS, DAMAGED, RunFolder, check_fork, fork
-from vmoco.train.state import STATE_RECORD, STATE_TENSORS, TrainState
+from vmoco.train.state import STATE_RECORD, STATE_SETTINGS, STATE_TENSORS, TrainState
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "no tensors", "no record", "half a record"])
@@ -172,6 +172,12 @@ def test_a_fork_that_does_not_fit_is_refused(donor: tuple[Manifest, str], tmp_pa
     ]:
         with pytest.raises(ValueError, match=message):
             check_fork(settings, hash_)
+    Path(uri, STATE_SETTINGS).write_text('{"moco": {"queue_size": 0}}')
+    with pytest.raises(
+        ValueError, match=r"settings of checkpoint .*donor: --moco\.queue-size 0 is not allowed"
+    ) as raised:
+        check_fork(forked, manifest.hash)
+    assert "Value error" not in str(raised.value)
 
 
 def test_a_run_with_another_fork_is_another_run() -> None:

@@ -22,7 +22,7 @@ from ray.tune.search import Searcher
 from vmoco import job, ray_internals, storage, tracking
 from vmoco.cluster.reservation import trials_at_once
 from vmoco.config import PretrainSettings
-from vmoco.job_settings import RegisterOptions
+from vmoco.job_settings import RegisterSettings
 from vmoco.sweep.prepare import PreparedSweep
 from vmoco.sweep.record import Sweep
 from vmoco.sweep.space import as_text
@@ -217,7 +217,9 @@ def register_best(prepared: PreparedSweep, *, show: Callable[[str], None]) -> st
     assert best.run_id is not None, "it has finished"
     made = publish_run(
         best.run_id,
-        RegisterOptions(name=tracked.register_as or sweep.name, alias=tracked.alias, data_licence=tracked.data_licence),
+        RegisterSettings(
+            name=tracked.register_as or sweep.name, alias=tracked.alias, data_licence=tracked.data_licence
+        ),
         note=f"best of {len(sweep.trials)} trials of sweep {sweep.name} by {sweep.score} "
         f"{best.scores[sweep.score]:.3f}: {as_text(best.values)}; ",
         show=show,

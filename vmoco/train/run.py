@@ -81,7 +81,13 @@ def prepare(settings: PretrainSettings) -> PreparedRun:
     if resolved.run.fork and not record:
         check_fork(resolved, manifest.hash)
     if record:
-        before = PretrainSettings.model_validate(record["settings"])
+        try:
+            before = PretrainSettings(**record["settings"])
+        except ValueError as error:
+            raise ValueError(
+                f"this vmoco cannot read the settings of run {name!r}: {error}. Resume it with the version of vmoco "
+                "that began it, or give another --run.name"
+            ) from None
         if changed := differences(before, resolved):
             raise ValueError(
                 f"--run.name {name!r} belongs to a run with other settings ({changed}): set them as they were to "

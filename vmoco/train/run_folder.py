@@ -45,6 +45,7 @@ from vmoco.train.state import (
     DamagedCheckpointError,
     Record,
     TrainState,
+    parse_settings,
     read_settings,
 )
 
@@ -347,7 +348,7 @@ def check_fork(settings: PretrainSettings, manifest_hash: str) -> None:
     assert uri is not None, "the caller checks that there is a fork"
     try:
         record = json.loads(storage.read_bytes(_record_of(uri)))
-        donor = PretrainSettings.model_validate_json(storage.read_bytes(storage.join(uri, STATE_SETTINGS)))
+        donor = parse_settings(storage.read_bytes(storage.join(uri, STATE_SETTINGS)), uri)
     except FileNotFoundError:
         raise ValueError(
             f"--run.fork {uri} is not a checkpoint: give the folder of one, as checkpoints.json of a run lists them"

@@ -230,12 +230,28 @@ def read_settings(folder: Path) -> PretrainSettings:
     """The settings of a checkpoint.
 
     Raises:
-        ValueError: they are missing, or this vmoco does not know them.
+        ValueError: they are missing, damaged, or unknown to this vmoco.
     """
     try:
-        return PretrainSettings.model_validate_json((folder / STATE_SETTINGS).read_text())
+        return parse_settings((folder / STATE_SETTINGS).read_bytes(), str(folder))
     except FileNotFoundError:
         raise DamagedCheckpointError(f"{folder} is not a checkpoint of vmoco: it has no {STATE_SETTINGS}") from None
+
+
+def parse_settings(content: bytes, checkpoint: str) -> PretrainSettings:
+    """The settings in the file of a checkpoint.
+
+    Not by pydantic's `model_validate_json`, which writes its own words before and after our message.
+
+    Raises:
+        ValueError: they are damaged, or unknown to this vmoco.
+    """
+    try:
+        return PretrainSettings(**json.loads(content))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DamagedCheckpointError(f"{STATE_SETTINGS} of checkpoint {checkpoint} is damaged: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"this vmoco cannot read the settings of checkpoint {checkpoint}: {error}") from None
 
 
 def differences(before: PretrainSettings, now: PretrainSettings) -> str:
