@@ -178,9 +178,8 @@ class ModelSettings(Settings):
     head: Literal["linear", "mlp"] = "linear"
     """Projection from feature to embedding: a linear layer (paper), or two layers with a ReLU between (MoCo v2)."""
     init: Annotated[str | None, tyro.conf.arg(aliases=["--init"])] = None
-    """Trained encoder whose backbone this run starts from: models:/NAME@ALIAS, or a folder. Or a checkpoint of another
-    run, of which both encoders are kept with their heads, and the generator if it has the same size. The queue, the
-    optimizers and the step count start new, so the learning rate begins a new cycle."""
+    """Weights to start from, at step 0: a trained encoder (models:/NAME@ALIAS, or a folder), which gives its backbone,
+    or a checkpoint of another run, which gives both encoders with heads and the generator. All else is new."""
 
 
 Fill = Literal["mean", "zero"]
