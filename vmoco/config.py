@@ -98,7 +98,8 @@ class RunSettings(Settings):
     """Folder or URI for checkpoints, for example s3://bucket/runs. All nodes must reach it. When left out:
     $VMOCO_HOME/runs, or ~/.vmoco/runs."""
     fork: Annotated[str | None, HashedIfSet] = None
-    """Checkpoint of another run to continue from in a new run, at its step: a uri from that run's checkpoints.json."""
+    """Checkpoint of another run to continue from in a new run, at its step: a uri from that run's checkpoints.json. To
+    begin at step 0 with its networks, give it to --model.init."""
     seed: int = 0
     """Every random draw depends on this number. Change it to repeat a run with other draws."""
 
@@ -177,8 +178,8 @@ class ModelSettings(Settings):
     head: Literal["linear", "mlp"] = "linear"
     """Projection from feature to embedding: a linear layer (paper), or two layers with a ReLU between (MoCo v2)."""
     init: Annotated[str | None, tyro.conf.arg(aliases=["--init"])] = None
-    """Trained encoder whose backbone this run starts from: models:/NAME@ALIAS, or a folder. The head, the queue, the
-    optimizers and the step count start new."""
+    """Weights to start from, at step 0: a trained encoder (models:/NAME@ALIAS, or a folder), which gives its backbone,
+    or a checkpoint of another run, which gives both encoders with heads and the generator. All else is new."""
 
 
 Fill = Literal["mean", "zero"]

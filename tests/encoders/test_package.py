@@ -13,7 +13,7 @@ import torch
 from tests.dataset import make_data_set
 from tests.made import TINY, clips, save_checkpoint
 from vmoco.data.manifest import Manifest
-from vmoco.encoders import package
+from vmoco.encoders import model_card, package
 from vmoco.storage import file_sha256
 from vmoco.train import publish
 from vmoco.train.state import TrainState
@@ -77,6 +77,24 @@ def test_the_card_says_where_it_comes_from(written: tuple[Path, TrainState], man
     others = {path.name for path in written[0].iterdir()} - {package.CARD}
     assert card["files"] == {name: file_sha256(str(written[0] / name)) for name in others}
     assert others == {"encoder.safetensors", "settings.json", "videos.parquet", "program.pt2"}
+
+
+def test_the_card_says_which_weights_the_run_began_with(
+    written: tuple[Path, TrainState], manifest: Manifest, tmp_path: Path
+) -> None:
+    """In encoder.json and in the model card; a run with random weights says nothing of it."""
+    model = TINY.model.model_copy(update={"init": "/runs/trunk/step-00000700"})
+    state = TrainState(
+        TINY.model_copy(update={"model": model}), manifest_hash=manifest.hash, device=torch.device("cpu")
+    )
+    (tmp_path / "checkpoint").mkdir()
+    state.save(tmp_path / "checkpoint")
+    card = publish.write_encoder(tmp_path / "checkpoint", tmp_path, manifest=manifest)
+    assert card["began_from"] == "/runs/trunk/step-00000700"
+    model_card.write(tmp_path, card, histories={})
+    text = (tmp_path / model_card.README).read_text()
+    assert "began with the weights of `/runs/trunk/step-00000700`" in text
+    assert "began_from" not in json.loads((written[0] / package.CARD).read_text())
 
 
 def test_the_commit_is_that_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:

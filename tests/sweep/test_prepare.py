@@ -9,6 +9,7 @@ import pytest
 
 from tests.dataset import make_data_set
 from tests.train.test_step import CPU, changed
+from vmoco.config import PretrainSettings
 from vmoco.job_settings import SweepSettings
 from vmoco.presets import PRESETS
 from vmoco.sweep.prepare import PreparedSweep, prepare
@@ -58,6 +59,22 @@ def test_a_generation_goes_on_from_the_best_and_is_found_again(population: Sweep
     assert again.waiting() == [3, 4, 5]
     assert (again.sweep.trials[2].status, again.sweep.trials[2].reason) == ("failed", "it was lost")
     assert Path(again.runs[5].settings.run.fork or "").parent.name == "tested-001"
+
+
+def test_a_population_starts_from_a_checkpoint_once(population: SweepSettings, tmp_path: Path) -> None:
+    """Its first generation starts from the networks of --model.init; the next one continues its donors alone."""
+    trunk = tmp_path / "step-00000000"
+    trunk.mkdir()
+    TrainState(population.pretrain, manifest_hash="data of the trunk", device=CPU).save(trunk)
+    pretrain = changed(population.pretrain, model={"init": str(trunk)})
+    prepared = prepare(population.model_copy(update={"pretrain": pretrain}))
+    for place in range(3):
+        end(prepared, place, 0.5)
+    assert prepared.next_generation()
+    began = [(run.settings.model.init, bool(run.settings.run.fork)) for run in prepared.runs]
+    assert began == [(str(trunk), False)] * 3 + [(None, True)] * 3
+    for run in prepared.runs:
+        PretrainSettings.model_validate_json(run.settings.canonical_json())  # as a worker reads them
 
 
 def test_a_generation_whose_donors_are_gone_ends_the_sweep_with_a_reason(population: SweepSettings) -> None:

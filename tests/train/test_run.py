@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.dataset import make_data_set
-from tests.train.test_step import changed
+from tests.train.test_loop import Notes
+from tests.train.test_step import CPU, changed
+from vmoco import tracking
 from vmoco.config import PretrainSettings
 from vmoco.presets import PRESETS
-from vmoco.train.run import close_run, open_run, prepare
+from vmoco.train.loop import train
+from vmoco.train.run import Run, close_run, introduce, open_run, prepare
 from vmoco.train.run_folder import RunFolder
+from vmoco.train.state import TrainState
 
 
 @pytest.fixture
@@ -77,3 +83,83 @@ def test_a_run_that_ended_where_it_was_told_to_goes_on_when_told_to_end_later(se
     assert prepare(changed(settings, train={"stop_after": 5})).finished
     assert prepare(changed(settings, train={"stop_after": 15})).finished is None
     assert prepare(settings).finished is None
+
+
+def new_state(run: Run) -> TrainState:
+    return TrainState(run.settings, manifest_hash=run.manifest.hash, device=CPU)
+
+
+@pytest.fixture
+def trunk(settings: PretrainSettings, tmp_path: Path) -> Path:
+    """A checkpoint after 3 steps of `tiny` on the data set of `settings`."""
+    short = changed(settings, train={"stop_after": 3})
+    prepared = prepare(short)
+    state = TrainState(prepared.settings, manifest_hash=prepared.manifest.hash, device=CPU)
+    train(prepared.settings, prepared.manifest, state, device=CPU, host=Notes())
+    place = tmp_path / "trunk" / "step-00000003"
+    place.mkdir(parents=True)
+    state.save(place, run_id="run of the trunk")
+    return place
+
+
+def test_a_new_cycle_outlives_its_trunk_and_a_kill(settings: PretrainSettings, trunk: Path, tmp_path: Path) -> None:
+    """On other data, with the trunk deleted once the run is open: restarted before its first checkpoint, and resumed
+    from one, it ends with the bits of the run that was not interrupted. Tags and log say where it began.
+    """
+    make_data_set(tmp_path / "other", num_videos=14)
+    settings = changed(
+        settings,
+        run={"name": "cycle"},
+        data={"uri": str(tmp_path / "other")},
+        model={"init": str(trunk)},
+        train={"steps": 6, "optimizer": "adamw", "learning_rate": 0.001},
+    )
+    run = open_run(prepare(settings))
+    shutil.rmtree(trunk)
+    tags = tracking.client().get_run(run.run_id).data.tags
+    assert (tags["vmoco.init"], tags["vmoco.init_step"]) == (str(trunk), "3")
+    assert (tags["vmoco.init_run_id"], len(tags["vmoco.init_sha256"])) == ("run of the trunk", 64)
+    line = f"starts from the checkpoint {trunk}, step 3: keeps both encoders with their heads, and the generator; new"
+    assert any(found.startswith(line) for found in introduce(run))
+
+    folder, straight = RunFolder(run.folder), new_state(run)
+    folder.restore(straight)
+    assert straight.step == 0
+    assert train(run.settings, run.manifest, straight, device=CPU, host=Notes())
+
+    again = open_run(prepare(settings))
+    assert (again.is_new, again.run_id) == (False, run.run_id)
+    assert any(found.startswith(line) for found in introduce(again))
+    killed = new_state(again)
+    folder.restore(killed)
+    assert not train(run.settings, run.manifest, killed, device=CPU, host=Notes(stop_after=3))
+    place = Path(folder.checkpoint_uri(killed.step))
+    place.mkdir()
+    killed.save(place)
+    resumed = new_state(again)
+    folder.restore(resumed)
+    assert resumed.step == 4
+    assert train(run.settings, run.manifest, resumed, device=CPU, host=Notes())
+    expected, found = straight.tensors(), resumed.tensors()
+    assert set(expected) == set(found)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"backbone": "r2plus1d_nano"}, r"--model\.backbone r3d_nano -> r2plus1d_nano\): set these as they were"),
+        ({"head": "mlp"}, r"--model\.init \S+ has other encoders \(--model\.head linear -> mlp\)"),
+        (
+            {"init": "/nowhere"},
+            r"--model\.init /nowhere is neither an encoder nor a checkpoint: it has no encoder\.json",
+        ),
+    ],
+)
+def test_a_new_cycle_that_does_not_fit_is_refused_before_any_work(
+    settings: PretrainSettings, trunk: Path, vmoco_home: Path, fields: dict[str, Any], said: str
+) -> None:
+    """Other encoders than those of the checkpoint, or nothing there."""
+    with pytest.raises(ValueError, match=said):
+        prepare(changed(settings, run={"name": "cycle"}, model={"init": str(trunk)} | fields))
+    assert not [path for path in vmoco_home.rglob("*") if path.is_file()]

@@ -39,10 +39,13 @@ def _origin(card: Mapping[str, Any]) -> str:
             f"Weights from the file `{imported['file']}` ({imported['format']}), not trained by vmoco; SHA-256 of the "
             f"file `{imported['sha256']}`."
         )
-    return (
+    text = (
         f"Pretrained without labels (VideoMoCo, Pan et al., CVPR 2021) by vmoco, {card['step']} steps; MLflow run "
         f"`{card['run_id']}`, settings `{card['settings_hash']}`: all of them are in `settings.json`."
     )
+    if began := card.get("began_from"):
+        text += f" The run began with the weights of `{began}`, which may have seen other videos than those below."
+    return text
 
 
 def _usage(card: Mapping[str, Any]) -> str:

@@ -66,6 +66,8 @@ class PreparedSweep:
                 update={
                     "train": settings.train.model_copy(update={"stop_after": end}),
                     "run": settings.run.model_copy(update={"fork": fork or settings.run.fork}),
+                    # The first generation alone starts from `model.init`; a fork has the weights of its donor.
+                    "model": settings.model.model_copy(update={"init": None if fork else settings.model.init}),
                 }
             )
         return Point(values, settings, generation)

@@ -101,6 +101,8 @@ def write_encoder(
             "licence": data_licence or settings.tracking.data_licence or NO_LICENCE,
         },
     }
+    if began := settings.run.fork or settings.model.init:
+        lineage["began_from"] = began
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS).write_bytes((checkpoint / state.STATE_SETTINGS).read_bytes())
     pq.write_table(_videos(manifest), folder / VIDEOS, compression="zstd")

@@ -20,8 +20,8 @@ from vmoco.encoders import package
 from vmoco.model.cost import SCORE_SECONDS, scoring_seconds
 from vmoco.model.queue import decay_at, oldest_key_weight
 from vmoco.train import metrics
-from vmoco.train.run_folder import INIT, RunFolder, check_fork
-from vmoco.train.state import differences
+from vmoco.train.run_folder import INIT, RunFolder, check_fork, check_init, is_checkpoint, local_copy
+from vmoco.train.state import Record, differences, networks_in
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Run(PreparedRun):
 
     run_id: str
     is_new: bool
+    start: str = ""
+    """Which weights of `model.init` it starts from, in words."""
     warning: str = ""
     """What is wrong with the tracker, where the run can begin anyway."""
 
@@ -80,6 +82,8 @@ def prepare(settings: PretrainSettings) -> PreparedRun:
     record = RunFolder(folder).read_run()
     if resolved.run.fork and not record:
         check_fork(resolved, manifest.hash)
+    if resolved.model.init and not record:
+        check_init(resolved)
     if record:
         try:
             before = PretrainSettings(**record["settings"])
@@ -116,12 +120,15 @@ def open_run(prepared: PreparedRun, *, parent_run: str | None = None) -> Run:
     folder = RunFolder(prepared.folder)
     if record := folder.read_run():
         problem = tracking.resume_run(record["run_id"])
-        return Run(**vars(prepared), run_id=record["run_id"], is_new=False, warning=problem)
+        start = record.get("start", "")
+        return Run(**vars(prepared), run_id=record["run_id"], is_new=False, start=start, warning=problem)
     settings, manifest = prepared.settings, prepared.manifest
     assert settings.run.name is not None, "`prepare` sets it"
     tags = {"folder": prepared.folder, "manifest_hash": manifest.hash, "preset": settings.preset}
+    start = ""
     if settings.model.init:
-        tags |= {"init": settings.model.init, "init_sha256": _copy_encoder(settings, folder)}
+        start, origin = _copy_weights(settings, folder)
+        tags |= origin
     run_id = tracking.create_run(
         settings, tags={f"vmoco.{key}": value for key, value in tags.items()}, note=metrics.NOTE, parent_run=parent_run
     )
@@ -132,8 +139,9 @@ def open_run(prepared: PreparedRun, *, parent_run: str | None = None) -> Run:
             "settings": settings.model_dump(mode="json"),
             "finished": None,
         }
+        | ({"start": start} if start else {})
     )
-    return Run(**vars(prepared), run_id=run_id, is_new=True)
+    return Run(**vars(prepared), run_id=run_id, is_new=True, start=start)
 
 
 def run_id_of(prepared: PreparedRun) -> str | None:
@@ -142,22 +150,39 @@ def run_id_of(prepared: PreparedRun) -> str | None:
     return record["run_id"] if record else None
 
 
-def _copy_encoder(settings: PretrainSettings, folder: RunFolder) -> str:
-    """Copies the backbone of `model.init` into the run's folder; returns the SHA-256 of the copy.
+def _copy_weights(settings: PretrainSettings, folder: RunFolder) -> tuple[str, dict[str, str]]:
+    """Copies the weights of `model.init` into the run's folder: the run does not read `model.init` again.
+
+    Returns:
+        What it starts from, in words; and the tags that say it.
 
     Raises:
-        ValueError: there is no such encoder, it is damaged, or it has another backbone.
+        ValueError: there is no such encoder or checkpoint, it is damaged, or it has another network.
     """
-    assert settings.model.init is not None, "the caller checks it"
-    encoder = package.load_encoder(settings.model.init)
-    if encoder.card["backbone"] != settings.model.backbone:
-        raise ValueError(
-            f"--init {settings.model.init} is a {encoder.card['backbone']}, --model.backbone is "
-            f"{settings.model.backbone}: set --model.backbone to that of the encoder"
-        )
-    content = safetensors.torch.save(encoder.backbone.state_dict())
+    uri = settings.model.init
+    assert uri is not None, "the caller checks it"
+    if is_checkpoint(uri):
+        with local_copy(uri) as checkpoint:
+            record, weights = Record.read(checkpoint), networks_in(checkpoint, settings)
+            content = safetensors.torch.save(weights)
+        kept, fresh = "both encoders with their heads", "the queue, the optimizers and the learning rate"
+        if any(name.startswith("generator.") for name in weights):
+            kept += ", and the generator"
+        else:
+            fresh += ", and the generator, because --generator.hidden-channels is another"
+        start = f"the checkpoint {uri}, step {record.step}: keeps {kept}; new are {fresh}"
+        tags = {"init": uri, "init_step": str(record.step), "init_run_id": str(record.run_id)}
+    else:
+        encoder = package.load_encoder(uri)
+        if encoder.card["backbone"] != settings.model.backbone:
+            raise ValueError(
+                f"--model.init {uri} is a {encoder.card['backbone']}, --model.backbone is "
+                f"{settings.model.backbone}: set --model.backbone to that of the encoder"
+            )
+        content = safetensors.torch.save(encoder.backbone.state_dict())
+        start, tags = f"the encoder {uri}", {"init": uri}
     storage.write_atomic(folder.path(INIT), content)
-    return hashlib.sha256(content).hexdigest()
+    return start, tags | {"init_sha256": hashlib.sha256(content).hexdigest()}
 
 
 def close_run(run: Run, encoder: str) -> None:
@@ -184,7 +209,7 @@ def introduce(run: Run) -> list[str]:
         f"{settings.generator_start}; the oldest of {moco.queue_size} keys weighs {_oldest_key(settings)}",
     ]
     if settings.model.init:
-        lines.append(f"starts from the encoder {settings.model.init}")
+        lines.append(f"starts from {run.start or settings.model.init}")
     if settings.run.fork:
         lines.append(f"starts from the training state {settings.run.fork}")
     if settings.evaluation.enabled:
