@@ -81,8 +81,8 @@ class Comparison:
         """How far the table can be trusted, for the user."""
         return (
             f"In brackets: 95 % intervals over {self.num_videos} held-out videos or parts of videos "
-            f"({self.num_clips} clips). Where intervals overlap, the table does not show a difference. So few videos "
-            "tell nothing about other videos."
+            f"({self.num_clips} clips). Where intervals overlap, the difference may be chance. So few videos tell "
+            "nothing about other videos."
         )
 
 
