@@ -23,6 +23,7 @@ except SystemExit as ended:
 SHOWN = {
     "check": "cluster",
     "check cluster paper": "--moco.queue-size",
+    "compare": "--page",
     "demo": "--dashboard-port",
     "embed": "--videos-per-part",
     "evaluate": "--finetune.batch-size",

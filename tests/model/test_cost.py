@@ -62,7 +62,7 @@ def test_the_network_carries_twice_the_gradients() -> None:
     assert (alone.gradient_bytes, alone.key_bytes) == (0, 0)
     pair = step_cost(settings, bf16=False)
     assert pair.gradient_bytes == 4 * pair.num_parameters
-    assert pair.key_bytes == 16 // 2 * 4 * 128
+    assert pair.key_bytes == 32 // 2 * 4 * 128
 
 
 @pytest.mark.parametrize("preset", ["paper", "recommended"])

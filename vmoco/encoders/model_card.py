@@ -20,7 +20,7 @@ def write(folder: Path, card: Mapping[str, Any], *, histories: Histories) -> Non
         card: the content of encoder.json.
         histories: (step, value) of each metric to draw.
     """
-    drawn = _draw(folder / PLOTS, histories)
+    drawn = draw(folder / PLOTS, histories)
     sections = [
         f"# A video encoder: {card['backbone']}, {card['feature_dim']} features",
         _origin(card),
@@ -117,8 +117,8 @@ def _numbers(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-def _draw(folder: Path, histories: Histories) -> list[str]:
-    """One picture per metric with at least two points; returns the names of those drawn."""
+def draw(folder: Path, histories: Histories) -> list[str]:
+    """Draws `<metric>.png` for each metric with at least two points; returns the names of those drawn."""
     drawn = [name for name, points in histories.items() if len(points) > 1]
     if not drawn:
         return []

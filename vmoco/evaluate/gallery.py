@@ -40,7 +40,7 @@ _HEIGHT, _FRAMES = 96, 8
 Features = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1080px; padding: 0 1rem; }
 h1 { font-size: 1.35rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
@@ -76,17 +76,11 @@ def write_gallery(table: FeatureTable, encoder: Encoder, settings: EmbedSettings
         settings: where the clips came from, and how many queries are shown.
         title: name of the encoder.
     """
-    chosen, found, cosines = _nearest(table, settings.queries)
-    clips = {int(row): _clip(table, int(row)) for row in np.unique(np.concatenate([chosen, found.ravel()]))}
-    pictures = dict(_thumbnails(list(clips.values()), encoder, settings))
-    rows = [
-        _row(clips[int(query)], [clips[int(row)] for row in near], cosine, pictures)
-        for query, near, cosine in zip(chosen, found, cosines, strict=True)
-    ]
+    rows = nearest_rows(table, encoder, settings)
     head = html.escape(title)
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{head}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>
 <h1>{head}</h1>
 <p>{len(table)} clips of {len(set(table.strings("video_id")))} videos in {html.escape(settings.videos)}.</p>
 <h2>Nearest clips</h2>
@@ -100,6 +94,23 @@ clips is subtracted. Green: of the same video, which mean colour alone often fin
     uri = storage.join(storage.absolute_uri(settings.output), PAGE)
     storage.write_atomic(uri, page.encode())
     return uri
+
+
+def nearest_rows(table: FeatureTable, encoder: Encoder, settings: EmbedSettings) -> list[str]:
+    """The HTML of each query with its nearest clips. Tables of the same clips give the same queries.
+
+    Args:
+        table: of embeddings.
+        encoder: that made them.
+        settings: where the clips came from, and how many queries are shown.
+    """
+    chosen, found, cosines = _nearest(table, settings.queries)
+    clips = {int(row): _clip(table, int(row)) for row in np.unique(np.concatenate([chosen, found.ravel()]))}
+    pictures = dict(_thumbnails(list(clips.values()), encoder, settings))
+    return [
+        _row(clips[int(query)], [clips[int(row)] for row in near], cosine, pictures)
+        for query, near, cosine in zip(chosen, found, cosines, strict=True)
+    ]
 
 
 class _Centred:
