@@ -330,7 +330,8 @@ class EvaluationSettings(Settings):
     use_gpu: bool = False
     """Reserves a GPU for scoring. Otherwise checkpoints are scored on CPUs, which takes hours for a large network."""
     max_videos: int = Field(500, ge=2)
-    """Largest number of held-out videos used for a score, with up to 8 clips each. Lower it to score faster."""
+    """Largest number of held-out videos used for a score, with up to 8 clips each, and 4 of them also played
+    backwards. Lower it to score faster."""
 
 
 class TrackingSettings(Settings):

@@ -127,7 +127,7 @@ class EmbedSettings(PoolSettings):
     """Number of clips for which the gallery shows the nearest clips."""
 
 
-Protocol = Literal["label-free", "knn", "probe", "retrieval", "finetune"]
+Protocol = Literal["label-free", "knn", "probe", "retrieval", "finetune", "motion"]
 
 
 class FinetuneSettings(Settings):
@@ -160,8 +160,8 @@ class EvaluateSettings(PoolSettings):
     data: str
     """Folder or URI of a data set made by jobs/ingest.py."""
     protocols: tuple[Protocol, ...] = ()
-    """What to measure, for example knn probe. When left out: all that the labels of the data set allow, except
-    finetune."""
+    """What to measure, for example knn probe. label-free and motion need no labels. When left out: all that the labels
+    of the data set allow, except finetune and motion."""
     splits: tuple[Literal[1, 2, 3], ...] = ()
     """Official splits to use, for example 1 2 3. When left out: all splits of the data set. If it has none, its
     held-out videos are the test set."""
@@ -180,6 +180,8 @@ class EvaluateSettings(PoolSettings):
     $VMOCO_HOME/features."""
     record: bool = True
     """Saves the scores with the registered version, if the encoder is a registered one (models:/...)."""
+    scores: str | None = None
+    """File or URI of a JSON file to write the scores to, for example scores.json."""
     seed: int = 0
     """Every random draw of fine-tuning and of random weights depends on this number."""
 
@@ -200,7 +202,7 @@ class RegisterSettings(Settings):
     """Owner and licence of the videos, for example 'CC BY 4.0, by us'. This text is saved with the encoder."""
 
 
-Metric = Literal["retrieval", "effective_rank", "knn"]
+Metric = Literal["retrieval", "arrow", "effective_rank", "knn"]
 
 
 class SweepSettings(Settings):
@@ -215,7 +217,8 @@ class SweepSettings(Settings):
     samples: int = Field(16, ge=1)
     """Number of trials, if --search is not grid. Submit the sweep again with a larger number to add trials."""
     metric: Metric = "retrieval"
-    """Score that chooses the best trial; higher is better. knn needs labels."""
+    """Score that chooses the best trial; higher is better. arrow: a clip is nearer to another clip of its video
+    than to that clip played backwards, so the encoder sees motion. knn needs labels."""
     scheduler: Literal["none", "asha", "pbt"] = "none"
     """What happens to bad trials. none: nothing. asha: they stop at 1/3, 1/9, ... of their steps. pbt: --samples trials
     train together, and every --pbt-steps the worst copy the best and change their settings."""

@@ -274,12 +274,16 @@ def test_the_jobs_evaluate_note_and_embed_a_registered_encoder(
         command = [sys.executable, f"jobs/{name}.py", uri, *words]
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180, check=False)
 
-    evaluated = job("evaluate", "--data", manifest.uri, "--reference", "--k", "3")
+    written = tmp_path / "scores.json"
+    evaluated = job("evaluate", "--data", manifest.uri, "--reference", "--k", "3", "--scores", str(written))
     assert evaluated.returncode == 0, evaluated.stderr
     noted = {score.protocol: score for score in promotion.scores_of(registry.find_version(uri))}
     assert {"label-free", "knn", "probe", "retrieval-R@1"} <= set(noted)
     assert all(str(score) in evaluated.stdout for score in noted.values())
     assert "\nrandom initialisation\n" in evaluated.stdout
+    listed = json.loads(written.read_text())
+    assert {row["protocol"]: row["value"] for row in listed[uri]} == {name: each.value for name, each in noted.items()}
+    assert set(listed) == {uri, "random initialisation"}
     assert "no supervised reference: torchvision has no weights of r3d_nano" in evaluated.stdout
     assert promotion.promote("tested").version == "1"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from tests.train.test_step import CPU, changed
 from tests.waiting import wait_until
 from vmoco.cluster.local import LocalCluster
 from vmoco.evaluate.score import scored_clips
+from vmoco.job_settings import Metric
 from vmoco.presets import PRESETS
 from vmoco.spool import Spool
 from vmoco.train.run_folder import CHECKPOINTS, Checkpoint, RunFolder, checkpoints_from_json
@@ -104,8 +105,11 @@ def test_a_score_computes_where_it_is_told_to(tmp_path: Path, monkeypatch: pytes
     data = changed(SETTINGS, data={"uri": manifest.uri}).data
     # This PyTorch has no GPU: whatever moves there, because there seems to be one, fails.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    score, _ = score_checkpoint(made.uri, data, max_videos=6, device="cpu")
+    score, numbers = score_checkpoint(made.uri, data, max_videos=6, device="cpu")
     assert 0 <= score.value <= 1
+    assert {f"score/{metric}" for metric in get_args(Metric)} - set(numbers) == {"score/knn"}, (
+        "a sweep can choose by all"
+    )
     hidden = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
     assert task_options(changed(SETTINGS, evaluation={"num_cpus": 2}), None)["runtime_env"] == hidden
     with_gpu = task_options(changed(SETTINGS, evaluation={"use_gpu": True}), None)

@@ -28,7 +28,8 @@ Source = str | os.PathLike[str] | npt.NDArray[np.uint8] | torch.Tensor
 MAX_CLIPS = 32
 """Most clips of one video file; the default of ingest."""
 SECONDS_PER_VIDEO = 600.0
-_S3D_FRAMES = 5  # S3D halves time three times, without padding at the last
+S3D_FRAMES = 5
+"""Fewest frames of S3D, which halves time three times, without padding at the last."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,8 @@ class Encoder(nn.Module):
                 f"frames are {frames.dtype} {tuple(frames.shape)}: "
                 "uint8 (clips, frames, height, width, 3), RGB, is needed, or the same without the first"
             )
-        if self.card.get("backbone") == "s3d" and frames.shape[1] < _S3D_FRAMES:
-            raise ValueError(f"clips have {frames.shape[1]} frames, this s3d needs {_S3D_FRAMES} or more")
+        if self.card.get("backbone") == "s3d" and frames.shape[1] < S3D_FRAMES:
+            raise ValueError(f"clips have {frames.shape[1]} frames, this s3d needs {S3D_FRAMES} or more")
         return frames
 
     def preprocess(self, frames: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ from vmoco.data.ledger import Rejection, VideoError, attributed
 from vmoco.data.manifest import NAME, Manifest
 from vmoco.data.shard_reader import ClipReader
 from vmoco.encoders.encoder import Encoder
-from vmoco.evaluate.features import Frames, Window, embed_batch, mean_colour, window, without_colour
+from vmoco.evaluate.features import Frames, Window, embed_batch, embed_views, mean_colour, window, without_colour
 from vmoco.evaluate.table import SPLITS, FeatureTable, part_bytes, part_rejected, part_uri
 from vmoco.job_settings import EmbedSettings, PoolSettings
 from vmoco.progress import Progress
@@ -222,6 +222,9 @@ class Work:
     batch_size: int
     colour: bool = True
     """False shows the encoder the clips `without_colour`."""
+    views: tuple[tuple[int, ...], ...] = ()
+    """Of clips of a data set: numbers of the stored frames that each view shows, instead of the window. A row has the
+    features of all views, one after the other."""
     max_clips_per_video: int = 32
     seconds_per_video: float = 600.0
     device: str = "cpu"
@@ -267,10 +270,15 @@ class EmbedTask:
     def _embed(self, clips: Iterable[_Clip]) -> tuple[list[dict[str, Any]], npt.NDArray[np.float32]]:
         """Rows and features of clips, in batches of one size."""
         rows: list[dict[str, Any]] = []
-        parts = [torch.zeros(0, self._encoder.feature_dim)]  # a part may have no clip
+        width = self._encoder.feature_dim * max(len(self._work.views), 1)
+        parts = [torch.zeros(0, width)]  # a part may have no clip
         clips = iter(clips)
         while batch := list(itertools.islice(clips, self._work.batch_size)):
             rows += [row for row, _ in batch]
+            if self._work.views:
+                clips_of = [frames for _, frames in batch]
+                parts.append(embed_views(self._encoder, clips_of, self._work.views, colour=self._work.colour))
+                continue
             seen = [frames if self._work.colour else without_colour(frames) for _, frames in batch]
             parts.append(embed_batch(self._encoder, seen))
         return rows, torch.cat(parts).numpy()
@@ -281,7 +289,8 @@ class EmbedTask:
         reader = ClipReader(plan["data_set"], table, frame_shape=shape, encoding=plan["encoding"], crop=True)
         seen = self._work.window.numbers(shape[0])
         for row, frames in zip(rows, reader.several(range(len(rows))), strict=True):  # all frames: for the mean colour
-            yield row | {"colour": mean_colour(frames).tolist()}, frames[seen.start : seen.stop : seen.step]
+            shown = frames if self._work.views else frames[seen.start : seen.stop : seen.step]
+            yield row | {"colour": mean_colour(frames).tolist()}, shown
 
     def _of_videos(self, plan: dict[str, Any], rejected: list[Rejection]) -> Iterator[_Clip]:
         """Clips of videos; a video that fails, with whatever error, is added to `rejected`.

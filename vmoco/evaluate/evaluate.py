@@ -17,8 +17,10 @@ import pyarrow.compute as pc
 
 from vmoco import storage
 from vmoco.data.manifest import Manifest
-from vmoco.encoders.encoder import Encoder
+from vmoco.encoders import foreign
+from vmoco.encoders.encoder import S3D_FRAMES, Encoder
 from vmoco.encoders.promotion import Score
+from vmoco.evaluate import motion
 from vmoco.evaluate import score as label_free
 from vmoco.evaluate.embed import Work, run_items, shard_items
 from vmoco.evaluate.features import Window, window
@@ -30,6 +32,7 @@ from vmoco.job_settings import EvaluateSettings, Protocol
 from vmoco.seed import hash64
 
 LABEL_FREE: Protocol = "label-free"
+MOTION: Protocol = "motion"
 FROZEN: tuple[Protocol, ...] = ("knn", "probe", "retrieval")
 
 
@@ -43,6 +46,8 @@ class EvaluationPlan:
     """Over the rows of the manifest's table; empty where no protocol needs labels."""
     notes: tuple[str, ...]
     """Why a protocol is left out, for the user."""
+    motion: motion.MotionPlan | None = None
+    """The clips of the motion probes, where they are measured."""
 
 
 def plan(settings: EvaluateSettings) -> EvaluationPlan:
@@ -68,9 +73,12 @@ def plan(settings: EvaluateSettings) -> EvaluationPlan:
             notes.append("the data set has no labels, so only the label-free score is measured")
     elif LABEL_FREE in protocols:
         label_free.scored_clips(manifest)
-    with_labels = [protocol for protocol in protocols if protocol != LABEL_FREE]
+    moving = motion.plan_motion(manifest) if MOTION in protocols else None
+    if moving and moving.note:
+        notes.append(moving.note)
+    with_labels = [protocol for protocol in protocols if protocol not in (LABEL_FREE, MOTION)]
     splits = find_splits(manifest.table, settings.splits, protocol=with_labels[0]) if with_labels else []
-    return EvaluationPlan(manifest, tuple(dict.fromkeys(protocols)), tuple(splits), tuple(notes))
+    return EvaluationPlan(manifest, tuple(dict.fromkeys(protocols)), tuple(splits), tuple(notes), moving)
 
 
 def evaluate(
@@ -87,6 +95,8 @@ def evaluate(
     scores = []
     if LABEL_FREE in planned.protocols:
         scores.append(_label_free(encoder, planned, seen, settings, show))
+    if planned.motion:
+        scores += _motion(encoder, planned.manifest, planned.motion, seen, settings, show)
     frozen = [protocol for protocol in planned.protocols if protocol in FROZEN]
     tasks: list[Any] = []
     if frozen:
@@ -124,6 +134,53 @@ def _label_free(
     return label_free_score(replace(found, evaluation_set=evaluation_set))
 
 
+def _motion(
+    encoder: Encoder,
+    manifest: Manifest,
+    chosen: motion.MotionPlan,
+    seen: Window,
+    settings: EvaluateSettings,
+    show: Callable[[str], None],
+) -> list[Score]:
+    least = max(motion.MIN_FRAMES, S3D_FRAMES if encoder.card["backbone"] == "s3d" else 0)
+    views = motion.make_views(seen, manifest.frame_shape[0], min_frames=least)
+    colours, repeats = motion.read_colours(manifest, chosen.rows)
+    for note in filter(None, (views.note, repeats)):
+        show(f"warning: {note}")
+    untrained = foreign.random_initialisation(encoder, seed=settings.seed)
+    features = _features_by_view(encoder, list(views.numbers), views, manifest, chosen, seen, settings, show)
+    sources = {
+        motion.ENCODER: features,
+        motion.RANDOM: _features_by_view(untrained, views.moving, views, manifest, chosen, seen, settings, show),
+        motion.STILL: motion.still_features(features),
+        motion.COLOUR: motion.colour_features(colours, views),
+    }
+    lengths = manifest.frame_shape[0] / chosen.rows["fps"].to_numpy()
+    evaluation_set = motion.evaluation_set(chosen, views)
+    measured = motion.measure_motion(sources, chosen, views, clip_seconds=lengths)
+    if measured[0].probe != "arrow":
+        show("warning: arrow is left out, as fewer than two videos of the test part have two clips that do not overlap")
+    return [each.score(evaluation_set) for each in measured]
+
+
+def _features_by_view(
+    encoder: Encoder,
+    names: list[str],
+    views: motion.Views,
+    manifest: Manifest,
+    chosen: motion.MotionPlan,
+    seen: Window,
+    settings: EvaluateSettings,
+    show: Callable[[str], None],
+) -> motion.ByView:
+    wanted = pc.is_in(manifest.table["clip_id"], value_set=chosen.rows["clip_id"].combine_chunks())
+    shown = tuple(views.numbers[name] for name in names)
+    table = FeatureTable(*_embedded(encoder, manifest, wanted, seen, settings, show, colour=False, views=shown))
+    # Rows of the table are in the order of the shards.
+    places = pc.index_in(chosen.rows["clip_id"], value_set=table.rows["clip_id"].combine_chunks()).to_numpy()
+    return motion.split_views(table.features()[places], names)
+
+
 def _embedded(
     encoder: Encoder,
     manifest: Manifest,
@@ -133,13 +190,15 @@ def _embedded(
     show: Callable[[str], None],
     *,
     colour: bool,
+    views: tuple[tuple[int, ...], ...] = (),
 ) -> tuple[str, list[str]]:
     """The table of features of the chosen clips, from an earlier evaluation where there is one."""
     place = storage.require_absolute(settings.features or storage.join(storage.home(), "features"), "--features")
-    name = f"{manifest.hash}-{encoder.weights_hash()}-stride{seen.stride}{'' if colour else '-grey'}"
+    frames = f"views{hash64('views', str(views)):016x}" if views else f"stride{seen.stride}"
+    name = f"{manifest.hash}-{encoder.weights_hash()}-{frames}{'' if colour else '-grey'}"
     output = storage.join(place, name)
     items = shard_items(manifest, chosen)
-    work = Work(output=output, window=seen, batch_size=settings.batch_size, colour=colour)
+    work = Work(output=output, window=seen, batch_size=settings.batch_size, colour=colour, views=views)
     run_items(items, encoder, work, settings, show=show)
     return output, [item["part"] for item in items]
 

@@ -102,6 +102,7 @@ def clip_features(
     batch_size: int = 16,
     colour: bool = True,
     cache: ClipCache | None = None,
+    numbers: Sequence[int] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Features:
     """Features of clips by a frozen encoder, in this process.
@@ -113,6 +114,7 @@ def clip_features(
         batch_size: clips in one forward.
         colour: False shows the encoder the clips `without_colour`.
         cache: of the clips of a remote data set; the default one when left out.
+        numbers: of the stored frames that the encoder sees, in order; those of its `window` when left out.
         progress: is called with a progress line every few seconds.
 
     Returns:
@@ -122,8 +124,9 @@ def clip_features(
         ValueError: the clips of the data set are too short for the encoder, or a clip is damaged.
     """
     parts: list[torch.Tensor] = []
-    seen = window(encoder, manifest)
-    frames = _frames(manifest, rows, seen.numbers(manifest.frame_shape[0]), cache=cache)
+    if numbers is None:
+        numbers = window(encoder, manifest).numbers(manifest.frame_shape[0])
+    frames = _frames(manifest, rows, numbers, cache=cache)
     if not colour:
         frames = map(without_colour, frames)
     printed = Progress(progress or _ignore, "features  computed", total=rows.num_rows, unit="clips", every_seconds=5)
@@ -148,6 +151,23 @@ def embed_batch(encoder: Encoder, clips: Sequence[Frames]) -> torch.Tensor:
     with torch.inference_mode():
         prepared = torch.cat([encoder.preprocess(torch.from_numpy(frames.copy())) for frames in clips])
         return torch.nn.functional.normalize(encoder.backbone(prepared), dim=1).cpu()
+
+
+def embed_views(
+    encoder: Encoder, clips: Sequence[Frames], views: Sequence[Sequence[int]], *, colour: bool
+) -> torch.Tensor:
+    """Features of several views of stored clips, float32 (number of clips, number of views * feature_dim), on the CPU.
+
+    Colour is removed from the stored clip and not from a view: else the brightness of a frame would tell the others.
+
+    Args:
+        encoder: in evaluation mode.
+        clips: all stored frames of each, uint8 (T, H, W, 3).
+        views: numbers of the frames that each view shows, in order.
+        colour: False shows the encoder the clips `without_colour`.
+    """
+    shown = clips if colour else [without_colour(frames) for frames in clips]
+    return torch.cat([embed_batch(encoder, [frames[list(view)] for frames in shown]) for view in views], dim=1)
 
 
 def mean_colours(manifest: Manifest, rows: pa.Table, *, cache: ClipCache | None = None) -> Features:

@@ -184,7 +184,9 @@ NOTE = """`loss` rises at first, because each key that enters the queue makes th
 `queue_filled` is 1. Losses cannot be compared between settings of the queue, the drops or the decay; scores can.
 
 - `score/retrieval`: share of held-out clips whose nearest clip of another time is of the same video, seen without
-  colour; it chooses the best checkpoint. `score/retrieval_by_colour`: the same by mean colour alone. `score/knn`:
+  colour; it chooses the best checkpoint. `score/retrieval_by_colour`: the same by mean colour alone. `score/arrow`:
+  share of held-out clips that are nearer to another clip of their video than to that clip played backwards. 0.5 is
+  chance: then the encoder sees no motion, or the clips of a video move independently of each other. `score/knn`:
   share of held-out clips whose class their neighbours predict, where the data set has labels. `checkpoints.json` has
   the scores of the kept checkpoints with their intervals, and the hash of the clips on which they were measured.
 - `effective_rank`, `embedding_std`: directions that the embeddings use, and their spread; both fall in a collapse.
