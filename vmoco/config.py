@@ -116,6 +116,7 @@ class ModelSettings(Settings):
 Fill = Literal["mean", "zero"]
 Estimator = Literal["mask", "pixel_sum"]
 BeforeStart = Literal["whole", "random"]
+Select = Literal["top", "sample"]
 
 
 class GeneratorSettings(Settings):
@@ -141,6 +142,9 @@ class GeneratorSettings(Settings):
     relative: bool = False
     """Compares each frame with the same position in the other clips of its micro-batch. Then the generator cannot
     choose by position alone."""
+    select: Annotated[Select, OmittedIfDefault] = "top"
+    """How frames are chosen by their importance: the most important ones (paper), or a random sample in which important
+    frames are more likely. Use sample if the generator drops the same frames of every clip."""
     hidden_channels: int = Field(16, ge=1)
     """Number of channels in the generator's recurrent state."""
     frame_size: int = Field(32, ge=8)

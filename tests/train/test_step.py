@@ -63,13 +63,13 @@ def exact_state(settings: PretrainSettings, manifest: Manifest) -> TrainState:
     return state
 
 
-def gradients_of_one_step(folder: str) -> dict[str, torch.Tensor]:
+def gradients_of_one_step(folder: str, settings: PretrainSettings) -> dict[str, torch.Tensor]:
     """Gradients, divided by nothing: change of each parameter in one step of plain SGD, over the learning rate."""
     manifest = Manifest.load(folder)
-    state = exact_state(ADVERSARIAL, manifest)
+    state = exact_state(settings, manifest)
     before = {name: tensor.clone() for name, tensor in state.tensors().items()}
-    loader = Loader(manifest, ADVERSARIAL, rank=distributed.rank(), world_size=distributed.world_size())
-    ExactStep(ADVERSARIAL, state, CPU)(loader.batch(0))
+    loader = Loader(manifest, settings, rank=distributed.rank(), world_size=distributed.world_size())
+    ExactStep(settings, state, CPU)(loader.batch(0))
     lr = {
         "query": state.query_optimizer.param_groups[0]["lr"],
         "generator": state.generator_optimizer.param_groups[0]["lr"],
@@ -80,16 +80,21 @@ def gradients_of_one_step(folder: str) -> dict[str, torch.Tensor]:
     return {name: (before[name] - after[name]) / lr[name.split(".")[0]] for name in sorted(names)}
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_gradients_on_ranks_equal_those_of_one_process(tmp_path: Path, num_ranks: int) -> None:
+SAMPLED = changed(ADVERSARIAL, generator={"select": "sample", "relative": True})
+
+
+@pytest.mark.parametrize(("num_ranks", "settings"), [(2, ADVERSARIAL), (3, ADVERSARIAL), (2, SAMPLED)])
+def test_gradients_on_ranks_equal_those_of_one_process(
+    tmp_path: Path, num_ranks: int, settings: PretrainSettings
+) -> None:
     """Both losses: every parameter of D and of G moves as in one process on the joined batch (float64, 1e-9).
 
     Batch normalisation is frozen. On 2 ranks one has 1 micro-batch and the other 2: gradients add up before they are
     averaged.
     """
     make_data_set(tmp_path)
-    alone = gradients_of_one_step(str(tmp_path))
-    together = run_on_ranks(num_ranks, gradients_of_one_step, str(tmp_path))
+    alone = gradients_of_one_step(str(tmp_path), settings)
+    together = run_on_ranks(num_ranks, gradients_of_one_step, str(tmp_path), settings)
     for name, expected in alone.items():
         assert expected.abs().max() > 0, f"{name} receives no gradient"
         for rank, found in enumerate(together):

@@ -17,7 +17,7 @@ from torch import nn
 from vmoco.config import PretrainSettings
 from vmoco.data.augment import augment, to_pixels
 from vmoco.data.loader import RankBatch, View
-from vmoco.model.generator import drop_frames, frame_fill, importance_gradient, keep_mask
+from vmoco.model.generator import drop_frames, frame_fill, importance_gradient, keep_mask, sampling_scores
 from vmoco.model.moco import adversarial_loss, contrast, running_statistics_kept
 from vmoco.model.queue import decay_at, key_weights
 from vmoco.train import distributed
@@ -133,7 +133,7 @@ class TrainStep:
         settings, moco = self._settings, self._moco
         adversarial = self._is_adversarial(batch.step)
         clips = self._augmented(batch.query, micro)
-        dropped, fill, importance = self._drop_frames(clips, batch, micro)
+        dropped, fill, importance, mask = self._drop_frames(clips, batch, micro)
         # Each clip has the weight 1 / G, on every rank. DDP takes the mean over ranks, hence the number of ranks.
         weight = distributed.world_size() / settings.train.global_batch
 
@@ -159,30 +159,38 @@ class TrainStep:
             estimator = settings.generator.estimator
             importance.backward(importance_gradient(pixels, clips, fill, estimator=estimator))
             metrics.add_generator(loss.detach())
-            metrics.add_dropped(keep_mask(importance, settings.num_dropped))
+            metrics.add_dropped(mask)
             dropped.requires_grad_(False)
         (compared.loss.sum() * weight).backward()
 
     def _drop_frames(
         self, clips: torch.Tensor, batch: RankBatch, micro: slice
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x~, what fills its dropped frames, and the importance that chose them (with graph once G trains)."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x~, what fills its dropped frames, the importance that chose them (with graph once G trains), the mask."""
         settings = self._settings
         fill = frame_fill(clips, settings.generator.fill)
         importance = batch.random_importance[micro].to(self._device)
         if self._is_adversarial(batch.step):
             importance = self._generator(clips)
-            mask = keep_mask(importance, settings.num_dropped)
-            return drop_frames(clips, mask, fill).requires_grad_(), fill, importance
+            mask = self._generators_mask(importance, batch, micro)
+            return drop_frames(clips, mask, fill).requires_grad_(), fill, importance, mask
         if settings.generator.before_start == "random":
-            return drop_frames(clips, keep_mask(importance, settings.num_dropped), fill), fill, importance
-        return clips, fill, importance
+            mask = keep_mask(importance, settings.num_dropped)
+            return drop_frames(clips, mask, fill), fill, importance, mask
+        return clips, fill, importance, torch.ones_like(importance)
+
+    def _generators_mask(self, importance: torch.Tensor, batch: RankBatch, micro: slice) -> torch.Tensor:
+        """The mask that follows from the importance: a function of it and of the seeded noise of the batch."""
+        if self._settings.generator.select == "sample":
+            importance = sampling_scores(importance, batch.random_importance[micro].to(self._device))
+        return keep_mask(importance, self._settings.num_dropped)
 
     @torch.no_grad()  # changes nothing: G has neither batch statistics nor randomness
     def dropped_frames(self, batch: RankBatch, *, num_clips: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first queries of a batch and what G drops from them now: uint8 (B, T, H, W, 3), bool (B, T)."""
-        clips = self._augmented(batch.query, slice(0, num_clips))
-        mask = keep_mask(self._moco.generator(clips), self._settings.num_dropped)
+        first = slice(0, num_clips)
+        clips = self._augmented(batch.query, first)
+        mask = self._generators_mask(self._moco.generator(clips), batch, first)
         return to_pixels(clips), mask == 0
 
     def _augmented(self, view: View, micro: slice) -> torch.Tensor:
