@@ -108,6 +108,8 @@ def other_value(group: str, name: str) -> object:
             {"two_clips_from_percent": 30},
             "--data.two-clips-from-percent 30.0 needs --data.positives two_clips, not same_clip: set two_clips, or ",
         ),
+        ("generator", {"every": 0}, "--generator.every 0 is not allowed: .*greater than or equal to 1$"),
+        ("generator", {"objective": "both"}, "--generator.objective both is not allowed: .*'difference' or 'contrast'"),
         ("data", {"two_clips_from_percent": 101}, "--data.two-clips-from-percent 101 is not allowed: .*equal to 100$"),
         ("model", {"embedding_dim": "very wide"}, "--model.embedding-dim 'very wide' is not allowed: .*integer"),
         ("augment", {"sise": 3}, r"--augment.sise does not exist: did you mean --augment.size\?$"),
@@ -199,6 +201,24 @@ def test_generator_starts_after_its_share_of_training(ratio: float, percent: flo
 def test_two_clips_start_after_their_share_of_training(positives: str, percent: float, expected: int) -> None:
     """The first of 20 steps at or after the share; never with same_clip."""
     assert changed(TINY, "data", positives=positives, two_clips_from_percent=percent).two_clips_start == expected
+
+
+def test_contrast_is_refused_where_the_decay_needs_the_difference() -> None:
+    """In whichever order the two are set; each alone is taken."""
+    message = r"^--generator\.objective contrast does not measure .*--moco\.decay-schedule adversarial .*: set"
+    contrast = changed(TINY, "generator", objective="contrast")
+    with pytest.raises(ValueError, match=message):
+        changed(contrast, "moco", decay_schedule="adversarial")
+    with pytest.raises(ValueError, match=message):
+        changed(changed(TINY, "moco", decay_schedule="adversarial"), "generator", objective="contrast")
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [4, 5, 6, 7, 8, 9]), (3, [4, 7]), (9, [4])])
+def test_generator_trains_every_nth_step_from_its_start(every: int, expected: list[int]) -> None:
+    """Of 10 steps from the fifth on; none where no frame is dropped."""
+    settings = changed(changed(TINY, "train", steps=10), "generator", start_percent=40, every=every)
+    assert [step for step in range(10) if settings.trains_generator(step)] == expected
+    assert not any(changed(settings, "generator", drop_ratio=0).trains_generator(step) for step in range(10))
 
 
 def test_several_bad_values_are_all_named() -> None:
