@@ -15,9 +15,10 @@ import pytest
 from pydantic import Field
 
 from vmoco import config, job_settings
-from vmoco.config import HashedIfSet, PretrainSettings, Settings, Unhashed
+from vmoco.config import PretrainSettings
 from vmoco.job_settings import EmbedSettings, EvaluateSettings, IngestSettings, SweepSettings
 from vmoco.presets import PRESETS
+from vmoco.settings import HashedIfSet, OmittedIfDefault, Settings, Unhashed
 from vmoco.sweep.space import Space
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +49,10 @@ def changed(settings: PretrainSettings, group: str, **fields: object) -> Pretrai
     values = settings.model_dump()
     values[group] |= fields
     return PretrainSettings(**values)
+
+
+# Settings without which a value is refused, because it would have no effect.
+NEEDED = {("data", "two_clips_from_percent"): ("data", {"positives": "two_clips"})}
 
 
 def other_value(group: str, name: str) -> object:
@@ -98,6 +103,14 @@ def other_value(group: str, name: str) -> object:
         ("moco", {"decay": math.nan}, "--moco.decay nan is not allowed: .*finite number$"),
         ("augment", {"blur_probability": 1.5}, "--augment.blur-probability 1.5 is not allowed: .*equal to 1$"),
         ("data", {"positives": "three"}, "--data.positives three is not allowed: .*'same_clip' or 'two_clips'$"),
+        (
+            "data",
+            {"two_clips_from_percent": 30},
+            "--data.two-clips-from-percent 30.0 needs --data.positives two_clips, not same_clip: set two_clips, or ",
+        ),
+        ("generator", {"every": 0}, "--generator.every 0 is not allowed: .*greater than or equal to 1$"),
+        ("generator", {"objective": "both"}, "--generator.objective both is not allowed: .*'difference' or 'contrast'"),
+        ("data", {"two_clips_from_percent": 101}, "--data.two-clips-from-percent 101 is not allowed: .*equal to 100$"),
         ("model", {"embedding_dim": "very wide"}, "--model.embedding-dim 'very wide' is not allowed: .*integer"),
         ("augment", {"sise": 3}, r"--augment.sise does not exist: did you mean --augment.size\?$"),
         ("tracking", {"alias": "champion"}, "--tracking.alias champion is not allowed, because .*: leave it out"),
@@ -181,6 +194,33 @@ def test_generator_starts_after_its_share_of_training(ratio: float, percent: flo
     assert changed(TINY, "generator", drop_ratio=ratio, start_percent=percent).generator_start == expected
 
 
+@pytest.mark.parametrize(
+    ("positives", "percent", "expected"),
+    [("same_clip", 0, 20), ("two_clips", 0, 0), ("two_clips", 50, 10), ("two_clips", 51, 11), ("two_clips", 100, 20)],
+)
+def test_two_clips_start_after_their_share_of_training(positives: str, percent: float, expected: int) -> None:
+    """The first of 20 steps at or after the share; never with same_clip."""
+    assert changed(TINY, "data", positives=positives, two_clips_from_percent=percent).two_clips_start == expected
+
+
+def test_contrast_is_refused_where_the_decay_needs_the_difference() -> None:
+    """In whichever order the two are set; each alone is taken."""
+    message = r"^--generator\.objective contrast does not measure .*--moco\.decay-schedule adversarial .*: set"
+    contrast = changed(TINY, "generator", objective="contrast")
+    with pytest.raises(ValueError, match=message):
+        changed(contrast, "moco", decay_schedule="adversarial")
+    with pytest.raises(ValueError, match=message):
+        changed(changed(TINY, "moco", decay_schedule="adversarial"), "generator", objective="contrast")
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [4, 5, 6, 7, 8, 9]), (3, [4, 7]), (9, [4])])
+def test_generator_trains_every_nth_step_from_its_start(every: int, expected: list[int]) -> None:
+    """Of 10 steps from the fifth on; none where no frame is dropped."""
+    settings = changed(changed(TINY, "train", steps=10), "generator", start_percent=40, every=every)
+    assert [step for step in range(10) if settings.trains_generator(step)] == expected
+    assert not any(changed(settings, "generator", drop_ratio=0).trains_generator(step) for step in range(10))
+
+
 def test_several_bad_values_are_all_named() -> None:
     """One run of the command shows all of them."""
     with pytest.raises(ValueError, match=r"--train\.steps 0 is not allowed.*; --train\.global-batch 1 is not allowed"):
@@ -199,9 +239,11 @@ FIELDS = [(group, name) for group, kind in GROUPS.items() for name in kind.model
 @pytest.mark.parametrize(("group", "name"), FIELDS, ids=[".".join(field) for field in FIELDS])
 def test_hash_follows_what_decides_the_numbers(group: str, name: str) -> None:
     """Seed and every field of the method change the content hash; name, places, reporting and scaling do not."""
-    other = changed(TINY, group, **{name: other_value(group, name)})
-    assert other != TINY
-    assert (other.content_hash() == TINY.content_hash()) == ((group, name) in SILENT)
+    needed_group, fields = NEEDED.get((group, name), (group, {}))
+    base = changed(TINY, needed_group, **fields)
+    other = changed(base, group, **{name: other_value(group, name)})
+    assert other != base
+    assert (other.content_hash() == base.content_hash()) == ((group, name) in SILENT)
 
 
 def test_hash_leaves_out_the_name_of_the_preset() -> None:
@@ -225,6 +267,26 @@ def test_a_new_field_decides_numbers_unless_it_is_marked() -> None:
     assert Job(counted=Group(later="x")).content() == {"counted": {"forgotten": 1, "later": "x"}}
     assert Job(counted=Group(silent=3), left_out=Group(forgotten=4)).content_hash() == Job().content_hash()
     assert Job(counted=Group(forgotten=4)).content_hash() != Job().content_hash()
+
+
+def test_an_option_that_came_later_is_written_only_where_it_is_used() -> None:
+    """Content and JSON are those of a class without the option while it has its default; JSON without it is read."""
+
+    class Before(Settings):
+        old: int = 1
+
+    class Later(Settings):
+        old: int = 1
+        option: Annotated[float, OmittedIfDefault] = Field(0.5, ge=0)
+
+    class Job(Settings):
+        inner: Later = Later()
+
+    assert Later().canonical_json() == Before().canonical_json() == Later(option=0.5).canonical_json()
+    assert Later().content_hash() == Before().content_hash()
+    assert json.loads(Job(inner=Later(option=0)).canonical_json()) == {"inner": {"old": 1, "option": 0}}
+    assert Job(inner=Later(option=0)).content() == {"inner": {"old": 1, "option": 0}}
+    assert Later.model_validate_json(Later().canonical_json()) == Later()
 
 
 @pytest.mark.parametrize(("name", "frozen"), FROZEN.items())

@@ -52,6 +52,7 @@ PRIVATE = re.compile(r"\b(?:(?:ray|mlflow)(?:\.\w+)*\._\w+|ray\.experimental|mlf
 # packages that use it: it knows settings, storage, tracker and networks, and nothing of a training run.
 GROUND = {"vmoco", "vmoco.config", "vmoco.job_settings", "vmoco.presets", "vmoco.storage", "vmoco.seed"}
 GROUND |= {
+    "vmoco.settings",
     "vmoco.progress",
     "vmoco.spool",
     "vmoco.tracking",

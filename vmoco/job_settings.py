@@ -1,7 +1,8 @@
 """The settings of ingest, embed, evaluate, register and sweep, and the errors of a job that reads settings.
 
-One class a job, one docstring per field, which `--help` shows. `vmoco/config.py` has the base class and the settings of
-pretraining; the settings of a sweep contain those, because each of its trials is a pretraining.
+One class a job, one docstring per field, which `--help` shows. `vmoco/settings.py` has the base class, and
+`vmoco/config.py` the settings of pretraining; the settings of a sweep contain those, because each of its trials is a
+pretraining.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import tyro
 from pydantic import Field
 from tyro.constructors import MISSING, ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-from vmoco.config import PretrainSettings, Settings, Unhashed
+from vmoco.config import PretrainSettings
 from vmoco.presets import PRESETS
+from vmoco.settings import Settings, Unhashed
 
 Encoding = Literal["raw", "jpeg"]
 Layout = Literal["table", "kinetics", "ucf101", "hmdb51"]

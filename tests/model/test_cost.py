@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.train.test_step import changed
 from vmoco.model.backbone import build_backbone
@@ -31,6 +32,25 @@ def test_arithmetic_is_that_of_the_layers() -> None:
     assert cost.forward_flops == flops + head
     assert cost.flops_before == 4 * 8 * cost.forward_flops
     assert cost.run_flops(settings) == (10 * 4 + 10 * 6) * 8 * cost.forward_flops
+    # A G that trains in every second of the last 10 steps.
+    every = changed(settings, generator={"every": 2})
+    assert step_cost(every, bf16=False).run_flops(every) == (10 * 4 + 5 * 6 + 5 * 4) * 8 * cost.forward_flops
+
+
+@pytest.mark.parametrize("backbone", ["r3d_nano", "r2plus1d_nano"])
+def test_contrast_costs_the_gradient_of_the_stems_input_on_top(backbone: str) -> None:
+    """What torch counts for forward and backward of a clip that needs a gradient, less that of one that does not."""
+    settings = changed(PRESETS["tiny"][1], model={"backbone": backbone}, generator={"objective": "contrast"})
+    shape = (2, 3, settings.data.num_frames, settings.augment.size, settings.augment.size)
+    counts = []
+    for needs_gradient in (False, True):
+        network = build_backbone(backbone)
+        with FlopCounterMode(display=False) as counter:
+            network(torch.zeros(shape, requires_grad=needs_gradient)).sum().backward()
+        counts.append(counter.get_total_flops() / 2)
+    cost = step_cost(settings, bf16=False)
+    assert cost.flops_after - cost.flops_before == pytest.approx((counts[1] - counts[0]) * 8)
+    assert cost.flops_before == 4 * 8 * cost.forward_flops
 
 
 def test_memory_is_that_of_what_autograd_keeps() -> None:

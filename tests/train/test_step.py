@@ -63,13 +63,13 @@ def exact_state(settings: PretrainSettings, manifest: Manifest) -> TrainState:
     return state
 
 
-def gradients_of_one_step(folder: str) -> dict[str, torch.Tensor]:
+def gradients_of_one_step(folder: str, settings: PretrainSettings) -> dict[str, torch.Tensor]:
     """Gradients, divided by nothing: change of each parameter in one step of plain SGD, over the learning rate."""
     manifest = Manifest.load(folder)
-    state = exact_state(ADVERSARIAL, manifest)
+    state = exact_state(settings, manifest)
     before = {name: tensor.clone() for name, tensor in state.tensors().items()}
-    loader = Loader(manifest, ADVERSARIAL, rank=distributed.rank(), world_size=distributed.world_size())
-    ExactStep(ADVERSARIAL, state, CPU)(loader.batch(0))
+    loader = Loader(manifest, settings, rank=distributed.rank(), world_size=distributed.world_size())
+    ExactStep(settings, state, CPU)(loader.batch(0))
     lr = {
         "query": state.query_optimizer.param_groups[0]["lr"],
         "generator": state.generator_optimizer.param_groups[0]["lr"],
@@ -80,16 +80,22 @@ def gradients_of_one_step(folder: str) -> dict[str, torch.Tensor]:
     return {name: (before[name] - after[name]) / lr[name.split(".")[0]] for name in sorted(names)}
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_gradients_on_ranks_equal_those_of_one_process(tmp_path: Path, num_ranks: int) -> None:
+SAMPLED = changed(ADVERSARIAL, generator={"select": "sample", "relative": True})
+CONTRAST = changed(ADVERSARIAL, generator={"objective": "contrast"})
+
+
+@pytest.mark.parametrize(("num_ranks", "settings"), [(2, ADVERSARIAL), (3, ADVERSARIAL), (2, SAMPLED), (2, CONTRAST)])
+def test_gradients_on_ranks_equal_those_of_one_process(
+    tmp_path: Path, num_ranks: int, settings: PretrainSettings
+) -> None:
     """Both losses: every parameter of D and of G moves as in one process on the joined batch (float64, 1e-9).
 
     Batch normalisation is frozen. On 2 ranks one has 1 micro-batch and the other 2: gradients add up before they are
     averaged.
     """
     make_data_set(tmp_path)
-    alone = gradients_of_one_step(str(tmp_path))
-    together = run_on_ranks(num_ranks, gradients_of_one_step, str(tmp_path))
+    alone = gradients_of_one_step(str(tmp_path), settings)
+    together = run_on_ranks(num_ranks, gradients_of_one_step, str(tmp_path), settings)
     for name, expected in alone.items():
         assert expected.abs().max() > 0, f"{name} receives no gradient"
         for rank, found in enumerate(together):
@@ -193,6 +199,91 @@ def test_a_nan_on_one_rank_stops_all_before_the_optimizer(tmp_path: Path) -> Non
     assert "rank 0" not in first
     assert first_same
     assert second_same
+
+
+def test_a_generator_that_does_not_train_still_chooses(tmp_path: Path) -> None:
+    """With every 3, G changes in the steps 0 and 3 alone, drops 2 of 8 frames in all, and leaves D its own gradient.
+
+    D of the first two steps is the same as with every 1, because G's first choice is the same; q_real is encoded in
+    the steps in which G trains.
+    """
+    manifest = make_data_set(tmp_path)
+    settings = changed(ADVERSARIAL, generator={"every": 3})
+    state = TrainState(settings, manifest_hash=manifest.hash, device=CPU)
+    step, loader = TrainStep(settings, state, CPU), Loader(manifest, settings, rank=0, world_size=1)
+    encoded = 0
+
+    def count(*_: object) -> None:
+        nonlocal encoded
+        encoded += 1
+
+    state.moco.query.register_forward_hook(count)
+    changes, forwards = [], []
+    for number in range(5):
+        before, encoded = state.moco.generator.score.weight.detach().clone(), 0
+        metrics = step(loader.batch(number))
+        changes.append(not torch.equal(before, state.moco.generator.score.weight))
+        forwards.append(encoded // settings.num_micro_batches)
+        assert float(metrics.dropped().sum()) == 2 * 12
+        assert ("generator_loss" in metrics.numbers()) == metrics.generator_trained == changes[-1]
+    assert changes == [True, False, False, True, False]
+    assert forwards == [2, 1, 1, 2, 1]
+
+
+def test_contrast_encodes_the_query_once(tmp_path: Path) -> None:
+    """L_G is -L_D, q_real is not encoded, the difference stays unknown, and D moves as under the other objective."""
+    manifest = make_data_set(tmp_path)
+    outcomes = {}
+    for settings in (ADVERSARIAL, CONTRAST):
+        state = TrainState(settings, manifest_hash=manifest.hash, device=CPU)
+        forwards: list[int] = []
+        state.moco.query.register_forward_hook(lambda *_, forwards=forwards: forwards.append(1))
+        numbers = TrainStep(settings, state, CPU)(Loader(manifest, settings, rank=0, world_size=1).batch(0)).numbers()
+        outcomes[settings] = numbers, state, len(forwards) // settings.num_micro_batches
+    numbers, state, forwards_of_contrast = outcomes[CONTRAST]
+    assert (forwards_of_contrast, outcomes[ADVERSARIAL][2]) == (1, 2)
+    assert numbers["generator_loss"] == pytest.approx(-numbers["loss"])
+    assert float(state.difference) == 0
+    for name, weight in state.moco.query.named_parameters():
+        torch.testing.assert_close(weight, outcomes[ADVERSARIAL][1].moco.query.get_parameter(name))
+
+
+def test_hardness_compares_the_generators_frames_with_random_ones(tmp_path: Path) -> None:
+    """(1 - cosine) of each clip with the complete one, in evaluation mode: clip by clip, one encoder call each.
+
+    G that finds all frames equally important, and samples, drops what random dropping does: exactly 1. Looking changes
+    no tensor, no mode and no random state. Before G starts there is nothing to measure.
+    """
+    manifest = make_data_set(tmp_path)
+    state = TrainState(SAMPLED, manifest_hash=manifest.hash, device=CPU)
+    step, batch = TrainStep(SAMPLED, state, CPU), Loader(manifest, SAMPLED, rank=0, world_size=1).batch(0)
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    random = torch.get_rng_state()
+    found = step.adversary_hardness(batch)
+    assert all(torch.equal(before[name], tensor) for name, tensor in state.tensors().items())
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(module.training for module in state.moco.query.modules())
+
+    moco, size = state.moco, SAMPLED.train.micro_batch
+    clips = step._augmented(batch.query, slice(0, size))
+    noise = batch.random_importance[:size]
+    sums = [0.0, 0.0]
+    moco.query.eval()
+    with torch.no_grad():
+        scores = moco.generator(clips).log() - torch.log(-torch.log(noise))
+        for clip in range(size):
+            whole = moco.query(clips[clip : clip + 1])
+            for place, order in enumerate((scores[clip], noise[clip])):
+                less = clips[clip : clip + 1].clone()
+                for frame in order.topk(2).indices.tolist():
+                    less[:, :, frame] = less[:, :, frame].mean(dim=(2, 3), keepdim=True)
+                sums[place] += 1 - float((moco.query(less) * whole).sum())
+        moco.query.train()
+        assert found == pytest.approx(sums[0] / sums[1], rel=1e-3)
+        moco.generator.score.weight.zero_()
+    assert step.adversary_hardness(batch) == 1
+    late = changed(SAMPLED, generator={"start_percent": 50.0})
+    assert TrainStep(late, state, CPU).adversary_hardness(batch) is None
 
 
 @pytest.mark.slow  # a minute of a C++ compiler

@@ -64,6 +64,18 @@ def running_statistics_kept(module: nn.Module) -> Iterator[None]:
             layer.track_running_stats = tracked
 
 
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Inside, batch normalisation uses its running statistics and changes nothing; then each layer is as it was."""
+    before = [(layer, layer.training) for layer in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for layer, training in before:
+            layer.training = training
+
+
 class VideoMoco:
     """Everything that is trained. It is not one module, because each part is updated in its own way.
 
