@@ -160,8 +160,8 @@ class TrainStep:
             importance.backward(importance_gradient(pixels, clips, fill, estimator=estimator))
             metrics.add_generator(loss.detach())
             metrics.add_dropped(keep_mask(importance, settings.num_dropped))
-            dropped.requires_grad_(False)
-        (compared.loss.sum() * weight).backward()
+        # The parameters alone: the loss would otherwise be differentiated by the pixels of x~ once more.
+        (compared.loss.sum() * weight).backward(inputs=list(moco.query.parameters()))
 
     def _drop_frames(
         self, clips: torch.Tensor, batch: RankBatch, micro: slice
@@ -192,6 +192,7 @@ class TrainStep:
             part.frames,
             part.draws,
             size=settings.size,
+            all_grey=settings.grey_probability == 1,
             blurs=settings.blur_probability > 0,
             by_clip=settings.standardise,
         )
