@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.dataset import make_data_set
 from tests.ranks import run_on_ranks
@@ -162,6 +164,40 @@ def test_generator_sees_its_own_loss_alone(tmp_path: Path) -> None:
     assert norms[100.0]["generator_gradient_norm"] > 1e-4
     assert norms[1e-12]["generator_gradient_norm"] < 1e-9
     assert norms[1e-12]["gradient_norm"] == pytest.approx(norms[100.0]["gradient_norm"])
+
+
+class StemGradients(TorchDispatchMode):
+    """Counts how often a loss is differentiated by the pixels of clips."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default:
+            clips, wanted = args[1], args[-1]
+            self.count += int(clips.dim() == 5 and clips.shape[1] == 3 and wanted[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_pixels_are_differentiated_once(tmp_path: Path) -> None:
+    """Once per micro-batch, for G alone: of the small network that gradient costs as much as a whole backward."""
+    manifest = make_data_set(tmp_path)
+    step = TrainStep(ADVERSARIAL, TrainState(ADVERSARIAL, manifest_hash=manifest.hash, device=CPU), CPU)
+    with StemGradients() as counter:
+        step(Loader(manifest, ADVERSARIAL, rank=0, world_size=1).batch(0))
+    assert counter.count == ADVERSARIAL.num_micro_batches
+
+
+def test_clips_that_are_always_grey_are_augmented_as_one_channel(tmp_path: Path) -> None:
+    """With grey_probability 1 the three channels have the same bits; they do not where a clip may have colours."""
+    manifest = make_data_set(tmp_path)
+    equal = {}
+    for probability in (0.5, 1.0):
+        settings = changed(ADVERSARIAL, augment={"grey_probability": probability, "standardise": True})
+        step = TrainStep(settings, TrainState(settings, manifest_hash=manifest.hash, device=CPU), CPU)
+        clips = step._augmented(Loader(manifest, settings, rank=0, world_size=1).batch(0).query, slice(None))
+        equal[probability] = torch.equal(clips, clips[:, :1].expand_as(clips))
+        assert clips.is_contiguous(memory_format=torch.channels_last_3d)
+    assert equal == {0.5: False, 1.0: True}
 
 
 def test_running_statistics_follow_the_query_alone(tmp_path: Path) -> None:

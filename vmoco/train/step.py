@@ -166,8 +166,9 @@ class TrainStep:
             (pixels,) = torch.autograd.grad(loss.sum() * weight, dropped, retain_graph=True)
             importance.backward(importance_gradient(pixels, clips, fill, estimator=settings.generator.estimator))
             metrics.add_generator(loss.detach())
-            dropped.requires_grad_(False)
-        (compared.loss.sum() * weight).backward()
+        # The parameters alone, unless G needs the pixels: each further tensor costs a gradient of the stem's input.
+        inputs = [*moco.query.parameters(), *([dropped] if trains and objective == "contrast" else [])]
+        (compared.loss.sum() * weight).backward(inputs=inputs)
         if trains and objective == "contrast":
             assert dropped.grad is not None, "D's backward has reached the pixels"
             # L_G = -L_D: G raises the loss that D lowers.
@@ -239,6 +240,7 @@ class TrainStep:
             part.frames,
             part.draws,
             size=settings.size,
+            all_grey=settings.grey_probability == 1,
             blurs=settings.blur_probability > 0,
             by_clip=settings.standardise,
         )
