@@ -11,7 +11,7 @@ from tests.dataset import make_data_set
 from tests.train.test_step import changed
 from vmoco.config import PretrainSettings
 from vmoco.presets import PRESETS
-from vmoco.train.run import close_run, open_run, prepare
+from vmoco.train.run import close_run, introduce, open_run, prepare
 
 
 @pytest.fixture
@@ -64,3 +64,21 @@ def test_a_run_that_ended_where_it_was_told_to_goes_on_when_told_to_end_later(se
     assert prepare(changed(settings, train={"stop_after": 5})).finished
     assert prepare(changed(settings, train={"stop_after": 15})).finished is None
     assert prepare(settings).finished is None
+
+
+def test_a_run_whose_checkpoints_cannot_be_scored_says_so_at_its_start(
+    settings: PretrainSettings, tmp_path: Path
+) -> None:
+    """In place of how long a score takes; without evaluation nothing is said, and with enough videos the time."""
+    warning = "warning: no checkpoint gets a score: 0 of 0 held-out videos have two clips that do not overlap in time"
+    lines = introduce(open_run(prepare(settings)))
+    (line,) = [line for line in lines if line.startswith(warning)]
+    assert "--held-out-percent" in line
+    assert not any(line.startswith("each checkpoint is scored") for line in lines)
+    without = changed(settings, run={"name": "without"}, evaluation={"enabled": False})
+    assert not any("score" in line for line in introduce(open_run(prepare(without))))
+    enough = make_data_set(tmp_path / "enough", num_held_out=3)
+    scored = changed(settings, run={"name": "scored"}, data={"uri": enough.uri})
+    lines = introduce(open_run(prepare(scored)))
+    assert any(line.startswith("each checkpoint is scored on 3 held-out videos") for line in lines)
+    assert not any(line.startswith(warning) for line in lines)
