@@ -35,8 +35,8 @@ SILENT = {
 
 
 # Content hash, that of a fork with seed 3, and hash of the canonical JSON, at commit 774a6ea. The canonical JSON of
-# `paper` and `recommended` changed once since: their scoring got CPUs and a number of videos that fit (not hashed). `demo`
-# changed as a whole, when it became a recipe that learns within minutes.
+# `paper` and `recommended` changed once since: their scoring got CPUs and a number of videos that fit (not hashed).
+# `demo` changed as a whole, when it became a recipe that learns within minutes.
 FROZEN = {
     "tiny": ("350fdbc6add4daff", "2871ae1ed423b42b", "3d193d2a9c6e4153"),
     "demo": ("a44b9acccd4e0586", "1090bd8b3e714147", "35838137ef31b58b"),

@@ -16,8 +16,9 @@ from tests.dataset import stored_frames
 from vmoco import storage
 from vmoco.data import contact_sheet, ledger
 from vmoco.data.decoder import Decoder
+from vmoco.data.held_out import is_held_out
 from vmoco.data.ingest import ingest
-from vmoco.data.ingest_tasks import is_held_out, make_shard, plan_shards
+from vmoco.data.ingest_tasks import make_shard, plan_shards
 from vmoco.data.manifest import NAME, Manifest
 from vmoco.job_settings import IngestSettings
 
@@ -106,6 +107,20 @@ def test_running_again_does_nothing_and_adding_appends(tmp_path: Path, ray_clust
     assert {path: before[path] for path in old} == {path: path.stat().st_mtime_ns for path in old}
     assert second.hash != first.hash
     assert second.table.filter([name != "a.mp4" for name in second.table["video_id"].to_pylist()]) == first.table
+
+
+def test_a_data_set_that_no_encoder_can_be_scored_on_is_named(tmp_path: Path, ray_cluster: object) -> None:
+    """The last line says it, also when nothing is new; the percentage that it names is enough."""
+    make_videos(tmp_path / "in", "a.mp4", "b.mp4", "c.mp4")
+    said: list[str] = []
+    for _ in range(2):
+        ingest(settings(tmp_path, held_out_percent=10), progress=said.append)
+        assert said[-1].startswith("warning: an encoder cannot be scored on this data set: 0 of 0 held-out videos have")
+    found = re.search(r"with --held-out-percent (\d+), which holds out (\d+) such videos$", said[-1])
+    assert found is not None
+    enough = settings(tmp_path, held_out_percent=int(found[1]), output=str(tmp_path / "enough"))
+    assert ingest(enough, progress=said.append).counts["held_out"] == int(found[2]) == 2
+    assert "warning" not in said[-1]
 
 
 def test_a_changed_video_replaces_its_clips(tmp_path: Path, ray_cluster: object) -> None:

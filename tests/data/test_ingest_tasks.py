@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.data import videos
@@ -22,7 +21,6 @@ from vmoco.data.ingest_tasks import (
     Probed,
     ProbeTask,
     ShardPlan,
-    is_held_out,
     make_shard,
     plan_shards,
     probe_videos,
@@ -215,15 +213,6 @@ def test_results_of_a_first_look_are_kept(root: Path, decoder: Decoder, monkeypa
         hurried = probed(settings(root), decoder)
     assert {each.rejection.reason for each in hurried if each.rejection} == {"timeout"}
     assert probed(settings(root), decoder) == first
-
-
-def test_the_held_out_share_is_right() -> None:
-    """About the given percentage is held out, and a larger percentage holds out the same videos and more."""
-    names = [f"folder/{number}.mp4" for number in range(20_000)]
-    ten, thirty = ({name for name in names if is_held_out(name, percent)} for percent in (10.0, 30.0))
-    assert abs(len(ten) - 2000) < 5 * np.sqrt(2000)
-    assert ten < thirty
-    assert not any(is_held_out(name, 0.0) for name in names)
 
 
 def test_rows_read_back_are_those_returned(root: Path, decoder: Decoder) -> None:

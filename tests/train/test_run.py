@@ -163,3 +163,21 @@ def test_a_new_cycle_that_does_not_fit_is_refused_before_any_work(
     with pytest.raises(ValueError, match=said):
         prepare(changed(settings, run={"name": "cycle"}, model={"init": str(trunk)} | fields))
     assert not [path for path in vmoco_home.rglob("*") if path.is_file()]
+
+
+def test_a_run_whose_checkpoints_cannot_be_scored_says_so_at_its_start(
+    settings: PretrainSettings, tmp_path: Path
+) -> None:
+    """In place of how long a score takes; without evaluation nothing is said, and with enough videos the time."""
+    warning = "warning: no checkpoint gets a score: 0 of 0 held-out videos have two clips that do not overlap in time"
+    lines = introduce(open_run(prepare(settings)))
+    (line,) = [line for line in lines if line.startswith(warning)]
+    assert "--held-out-percent" in line
+    assert not any(line.startswith("each checkpoint is scored") for line in lines)
+    without = changed(settings, run={"name": "without"}, evaluation={"enabled": False})
+    assert not any("score" in line for line in introduce(open_run(prepare(without))))
+    enough = make_data_set(tmp_path / "enough", num_held_out=3)
+    scored = changed(settings, run={"name": "scored"}, data={"uri": enough.uri})
+    lines = introduce(open_run(prepare(scored)))
+    assert any(line.startswith("each checkpoint is scored on 3 held-out videos") for line in lines)
+    assert not any(line.startswith(warning) for line in lines)

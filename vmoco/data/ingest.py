@@ -20,6 +20,7 @@ from vmoco.data import contact_sheet, ingest_tasks, ledger
 from vmoco.data.annotations import TABLES, list_annotated
 from vmoco.data.decoder import Decoder
 from vmoco.data.distribute import run_tasks
+from vmoco.data.held_out import scoring_problem
 from vmoco.data.ingest_tasks import MadeShard, Probed, ProbeTask, ShardPlan, make_shard, plan_shards, probe_videos
 from vmoco.data.ledger import Rejection
 from vmoco.data.manifest import FIELDS, NAME, SHARDS, Manifest, write_manifest
@@ -58,6 +59,7 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
     if previous and not new:
         progress(f"ingest  nothing new: all {len(listing.videos)} videos are in {output} or its ledger")
         _check_rejected(previous.counts["videos"], ledger.read(output), output, settings)
+        _warn_of_held_out(previous, settings, progress)
         return previous
     if num_changed:
         progress(f"ingest  {num_changed} videos changed since they were ingested: their clips are replaced")
@@ -91,6 +93,7 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
     if rejections:
         progress(f"ingest  rejected {len(rejections)}: {ledger.totals(rejections)}; see {output}/{ledger.NAME}")
     _check_rejected(manifest.counts["videos"] if table.num_rows else 0, rejections, output, settings)
+    _warn_of_held_out(manifest, settings, progress)
     return manifest
 
 
@@ -285,3 +288,9 @@ def _check_rejected(num_accepted: int, rejected: list[Rejection], output: str, s
     if num_accepted:
         todo += f"; the clips of the others are kept, and --max-rejected-percent {percent:.0f} would accept this"
     raise ValueError(f"{len(rejected)} of {total} videos were rejected ({ledger.totals(rejected)}): {todo}")
+
+
+def _warn_of_held_out(manifest: Manifest, settings: IngestSettings, progress: Callable[[str], None]) -> None:
+    """Warns where an encoder cannot be scored on the held-out videos, unless none are wanted."""
+    if settings.held_out_percent and (problem := scoring_problem(manifest)):
+        progress(f"warning: an encoder cannot be scored on this data set: {problem}")

@@ -25,6 +25,7 @@ from vmoco import storage
 from vmoco.data import shard, source
 from vmoco.data.clips import ClipPlan, Part
 from vmoco.data.decoder import Decoder, StoredClips
+from vmoco.data.held_out import is_held_out
 from vmoco.data.ledger import Rejection, VideoError, attributed
 from vmoco.data.manifest import FIELDS, shard_uri
 from vmoco.data.shard import VERSION, ShardFile, ShardMetadata, Video
@@ -206,11 +207,6 @@ def _name(group: list[Unit], settings: IngestSettings) -> str:
     units = [[unit.found.entry, unit.sha256, unit.part and [unit.part.start, unit.part.end]] for unit in group]
     named = json.dumps([VERSION, settings.content(), units], sort_keys=True)
     return hashlib.sha256(named.encode()).hexdigest()[:16]
-
-
-def is_held_out(video_id: str, percent: float) -> bool:
-    """Whether a video is kept from training: a hash of its name, so the split is stable when videos are added."""
-    return hash64("held-out", video_id) % 10_000 < percent * 100
 
 
 def make_shard(plan: ShardPlan, *, root: str, output: str, settings: IngestSettings, decoder: Decoder) -> MadeShard:

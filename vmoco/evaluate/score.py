@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from vmoco.data.clip_cache import ClipCache
+from vmoco.data.held_out import MIN_SCORED, Index, pairs_of_videos, scoring_problem, seconds_of_clips, too_few
 from vmoco.data.manifest import Manifest
 from vmoco.encoders.encoder import Encoder
 from vmoco.encoders.promotion import LABEL_FREE, Score
@@ -81,9 +82,6 @@ _TIE = 1e-5
 
 class TooFewVideosError(ValueError):
     """A data set has too few held-out videos for the score."""
-
-
-Index = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,7 @@ def score_encoder(
         features,
         video_ids=rows["video_id"].to_pylist(),
         start_seconds=rows["start_seconds"].to_numpy(),
-        clip_seconds=_clip_seconds(manifest, rows),
+        clip_seconds=seconds_of_clips(manifest, rows),
         colours=mean_colours(manifest, rows, cache=cache),
         max_videos=max_videos,
         rounds=rounds,
@@ -216,7 +214,7 @@ def score_encoder(
     pairs = choose_pairs(
         rows["video_id"].to_pylist(),
         start_seconds=rows["start_seconds"].to_numpy(),
-        clip_seconds=_clip_seconds(manifest, rows),
+        clip_seconds=seconds_of_clips(manifest, rows),
         max_videos=max_videos,
         rounds=rounds,
     )[:ARROW_ROUNDS]
@@ -269,11 +267,13 @@ def scored_clips(manifest: Manifest, *, max_videos: int = MAX_VIDEOS, rounds: in
     Raises:
         TooFewVideosError: fewer than two held-out videos have two clips that do not overlap.
     """
+    if problem := scoring_problem(manifest):
+        raise TooFewVideosError(problem)
     table = manifest.table.filter(manifest.table["held_out"])
     pairs = choose_pairs(
         table["video_id"].to_pylist(),
         start_seconds=table["start_seconds"].to_numpy(),
-        clip_seconds=_clip_seconds(manifest, table),
+        clip_seconds=seconds_of_clips(manifest, table),
         max_videos=max_videos,
         rounds=rounds,
     )
@@ -299,26 +299,14 @@ def choose_pairs(
     Raises:
         TooFewVideosError: fewer than two videos have such a pair.
     """
-    names, members = np.unique(np.asarray(video_ids, dtype=object), return_inverse=True)
-    starts = np.asarray(start_seconds, np.float64)
-    lengths = np.broadcast_to(np.asarray(clip_seconds, np.float64), starts.shape)
-    order = np.lexsort((starts, members))
-    bounds = np.searchsorted(members[order], np.arange(len(names) + 1))
-    pairs_of: list[Index] = []
-    for video in range(len(names)):
-        clips = order[bounds[video] : bounds[video + 1]]
-        half = len(clips) // 2
-        early, late = clips[:half], clips[len(clips) - half :]
-        # Slightly below the length, so that rounding of times does not make neighbours overlap.
-        apart = starts[late] - starts[early] >= lengths[early] * (1 - 1e-3)
-        pairs_of.append(np.stack([early, late], axis=1)[apart])
+    pairs_of = list(pairs_of_videos(video_ids, start_seconds=start_seconds, clip_seconds=clip_seconds).values())
     fit = np.flatnonzero([len(pairs) > 0 for pairs in pairs_of])
-    if len(fit) < 2:
-        raise TooFewVideosError(
-            f"{len(fit)} of {len(names)} held-out videos have two clips that do not overlap in time, and the "
-            "label-free score needs two such videos: hold more videos out (--held-out-percent of jobs/ingest.py), or "
-            "cut more clips of each (--max-clips-per-video)"
+    if len(fit) < MIN_SCORED:
+        advice = (
+            "hold more videos out (--held-out-percent of jobs/ingest.py), or cut more clips of each "
+            "(--max-clips-per-video)"
         )
+        raise TooFewVideosError(too_few(len(fit), len(pairs_of), advice=advice))
     fit = np.sort(fit[permutation(len(fit), hash64("score videos"))[:max_videos]])
     count = min(rounds, max(len(pairs_of[video]) for video in fit))
     return np.stack([[_spread(pairs_of[video], count)[place] for video in fit] for place in range(count)])
@@ -358,8 +346,3 @@ def _found(similarity: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _squared_distances(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     distances: npt.NDArray[np.float64] = (a**2).sum(axis=1)[:, None] - 2 * a @ b.T + (b**2).sum(axis=1)
     return distances
-
-
-def _clip_seconds(manifest: Manifest, rows: pa.Table) -> npt.NDArray[np.float64]:
-    seconds: npt.NDArray[np.float64] = manifest.frame_shape[0] / rows["fps"].to_numpy()
-    return seconds

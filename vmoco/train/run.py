@@ -14,6 +14,7 @@ import safetensors.torch
 
 from vmoco import storage, tracking
 from vmoco.config import PretrainSettings
+from vmoco.data.held_out import scoring_problem
 from vmoco.data.loader import check_fits
 from vmoco.data.manifest import Manifest
 from vmoco.encoders import package
@@ -213,7 +214,10 @@ def introduce(run: Run) -> list[str]:
     if settings.run.fork:
         lines.append(f"starts from the training state {settings.run.fork}")
     if settings.evaluation.enabled:
-        lines += _scoring(settings, num_videos=counts["held_out"])
+        if problem := scoring_problem(run.manifest):
+            lines.append(f"warning: no checkpoint gets a score: {problem}; or train with --evaluation.no-enabled")
+        else:
+            lines += _scoring(settings, num_videos=counts["held_out"])
     if run.warning:
         lines.append(f"warning: {run.warning}")
     if settings.num_micro_batches == 1:
