@@ -109,7 +109,7 @@ ALWAYS = {
     "data": {"uri", "num_frames", "stride", "draws_per_video", "two_clips_from_percent", "batches_ahead"},
     "augment": {"size", "min_area", "grey_probability", "blur_probability", "flip_probability", "standardise"},
     "model": {"backbone", "embedding_dim", "head", "init"},
-    "moco": {"queue_size", "momentum", "temperature"},
+    "moco": {"queue_size", "momentum", "temperature", "reversed_negatives_percent"},
     "train": {
         *("steps", "global_batch", "micro_batch", "learning_rate", "weight_decay", "optimizer", "schedule"),
         *("precision", "compile", "log_every", "checkpoint_every", "keep_checkpoints"),
