@@ -60,6 +60,7 @@ GROUND |= {
     "vmoco.own_folder",
     "vmoco.mlflow_internals",
     "vmoco.ray_internals",
+    "vmoco.unused_settings",
 }
 PACKAGES = ("data", "model", "encoders", "cluster", "evaluate", "train", "sweep")
 
