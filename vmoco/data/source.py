@@ -108,12 +108,20 @@ def list_videos(uri: str) -> Listing:
 
 def split_pattern(uri: str) -> tuple[str, str]:
     """The folder of a pattern, and the pattern below it; the pattern is empty if `uri` is a folder."""
-    parts = uri.split("/")
-    wild = [number for number, part in enumerate(parts) if any(sign in part for sign in "*?[")]
-    local = storage.local_path(uri)
-    if not wild or (local is not None and local.exists()):  # a folder's name may be `[old]`
-        return uri, ""
-    return "/".join(parts[: wild[0]]) or "/", "/".join(parts[wild[0] :])
+    parts = (str(storage.local_path(uri)) if uri.startswith("file://") else uri).split("/")
+    for number, part in enumerate(parts):
+        # The name of a folder may be `[old]`.
+        if any(sign in part for sign in "*?[") and not _is_folder("/".join(parts[: number + 1])):
+            return "/".join(parts[:number]) or "/", "/".join(parts[number:])
+    return uri, ""
+
+
+def _is_folder(uri: str) -> bool:
+    filesystem, path = storage.filesystem(uri)
+    try:
+        return bool(filesystem.get_file_info(path).type == pafs.FileType.Directory)
+    except OSError:  # listing it says why
+        return False
 
 
 def matches(path: str, pattern: str) -> bool:
@@ -140,16 +148,19 @@ def _list_remote(uri: str) -> Listing:
         entries = storage.patiently(lambda: filesystem.get_file_info(pafs.FileSelector(root, recursive=True)))
     except OSError as error:
         raise ValueError(f"{uri} cannot be listed ({error}): check the address and its permissions") from error
-    videos, num_hidden = [], 0
+    videos, rejected, num_hidden = [], [], 0
     for entry in entries:
-        name = entry.path[len(root) :].lstrip("/")
+        name = entry.path[len(root) + 1 :]
         if entry.type != pafs.FileType.File or not _is_video(name):
             continue
-        if any(part.startswith(".") for part in name.split("/")):
+        if {"", ".", ".."} & set(name.split("/")):
+            message = "a part of its name is empty, . or .., which is no path: rename the object"
+            rejected.append(_rejection(name, "name-not-a-path", message))
+        elif any(part.startswith(".") for part in name.split("/")):
             num_hidden += 1
         else:
             videos.append(Found(name, entry.size))
-    return Listing(tuple(sorted(videos, key=lambda found: found.video_id)), (), num_hidden)
+    return Listing(tuple(sorted(videos, key=lambda found: found.video_id)), tuple(rejected), num_hidden)
 
 
 def _list_local(root: str) -> Listing:
@@ -165,7 +176,12 @@ def _list_local(root: str) -> Listing:
         rejected.append(_rejection(name, "unreadable-folder", error.strerror or "", transient=True))
 
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable):
-        status = os.stat(folder)
+        try:
+            status = os.stat(folder)
+        except OSError as error:  # it was removed just now
+            subfolders.clear()
+            unreadable(error)
+            continue
         if (status.st_dev, status.st_ino) in seen:
             subfolders.clear()
             continue
@@ -228,7 +244,8 @@ def local_copy(root: str, found: Found) -> Iterator[str]:
                 size = os.stat(path).st_size
             else:
                 suffix = os.path.splitext(found.path)[1]
-                copy: Any = stack.enter_context(tempfile.NamedTemporaryFile(prefix="vmoco-video-", suffix=suffix))
+                with _scratch_errors():
+                    copy: Any = stack.enter_context(tempfile.NamedTemporaryFile(prefix="vmoco-video-", suffix=suffix))
                 path, size = copy.name, _copy(place, copy)
         if not size:
             raise VideoError("read", "empty", "the file has no bytes")
