@@ -38,6 +38,9 @@ class IngestSettings(Settings):
     layout: Annotated[Layout, Unhashed] = "table"
     """Format of --annotations. table is a CSV, Parquet or JSON lines file with the column path and, optionally,
     start_seconds, end_seconds, label, video_id, split. kinetics, ucf101 and hmdb51 are their official files."""
+    suffixes: Annotated[tuple[str, ...], Unhashed] = ()
+    """More endings of videos, for example .mod .tod; '' takes files without an ending. Ingest prints how many files of
+    which endings it does not look at."""
     num_frames: int = Field(16, ge=2)
     """Number of frames in a stored clip. Training may take shorter clips, never longer ones."""
     stride: int = Field(1, ge=1)
@@ -116,6 +119,8 @@ class EmbedSettings(PoolSettings):
     output: str
     """Folder or URI of the table of embeddings. It is created if it does not exist. If it exists, it is continued; the
     encoder must be the same."""
+    suffixes: tuple[str, ...] = ()
+    """More endings of videos, for example .mod .tod; '' takes files without an ending. Has no effect on a data set."""
     max_clips_per_video: int = Field(32, ge=1)
     """Largest number of clips from one video, spread evenly over it. Has no effect on a data set, whose clips are
     fixed."""

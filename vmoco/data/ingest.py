@@ -56,6 +56,8 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
     new, num_changed = _new_videos(listing, previous, old_ledger)
     if listing.num_hidden:
         progress(f"ingest  {listing.num_hidden} hidden videos are skipped")
+    if listing.left_out:
+        progress(f"ingest  {listing.left_out}")
     if previous and not new:
         progress(f"ingest  nothing new: all {len(listing.videos)} videos are in {output} or its ledger")
         _check_rejected(previous.counts["videos"], ledger.read(output), output, settings)
@@ -106,11 +108,11 @@ def list_inputs(settings: IngestSettings) -> tuple[str, Listing]:
     videos = storage.require_absolute(settings.videos, "--videos")
     if settings.annotations is not None:
         annotations = storage.require_absolute(settings.annotations, "--annotations")
-        return videos, list_annotated(videos, annotations, settings.layout)
+        return videos, list_annotated(videos, annotations, settings.layout, settings.suffixes)
     if videos.lower().endswith(TABLES):
         folder = videos.rpartition("/")[0]
-        return folder, list_annotated(folder, videos, "table")
-    return split_pattern(videos)[0], list_videos(videos)
+        return folder, list_annotated(folder, videos, "table", settings.suffixes)
+    return split_pattern(videos)[0], list_videos(videos, settings.suffixes)
 
 
 def _new_videos(listing: Listing, previous: Manifest | None, old_ledger: list[Rejection]) -> tuple[list[Found], int]:

@@ -25,7 +25,7 @@ from vmoco.data.ledger import NOT_SEEKABLE, Stage, VideoError
 
 # Formats that consist of one file. Playlists (hls, concat, dash) are not allowed: a user's file could make FFmpeg open
 # other files or addresses.
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,h264,hevc,m4v,nut,gif,ivf"
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,h264,hevc,m4v,nut,gif,ivf,dhav"
 
 Source = str | BinaryIO
 """Path of a local file, or a file that is open for reading and has a name."""
