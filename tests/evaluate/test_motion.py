@@ -213,7 +213,7 @@ def test_no_video_is_on_both_sides(tmp_path: Path) -> None:
     assert chosen.note == ""
     assert chosen.test.tolist() == chosen.rows["held_out"].to_pylist()
     few = plan_motion(make_data_set(tmp_path / "few", num_videos=24, clips_per_video=3, num_held_out=4))
-    assert "half of all 24 videos, as 4 are held out and 10 are needed" in few.note
+    assert "half of all 24 videos, because 4 are held out and 10 are needed" in few.note
     videos = np.asarray(few.rows["video_id"].to_pylist())
     assert not set(videos[few.test]) & set(videos[~few.test])
     assert len(set(videos[few.test])) == 12
