@@ -1,4 +1,4 @@
-"""Thousands of broken videos, and a plain decoder that finds what ingest should do with each."""
+"""Broken videos by the thousand, and a plain decoder that says what ingest should make of each."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MUTATIONS = ("truncate", "flip", "splice", "header")
 
 
 def make_seeds(folder: Path) -> list[Path]:
-    """Undamaged videos of several codecs in several containers, 24 frames each."""
+    """Whole videos of several codecs in several containers, 24 frames each."""
     rng = np.random.default_rng(0)
     noise = [rng.integers(-20, 20, (48, 64, 3)) for _ in range(24)]
     images = videos.images(24, height=48, width=64)
@@ -47,7 +47,7 @@ def make_seeds(folder: Path) -> list[Path]:
 
 
 def mutate(content: bytes, other: bytes, mutation: str, rng: np.random.Generator) -> bytes:
-    """Applies one random damage of the given kind."""
+    """One damage, as drawn."""
     damaged = bytearray(content)
     size = len(damaged)
     if mutation == "truncate":
@@ -59,7 +59,7 @@ def mutate(content: bytes, other: bytes, mutation: str, rng: np.random.Generator
         at, length, source = (int(rng.integers(0, size)) for _ in range(3))
         length = min(length, 4096)
         damaged[at : at + length * int(rng.integers(0, 2))] = other[source : source + length]
-    else:  # sizes, counts, rates and offsets are near the two ends
+    else:  # sizes, counts, rates and offsets stand near the two ends
         for _ in range(int(rng.integers(1, 4))):
             at = int(rng.integers(0, min(size, 1024)))
             at = at if rng.random() < 0.5 else max(0, size - 4 - at)
@@ -80,7 +80,7 @@ def write_mutants(folder: Path, seeds: list[Path], number: int) -> None:
 
 
 def write_hostile(folder: Path, seeds: list[Path]) -> dict[str, str]:
-    """Other files that a folder of videos may have; returns the result of each: "" if it gives clips, or its reason."""
+    """What else a pile of videos may hold; returns what must become of each: "" where it gives clips, or its reason."""
     folder.mkdir(parents=True, exist_ok=True)
     good, images = seeds[0].read_bytes(), videos.images(24)
     expected: dict[str, str] = {}
@@ -110,7 +110,7 @@ def write_hostile(folder: Path, seeds: list[Path]) -> dict[str, str]:
     encode("1x1.mkv", "", [image[:1, :1].copy() for image in images], codec="ffv1", pix_fmt="yuv444p")
     encode("17x3.mkv", "", [image[:3, :17].copy() for image in images], codec="ffv1", pix_fmt="yuv444p")
     encode("negative.mkv", "", pts=[number - 5 for number in range(24)])
-    # In Matroska, the segment's duration says an hour. Huge: the size in the header of AVI's only stream.
+    # Matroska's segment length in time: it promises an hour. Huge: the size in the header of AVI's one stream.
     promising = bytearray((folder / "10-bit.mkv").read_bytes())
     at = promising.index(b"\x44\x89\x88") + 3
     promising[at : at + 8] = np.array(3.6e6, ">f8").tobytes()
@@ -137,19 +137,19 @@ def write_hostile(folder: Path, seeds: list[Path]) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """The result of a plain sequential decoder for a file."""
+    """What a plain sequential decoder finds in a file."""
 
     frames: npt.NDArray[np.uint8] | None
-    """uint8 (F, H, W, 3) of all frames, scaled as ingest does; None if anything is wrong with the file."""
+    """uint8 (F, H, W, 3) of all frames, scaled as ingest does; None where anything is wrong with the file."""
     why: str
 
 
 def decode_plainly(path: Path) -> Plain:
-    """Decodes all frames in order, from the first to the last; the first error ends it."""
+    """From the first to the last frame, in one go, nothing left out; the first error ends it."""
     frames: list[videos.Image] = []
     scaler = Scaler(height=SIZE[0], width=SIZE[1])
     try:
-        # The same formats as ingest: otherwise FFmpeg may take a damaged file for another format.
+        # The same formats, or FFmpeg takes what is left of one for another.
         formats = {"format_whitelist": FORMATS}
         with av.open(str(path), options=formats, metadata_errors="replace") as container:
             stream = container.streams.video[0]
@@ -164,13 +164,13 @@ def decode_plainly(path: Path) -> Plain:
                     if frame.is_corrupt:
                         return Plain(None, "a frame is corrupt")
                     frames.append(scaler.scale(frame).copy())
-    except Exception as error:  # any error of a decoder means that the file cannot be decoded
+    except Exception as error:  # whatever a decoder raises means that it cannot be decoded
         return Plain(None, f"{type(error).__name__}: {error}")
     return Plain(np.stack(frames) if frames else np.empty((0, *SIZE, 3), np.uint8), "")
 
 
 def plain_clips(frames: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
-    """The clips of an undamaged video: as many as fit side by side, each in the middle of its share."""
+    """The clips of a whole video: as many as fit side by side, each in the middle of its share."""
     total, span = len(frames), (NUM_FRAMES - 1) * STRIDE + 1
     count = min(MAX_CLIPS, total // span)
     starts = [((2 * at + 1) * total - count * span) // (2 * count) for at in range(count)]

@@ -1,11 +1,11 @@
-"""Ingests thousands of broken videos and checks the result for each of them.
+"""Thousands of broken videos through the real ingest, and what became of each of them.
 
     python -m tests.benchmarks.fuzz_ingest --files 2000
 
-Every file must be in the manifest or in the ledger. A plain sequential decoder, in separate processes, finds which
-files are undamaged and what their frames are. A file that ingest accepts must be undamaged for this decoder too, with
-the same frames. A file that ingest rejects must be damaged for it too, or be rejected for a reason that no decoder
-checks (the length in the header, too few frames, time stamps, the same content twice, no file).
+Every file must be in the manifest or in the ledger. A plain sequential decoder, in processes of its own, says which
+files are whole and what their frames are: what ingest accepts must be whole for it too, with the very frames; what
+ingest rejects must be broken for it too, or be rejected for a reason that a decoder does not look at (a length that the
+header promises, too few frames, time stamps, the same content twice, no file).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BESIDE_DECODING |= {"not-a-file", "dangling-link", "no-video-stream", "too-much-
 
 
 def run(folder: Path, files: int) -> dict[str, object]:
-    """Makes the files, ingests them on the running Ray, and compares; returns the report that main prints."""
+    """Makes the files, ingests them on the Ray that is running, and compares; the report is what main prints."""
     seeds = fuzz.make_seeds(folder / "seeds")
     fuzz.write_mutants(folder / "in/mutants", seeds, files)
     expected = {f"hostile/{name}": reason for name, reason in fuzz.write_hostile(folder / "in/hostile", seeds).items()}
@@ -93,7 +93,7 @@ def _compare(
         video = str(name.relative_to(folder / "in"))
         if video in accepted:
             if plain.frames is None:
-                wrong.append(f"{video!r} is accepted, but a plain decoder rejects it: {plain.why}")
+                wrong.append(f"{video!r} is accepted, and plainly it is not: {plain.why}")
                 continue
             clips = fuzz.plain_clips(plain.frames)
             own = [reader.frames(clip) for clip in clips_of[video]]
@@ -105,7 +105,7 @@ def _compare(
 
 
 def plainly(paths: list[Path]) -> dict[Path, fuzz.Plain]:
-    """The plain decoder's results for files, from other processes: a crash of one is a result too."""
+    """The plain decoder's opinion of files, in other processes: a crash of one is an opinion too."""
     found: dict[Path, fuzz.Plain] = {}
     left = list(paths)
     while left:
@@ -122,7 +122,7 @@ def plainly(paths: list[Path]) -> dict[Path, fuzz.Plain]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--files", type=int, default=2000, help="number of mutated files; the hostile ones come on top")
+    parser.add_argument("--files", type=int, default=2000, help="mutated files, beside the hostile ones")
     files = parser.parse_args().files
     connect(worker_output=False)
     with tempfile.TemporaryDirectory(prefix="fuzz-ingest-") as folder:
