@@ -131,7 +131,7 @@ def test_bad_value_is_answered_with_its_flag(group: str, fields: dict[str, Any],
 
 
 def test_missing_and_unknown_settings_are_named_by_their_flags() -> None:
-    """Also those of jobs whose flags have no group, and those of a group inside them."""
+    """This holds also for jobs whose flags have no group, and for a group inside them."""
     with pytest.raises(ValueError, match=r"^--train\.steps is missing$"):
         PretrainSettings(**{"train": {}})
     with pytest.raises(ValueError, match=r"^--videos is missing; --output is missing$"):
@@ -176,7 +176,7 @@ def test_drop_ratio_must_leave_a_frame() -> None:
 
 @pytest.mark.parametrize(("group", "fields"), [("data", {"num_frames": 4}), ("augment", {"size": 16})])
 def test_s3d_is_refused_where_nothing_would_be_left_of_a_clip(group: str, fields: dict[str, Any]) -> None:
-    """Its last pooling would come to less than one frame or pixel; 5 frames of 17 pixels are taken."""
+    """Its last pooling would give less than one frame or pixel; 5 frames of 17 pixels are accepted."""
     small = changed(TINY, "model", backbone="s3d")
     changed(changed(small, "data", num_frames=5), "augment", size=17)
     with pytest.raises(
@@ -217,7 +217,7 @@ def test_two_clips_start_after_their_share_of_training(positives: str, percent: 
 
 
 def test_contrast_is_refused_where_the_decay_needs_the_difference() -> None:
-    """In whichever order the two are set; each alone is taken."""
+    """The order of both flags does not matter; each alone is accepted."""
     message = r"^--generator\.objective contrast does not measure .*--moco\.decay-schedule adversarial .*: set"
     contrast = changed(TINY, "generator", objective="contrast")
     with pytest.raises(ValueError, match=message):
@@ -228,14 +228,14 @@ def test_contrast_is_refused_where_the_decay_needs_the_difference() -> None:
 
 @pytest.mark.parametrize(("every", "expected"), [(1, [4, 5, 6, 7, 8, 9]), (3, [4, 7]), (9, [4])])
 def test_generator_trains_every_nth_step_from_its_start(every: int, expected: list[int]) -> None:
-    """Of 10 steps from the fifth on; none where no frame is dropped."""
+    """It trains in each n-th of 10 steps, from the fifth on; in none if no frame is dropped."""
     settings = changed(changed(TINY, "train", steps=10), "generator", start_percent=40, every=every)
     assert [step for step in range(10) if settings.trains_generator(step)] == expected
     assert not any(changed(settings, "generator", drop_ratio=0).trains_generator(step) for step in range(10))
 
 
 def test_several_bad_values_are_all_named() -> None:
-    """One run of the command shows all of them."""
+    """One start of the command shows all of them."""
     with pytest.raises(ValueError, match=r"--train\.steps 0 is not allowed.*; --train\.global-batch 1 is not allowed"):
         changed(TINY, "train", steps=0, global_batch=1)
 
@@ -322,7 +322,7 @@ def test_settings_of_presets_are_written_as_ever(name: str, frozen: tuple[str, s
     ],
 )
 def test_settings_of_a_data_set_are_written_as_ever(fields: dict[str, Any], frozen: str) -> None:
-    """As manifests and shards already hold them: how a size was given, and what decides no clip, changes nothing."""
+    """Existing manifests and shards keep their hash: how a size was given, and what changes no clip, do not count."""
     assert IngestSettings(videos="a", output="b", **fields).content_hash() == frozen
 
 
@@ -363,7 +363,7 @@ def test_every_class_of_settings_is_read() -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_field_is_explained(kind: type[Settings]) -> None:
-    """Below each field is what `--help` shows: sentences of at most 220 characters; the class has some too."""
+    """The text below a field, which `--help` shows, has sentences of at most 220 characters; a class has a text too."""
     assert (kind.__doc__ or "").strip().endswith(".")
     for name, field in kind.model_fields.items():
         if isinstance(field.default, Settings) or (

@@ -83,7 +83,7 @@ def layer(module: str) -> int:
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Every module that a file imports, wherever in it, and whether that happens at import time."""
+    """Every module that a file imports, anywhere in it, and whether that happens at import time."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -151,7 +151,7 @@ def test_no_file_is_named_after_nothing() -> None:
 
 
 def test_loading_an_encoder_imports_nothing_of_training() -> None:
-    """Whoever pulls an encoder loads no file of `vmoco.train`, `vmoco.evaluate` or `vmoco.sweep`."""
+    """A process that pulls an encoder loads no file of `vmoco.train`, `vmoco.evaluate` or `vmoco.sweep`."""
     code = (
         "import sys, vmoco.encoders.package; print(sorted(name for name in sys.modules if name.startswith('vmoco.')))"
     )

@@ -1,4 +1,4 @@
-"""An encoder takes a path, an array or a tensor, and prepares frames itself; what it cannot take, it says."""
+"""An encoder takes a path, an array or a tensor, and prepares frames itself; it refuses other input with a message."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vmoco.encoders.encoder import Encoder, Preprocessing
 
 
 def test_preprocessing_is_a_centre_crop_and_kinetics_normalisation() -> None:
-    """Where no scaling is needed, against plain numpy: the middle square of each frame, (pixel / 255 - mean) / std."""
+    """Without scaling, equals plain numpy: the middle square of each frame, (pixel / 255 - mean) / std."""
     frames = clips(height=32)  # as high as the encoder wants; 48 wide
     found = encoder_of().preprocess(frames).numpy()
     square = frames.numpy()[:, :, :, 8:40].astype(np.float64) / 255
@@ -26,7 +26,7 @@ def test_preprocessing_is_a_centre_crop_and_kinetics_normalisation() -> None:
 
 
 def test_an_encoder_may_normalise_each_clip_by_itself() -> None:
-    """Against plain numpy, clip by clip; cards written before there was a choice mean Kinetics' figures."""
+    """Equals plain numpy, clip by clip. Old cards, without this option, use the values of Kinetics."""
     frames, kinetics = clips(height=32), encoder_of()
     values = kinetics.preprocessing.to_json()
     encoder = Encoder(kinetics.backbone, Preprocessing.from_json(values | {"standardise": True}), {}).eval()
@@ -39,7 +39,7 @@ def test_an_encoder_may_normalise_each_clip_by_itself() -> None:
 
 
 def test_a_tensor_an_array_and_one_clip_give_the_same() -> None:
-    """Also an array that cannot be written, one with strides turned round, and a clip without the first dimension."""
+    """So do a read-only array, one with negative strides, and one clip without the first dimension."""
     encoder = encoder_of()
     expected = encoder.embed(clips())
     assert expected.shape == (3, encoder.feature_dim)
@@ -93,12 +93,12 @@ def test_other_frames_are_refused(wrong: torch.Tensor) -> None:
 
 
 def test_what_is_no_frames_at_all_is_refused() -> None:
-    """Its type is named."""
-    with pytest.raises(ValueError, match="frames are list: a path, or uint8 frames"):
+    """The message names the type."""
+    with pytest.raises(ValueError, match="frames are list: give a path, or uint8 frames"):
         encoder_of().embed([1, 2])  # type: ignore[arg-type]
 
 
 def test_s3d_says_how_many_frames_it_needs() -> None:
-    """Instead of an error from the middle of the network."""
-    with pytest.raises(ValueError, match="clips have 4 frames, this s3d needs 5 or more"):
+    """A clear message comes before an error in the middle of the network."""
+    with pytest.raises(ValueError, match="clips have 4 frames: give at least 5, which an s3d needs"):
         encoder_of("s3d", size=32).embed(clips(num_frames=4))

@@ -29,7 +29,7 @@ MAX_CLIPS = 32
 """Most clips of one video file; the default of ingest."""
 SECONDS_PER_VIDEO = 600.0
 S3D_FRAMES = 5
-"""Fewest frames of S3D, which halves time three times, without padding at the last."""
+"""Fewest frames for S3D: it halves time three times, the last time without padding."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Preprocessing:
     """What an encoder expects of a clip."""
 
     num_frames: int
-    """T it was trained with; other lengths are accepted."""
+    """T in its training; other lengths are accepted."""
     fps: float
     """Frames per second of its training clips (their median)."""
     size: int
@@ -115,15 +115,15 @@ class Encoder(nn.Module):
             frames = source
         else:
             kind = f"{source.dtype} {source.shape}" if isinstance(source, np.ndarray) else type(source).__name__
-            raise ValueError(f"frames are {kind}: a path, or uint8 frames as an array or a tensor, are needed")
+            raise ValueError(f"frames are {kind}: give a path, or uint8 frames as an array or a tensor")
         frames = frames[None] if frames.ndim == 4 else frames
         if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[-1] != 3 or not frames.numel():
             raise ValueError(
                 f"frames are {frames.dtype} {tuple(frames.shape)}: "
-                "uint8 (clips, frames, height, width, 3), RGB, is needed, or the same without the first"
+                "give uint8 RGB, of shape (clips, frames, height, width, 3) or (frames, height, width, 3)"
             )
         if self.card.get("backbone") == "s3d" and frames.shape[1] < S3D_FRAMES:
-            raise ValueError(f"clips have {frames.shape[1]} frames, this s3d needs {S3D_FRAMES} or more")
+            raise ValueError(f"clips have {frames.shape[1]} frames: give at least {S3D_FRAMES}, which an s3d needs")
         return frames
 
     def preprocess(self, frames: torch.Tensor) -> torch.Tensor:
@@ -138,7 +138,7 @@ class Encoder(nn.Module):
         return self.preprocess_square(frames[:, :, top : top + side, left : left + side])
 
     def preprocess_square(self, frames: torch.Tensor) -> torch.Tensor:
-        """The same for square frames, unchecked: scaling and normalisation alone."""
+        """The same for square frames, without checks: only scales and normalises."""
         size = self.preprocessing.size
         pixels = frames.permute(0, 1, 4, 2, 3).flatten(0, 1).to(self.mean.device).float() / 255
         scaled = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
@@ -164,7 +164,7 @@ class Encoder(nn.Module):
         return features
 
     def weights_hash(self) -> str:
-        """16 hex digits over weights and preprocessing; encoders with equal hashes give equal features."""
+        """Hash of weights and preprocessing, 16 hex digits; encoders with equal hashes give equal features."""
         digest = hashlib.sha256(repr(self.preprocessing).encode())
         for name, tensor in sorted(self.backbone.state_dict().items()):
             digest.update(name.encode())
@@ -172,7 +172,7 @@ class Encoder(nn.Module):
         return digest.hexdigest()[:16]
 
     def stride(self, fps: float) -> int:
-        """Every how many frames of a video of `fps` to take one, to come nearest to the encoder's frame rate."""
+        """n, if taking every n-th frame of a video of `fps` comes nearest to the encoder's frame rate."""
         return max(1, round(fps / self.preprocessing.fps))
 
     def cut_video(
