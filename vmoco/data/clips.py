@@ -16,6 +16,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from vmoco.job_settings import Deinterlace, Hdr
+
 Int64Array = npt.NDArray[np.int64]
 
 
@@ -33,6 +35,10 @@ class ClipPlan:
     """Take frames at this rate, by their time stamps; None takes every frame."""
     short: Literal["reject", "loop"] = "reject"
     """A video that is shorter than a clip gives no clip, or one clip that repeats its frames."""
+    hdr: Hdr = "tonemap"
+    """What to do with HDR frames, as in `IngestSettings`."""
+    deinterlace: Deinterlace = "auto"
+    """What to do with interlaced frames, as in `IngestSettings`."""
     start_seconds: float | None = None
     """Take only frames from this time on; None starts with the first frame. `clip_indices` counts from the first frame,
     `video.plan_clips` on the container's clock."""

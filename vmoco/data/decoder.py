@@ -23,7 +23,7 @@ import sys
 import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
@@ -276,7 +276,8 @@ def _cut(request: _Cut, scratch: int) -> StoredClips:
     sink, (height, width) = _ScratchSink(scratch, request), request.size
     source = readable(request.source)
     if request.part:
-        cut = video.cut_part(source, request.part, height=height, width=width, sink=sink)
+        policy: Any = {"hdr": request.plan.hdr, "deinterlace": request.plan.deinterlace}
+        cut = video.cut_part(source, request.part, height=height, width=width, sink=sink, **policy)
     else:
         cut = video.cut_clips(source, request.plan, height=height, width=width, sink=sink)
     return StoredClips(cut.start_times, cut.start_seconds, cut.fps, sink.sizes, notes=cut.notes)

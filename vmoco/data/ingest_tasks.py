@@ -75,6 +75,8 @@ def clip_plan(settings: IngestSettings, found: Found) -> ClipPlan:
         max_clips=settings.max_clips_per_video,
         fps=settings.fps,
         short=settings.short_videos,
+        hdr=settings.hdr,
+        deinterlace=settings.deinterlace,
         start_seconds=found.start_seconds,
         end_seconds=found.end_seconds,
     )

@@ -22,8 +22,9 @@ from vmoco.data.clips import ClipPlan, Int64Array, Part, clip_indices, clip_span
 from vmoco.data.container import choose_stream, ends_whole, film_streams
 from vmoco.data.frames import Frames
 from vmoco.data.ledger import NOT_SEEKABLE, Stage, VideoError
-from vmoco.data.pixels import MAX_PIXELS, Scaler
+from vmoco.data.pixels import MAX_PIXELS, Deinterlacer, Scaler, is_interlaced
 from vmoco.data.timeline import Timeline, find_seams, in_display_order, lay_out, on_clock
+from vmoco.job_settings import Deinterlace, Hdr
 
 # Formats that consist of one file. Playlists (hls, concat, dash) are not allowed: a user's file could make FFmpeg open
 # other files or addresses.
@@ -151,9 +152,10 @@ def cut_clips(source: Source, plan: ClipPlan, *, height: int, width: int, sink: 
     # If they differ again, decoding is not repeatable.
     for _ in range(3):
         sink.restart()
-        collector = _Collector(indices, sink, height=height, width=width)
+        collector = _Collector(indices, sink, height=height, width=width, hdr=plan.hdr, deinterlace=plan.deinterlace)
         with errors("decode", "decode-error"), open_video(source) as container:
             found = _decode(container, collector, timeline)
+            collector.finish()
         indices, before = plan_clips(found, plan), indices
         if np.array_equal(indices, before):
             break
@@ -169,7 +171,7 @@ def cut_clips(source: Source, plan: ClipPlan, *, height: int, width: int, sink: 
     if ((np.diff(starts) < 0) | ((np.diff(starts) == 0) & (np.diff(firsts) > 0))).any():
         raise VideoError("clip", "bad-timestamps", "time stamps do not increase from clip to clip")
     seconds = [float(at * time_base) for at in starts.tolist()]
-    return Cut(starts.tolist(), seconds, timeline.fps, tuple(sorted(collector.scaler.notes)))
+    return Cut(starts.tolist(), seconds, timeline.fps, collector.notes)
 
 
 def plan_clips(line: Timeline, plan: ClipPlan) -> Int64Array:
@@ -180,7 +182,16 @@ def plan_clips(line: Timeline, plan: ClipPlan) -> Int64Array:
     return clip_indices(line.times, line.time_base, plan, seams=tuple(sorted(borders - {len(line.times)})))
 
 
-def cut_part(source: Source, part: Part, *, height: int, width: int, sink: Sink) -> Cut:
+def cut_part(
+    source: Source,
+    part: Part,
+    *,
+    height: int,
+    width: int,
+    sink: Sink,
+    hdr: Hdr = "tonemap",
+    deinterlace: Deinterlace = "auto",
+) -> Cut:
     """Decodes the clips of a part of a long video: the same pixels as `cut_clips` gives.
 
     Raises:
@@ -188,8 +199,12 @@ def cut_part(source: Source, part: Part, *, height: int, width: int, sink: Sink)
     """
     try:
         with errors("decode", NOT_SEEKABLE), open_video(source) as container:
-            return _decode_part(container, part, sink, height=height, width=width)
+            wanted = np.array(part.clips or np.empty((0, 0)), np.int64)
+            collector = _Collector(wanted, sink, height=height, width=width, hdr=hdr, deinterlace=deinterlace)
+            return _decode_part(container, part, sink, collector, whole=deinterlace == "auto")
     except VideoError as error:
+        if error.reason == "hdr":
+            raise
         raise VideoError("decode", NOT_SEEKABLE, error.message) from None
 
 
@@ -289,11 +304,10 @@ def _decode(container: Any, collector: _Collector, line: Timeline) -> Timeline:
     return dataclasses.replace(line, times=lay_out(stamps, seams), time_base=time_base, seams=seams)
 
 
-def _decode_part(container: Any, part: Part, sink: Sink, *, height: int, width: int) -> Cut:
+def _decode_part(container: Any, part: Part, sink: Sink, collector: _Collector, *, whole: bool) -> Cut:
+    """`whole` refuses interlaced frames: deinterlacing the first one needs the last one of the part before."""
     stream = video_stream(container, part.stream)
     sink.restart()
-    wanted = np.array(part.clips or np.empty((0, 0)), np.int64)
-    collector = _Collector(wanted, sink, height=height, width=width)
     collector.scaler.pixel_aspect = stream.sample_aspect_ratio
     last = max((max(clip) for clip in part.clips), default=part.start)
     container.seek(part.start, stream=stream, backward=True)
@@ -301,6 +315,8 @@ def _decode_part(container: Any, part: Part, sink: Sink, *, height: int, width: 
     for frame in decoded(container, stream):
         if frame.pts is None:
             raise VideoError("decode", NOT_SEEKABLE, "a frame has no time stamp")
+        if whole and is_interlaced(frame):
+            raise VideoError("decode", NOT_SEEKABLE, "interlaced frames are deinterlaced from the start")
         if frame.pts < part.start:  # of the part before: displayed earlier, or the seek went back further
             continue
         if frame.is_corrupt or (not count and not (frame.pts == part.start and frame.key_frame)):
@@ -314,28 +330,52 @@ def _decode_part(container: Any, part: Part, sink: Sink, *, height: int, width: 
         raise VideoError("decode", NOT_SEEKABLE, f"{count} frames from {part.start}, and should be {part.num_frames}")
     starts = [clip[0] for clip in part.clips]
     seconds = [float(start * stream.time_base) for start in starts]
-    return Cut(starts, seconds, part.fps, tuple(sorted(collector.scaler.notes)))
+    return Cut(starts, seconds, part.fps, collector.notes)
 
 
 class _Collector:
     """Receives the decoded frames of a video in turn, and gives each clip to the sink once all its frames are there."""
 
-    def __init__(self, wanted: Int64Array, sink: Sink, *, height: int, width: int) -> None:
+    def __init__(
+        self, wanted: Int64Array, sink: Sink, *, height: int, width: int, hdr: Hdr, deinterlace: Deinterlace
+    ) -> None:
         """`wanted` is (N, T): number or time stamp of each frame of each clip, increasing from clip to clip."""
         self._sink = sink
         self._lasts = wanted.max(axis=1).tolist() if wanted.size else []
         self._places = [{name: np.flatnonzero(clip == name) for name in clip.tolist()} for clip in wanted]
         self._clip = 0
         self._frames = np.empty((wanted.shape[1] if wanted.size else 0, height, width, 3), np.uint8)
-        self.scaler = Scaler(height=height, width=width)
+        self.scaler = Scaler(height=height, width=width, hdr=hdr)
+        self._deinterlacer = Deinterlacer() if deinterlace == "auto" else None
+        self._deinterlaced = False
 
     @property
     def complete(self) -> bool:
         """Whether the sink has every clip."""
         return self._clip == len(self._places)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was done to the frames beyond scaling, as in `Timeline.notes`."""
+        own = ("deinterlaced: its frames are interlaced",) if self._deinterlaced else ()
+        return (*own, *sorted(self.scaler.notes))
+
     def take(self, name: int, frame: Any) -> None:
-        """Receives a frame; two clips, or two places of one clip, may need the same one."""
+        """Receives a frame; some frames wait in the deinterlacer for the next one."""
+        if self._deinterlacer is None:
+            self._keep(name, frame)
+            return
+        self._deinterlaced = self._deinterlaced or is_interlaced(frame)
+        for each, done in self._deinterlacer.push(name, frame):
+            self._keep(each, done)
+
+    def finish(self) -> None:
+        """Takes the frames that still wait; the last call."""
+        for name, done in self._deinterlacer.flush() if self._deinterlacer else ():
+            self._keep(name, done)
+
+    def _keep(self, name: int, frame: Any) -> None:
+        """Keeps a frame where a clip needs it; two clips, or two places of one clip, may need the same one."""
         scaled = None
         while self._clip < len(self._places) and name in self._places[self._clip]:
             scaled = self.scaler.scale(frame) if scaled is None else scaled
