@@ -38,7 +38,7 @@ HOMES = {
         "vmoco.encoders.encoder_program",
         "vmoco.mlflow_internals",
     },
-    "av": {"vmoco.data.video"},
+    "av": {"vmoco.data.damage", "vmoco.data.video"},
     "optuna": {"vmoco.sweep.space"},
     "plotly": {"vmoco.sweep.report"},
     "faiss": {"vmoco.evaluate.knn"},

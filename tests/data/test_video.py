@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.data import videos
-from vmoco.data import video
+from vmoco.data import ledger, video
 from vmoco.data.clips import ClipPlan, clip_indices, split, start_indices
 from vmoco.data.ledger import VideoError
 from vmoco.data.video import probe
@@ -31,13 +31,14 @@ class Decoded:
     start_times: list[int]
     start_seconds: list[float]
     fps: float
+    damage: ledger.Damage | None
 
 
 def cut_clips(source: Any, *, height: int, width: int, **plan: Any) -> Decoded:
     """The clips of a video."""
     sink = videos.Kept()
     cut = video.cut_clips(source, ClipPlan(**plan), height=height, width=width, sink=sink)
-    return Decoded(np.stack(sink.clips), **dataclasses.asdict(cut))
+    return Decoded(np.stack(sink.clips), cut.start_times, cut.start_seconds, cut.fps, cut.damage)
 
 
 def in_memory(path: Path) -> io.BytesIO:
@@ -295,13 +296,13 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str, str]] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_videos_are_rejected(tmp_path: Path, name: str) -> None:
-    """Each kind of broken file has its reason, the same from memory, and a message that names no place."""
+    """Each kind of broken file has its reason where damage is rejected, the same from memory, without a place in it."""
     make, stage, reason = BROKEN[name]
     path = make(tmp_path / name)
     said = []
     for source in (str(path), in_memory(path)):
         with pytest.raises(VideoError) as caught:
-            cut_clips(source, **SETTINGS)
+            cut_clips(source, **SETTINGS, damaged="reject")
         assert (caught.value.stage, caught.value.reason) == (stage, reason), caught.value
         assert not caught.value.transient
         said.append(caught.value.message)

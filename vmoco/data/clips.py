@@ -32,6 +32,10 @@ class ClipPlan:
     """Take frames at this rate, by their time stamps; None takes every frame."""
     short: Literal["reject", "loop"] = "reject"
     """A video that is shorter than a clip gives no clip, or one clip that repeats its frames."""
+    damaged: Literal["drop-clips", "reject"] = "drop-clips"
+    """A damaged video gives the clips without damage, or none."""
+    max_damaged_percent: float = 50.0
+    """A video of which more is lost gives no clip."""
     start_seconds: float | None = None
     """Take only frames from this time on, counted from the first frame; None starts with the first frame."""
     end_seconds: float | None = None
@@ -46,7 +50,7 @@ def clip_indices(times: Int64Array, time_base: Fraction, plan: ClipPlan) -> Int6
         time_base: Seconds of one unit.
         plan: How to cut.
     """
-    frames = _in_range(times, time_base, plan)
+    frames = in_range(times, time_base, plan)
     if plan.fps is not None and len(frames):
         frames = frames[resample(times[frames], time_base, Fraction(str(plan.fps)))]
     starts = start_indices(len(frames), num_frames=plan.num_frames, stride=plan.stride, max_clips=plan.max_clips)
@@ -75,7 +79,7 @@ def resample(times: Int64Array, time_base: Fraction, fps: Fraction) -> Int64Arra
     return (np.searchsorted(times, ticks.astype(np.int64), side="right") - 1).astype(np.int64)
 
 
-def _in_range(times: Int64Array, time_base: Fraction, plan: ClipPlan) -> Int64Array:
+def in_range(times: Int64Array, time_base: Fraction, plan: ClipPlan) -> Int64Array:
     """Numbers of the frames in the plan's range of seconds."""
     if not len(times) or (plan.start_seconds is None and plan.end_seconds is None):
         return np.arange(len(times), dtype=np.int64)

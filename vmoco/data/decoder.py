@@ -30,7 +30,7 @@ from pydantic import TypeAdapter
 from vmoco.data import frames
 from vmoco.data.clips import ClipPlan, Part, clip_indices, split
 from vmoco.data.frames import Encoding
-from vmoco.data.ledger import ScratchError, Stage, VideoError, attributed
+from vmoco.data.ledger import Damage, ScratchError, Stage, VideoError, attributed
 from vmoco.data.source import Source, readable
 
 MEMORY_BYTES = 768 * 2**20
@@ -62,6 +62,8 @@ class StoredClips:
     """Frames per second of the video."""
     sizes: list[int]
     """Bytes of the stored clip."""
+    damage: Damage | None = None
+    """What of the video is lost."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +249,7 @@ def _probe(request: _Probe) -> Contents:
     from vmoco.data import video
 
     plan = request.plan
-    line = video.probe(readable(request.source))
+    line = video.probe(readable(request.source), damaged=plan.damaged)
     indices = clip_indices(line.times, line.time_base, plan)
     parts = split(
         line.times,
@@ -271,7 +273,7 @@ def _cut(request: _Cut, scratch: int) -> StoredClips:
         cut = video.cut_part(source, request.part, height=height, width=width, sink=sink)
     else:
         cut = video.cut_clips(source, request.plan, height=height, width=width, sink=sink)
-    return StoredClips(cut.start_times, cut.start_seconds, cut.fps, sink.sizes)
+    return StoredClips(cut.start_times, cut.start_seconds, cut.fps, sink.sizes, cut.damage)
 
 
 def _answer(request: _Request, scratch: int) -> _Answer:

@@ -27,7 +27,7 @@ import pyarrow as pa
 from vmoco import storage
 from vmoco.data import frames as storing
 from vmoco.data.frames import Encoding, Frames, Shape
-from vmoco.data.ledger import Rejection
+from vmoco.data.ledger import Note, Rejection
 
 VERSION = 2
 """Of the schema of shards and manifest. 2: JPEG, byte ranges, sizes of pictures, splits, parts of long videos."""
@@ -63,10 +63,18 @@ class ShardMetadata:
     rejected: tuple[Rejection, ...] = ()
     encoding: Encoding = "raw"
     """How the frames of every clip are stored."""
+    notes: tuple[Note, ...] = ()
+    """Videos of which a part is lost."""
 
     def to_json(self) -> str:
-        """Canonical JSON: equal metadata give equal bytes."""
-        return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, sort_keys=True)
+        """Canonical JSON: equal metadata give equal bytes, also those from before there were notes."""
+        values = {"version": VERSION, **dataclasses.asdict(self)}
+        if not self.notes:
+            del values["notes"]
+        for rejection in values["rejected"]:
+            if not rejection["damaged"]:
+                del rejection["damaged"]
+        return json.dumps(values, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str | bytes, *, uri: str) -> ShardMetadata:
@@ -88,6 +96,7 @@ class ShardMetadata:
             videos=tuple(Video(**video) for video in values["videos"]),
             rejected=tuple(Rejection(**rejection) for rejection in values["rejected"]),
             encoding=values["encoding"],
+            notes=tuple(Note.of(note) for note in values.get("notes", [])),
         )
 
 

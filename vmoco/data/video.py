@@ -1,8 +1,8 @@
 """Reads a video with PyAV: opens it, finds its time stamps, decodes the frames that are needed, scales and crops them.
 
 A video is read twice: once without decoding, which finds time stamps and truncated files, and once decoding, which
-keeps only the frames of the chosen clips. So memory holds one decoded frame and one clip, however long the video is. A
-video with any damage is rejected completely, because what a decoder conceals is not footage.
+keeps only the frames of the chosen clips. So memory holds one decoded frame and one clip, however long the video is.
+What a decoder conceals is not footage: where it reports damage, `damage.py` finds the clips that have none.
 
 A decoder may hang or crash; `decoder.py` runs this code in a separate process for that reason.
 """
@@ -13,15 +13,16 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 
 import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
+from vmoco.data import damage, ledger
 from vmoco.data.clips import ClipPlan, Int64Array, Part, clip_indices, clip_span
 from vmoco.data.frames import Frames
-from vmoco.data.ledger import NOT_SEEKABLE, Stage, VideoError
+from vmoco.data.ledger import NOT_SEEKABLE, Damage, Stage, VideoError
 
 # Formats that consist of one file. Playlists (hls, concat, dash) are not allowed: a user's file could make FFmpeg open
 # other files or addresses.
@@ -41,14 +42,17 @@ def open_video(source: Source) -> Any:
 
 
 @contextlib.contextmanager
-def errors(stage: Stage, reason: str) -> Iterator[None]:
-    """Turns FFmpeg's errors into a VideoError whose message is the same each time: the error and the last log line."""
+def errors(stage: Stage, reason: str) -> Iterator[list[Any]]:
+    """Turns FFmpeg's errors into a VideoError whose message is the same each time: the error and the last log line.
+
+    Gives the list that receives the log.
+    """
     av.logging.set_skip_repeated(False)  # "(repeated 3 more times)" would depend on the video before
     level = av.logging.get_level()
-    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_level(damage.LEVEL)
     try:
-        with av.logging.Capture():
-            yield
+        with av.logging.Capture() as log:
+            yield log
     except (MemoryError, av.error.MemoryError) as error:
         raise VideoError("decode", "too-much-memory", f"one frame and its references do not fit: {error}") from None
     except av.error.FileNotFoundError:
@@ -81,16 +85,28 @@ def video_stream(container: Any) -> Any:
     return stream
 
 
-def decoded(container: Any, stream: Any) -> Iterator[Any]:
-    """The frames of a stream, in display order."""
-    for packet in container.demux(stream):
+def decoded(container: Any, stream: Any, log: list[Any]) -> Iterator[Any]:
+    """The frames of a stream, in display order.
+
+    Raises:
+        VideoError: FFmpeg logged damage and went on.
+    """
+    ignored = damage.other_parts(container, stream)
+    log.clear()
+    for packet in damage.packets(container, stream):
+        if isinstance(packet, av.error.FFmpegError):
+            raise packet
         try:
-            yield from packet.decode()
+            frames = packet.decode()
         except av.error.FFmpegError:
             # Some codecs report a frame for which memory is short as a damaged one. Their memory is not freed yet, so
             # this allocation of one frame fails too: MemoryError. 3 bytes a pixel, for 4:4:4 or 10 bits of 4:2:0.
             np.empty((stream.codec_context.height, stream.codec_context.width, 3), np.uint8)
             raise
+        if log and (report := damage.report_in(log, ignored=ignored)):
+            raise VideoError("decode", "decode-error", report)
+        yield from frames
+        log.clear()  # of scaling
 
 
 MAX_PIXELS = 8192 * 4352
@@ -158,6 +174,10 @@ class Timeline:
     """Seconds."""
     fps: float
     """Frames per second, the mean over the video."""
+    expected: Int64Array
+    """Time stamps of the packets of which a frame must come."""
+    broken: VideoError | None = None
+    """What is wrong with the file, where it is damaged or cut off."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +190,8 @@ class Cut:
     """The same in seconds."""
     fps: float
     """Frames per second of the video."""
+    damage: Damage | None = None
+    """What of the video is lost."""
 
 
 class Sink(Protocol):
@@ -182,31 +204,50 @@ class Sink(Protocol):
         """Discards all clips, because decoding starts again."""
 
 
-def probe(source: Source) -> Timeline:
+def probe(source: Source, *, damaged: Literal["drop-clips", "reject"] = "drop-clips") -> Timeline:
     """Reads a video without decoding it.
 
     Raises:
-        VideoError: it is no video, or it is truncated.
+        VideoError: it is no video; or it is truncated, and damaged videos are rejected.
     """
     with errors("probe", "cannot-open"), open_video(source) as container:
-        return _probe(container)
+        timeline = _probe(container)
+    if timeline.broken and damaged == "reject":
+        raise timeline.broken
+    return timeline
 
 
 def cut_clips(source: Source, plan: ClipPlan, *, height: int, width: int, sink: Sink) -> Cut:
     """Decodes the clips of a video, scaled to cover height x width and cropped in the middle.
 
     Raises:
-        VideoError: the video is damaged or too short.
+        VideoError: the video is too short, or too damaged for the plan.
     """
-    timeline = probe(source)
+    timeline = probe(source, damaged=plan.damaged)
+    broken = timeline.broken
+    if not broken:
+        try:
+            return _cut_whole(source, plan, timeline, height=height, width=width, sink=sink)
+        except VideoError as error:
+            if plan.damaged == "reject" or error.reason not in ledger.DAMAGE:
+                raise
+            broken = error
+    return _cut_sound(source, plan, timeline, broken, height=height, width=width, sink=sink)
+
+
+def _cut_whole(source: Source, plan: ClipPlan, timeline: Timeline, *, height: int, width: int, sink: Sink) -> Cut:
+    """The clips of a video without damage."""
     indices = clip_indices(timeline.times, timeline.time_base, plan)
     # A codec may hold back or hide frames, so the estimate can be wrong; the second round uses the decoder's own times.
     # If they differ again, decoding is not repeatable.
     for _ in range(3):
         sink.restart()
         collector = _Collector(indices, sink, height=height, width=width)
-        with errors("decode", "decode-error"), open_video(source) as container:
-            times, time_base = _decode(container, collector)
+        with errors("decode", "decode-error") as log, open_video(source) as container:
+            times, time_base = _decode(container, collector, log)
+        if len(times) < len(timeline.expected) and len(lost := damage.never_shown(timeline.expected, times)):
+            at = float(lost[0] * time_base)
+            raise VideoError("decode", "decode-error", f"{len(lost)} frames never came, the first one at {at:.2f} s")
         found = clip_indices(times, time_base, plan)
         if np.array_equal(found, indices):
             break
@@ -218,10 +259,47 @@ def cut_clips(source: Source, plan: ClipPlan, *, height: int, width: int, sink: 
         span = clip_span(num_frames=plan.num_frames, stride=plan.stride)
         rate = f" at {plan.fps:g} frames per second" if plan.fps else ""
         raise VideoError("clip", "too-few-frames", f"{len(times)} frames{ranged}, and a clip spans {span}{rate}")
+    return _cut_at(indices, times, time_base, fps=timeline.fps)
+
+
+def _cut_sound(
+    source: Source,
+    plan: ClipPlan,
+    timeline: Timeline,
+    broken: VideoError,
+    *,
+    height: int,
+    width: int,
+    sink: Sink,
+) -> Cut:
+    """The clips of a damaged video that hold no damaged frame."""
+    with errors("decode", "decode-error") as log, open_video(source) as container:
+        stream = video_stream(container)
+        time_base = stream.time_base
+        found = damage.survey(container, stream, log)
+    promised = broken.promised if isinstance(broken, damage.CutOffError) else None
+    lost = damage.assess(found, time_base, plan, promised=promised, message=broken.message)
+    if lost.percent > plan.max_damaged_percent:
+        raise VideoError(broken.stage, broken.reason, f"more than {plan.max_damaged_percent:g} %: {lost}")
+    indices = found.keep(clip_indices(found.times, time_base, plan))
+    if not len(indices):
+        raise VideoError(broken.stage, broken.reason, f"no clip is without damage: {lost}")
+    sink.restart()
+    collector = _Collector(found.frames[indices], sink, height=height, width=width)
+    with errors("decode", "decode-error") as log, open_video(source) as container:
+        stream = video_stream(container)
+        collector.scaler.pixel_aspect = stream.sample_aspect_ratio
+        damage.take_again(container, stream, log, taker=collector, found=found)
+    assert collector.complete, found
+    cut = _cut_at(indices, found.times, time_base, fps=timeline.fps)
+    return dataclasses.replace(cut, damage=lost if lost.lost or not found.damaged else None)
+
+
+def _cut_at(indices: Int64Array, times: Int64Array, time_base: Fraction, *, fps: float) -> Cut:
     firsts, starts = indices[:, 0], times[indices[:, 0]]
     if ((np.diff(starts) < 0) | ((np.diff(starts) == 0) & (np.diff(firsts) > 0))).any():
         raise VideoError("clip", "bad-timestamps", "time stamps do not increase from clip to clip")
-    return Cut(starts.tolist(), [float(at * time_base) for at in starts.tolist()], timeline.fps)
+    return Cut(starts.tolist(), [float(at * time_base) for at in starts.tolist()], fps)
 
 
 def cut_part(source: Source, part: Part, *, height: int, width: int, sink: Sink) -> Cut:
@@ -231,8 +309,8 @@ def cut_part(source: Source, part: Part, *, height: int, width: int, sink: Sink)
         VideoError: NOT_SEEKABLE, if the part does not hold exactly the planned frames.
     """
     try:
-        with errors("decode", NOT_SEEKABLE), open_video(source) as container:
-            return _decode_part(container, part, sink, height=height, width=width)
+        with errors("decode", NOT_SEEKABLE) as log, open_video(source) as container:
+            return _decode_part(container, part, sink, log, height=height, width=width)
     except VideoError as error:
         raise VideoError("decode", NOT_SEEKABLE, error.message) from None
 
@@ -242,25 +320,33 @@ def _probe(container: Any) -> Timeline:
     width, height = stream.codec_context.width, stream.codec_context.height
     if width * height > MAX_PIXELS:
         raise VideoError("probe", "frame-too-large", f"{width} x {height}, and at most {MAX_PIXELS} pixels are decoded")
-    count, end, corrupt = 0, 0.0, False
+    count, end = 0, 0.0
+    broken: VideoError | None = None
     seekable = not _SEEKABLE.isdisjoint(container.format.name.split(","))
-    times, keyframes = [], []
-    for packet in container.demux():
+    times, keyframes, expected = [], [], []
+    for packet in damage.packets(container):
+        if isinstance(packet, av.error.FFmpegError):
+            broken = broken or VideoError("probe", "truncated", f"packet {count} cannot be read: {packet.strerror}")
+            continue
         stamp = packet.pts if packet.pts is not None else packet.dts
         if stamp is not None:
             end = max(end, float((stamp + (packet.duration or 0)) * packet.time_base))
         if packet.stream is stream and packet.size:  # the last, empty packet of each stream only ends it
-            corrupt = corrupt or packet.is_corrupt
             seekable = seekable and packet.pts is not None and not packet.is_discard
+            if packet.is_corrupt:
+                broken = broken or VideoError("probe", "truncated", f"packet {count} is incomplete")
             if not packet.is_discard:
                 count += 1
                 if stamp is not None:
                     times.append(stamp)
+                    if damage.shows_a_frame(packet):
+                        expected.append(stamp)
                 if packet.is_keyframe:
                     keyframes.append(stamp)
-    if corrupt:
-        raise VideoError("probe", "truncated", f"one of its {count} packets is incomplete")
-    _check_length(container, stream, count=count, end=end)
+    try:
+        _check_length(container, stream, count=count, end=end)
+    except damage.CutOffError as error:
+        broken = error
     times.sort()
     spread = times[-1] - times[0] if times else 0
     fps = (len(times) - 1) / (spread * stream.time_base) if spread else stream.average_rate or 0
@@ -268,27 +354,36 @@ def _probe(container: Any) -> Timeline:
         times = list(range(count))
     if not seekable or len(set(times)) < count:
         keyframes = []
-    return Timeline(np.array(times, np.int64), np.array(keyframes, np.int64), stream.time_base, float(fps))
+    return Timeline(
+        np.array(times, np.int64),
+        np.array(keyframes, np.int64),
+        stream.time_base,
+        float(fps),
+        np.array(expected, np.int64),
+        broken,
+    )
 
 
 def _check_length(container: Any, stream: Any, *, count: int, end: float) -> None:
     """Finds truncated files: they often decode without an error, and only the header tells that more should follow."""
     names = set(container.format.name.split(","))
     if "avi" in names and count < stream.frames - max(2, 0.02 * stream.frames):
-        raise VideoError("probe", "truncated", f"{count} frames, and the header promises {stream.frames}")
+        message = f"{count} frames, and the header promises {stream.frames}"
+        raise damage.CutOffError(message, promised=float(stream.frames / (stream.average_rate or 25)))
     if names & _DURATION_IN_HEADER and container.duration:
         promised = ((container.start_time or 0) + container.duration) / av.time_base
         # Headers are rounded, off by one, or count the display time of the last frame.
         if end < promised - max(0.2, 0.02 * promised):
-            raise VideoError("probe", "truncated", f"it ends at {end:.2f} s, and the header promises {promised:.2f} s")
+            message = f"it ends at {end:.2f} s, and the header promises {promised:.2f} s"
+            raise damage.CutOffError(message, promised=promised)
 
 
-def _decode(container: Any, collector: _Collector) -> tuple[Int64Array, Fraction]:
+def _decode(container: Any, collector: _Collector, log: list[Any]) -> tuple[Int64Array, Fraction]:
     """Decodes a complete video; returns the times of its frames and their unit."""
     stream = video_stream(container)
     collector.scaler.pixel_aspect = stream.sample_aspect_ratio
     times: list[int] = []
-    for frame in decoded(container, stream):
+    for frame in decoded(container, stream, log):
         if frame.is_corrupt:
             raise VideoError("decode", "decode-error", f"frame {len(times)} is damaged")
         collector.take(len(times), frame)
@@ -296,7 +391,7 @@ def _decode(container: Any, collector: _Collector) -> tuple[Int64Array, Fraction
     return np.array(times, np.int64), stream.time_base
 
 
-def _decode_part(container: Any, part: Part, sink: Sink, *, height: int, width: int) -> Cut:
+def _decode_part(container: Any, part: Part, sink: Sink, log: list[Any], *, height: int, width: int) -> Cut:
     stream = video_stream(container)
     sink.restart()
     wanted = np.array(part.clips or np.empty((0, 0)), np.int64)
@@ -305,7 +400,7 @@ def _decode_part(container: Any, part: Part, sink: Sink, *, height: int, width: 
     last = max((max(clip) for clip in part.clips), default=part.start)
     container.seek(part.start, stream=stream, backward=True)
     count = 0
-    for frame in decoded(container, stream):
+    for frame in decoded(container, stream, log):
         if frame.pts is None:
             raise VideoError("decode", NOT_SEEKABLE, "a frame has no time stamp")
         if frame.pts < part.start:  # of the part before: displayed earlier, or the seek went back further
