@@ -1,10 +1,12 @@
-"""Broken videos by the thousand, and a plain decoder that says what ingest should make of each."""
+"""Broken videos by the thousand, and plain decoders that say what ingest should make of each."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,14 @@ from vmoco.data.pixels import MAX_PIXELS, Scaler
 from vmoco.data.video import FORMATS
 
 SIZE, NUM_FRAMES, STRIDE = (24, 32), 8, 2
-MAX_CLIPS = 3
+MAX_CLIPS = 4
+SECONDS = (NUM_FRAMES - 1) * STRIDE / 25
+"""Of a clip, from its first to its last frame."""
+FRAMES, KEY_FRAMES = 72, "12"
+"""Of a seed: its length, and the distance of its key frames."""
 
 _SEEDS: dict[str, dict[str, Any]] = {
-    "h264.mp4": {"options": {"bf": "2", "g": "12"}},
+    "h264.mp4": {"options": {"bf": "2"}},
     "h264-fast-start.mp4": {"container_options": {"movflags": "faststart"}},
     "h264.mkv": {},
     "h264.ts": {},
@@ -35,16 +41,22 @@ _SEEDS: dict[str, dict[str, Any]] = {
     "h264-444.mov": {"pix_fmt": "yuv444p", "rotation": 90},
     "ffv1.mkv": {"codec": "ffv1", "pix_fmt": "yuv420p"},
 }
-MUTATIONS = ("truncate", "flip", "splice", "header")
+MUTATIONS = ("truncate", "flip", "splice", "header", "noise", "lose")
 
 
 def make_seeds(folder: Path) -> list[Path]:
-    """Whole videos of several codecs in several containers, 24 frames each."""
+    """Whole videos of several codecs in several containers."""
     rng = np.random.default_rng(0)
-    noise = [rng.integers(-20, 20, (48, 64, 3)) for _ in range(24)]
-    images = videos.images(24, height=48, width=64)
+    noise = [rng.integers(-20, 20, (48, 64, 3)) for _ in range(FRAMES)]
+    images = videos.images(FRAMES, height=48, width=64)
     noisy = [(image + each).clip(0, 255).astype(np.uint8) for image, each in zip(images, noise, strict=True)]
-    return [videos.write_video(folder / name, noisy, **options) for name, options in _SEEDS.items()]
+    seeds = []
+    for name, given in _SEEDS.items():
+        options = {"g": KEY_FRAMES, **given.get("options", {})}
+        if given.get("codec") == "libx265":
+            options["x265-params"] += f":keyint={KEY_FRAMES}:min-keyint={KEY_FRAMES}"
+        seeds.append(videos.write_video(folder / name, noisy, **{**given, "options": options}))
+    return seeds
 
 
 def mutate(content: bytes, other: bytes, mutation: str, rng: np.random.Generator) -> bytes:
@@ -60,6 +72,12 @@ def mutate(content: bytes, other: bytes, mutation: str, rng: np.random.Generator
         at, length, source = (int(rng.integers(0, size)) for _ in range(3))
         length = min(length, 4096)
         damaged[at : at + length * int(rng.integers(0, 2))] = other[source : source + length]
+    elif mutation == "noise":  # a bad spot of the disk
+        at, length = int(rng.integers(0, size)), int(rng.integers(1, 300))
+        damaged[at : at + length] = rng.bytes(len(damaged[at : at + length]))
+    elif mutation == "lose":  # a piece that was not transmitted
+        at = int(rng.integers(size // 10, size))
+        del damaged[at : at + int(rng.integers(1, 600))]
     else:  # sizes, counts, rates and offsets stand near the two ends
         for _ in range(int(rng.integers(1, 4))):
             at = int(rng.integers(0, min(size, 1024)))
@@ -68,16 +86,20 @@ def mutate(content: bytes, other: bytes, mutation: str, rng: np.random.Generator
     return bytes(damaged)
 
 
-def write_mutants(folder: Path, seeds: list[Path], number: int) -> None:
-    """`number` damaged videos, every seed and every mutation in turn."""
+def write_mutants(folder: Path, seeds: list[Path], number: int) -> dict[str, Path]:
+    """`number` damaged videos, every seed and every mutation in turn; returns the seed of each by name."""
     folder.mkdir(parents=True, exist_ok=True)
     contents = [seed.read_bytes() for seed in seeds]
+    made = {}
     for at in range(number):
         seed, mutation = at % len(seeds), MUTATIONS[at // len(seeds) % len(MUTATIONS)]
         rng = np.random.default_rng(at)
         other = contents[int(rng.integers(0, len(contents)))]
         damaged = mutate(contents[seed], other, mutation, rng)
-        (folder / f"{at:05d}-{mutation}{seeds[seed].suffix}").write_bytes(damaged)
+        name = f"{at:05d}-{mutation}{seeds[seed].suffix}"
+        (folder / name).write_bytes(damaged)
+        made[name] = seeds[seed]
+    return made
 
 
 def write_hostile(folder: Path, seeds: list[Path]) -> dict[str, str]:
@@ -143,6 +165,14 @@ class Plain:
     frames: npt.NDArray[np.uint8] | None
     """uint8 (F, H, W, 3) of all frames, scaled as ingest does; None where anything is wrong with the file."""
     why: str
+    reported: list[float] = dataclasses.field(default_factory=list)
+    """Where anything is wrong: `reported_seconds`."""
+
+
+def examine(path: Path) -> Plain:
+    """What plain decoders find in a file: all its frames, or which are damaged."""
+    plain = decode_plainly(path)
+    return plain if plain.frames is not None else dataclasses.replace(plain, reported=reported_seconds(path))
 
 
 def decode_plainly(path: Path) -> Plain:
@@ -152,7 +182,11 @@ def decode_plainly(path: Path) -> Plain:
     try:
         # The same formats, or FFmpeg takes what is left of one for another.
         formats = {"format_whitelist": FORMATS}
-        with av.open(str(path), options=formats, metadata_errors="replace") as container:
+        with (
+            _log() as log,
+            av.open(str(path), options=formats, metadata_errors="replace") as container,
+        ):
+            log.clear()
             stream = container.streams.video[0]
             stream.thread_type = "NONE"
             stream.codec_context.thread_count = 1
@@ -161,13 +195,84 @@ def decode_plainly(path: Path) -> Plain:
             for packet in container.demux(stream):
                 if packet.is_corrupt and packet.size:
                     return Plain(None, "a packet is corrupt")
-                for frame in packet.decode():
+                decoded: list[Any] = list(packet.decode())
+                if _reports(log):
+                    return Plain(None, f"the log says {log}")
+                for frame in decoded:
                     if frame.is_corrupt:
                         return Plain(None, "a frame is corrupt")
                     frames.append(scaler.scale(frame).copy())
+                log.clear()
     except Exception as error:  # whatever a decoder raises means that it cannot be decoded
         return Plain(None, f"{type(error).__name__}: {error}")
     return Plain(np.stack(frames) if frames else np.empty((0, *SIZE, 3), np.uint8), "")
+
+
+def reported_seconds(path: Path) -> list[float]:
+    """Times of the frames that a decoder reports as damaged, and of those after each up to the next key frame.
+
+    A second opinion on `vmoco.data.damage`: this decoder never stops or starts again, and shows all that it conceals.
+    """
+    seconds: list[float] = []
+    marked: list[float] = []
+    shown: list[tuple[float, bool]] = []
+    try:
+        with (
+            _log() as log,
+            av.open(str(path), options={"format_whitelist": FORMATS}, metadata_errors="replace") as container,
+        ):
+            stream = container.streams.video[0]
+            stream.thread_type = "NONE"
+            stream.codec_context.thread_count = 1
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+            bad, key = False, 0.0
+            log.clear()
+            for packet in container.demux(stream):
+                time = None if packet.pts is None else float(packet.pts * packet.time_base)
+                if packet.is_keyframe and time is not None:
+                    key = time
+                before = bad = (bad or _reports(log)) and not packet.is_keyframe
+                log.clear()
+                try:
+                    frames: list[Any] = list(packet.decode())
+                except av.error.FFmpegError:
+                    frames, bad = [], True
+                bad = bad or packet.is_corrupt or _reports(log)
+                log.clear()
+                marked += [frame.time for frame in frames if frame.is_corrupt and frame.time is not None]
+                if time is not None and packet.size:
+                    shown.append((time, packet.is_keyframe))
+                    seconds += [time] if bad else []
+                    if time < key:  # shown before the key frame that it follows: nothing later refers to it
+                        bad = before
+    except Exception:  # the frames before it count
+        pass
+    for time in marked:  # a frame comes some packets after its own
+        until = min((at for at, key in shown if key and at > time), default=float("inf"))
+        seconds += [at for at, _ in shown if time <= at < until]
+    return sorted(seconds)
+
+
+@contextlib.contextmanager
+def _log() -> Iterator[list[Any]]:
+    """Collects what FFmpeg logs."""
+    av.logging.set_skip_repeated(False)
+    av.logging.set_level(av.logging.INFO)
+    try:
+        with av.logging.Capture() as log:
+            yield log
+    finally:
+        av.logging.set_level(None)
+
+
+def _reports(log: list[Any]) -> bool:
+    return any(level <= av.logging.ERROR or "conceal" in text or "corrupt" in text for level, _, text in log)
+
+
+def is_original(clip: npt.NDArray[np.uint8], frames: npt.NDArray[np.uint8]) -> bool:
+    """Whether a clip has exactly the frames, STRIDE apart, of the video (F, H, W, 3) from which a file was damaged."""
+    span = (NUM_FRAMES - 1) * STRIDE + 1
+    return any(np.array_equal(clip, frames[start : start + span : STRIDE]) for start in range(len(frames) - span + 1))
 
 
 def plain_clips(frames: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:

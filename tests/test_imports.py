@@ -38,7 +38,7 @@ HOMES = {
         "vmoco.encoders.encoder_program",
         "vmoco.mlflow_internals",
     },
-    "av": {"vmoco.data.container", "vmoco.data.pixels", "vmoco.data.video"},
+    "av": {"vmoco.data.container", "vmoco.data.damage", "vmoco.data.pixels", "vmoco.data.reports", "vmoco.data.video"},
     "optuna": {"vmoco.sweep.space"},
     "plotly": {"vmoco.sweep.report"},
     "faiss": {"vmoco.evaluate.knn"},

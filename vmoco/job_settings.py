@@ -74,6 +74,11 @@ class IngestSettings(Settings):
     held_out_percent: float = Field(10.0, ge=0, le=90)
     """Percentage of videos kept out of training, for scores. A hash of the name chooses them, so the choice stays the
     same when videos are added."""
+    damaged: Annotated[Literal["drop-clips", "reject"], OmittedIfDefault] = "drop-clips"
+    """What to do with a video that is damaged or cut off: take the clips without a damaged frame, or reject it. The
+    ledger names the seconds that are lost."""
+    max_damaged_percent: Annotated[float, OmittedIfDefault] = Field(50.0, ge=0, le=100)
+    """Percentage of a video that may be lost to damage. A video that has lost more is rejected."""
     max_rejected_percent: Annotated[float, Unhashed] = Field(50.0, ge=0, le=100)
     """Percentage of rejected videos above which the job fails."""
     duplicates: Annotated[Literal["reject", "keep"], Unhashed] = "reject"

@@ -3,9 +3,13 @@
     python -m tests.benchmarks.fuzz_ingest --files 2000
 
 Every file must be in the manifest or in the ledger. A plain sequential decoder, in processes of its own, says which
-files are whole and what their frames are: what ingest accepts must be whole for it too, with the very frames; what
-ingest rejects must be broken for it too, or be rejected for a reason that a decoder does not look at (a length that the
-header promises, too few frames, time stamps, the same content twice, no file).
+files are whole and what their frames are: what ingest accepts as whole must be whole for it too, with the very frames;
+what ingest rejects must be broken for it too, or be rejected for a reason that a decoder does not look at (a length
+that the header promises, too few frames, time stamps, the same content twice, no file). Of a damaged file, no clip may
+hold a frame that a plain decoder reports as damaged, or one that refers to such a frame.
+
+What no decoder notices is measured: each clip is compared with the undamaged original, and the report counts, for each
+kind of file, the clips that were kept and those of them that differ.
 """
 
 from __future__ import annotations
@@ -15,12 +19,14 @@ import json
 import os
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from tests import fuzz
 from vmoco.data import ledger
@@ -39,7 +45,7 @@ BESIDE_DECODING |= {"not-a-file", "dangling-link", "no-video-stream", "too-much-
 def run(folder: Path, files: int) -> dict[str, object]:
     """Makes the files, ingests them on the Ray that is running, and compares; the report is what main prints."""
     seeds = fuzz.make_seeds(folder / "seeds")
-    fuzz.write_mutants(folder / "in/mutants", seeds, files)
+    seed_of = fuzz.write_mutants(folder / "in/mutants", seeds, files)
     expected = {f"hostile/{name}": reason for name, reason in fuzz.write_hostile(folder / "in/hostile", seeds).items()}
     began = time.monotonic()
     settings = IngestSettings(
@@ -74,29 +80,67 @@ def run(folder: Path, files: int) -> dict[str, object]:
         found = rejected[name].reason if name in rejected else ""
         if found != reason and reason != "*":
             wrong.append(f"{name!r} is {found or 'accepted'}, and should be {reason or 'accepted'}")
-    wrong += _compare(folder, manifest, accepted, rejected, names)
+    damaged = {loss.video_id for loss in ledger.read_losses(manifest.uri)}
+    originals = {f"mutants/{name}": seed for name, seed in seed_of.items()}
+    wrong += _compare(folder, manifest, damaged, rejected, names, kept := _Kept(originals))
+    report |= {"damaged": len(damaged), "differing": kept.totals()}
     for line in wrong[:50]:
         print("wrong:", line)
     return report | {"wrong": len(wrong)}
 
 
+class _Kept:
+    """Compares clips of mutants with the video from which each was made."""
+
+    def __init__(self, originals: dict[str, Path]) -> None:
+        self._originals = originals
+        self._frames = {path: fuzz.decode_plainly(path).frames for path in set(originals.values())}
+        self._clips: Counter[str] = Counter()
+        self._differing: Counter[str] = Counter()
+
+    def add(self, video: str, clips: list[npt.NDArray[np.uint8]]) -> None:
+        if video not in self._originals:
+            return
+        seed = self._originals[video]
+        frames = self._frames[seed]
+        assert frames is not None, seed
+        self._clips[seed.name] += len(clips)
+        self._differing[seed.name] += sum(not fuzz.is_original(clip, frames) for clip in clips)
+
+    def totals(self) -> dict[str, str]:
+        """`2 of 90 clips` for each kind of file."""
+        return {name: f"{self._differing[name]} of {self._clips[name]} clips" for name in sorted(self._clips)}
+
+
 def _compare(
-    folder: Path, manifest: Manifest, accepted: set[str], rejected: dict[str, ledger.Rejection], names: set[str]
+    folder: Path,
+    manifest: Manifest,
+    damaged: set[str],
+    rejected: dict[str, ledger.Rejection],
+    names: set[str],
+    kept: _Kept,
 ) -> list[str]:
     wrong = []
     clips_of: dict[str, list[int]] = {}
     for clip, video in enumerate(manifest.table["video_id"].to_pylist()):
         clips_of.setdefault(video, []).append(clip)
+    starting = manifest.table["start_seconds"].to_pylist()
     reader = ClipReader.of(manifest)
     decodable = sorted(name for name in names if (folder / "in" / name).is_file())
     for name, plain in plainly([folder / "in" / name for name in decodable]).items():
         video = str(name.relative_to(folder / "in"))
-        if video in accepted:
+        if video in clips_of:
+            own = [reader.frames(clip) for clip in clips_of[video]]
+            kept.add(video, own)
+            if video in damaged:
+                starts = [float(starting[clip]) for clip in clips_of[video]]
+                held = [at for at in plain.reported for start in starts if -1e-3 <= at - start <= fuzz.SECONDS + 1e-3]
+                wrong += [f"{video!r} has a clip with a frame that was reported, at {at:.2f} s" for at in held[:1]]
+                continue
             if plain.frames is None:
-                wrong.append(f"{video!r} is accepted, and plainly it is not: {plain.why}")
+                wrong.append(f"{video!r} is accepted as whole, and plainly it is not: {plain.why}")
                 continue
             clips = fuzz.plain_clips(plain.frames)
-            own = [reader.frames(clip) for clip in clips_of[video]]
             if len(clips) != len(own) or not all(np.array_equal(a, b) for a, b in zip(clips, own, strict=True)):
                 wrong.append(f"{video!r} has other frames than a plain decoder finds")
         elif plain.frames is not None and rejected[video].reason not in BESIDE_DECODING:
@@ -105,12 +149,12 @@ def _compare(
 
 
 def plainly(paths: list[Path]) -> dict[Path, fuzz.Plain]:
-    """The plain decoder's opinion of files, in other processes: a crash of one is an opinion too."""
+    """What plain decoders say of files, in other processes: a crash of one is an opinion too."""
     found: dict[Path, fuzz.Plain] = {}
     left = list(paths)
     while left:
         with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-            futures = [(path, pool.submit(fuzz.decode_plainly, path)) for path in left]
+            futures = [(path, pool.submit(fuzz.examine, path)) for path in left]
             try:
                 for path, future in futures:
                     found[path] = future.result()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vmoco.data.clips import Part
 from vmoco.data.distribute import arrow_type, from_table, run_tasks, to_table
 from vmoco.data.ingest_tasks import MadeShard, Probed, ProbeTask, ShardPlan, Unit
-from vmoco.data.ledger import Rejection
+from vmoco.data.ledger import Loss, Rejection
 from vmoco.data.shard import ShardFile
 from vmoco.data.source import Found
 
@@ -28,6 +28,8 @@ found = st.builds(
 parts = st.builds(Part, int64, st.none() | int64, int64, st.lists(st.lists(int64, max_size=3), max_size=3), numbers)
 stages = st.sampled_from(["list", "read", "probe", "decode", "clip"])
 rejections = st.builds(Rejection, text, stages, text, text, st.booleans(), text, text)
+lost = st.lists(st.tuples(numbers, numbers), max_size=3).map(tuple)
+losses = st.builds(Loss, text, lost, numbers, text, text, text)
 units = st.builds(Unit, found, text, st.none() | parts, int64, int64, numbers)
 PLANS: dict[type[Any], st.SearchStrategy[Any]] = {
     ProbeTask: st.builds(ProbeTask, st.lists(found, max_size=3).map(tuple)),
@@ -40,6 +42,7 @@ PLANS: dict[type[Any], st.SearchStrategy[Any]] = {
         st.just([]),
         st.lists(rejections, max_size=3).map(tuple),
         st.booleans(),
+        st.lists(losses, max_size=3).map(tuple),
     ),
 }
 

@@ -17,8 +17,9 @@ from vmoco import storage
 from vmoco.data import contact_sheet, ledger
 from vmoco.data.decoder import Decoder
 from vmoco.data.held_out import is_held_out
-from vmoco.data.ingest import ingest
+from vmoco.data.ingest import ingest, list_inputs
 from vmoco.data.ingest_tasks import make_shard, plan_shards
+from vmoco.data.ledger import Rejection
 from vmoco.data.manifest import NAME, Manifest
 from vmoco.job_settings import IngestSettings
 
@@ -149,12 +150,71 @@ def test_parts_change_nothing(tmp_path: Path, ray_cluster: object) -> None:
     for seconds in (600, 2):
         chosen = settings(tmp_path, part_seconds=seconds, output=f"{tmp_path}/{seconds}", max_clips_per_video=20)
         made = ingest(chosen, progress=lines.append)
-        rejected = [(row.video_id, row.stage, row.reason) for row in ledger.read(made.uri)]
-        found.append((made.hash, made.counts, rejected, made.table.select(["clip_id", "start_seconds", "fps"])))
+        losses = [(loss.video_id, loss.lost, loss.percent) for loss in ledger.read_losses(made.uri)]
+        found.append((made.hash, made.counts, losses, made.table.select(["clip_id", "start_seconds", "fps"])))
     assert found[0] == found[1]
-    assert found[0][1]["videos"] == 3
+    assert (found[0][1]["videos"], found[0][1]["rejected"]) == (4, 0)
     assert "ingest  2 long videos cannot be decoded in parts: each is decoded as a whole" in lines
-    assert found[0][2] == [("noise.mp4", "decode", "decode-error")]
+    assert [name for name, _, _ in found[0][2]] == ["noise.mp4"]
+
+
+def test_a_damaged_video_gives_its_whole_clips_and_a_ledger_row(tmp_path: Path, ray_cluster: object) -> None:
+    """The ledger names what is lost and counts no rejection; the next run has nothing to do; `reject` rejects."""
+    make_videos(tmp_path / "in", "a.mp4")
+    coding = {"g": "10", "keyint_min": "10", "sc_threshold": "0"}
+    path = videos.write_video(tmp_path / "in/b.mp4", videos.images(100), options=coding)
+    videos.corrupt(path, end=0.45)
+    chosen = settings(tmp_path, max_clips_per_video=100)
+    lines: list[str] = []
+    first = ingest(chosen, progress=lines.append)
+    (loss,) = ledger.read_losses(first.uri)
+    assert (loss.video_id, len(loss.lost) > 0, 0 < loss.percent < 50) == ("b.mp4", True, True)
+    assert ledger.read(first.uri) == []
+    assert first.counts["rejected"] == 0
+    starts = [row["start_seconds"] for row in first.table.to_pylist() if row["video_id"] == "b.mp4"]
+    assert starts
+    assert all(start + 4 / 25 <= low + 1e-3 or start >= high - 1e-3 for start in starts for low, high in loss.lost)
+    assert any(line.startswith("ingest  1 videos are damaged: clips without damage are kept") for line in lines)
+    assert ingest(chosen, progress=quiet) == first
+    assert ledger.read_losses(first.uri) == [loss]
+    with pytest.raises(ValueError, match=r"was made with --damaged drop-clips, not reject: use --damaged drop-clips"):
+        ingest(settings(tmp_path, max_clips_per_video=100, damaged="reject"), progress=quiet)
+    other = settings(tmp_path, max_clips_per_video=100, damaged="reject", output=str(tmp_path / "strict"))
+    strict = ingest(other, progress=quiet)
+    assert [(row.video_id, row.damaged) for row in ledger.read(strict.uri)] == [("b.mp4", "reject")]
+    assert ledger.read_losses(strict.uri) == []
+    with pytest.raises(ValueError, match=r"was made with --damaged reject, not drop-clips"):
+        ingest(settings(tmp_path, max_clips_per_video=100, output=str(tmp_path / "strict")), progress=quiet)
+
+
+def test_damaged_videos_of_an_old_data_set_are_tried_again_once(tmp_path: Path, ray_cluster: object) -> None:
+    """A data set from before `--damaged` rejected them: the next run takes their whole clips, and all is settled."""
+    make_videos(tmp_path / "in", "a.mp4")
+    coding = {"g": "10", "keyint_min": "10", "sc_threshold": "0"}
+    videos.corrupt(videos.write_video(tmp_path / "in/b.mp4", videos.images(100), options=coding), end=0.45)
+    videos.truncate(videos.write_video(tmp_path / "in/c.mkv", videos.images(100), options=coding), 0.2)
+    chosen = settings(tmp_path)
+    new = ingest(chosen, progress=quiet)
+    clips = set(new.table["clip_id"].to_pylist())
+    output = tmp_path / "out"
+    shutil.rmtree(output)
+    (tmp_path / "in/b.mp4").rename(tmp_path / "b.mp4")
+    (tmp_path / "in/c.mkv").rename(tmp_path / "c.mkv")
+    old = ingest(chosen, progress=quiet)
+    (tmp_path / "b.mp4").rename(tmp_path / "in/b.mp4")
+    (tmp_path / "c.mkv").rename(tmp_path / "in/c.mkv")
+    entries = {found.video_id: found.entry for found in list_inputs(chosen)[1].videos}
+    rows = [Rejection(name, "decode", "decode-error", "x", entry=entries[name]) for name in ("b.mp4", "c.mkv")]
+    ledger.write(old.uri, rows)
+    again = ingest(chosen, progress=quiet)
+    assert set(again.table["clip_id"].to_pylist()) == clips
+    assert [loss.video_id for loss in ledger.read_losses(again.uri)] == ["b.mp4"]
+    assert [(row.video_id, row.reason, row.damaged) for row in ledger.read(again.uri)] == [
+        ("c.mkv", "truncated", "drop-clips")
+    ]
+    lines: list[str] = []
+    assert ingest(chosen, progress=lines.append).hash == again.hash
+    assert lines[0].startswith("ingest  nothing new")
 
 
 def test_duplicates_are_in_the_ledger(tmp_path: Path, ray_cluster: object) -> None:

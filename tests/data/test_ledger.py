@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vmoco.data import ledger
-from vmoco.data.ledger import Rejection, ScratchError, VideoError, attributed
+from vmoco.data.ledger import Damage, Loss, Rejection, ScratchError, VideoError, attributed
 
 ROWS = [
     Rejection('b\nquote" 🎞.mp4', "decode", "decode-error", "Invalid data", entry="07", shard="00"),
@@ -22,6 +22,24 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     ledger.write(str(tmp_path), ROWS)
     assert ledger.read(str(tmp_path)) == sorted(ROWS, key=lambda row: row.video_id)
     assert len((tmp_path / ledger.NAME).read_bytes().splitlines()) == len(ROWS)
+
+
+def test_losses_stand_beside_rejections(tmp_path: Path) -> None:
+    """Both kinds of rows are read back, each by its own function; old rows have no field that came later."""
+    losses = [Loss("e.mp4", ((1.5, 2.0), (3.0, 3.25)), 12.5, "h264: concealing", entry="08", shard="02")]
+    new = [Rejection("f.mp4", "decode", "decode-error", "x", damaged="drop-clips")]
+    ledger.write(str(tmp_path), [*ROWS, *new], losses)
+    assert ledger.read(str(tmp_path)) == sorted([*ROWS, *new], key=lambda row: row.video_id)
+    assert ledger.read_losses(str(tmp_path)) == losses
+    lines = (tmp_path / ledger.NAME).read_text().splitlines()
+    assert [line for line in lines if "damaged" in line] == [lines[-1]]
+
+
+def test_damage_is_named_in_a_sentence() -> None:
+    """The share, the first seconds and the first report; many stretches are counted."""
+    assert str(Damage(((1.0, 2.5),), 7.5, "x")) == "7.5 % is lost (seconds 1.00-2.50): x"
+    many = tuple((float(at), at + 0.5) for at in range(8))
+    assert "4.00-4.50 and 3 more stretches): x" in str(Damage(many, 50.0, "x"))
 
 
 def test_no_ledger_is_an_empty_one(tmp_path: Path) -> None:

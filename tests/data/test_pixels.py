@@ -112,9 +112,9 @@ def test_a_long_interlaced_video_is_decoded_as_a_whole(tmp_path: Path) -> None:
     plan = {"plan": ClipPlan(8), "seconds": 0.6, "fps": 25.0}
     parts = split(line.times, line.keyframes, line.time_base, indices=indices, **plan)  # type: ignore[arg-type]
     with pytest.raises(VideoError, match="not-seekable: interlaced frames"):
-        video.cut_part(str(path), parts[1], height=SIZE[0], width=SIZE[1], sink=videos.Kept())
-    sink = videos.Kept()
-    video.cut_part(str(path), parts[1], height=SIZE[0], width=SIZE[1], sink=sink, deinterlace="off")
+        video.cut_part(str(path), parts[1], ClipPlan(8), height=SIZE[0], width=SIZE[1], sink=videos.Kept())
+    sink, off = videos.Kept(), ClipPlan(8, deinterlace="off")
+    video.cut_part(str(path), parts[1], off, height=SIZE[0], width=SIZE[1], sink=sink)
     assert len(sink.clips) == len(parts[1].clips)
 
 

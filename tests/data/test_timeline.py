@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 
 from vmoco.data.clips import ClipPlan, Int64Array
-from vmoco.data.timeline import find_seams, lay_out, on_clock
+from vmoco.data.timeline import Timeline, find_seams, lay_out, on_clock
 
 MILLISECOND = Fraction(1, 1000)
 
@@ -44,9 +44,11 @@ def test_formats_that_do_not_restart_have_frames_out_of_order() -> None:
 def test_seconds_count_on_the_clock_of_the_container() -> None:
     """Pictures that begin a second after the sound: second 2 is one second after the first picture."""
     plan = ClipPlan(8, start_seconds=2.0, end_seconds=3.5)
-    late = on_clock(plan, first=1000, time_base=MILLISECOND, origin=Fraction(0))
+    film = Timeline(stamps(1000, 1040), stamps(), MILLISECOND, 25.0)
+    late = on_clock(plan, film)
     assert (late.start_seconds, late.end_seconds) == (1.0, 2.5)
     # MPEG-TS: pictures and clock begin at 1.4 s.
-    equal = on_clock(plan, first=1400, time_base=MILLISECOND, origin=Fraction(7, 5))
+    equal = on_clock(plan, Timeline(stamps(1400, 1440), stamps(), MILLISECOND, 25.0, origin=Fraction(7, 5)))
     assert (equal.start_seconds, equal.end_seconds) == (2.0, 3.5)
-    assert on_clock(ClipPlan(8), first=1000, time_base=MILLISECOND, origin=Fraction(0)) == ClipPlan(8)
+    assert on_clock(ClipPlan(8), film) == ClipPlan(8)
+    assert on_clock(plan, Timeline(stamps(), stamps(), MILLISECOND, 25.0)) == plan

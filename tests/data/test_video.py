@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.data import videos
-from vmoco.data import pixels, video
+from vmoco.data import ledger, pixels, video
 from vmoco.data.clips import ClipPlan, clip_indices, split, start_indices
 from vmoco.data.ledger import VideoError
 from vmoco.data.timeline import Timeline
@@ -33,13 +33,14 @@ class Decoded:
     start_seconds: list[float]
     fps: float
     notes: tuple[str, ...]
+    damage: ledger.Damage | None
 
 
 def cut_clips(source: Any, *, height: int, width: int, **plan: Any) -> Decoded:
     """The clips of a video."""
     sink = videos.Kept()
     cut = video.cut_clips(source, ClipPlan(**plan), height=height, width=width, sink=sink)
-    return Decoded(np.stack(sink.clips), **dataclasses.asdict(cut))
+    return Decoded(np.stack(sink.clips), cut.start_times, cut.start_seconds, cut.fps, cut.notes, cut.damage)
 
 
 def in_memory(path: Path) -> io.BytesIO:
@@ -391,7 +392,7 @@ def test_a_header_that_promises_more_is_noted(tmp_path: Path, name: str) -> None
     assert probe(str(path)).notes == ("header-says-more: it ends at 2.40 s, and the header promises 3600.00 s",)
     assert len(cut_clips(str(path), **{**SETTINGS, "max_clips": 99}).frames) == 4
     with pytest.raises(VideoError, match="truncated: it ends at"):
-        probe(str(promising(tmp_path / name, share=0.7, **options)))
+        probe(str(promising(tmp_path / name, share=0.7, **options)), damaged="reject")
 
 
 @pytest.mark.parametrize("frames", ["2", "16"])
@@ -450,7 +451,7 @@ def test_parts_give_the_pixels_of_the_whole(tmp_path: Path, name: str) -> None:
     try:
         for part in parts:
             sink = videos.Kept()
-            seconds += video.cut_part(path, part, height=48, width=64, sink=sink).start_seconds
+            seconds += video.cut_part(path, part, plan, height=48, width=64, sink=sink).start_seconds
             clips += sink.clips
     except VideoError as error:
         refused = error.reason
@@ -510,13 +511,13 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str, str]] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_videos_are_rejected(tmp_path: Path, name: str) -> None:
-    """Each kind of broken file has its reason, the same from memory, and a message that names no place."""
+    """Each kind of broken file has its reason where damage is rejected, the same from memory, without a place in it."""
     make, stage, reason = BROKEN[name]
     path = make(tmp_path / name)
     said = []
     for source in (str(path), in_memory(path)):
         with pytest.raises(VideoError) as caught:
-            cut_clips(source, **SETTINGS)
+            cut_clips(source, **SETTINGS, damaged="reject")
         assert (caught.value.stage, caught.value.reason) == (stage, reason), caught.value
         assert not caught.value.transient
         said.append(caught.value.message)

@@ -39,9 +39,13 @@ class ClipPlan:
     """What to do with HDR frames, as in `IngestSettings`."""
     deinterlace: Deinterlace = "auto"
     """What to do with interlaced frames, as in `IngestSettings`."""
+    damaged: Literal["drop-clips", "reject"] = "drop-clips"
+    """A damaged video gives the clips without damage, or none."""
+    max_damaged_percent: float = 50.0
+    """A video of which more is lost gives no clip."""
     start_seconds: float | None = None
     """Take only frames from this time on; None starts with the first frame. `clip_indices` counts from the first frame,
-    `video.plan_clips` on the container's clock."""
+    `timeline.plan_clips` on the container's clock."""
     end_seconds: float | None = None
     """Take only frames before this time; None ends with the last frame."""
 
@@ -57,7 +61,7 @@ def clip_indices(times: Int64Array, time_base: Fraction, plan: ClipPlan, *, seam
     """
     if seams:
         return _clips_between(times, time_base, plan, seams)
-    frames = _in_range(times, time_base, plan)
+    frames = in_range(times, time_base, plan)
     if plan.fps is not None and len(frames):
         frames = frames[resample(times[frames], time_base, Fraction(str(plan.fps)))]
     starts = start_indices(len(frames), num_frames=plan.num_frames, stride=plan.stride, max_clips=plan.max_clips)
@@ -69,7 +73,7 @@ def clip_indices(times: Int64Array, time_base: Fraction, plan: ClipPlan, *, seam
 
 def _clips_between(times: Int64Array, time_base: Fraction, plan: ClipPlan, seams: tuple[int, ...]) -> Int64Array:
     """The clips of each recording of a joined video; of too many those that are spread evenly."""
-    inside = _in_range(times, time_base, plan)
+    inside = in_range(times, time_base, plan)
     borders = np.searchsorted(inside, (0, *seams, len(times))).tolist()
     recordings = [inside[low:high] for low, high in itertools.pairwise(borders)]
     unlimited = dataclasses.replace(plan, max_clips=10**9, short="reject", start_seconds=None, end_seconds=None)
@@ -101,7 +105,7 @@ def resample(times: Int64Array, time_base: Fraction, fps: Fraction) -> Int64Arra
     return (np.searchsorted(times, ticks.astype(np.int64), side="right") - 1).astype(np.int64)
 
 
-def _in_range(times: Int64Array, time_base: Fraction, plan: ClipPlan) -> Int64Array:
+def in_range(times: Int64Array, time_base: Fraction, plan: ClipPlan) -> Int64Array:
     """Numbers of the frames in the plan's range of seconds."""
     if not len(times) or (plan.start_seconds is None and plan.end_seconds is None):
         return np.arange(len(times), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""What a container tells: which of its streams is the film, and whether the file is cut off.
+"""What a container tells: its packets, which of its streams is the film, and whether the file is cut off.
 
 A header may promise too much for two reasons. A recorder guessed the length, or never came back to correct it: the file
 is whole. Or the end of the file is missing. The boxes of the container tell which: in a whole file the last one ends
@@ -12,12 +12,37 @@ import os
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+import av
 from av.stream import Disposition
 
 from vmoco.data.ledger import VideoError
 
+_DEMUX_ERRORS = 3
+"""Errors in a row after which a file is read no further."""
 _DEFAULT_BONUS = 5_000_000
 """Pixels that the mark of a default stream is worth; the value of FFmpeg's program."""
+# Formats whose header states the length of the video; in others FFmpeg estimates it from the packets in the file.
+_DURATION_IN_HEADER = {"mov", "matroska", "flv", "asf"}
+
+
+def packets(container: Any, *streams: Any) -> Iterator[Any]:
+    """The packets of a file; in place of one that cannot be read, the error, after which reading goes on."""
+    errors = 0
+    found = container.demux(*streams)
+    while errors < _DEMUX_ERRORS:
+        try:
+            packet = next(found)
+        except StopIteration:
+            return
+        except IndexError:  # PyAV, at the end of a file in which a stream appeared late
+            return
+        except av.error.FFmpegError as error:
+            errors += 1
+            found = container.demux(*streams)
+            yield error
+        else:
+            errors = 0
+            yield packet
 
 
 def film_streams(container: Any) -> list[Any]:
@@ -41,7 +66,9 @@ def choose_stream(container: Any, streams: list[Any]) -> int:
         streams: To choose from.
     """
     counts = dict.fromkeys((stream.index for stream in streams), 0)
-    for packet in container.demux(streams):
+    for packet in packets(container, *streams):
+        if isinstance(packet, av.error.FFmpegError):
+            continue
         counts[packet.stream.index] += bool(packet.size)
         if min(counts.values()) > 1:
             break
@@ -53,6 +80,40 @@ def choose_stream(container: Any, streams: list[Any]) -> int:
         return counts[stream.index] > 1, codec is not None, area
 
     return int(max(streams, key=score).index)
+
+
+class CutOffError(VideoError):
+    """A file that ends before its header says: the length that the header promises."""
+
+    def __init__(self, message: str, *, promised: float) -> None:
+        super().__init__("probe", "truncated", message)
+        self.promised = promised
+        """Seconds at which the video should end, as its time stamps count."""
+
+
+def more_promised(container: Any, stream: Any, *, last: int | None, end: float) -> CutOffError | None:
+    """What the header promises and the file does not hold; None if it holds all.
+
+    A file that is cut off often decodes without an error, and only this tells. But some recorders promise too much.
+
+    Args:
+        container: Read to its end.
+        stream: The film.
+        last: Its latest time stamp.
+        end: Seconds at which the last frame of any stream ends.
+    """
+    names = set(container.format.name.split(","))
+    # In AVI a time stamp is a number, also of a frame that was left out and repeats the one before.
+    if "avi" in names and last is not None and last + 1 < stream.frames - max(2, 0.02 * stream.frames):
+        promised = float(stream.frames / (stream.average_rate or 25))
+        return CutOffError(f"{last + 1} frames, and the header promises {stream.frames}", promised=promised)
+    if names & _DURATION_IN_HEADER and container.duration:
+        promised = ((container.start_time or 0) + container.duration) / av.time_base
+        # Headers are rounded, off by one, or count the display time of the last frame.
+        if end < promised - max(0.2, 0.02 * promised):
+            message = f"it ends at {end:.2f} s, and the header promises {promised:.2f} s"
+            return CutOffError(message, promised=promised)
+    return None
 
 
 _SEGMENT, _CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"

@@ -23,16 +23,16 @@ import sys
 import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import TypeAdapter
 
 from vmoco.data import frames
 from vmoco.data.clips import ClipPlan, Part, split
 from vmoco.data.frames import Encoding
-from vmoco.data.ledger import ScratchError, Stage, VideoError, attributed
+from vmoco.data.ledger import Damage, ScratchError, Stage, VideoError, attributed
 from vmoco.data.source import Source, readable
-from vmoco.data.timeline import on_clock
+from vmoco.data.timeline import on_clock, plan_clips
 
 MEMORY_BYTES = 768 * 2**20
 # Signals by which a decoder ends itself. Another one may not come again: the kernel kills when memory is short.
@@ -67,6 +67,8 @@ class StoredClips:
     """Bytes of the stored clip."""
     notes: tuple[str, ...] = ()
     """What was done to the frames beyond scaling, as in `Timeline.notes`."""
+    damage: Damage | None = None
+    """What of the video is lost."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,16 +254,14 @@ def _probe(request: _Probe) -> Contents:
     from vmoco.data import video
 
     plan = request.plan
-    line = video.probe(readable(request.source))
-    indices = video.plan_clips(line, plan)
-    if len(line.times):  # as `split` counts
-        plan = on_clock(plan, first=int(line.times[0]), time_base=line.time_base, origin=line.origin)
+    line = video.probe(readable(request.source), damaged=plan.damaged)
+    indices = plan_clips(line, plan)
     parts = split(
         line.times,
         line.keyframes,
         line.time_base,
         indices=indices,
-        plan=plan,
+        plan=on_clock(plan, line),
         seconds=request.part_seconds,
         fps=line.fps,
     )
@@ -276,11 +276,10 @@ def _cut(request: _Cut, scratch: int) -> StoredClips:
     sink, (height, width) = _ScratchSink(scratch, request), request.size
     source = readable(request.source)
     if request.part:
-        policy: Any = {"hdr": request.plan.hdr, "deinterlace": request.plan.deinterlace}
-        cut = video.cut_part(source, request.part, height=height, width=width, sink=sink, **policy)
+        cut = video.cut_part(source, request.part, request.plan, height=height, width=width, sink=sink)
     else:
         cut = video.cut_clips(source, request.plan, height=height, width=width, sink=sink)
-    return StoredClips(cut.start_times, cut.start_seconds, cut.fps, sink.sizes, notes=cut.notes)
+    return StoredClips(cut.start_times, cut.start_seconds, cut.fps, sink.sizes, cut.notes, cut.damage)
 
 
 def _answer(request: _Request, scratch: int) -> _Answer:

@@ -21,8 +21,17 @@ from vmoco.data.annotations import TABLES, list_annotated
 from vmoco.data.decoder import Decoder
 from vmoco.data.distribute import run_tasks
 from vmoco.data.held_out import scoring_problem
-from vmoco.data.ingest_tasks import MadeShard, Probed, ProbeTask, ShardPlan, make_shard, plan_shards, probe_videos
-from vmoco.data.ledger import Rejection
+from vmoco.data.ingest_tasks import (
+    MadeShard,
+    Probed,
+    ProbeTask,
+    ShardPlan,
+    make_shard,
+    plan_shards,
+    probe_videos,
+    settled,
+)
+from vmoco.data.ledger import Loss, Rejection
 from vmoco.data.manifest import FIELDS, NAME, SHARDS, Manifest, note_counts, write_manifest
 from vmoco.data.shard import ShardFile
 from vmoco.data.source import Found, Listing, list_videos, split_pattern
@@ -53,7 +62,7 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
     output = storage.require_absolute(settings.output, "--output")
     previous = _previous(output, settings)
     old_ledger = _old_ledger(output, previous)
-    new, num_changed = _new_videos(listing, previous, old_ledger)
+    new, num_changed = _new_videos(listing, previous, old_ledger, settings)
     if listing.num_hidden:
         progress(f"ingest  {listing.num_hidden} hidden videos are skipped")
     if listing.left_out:
@@ -79,7 +88,8 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
     table = pa.concat_tables([kept, pa.Table.from_pylist(made.rows, schema=pa.schema(FIELDS))])
     rejections = [row for row in old_ledger if row.video_id not in replaced]
     rejections += [*rejected, *made.rejected, *listing.rejected]
-    ledger.write(output, rejections)
+    losses = [*_old_losses(output, previous, replaced), *made.losses]
+    ledger.write(output, rejections, losses)
     if table.num_rows:
         contact_sheet.write(output, table, frame_shape=settings.frame_shape, encoding=settings.encoding)
         manifest = write_manifest(
@@ -92,6 +102,8 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
             num_rejected=len(rejections),
         )
         storage.delete_folder(storage.join(output, ingest_tasks.FOLDER))
+    if losses:
+        progress(f"ingest  {len(losses)} videos are damaged: clips without damage are kept; see {output}/{ledger.NAME}")
     if rejections:
         progress(f"ingest  rejected {len(rejections)}: {ledger.totals(rejections)}; see {output}/{ledger.NAME}")
     _check_rejected(manifest.counts["videos"] if table.num_rows else 0, rejections, output, settings)
@@ -117,13 +129,15 @@ def list_inputs(settings: IngestSettings) -> tuple[str, Listing]:
     return split_pattern(videos)[0], list_videos(videos, settings.suffixes)
 
 
-def _new_videos(listing: Listing, previous: Manifest | None, old_ledger: list[Rejection]) -> tuple[list[Found], int]:
+def _new_videos(
+    listing: Listing, previous: Manifest | None, old_ledger: list[Rejection], settings: IngestSettings
+) -> tuple[list[Found], int]:
     """The videos to ingest, and how many of them have changed since an earlier run."""
     known: dict[str, str] = {}
     if previous:
         columns = previous.table.select(["video_id", "entry"]).to_pydict()
         known = dict(zip(columns["video_id"], columns["entry"], strict=True))
-    known |= {row.video_id: row.entry for row in old_ledger if not row.transient}
+    known |= {row.video_id: row.entry for row in old_ledger if settled(row, settings)}
     new = {found.video_id for found in listing.videos if known.get(found.video_id) != found.entry}
     num_changed = len(new & known.keys())
     if num_changed:  # a duplicate may be one of a video that has changed
@@ -176,6 +190,7 @@ class _Made:
 
     rows: list[dict[str, Any]]
     rejected: list[Rejection]
+    losses: list[Loss]
     files: dict[str, ShardFile]
 
 
@@ -193,6 +208,7 @@ def _cut_all(
     shards = make(plan_shards(good, settings))
     rows = [row for made in shards for row in made.rows]
     rejected = [rejection for made in shards for rejection in made.rejected]
+    losses = [loss for made in shards for loss in made.losses]
     again = {rejection.video_id for rejection in rejected if rejection.reason == ledger.NOT_SEEKABLE}
     if again:
         progress(f"ingest  {len(again)} long videos cannot be decoded in parts: each is decoded as a whole")
@@ -201,11 +217,13 @@ def _cut_all(
         rows += [row for made in second for row in made.rows]
         rejected = [rejection for rejection in rejected if rejection.video_id not in again]
         rejected += [rejection for made in second for rejection in made.rejected]
+        losses += [loss for made in second for loss in made.losses]
         shards += second
     # A long video with one damaged part is damaged, and has one row in the ledger.
     first = {rejection.video_id: rejection for rejection in reversed(rejected)}
     rows = [row for row in rows if row["video_id"] not in first]
-    return _Made(rows, list(first.values()), {made.name: made.file for made in shards})
+    losses = [loss for loss in losses if loss.video_id not in first]
+    return _Made(rows, list(first.values()), losses, {made.name: made.file for made in shards})
 
 
 def _make_shards(
@@ -256,6 +274,13 @@ def _old_ledger(output: str, previous: Manifest | None) -> list[Rejection]:
         return []
     rows = [row for row in ledger.read(output) if row.stage != "list"]
     return [row for row in rows if not row.shard or row.shard in previous.shards]
+
+
+def _old_losses(output: str, previous: Manifest | None, replaced: set[str]) -> list[Loss]:
+    """What earlier runs lost of videos that are still in the data set as they were."""
+    if previous is None:
+        return []
+    return [row for row in ledger.read_losses(output) if row.shard in previous.shards and row.video_id not in replaced]
 
 
 def _previous(output: str, settings: IngestSettings) -> Manifest | None:

@@ -26,7 +26,7 @@ from vmoco.data import shard, source
 from vmoco.data.clips import ClipPlan, Part
 from vmoco.data.decoder import Decoder, StoredClips
 from vmoco.data.held_out import is_held_out
-from vmoco.data.ledger import Rejection, VideoError, attributed
+from vmoco.data.ledger import DAMAGE, Loss, Rejection, VideoError, attributed
 from vmoco.data.manifest import FIELDS, shard_uri
 from vmoco.data.shard import VERSION, ShardFile, ShardMetadata, Video
 from vmoco.data.shard_reader import ShardScan
@@ -79,12 +79,26 @@ def clip_plan(settings: IngestSettings, found: Found) -> ClipPlan:
         deinterlace=settings.deinterlace,
         start_seconds=found.start_seconds,
         end_seconds=found.end_seconds,
+        damaged=settings.damaged,
+        max_damaged_percent=settings.max_damaged_percent,
     )
 
 
-def rejected(found: Found, error: VideoError) -> Rejection:
+def rejected(found: Found, error: VideoError, settings: IngestSettings) -> Rejection:
     """The ledger row of a video."""
-    return Rejection(found.video_id, error.stage, error.reason, error.message, error.transient, entry=found.entry)
+    damaged = settings.damaged if error.reason in DAMAGE else ""
+    why = (error.stage, error.reason, error.message, error.transient)
+    return Rejection(found.video_id, *why, entry=found.entry, damaged=damaged)
+
+
+def settled(rejection: Rejection, settings: IngestSettings) -> bool:
+    """Whether another try would reject the video again: not after a transient error, nor where damage now counts less.
+
+    Data sets from before `--damaged` rejected every damaged video.
+    """
+    if rejection.transient:
+        return False
+    return rejection.reason not in DAMAGE or (rejection.damaged or "reject") == settings.damaged
 
 
 def probe_videos(
@@ -98,7 +112,7 @@ def probe_videos(
     named = [settings.content(), settings.part_seconds, [found.entry for found in task.videos]]
     name = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
     place = storage.join(output, FOLDER, f"{name}.json")
-    kept = _kept(place, task)
+    kept = _kept(place, task, settings)
     if kept is not None:
         return kept
     probed = [_probe(found, root=root, settings=settings, decoder=decoder) for found in task.videos]
@@ -107,11 +121,13 @@ def probe_videos(
     return probed
 
 
-def _kept(place: str, task: ProbeTask) -> list[Probed] | None:
-    """The results of an earlier run; None if there are none, or none that this version reads."""
+def _kept(place: str, task: ProbeTask, settings: IngestSettings) -> list[Probed] | None:
+    """The results of an earlier run; None if there are none, or none that are settled for this version."""
     try:
         kept = _PROBED.validate_json(storage.read_bytes(place))
     except (OSError, ValueError):
+        return None
+    if any(each.rejection and not settled(each.rejection, settings) for each in kept):
         return None
     return kept if tuple(each.found for each in kept) == task.videos else None
 
@@ -131,7 +147,7 @@ def _probe(found: Found, *, root: str, settings: IngestSettings, decoder: Decode
             )
         return Probed(found, sha256, contents.num_clips, contents.parts, contents.duration, contents.notes)
     except VideoError as error:
-        return Probed(found, sha256, rejection=rejected(found, error))
+        return Probed(found, sha256, rejection=rejected(found, error, settings))
 
 
 # Size of a JPEG at quality 92 over that of its raw frame, roughly: only the size of shards depends on it.
@@ -176,6 +192,8 @@ class MadeShard:
     rejected: tuple[Rejection, ...]
     reused: bool
     """It was there already, with the same bytes."""
+    losses: tuple[Loss, ...] = ()
+    """Videos of which a part is lost."""
 
 
 def plan_shards(probed: Sequence[Probed], settings: IngestSettings, *, whole: bool = False) -> list[ShardPlan]:
@@ -218,28 +236,32 @@ def _name(group: list[Unit], settings: IngestSettings) -> str:
 def make_shard(plan: ShardPlan, *, root: str, output: str, settings: IngestSettings, decoder: Decoder) -> MadeShard:
     """Cuts the clips of one shard and writes it, or takes the shard of an earlier run.
 
-    An existing shard of that name has the same bytes, unless one of its videos was rejected for a transient reason.
+    An existing shard of that name has the same bytes, unless one of its rejections is not `settled`.
 
     Raises:
         ValueError: the shard, or the temporary file, cannot be written.
     """
     uri = shard_uri(output, plan.name)
-    reused = _existing(plan, uri)
+    reused = _existing(plan, uri, settings)
     if reused is not None:
         return reused
     cuts: list[tuple[Unit, int, StoredClips]] = []
     rejections: list[Rejection] = []
     notes = [unit.notes for unit in plan.units]
+    losses: list[Loss] = []
     offset = 0  # overwrites the clips of the shard before: new pages of the file would cost more than the copy
     for number, unit in enumerate(plan.units):
         try:
             cut = _cut(unit, root=root, settings=settings, decoder=decoder, offset=offset)
         except VideoError as error:
-            rejections.append(rejected(unit.found, error))
+            rejections.append(rejected(unit.found, error, settings))
         else:
             cuts.append((unit, offset, cut))
             notes[number] += cut.notes
             offset += sum(cut.sizes)
+            if cut.damage:
+                named = dataclasses.asdict(cut.damage)
+                losses.append(Loss(video_id=unit.found.video_id, entry=unit.found.entry, **named))
     videos = [
         Video(
             video_id=unit.found.video_id,
@@ -254,20 +276,25 @@ def make_shard(plan: ShardPlan, *, root: str, output: str, settings: IngestSetti
         for unit, own in zip(plan.units, notes, strict=True)
     ]
     metadata = ShardMetadata(
-        settings.content(), settings.frame_shape, tuple(videos), tuple(rejections), encoding=settings.encoding
+        settings.content(),
+        settings.frame_shape,
+        tuple(videos),
+        tuple(rejections),
+        encoding=settings.encoding,
+        losses=tuple(losses),
     )
     rows, file = shard.write_shard(uri, _clips(cuts, decoder.scratch, settings), metadata=metadata)
     return _made(plan, rows, file, metadata, reused=False)
 
 
-def _existing(plan: ShardPlan, uri: str) -> MadeShard | None:
-    """The shard if it is there, undamaged, and without a transient rejection; otherwise it is made again."""
+def _existing(plan: ShardPlan, uri: str, settings: IngestSettings) -> MadeShard | None:
+    """The shard if it is there, undamaged, and each of its rejections is settled; otherwise it is made again."""
     try:
         there = shard.read_rows(uri)
         rows = there.table.to_pylist()
         scan = ShardScan(uri, rows)
         intact = all(whole for _, _, whole in scan)
-        if intact and not any(rejection.transient for rejection in there.metadata.rejected):
+        if intact and all(settled(rejection, settings) for rejection in there.metadata.rejected):
             return _made(plan, rows, scan.file, there.metadata, reused=True)
     except (OSError, ValueError):
         pass
@@ -329,4 +356,5 @@ def _made(
         row |= {"shard": plan.name, "row": number, "entry": read.entry, "range": read.range}
         row |= {"video_bytes": read.num_bytes, "video_sha256": read.sha256, "notes": "; ".join(read.notes) or None}
     rejections = tuple(dataclasses.replace(rejection, shard=plan.name) for rejection in metadata.rejected)
-    return MadeShard(plan.name, file, rows, rejections, reused)
+    losses = tuple(dataclasses.replace(loss, shard=plan.name) for loss in metadata.losses)
+    return MadeShard(plan.name, file, rows, rejections, reused, losses)

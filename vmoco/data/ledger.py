@@ -1,7 +1,9 @@
-"""The ledger: one JSON line per video that gave no clips, with the reason, so that no video ever just disappears.
+"""The ledger: one JSON line per video that gave no clips, or not all, with the reason: no video ever just disappears.
 
 `reason` is a short code that can be counted; `message` comes from the decoder or the system. The next run tries the
 `transient` ones again (a time limit, a read error); the others stay until the file itself changes.
+
+A video that is damaged and gives clips all the same has a row too, a `Loss`: it names the seconds that are lost.
 
 Whatever is raised while one video is read becomes its row (`attributed`), so no video ends a job of many hours. Only an
 error of the place that the job writes to ends it.
@@ -14,7 +16,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from vmoco import storage
 
@@ -22,6 +24,8 @@ NAME = "ledger.jsonl"
 
 NOT_SEEKABLE = "not-seekable"
 """Reason of a part of a long video that cannot be decoded alone: then the video is decoded from its start."""
+DAMAGE = {"decode-error", "truncated"}
+"""Reasons of a video that is damaged: what becomes of it depends on `--damaged`."""
 UNEXPECTED = "unexpected-error"
 """Reason of a video that raised an error for which there is no other reason."""
 
@@ -46,6 +50,50 @@ class Rejection:
     """`Found.entry` of the video when it was rejected: another entry is another video."""
     shard: str = ""
     """Shard whose metadata lists the video; empty where it was rejected before any shard was planned."""
+    damaged: str = ""
+    """`--damaged` of the ingest that rejected it; rows from before the option have none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Damage:
+    """What of a video is lost."""
+
+    lost: tuple[tuple[float, float], ...]
+    """First and last second of each stretch without a sound frame, as the clips' `start_seconds` count."""
+    percent: float
+    """Share of the video that is lost."""
+    message: str
+    """First report of the decoder or the container."""
+
+    def __str__(self) -> str:
+        if not self.lost:
+            return f"nothing is lost: {self.message}"
+        named = ", ".join(f"{start:.2f}-{end:.2f}" for start, end in self.lost[:5])
+        more = f" and {len(self.lost) - 5} more stretches" if len(self.lost) > 5 else ""
+        return f"{self.percent:.1f} % is lost (seconds {named}{more}): {self.message}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A video that gave clips although a part of it is lost."""
+
+    video_id: str
+    """Path of the video below the root."""
+    lost: tuple[tuple[float, float], ...]
+    """As in `Damage`."""
+    percent: float
+    """As in `Damage`."""
+    message: str
+    """As in `Damage`."""
+    entry: str = ""
+    """`Found.entry` of the video."""
+    shard: str = ""
+    """Shard whose metadata lists the video."""
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Loss:
+        """The row of which `dataclasses.asdict` is `values`, also as it comes from JSON."""
+        return cls(**values | {"lost": tuple((start, end) for start, end in values["lost"])})
 
 
 class VideoError(Exception):
@@ -91,38 +139,62 @@ def _text(error: BaseException) -> str:
         return f"without a message ({type(another).__name__})"
 
 
-def write(uri: str, rejections: Iterable[Rejection]) -> None:
+def write(uri: str, rejections: Iterable[Rejection], losses: Iterable[Loss] = ()) -> None:
     """Writes the ledger of the data set at `uri`, sorted by video, in place of the one that was there.
 
     Raises:
         ValueError: the place cannot be written.
     """
-    ordered = sorted(rejections, key=lambda rejection: rejection.video_id)
-    lines = [json.dumps(dataclasses.asdict(rejection), sort_keys=True) + "\n" for rejection in ordered]
+    rows = [dataclasses.asdict(rejection) for rejection in rejections]
+    for row in rows:
+        if not row["damaged"]:
+            del row["damaged"]
+    rows += [dataclasses.asdict(loss) | {_KEPT: True} for loss in losses]
+    ordered = sorted(rows, key=lambda row: str(row["video_id"]))
+    lines = [json.dumps(row, sort_keys=True) + "\n" for row in ordered]
     storage.write_atomic(storage.join(uri, NAME), "".join(lines).encode())
 
 
+_KEPT = "kept"
+"""Marks the rows of videos that gave clips."""
+
+
 def read(uri: str) -> list[Rejection]:
-    """The ledger of the data set at `uri`; empty if there is none.
+    """The rejected videos in the ledger of the data set at `uri`; empty if there is none.
 
     Raises:
         ValueError: a line is not a ledger row.
     """
+    return [row for row in _rows(uri) if isinstance(row, Rejection)]
+
+
+def read_losses(uri: str) -> list[Loss]:
+    """The videos in the ledger of the data set at `uri` that gave clips and of which a part is lost.
+
+    Raises:
+        ValueError: a line is not a ledger row.
+    """
+    return [row for row in _rows(uri) if isinstance(row, Loss)]
+
+
+def _rows(uri: str) -> list[Rejection | Loss]:
     place = storage.join(uri, NAME)
     try:
         lines = storage.read_bytes(place).decode().splitlines()
     except FileNotFoundError:
         return []
-    rejections = []
+    rows: list[Rejection | Loss] = []
     for number, line in enumerate(lines, start=1):
         try:
-            rejections.append(Rejection(**json.loads(line)))
-        except (TypeError, ValueError) as error:
+            values = json.loads(line)
+            kept = values.pop(_KEPT, False)
+            rows.append(Loss.of(values) if kept else Rejection(**values))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"line {number} of {place} is not a ledger row ({error}): "
                 "remove the file, and the next ingest tries its videos again"
             ) from None
-    return rejections
+    return rows
 
 
 def totals(rejections: Iterable[Rejection]) -> str:

@@ -27,7 +27,7 @@ import pyarrow as pa
 from vmoco import storage
 from vmoco.data import frames as storing
 from vmoco.data.frames import Encoding, Frames, Shape
-from vmoco.data.ledger import Rejection
+from vmoco.data.ledger import Loss, Rejection
 
 VERSION = 2
 """Of the schema of shards and manifest. 2: JPEG, byte ranges, sizes of pictures, splits, parts of long videos."""
@@ -65,14 +65,18 @@ class ShardMetadata:
     rejected: tuple[Rejection, ...] = ()
     encoding: Encoding = "raw"
     """How the frames of every clip are stored."""
+    losses: tuple[Loss, ...] = ()
+    """Videos of which a part is lost."""
 
     def to_json(self) -> str:
-        """Canonical JSON: equal metadata give equal bytes."""
-        values = dataclasses.asdict(self)
-        for video in values["videos"]:
-            if not video["notes"]:  # so the shards of videos without notes have the bytes of earlier versions
-                del video["notes"]
-        return json.dumps({"version": VERSION, **values}, sort_keys=True)
+        """Canonical JSON: equal metadata give equal bytes. What came later is left out where it is empty."""
+        values = {"version": VERSION, **dataclasses.asdict(self)}
+        later = [(values, "losses"), *((video, "notes") for video in values["videos"])]
+        later += [(rejection, "damaged") for rejection in values["rejected"]]
+        for fields, name in later:
+            if not fields[name]:  # so the shard of a clean video has the bytes of earlier versions
+                del fields[name]
+        return json.dumps(values, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str | bytes, *, uri: str) -> ShardMetadata:
@@ -94,6 +98,7 @@ class ShardMetadata:
             videos=tuple(Video(**video | {"notes": tuple(video.get("notes", ()))}) for video in values["videos"]),
             rejected=tuple(Rejection(**rejection) for rejection in values["rejected"]),
             encoding=values["encoding"],
+            losses=tuple(Loss.of(loss) for loss in values.get("losses", [])),
         )
 
 

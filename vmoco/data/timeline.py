@@ -17,7 +17,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from vmoco.data.clips import ClipPlan, Int64Array
+from vmoco.data.clips import ClipPlan, Int64Array, clip_indices
+from vmoco.data.ledger import VideoError
 
 _MAX_REORDER = 17
 """Frames: a decoder reorders 16 at most. Where the container has no stamps for showing, they come in decoding order."""
@@ -47,6 +48,29 @@ class Timeline:
     """Numbers of frames at the end of a recording that may be incomplete, so no clip may hold them."""
     notes: tuple[str, ...] = ()
     """What is unusual, one sentence each, which begins with its kind: `kind: sentence`."""
+    expected: tuple[Int64Array, ...] = ()
+    """For each recording, int64: time stamps in the file, of the packets of which a frame must come."""
+    broken: VideoError | None = None
+    """What is wrong with the file, where it is damaged or cut off."""
+
+
+def plan_clips(line: Timeline, plan: ClipPlan) -> Int64Array:
+    """The frames of each clip, as `clip_indices`; the plan's seconds count on the container's clock."""
+    borders = {*line.seams, *line.doubtful, *(number + 1 for number in line.doubtful)} - {len(line.times)}
+    return clip_indices(line.times, line.time_base, on_clock(plan, line), seams=tuple(sorted(borders)))
+
+
+def on_clock(plan: ClipPlan, line: Timeline) -> ClipPlan:
+    """The plan with its seconds counted from the first frame, where they count on the container's clock."""
+    if not len(line.times):
+        return plan
+    late = float(int(line.times[0]) * line.time_base - line.origin)
+    start, end = plan.start_seconds, plan.end_seconds
+    return dataclasses.replace(
+        plan,
+        start_seconds=None if start is None else start - late,
+        end_seconds=None if end is None else end - late,
+    )
 
 
 def find_seams(stamps: Int64Array, time_base: Fraction, *, restarts: bool) -> tuple[int, ...]:
@@ -102,21 +126,3 @@ def _step(steps: Int64Array) -> int:
     """The usual distance of two frames."""
     ahead = steps[steps > 0]
     return int(np.median(ahead)) if len(ahead) else 1
-
-
-def on_clock(plan: ClipPlan, *, first: int, time_base: Fraction, origin: Fraction) -> ClipPlan:
-    """The plan with its seconds counted from the first frame, where they count on the container's clock.
-
-    Args:
-        plan: How to cut.
-        first: Time stamp of the first frame.
-        time_base: Seconds of one unit.
-        origin: As in `Timeline`.
-    """
-    late = float(first * time_base - origin)
-    start, end = plan.start_seconds, plan.end_seconds
-    return dataclasses.replace(
-        plan,
-        start_seconds=None if start is None else start - late,
-        end_seconds=None if end is None else end - late,
-    )
