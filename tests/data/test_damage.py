@@ -207,6 +207,19 @@ def test_a_clip_lies_in_one_stretch() -> None:
     assert found.keep(np.empty((0, 2), np.int64)).tolist() == []
 
 
+def test_overlapping_times_are_rejected(tmp_path: Path) -> None:
+    """A damaged file with a piece of itself spliced in shows times twice; its clips would be of mixed frames."""
+    path = noisy(tmp_path / "a.ts")
+    content = path.read_bytes()
+    packet = 188
+    third = len(content) // packet // 3 * packet
+    path.write_bytes(content[: 2 * third] + content[third : 2 * third + 7] + content[third:])
+    with pytest.raises(VideoError, match=r"^clip: bad-timestamps: "):
+        cut(path)
+    assert not Survey(np.arange(3), np.array([0, 2, 1]), "x").ordered
+    assert Survey(np.arange(4), np.array([0, -1, 1, 2]), "x").ordered
+
+
 def test_what_is_lost_is_measured_in_time() -> None:
     """Frames count for as long as they are shown; the promised end counts too, and touching stretches are one."""
     found = Survey(np.array([0, 10, 20, 60, 70, 80]), np.array([0, 1, -1, -1, 2, 3]), "x")

@@ -280,6 +280,11 @@ class Survey:
         """Whether any frame is lost."""
         return bool((self.frames < 0).any())
 
+    @property
+    def ordered(self) -> bool:
+        """Whether the sound frames come from the decoder in the order of their time stamps."""
+        return bool((np.diff(self.frames[self.frames >= 0]) > 0).all())
+
     def keep(self, indices: Int64Array) -> Int64Array:
         """Those of the clips, int64 (N, T), that lie in one sound stretch each, from first to last frame."""
         if not len(indices):

@@ -281,6 +281,8 @@ def _cut_sound(
     lost = damage.assess(found, time_base, plan, promised=promised, message=broken.message)
     if lost.percent > plan.max_damaged_percent:
         raise VideoError(broken.stage, broken.reason, f"more than {plan.max_damaged_percent:g} %: {lost}")
+    if not found.ordered:
+        raise VideoError("clip", "bad-timestamps", f"time stamps do not increase, and {lost}")
     indices = found.keep(clip_indices(found.times, time_base, plan))
     if not len(indices):
         raise VideoError(broken.stage, broken.reason, f"no clip is without damage: {lost}")
