@@ -202,6 +202,22 @@ def test_a_clip_lies_in_one_stretch() -> None:
     assert found.keep(np.empty((0, 2), np.int64)).tolist() == []
 
 
+def test_times_that_are_shown_twice(tmp_path: Path) -> None:
+    """A damaged file with a piece of itself spliced in is two recordings; no clip mixes the frames of both."""
+    path = noisy(tmp_path / "a.ts")
+    frames, content = cut_frames(path), path.read_bytes()
+    packet = 188
+    third = len(content) // packet // 3 * packet
+    path.write_bytes(content[: 2 * third] + content[third : 2 * third + 7] + content[third:])
+    made, clips = cut(path)
+    assert made.damage is not None
+    assert len(clips) > 20
+    for clip in clips:
+        assert any(np.array_equal(clip, frames[at : at + SPAN]) for at in range(FRAMES - SPAN + 1))
+    assert not surveyed([0, 1, 2], [0, 2, 1]).ordered
+    assert surveyed([0, 1, 2, 3], [0, -1, 1, 2]).ordered
+
+
 def test_what_is_lost_is_measured_in_time() -> None:
     """Frames count for as long as they are shown; the promised end counts too, and touching stretches are one."""
     found = surveyed([0, 10, 20, 60, 70, 80], [0, 1, -1, -1, 2, 3], Fraction(1, 10))

@@ -139,6 +139,15 @@ def hurry(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, action: str) -> Non
     monkeypatch.setattr(decoder, action, late)
 
 
+def test_a_video_that_claims_to_last_for_years_is_decoded(root: Path, decoder: Decoder) -> None:
+    """The time limit grows with the length that time stamps give, and stays one that the system allows."""
+    chosen = settings(root)
+    good = [Probed(found, "hash", duration=1e9) for found in list_videos(chosen.videos).videos]
+    (plan,) = plan_shards(good, chosen)
+    made = make_shard(plan, root=chosen.videos, output=chosen.output, settings=chosen, decoder=decoder)
+    assert {row["video_id"] for row in made.rows} == {"a.mp4", "c.avi"}
+
+
 def test_what_was_transient_is_tried_again(root: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard with a video that ran out of time is made anew, and then equals one that never had the trouble."""
     with monkeypatch.context() as patch:

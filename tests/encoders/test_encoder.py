@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.videos import Kept, images, truncate, write_video
+from tests.data.videos import Kept, corrupt, images, truncate, write_video
 from tests.made import clips, encoder_of
 from vmoco.data.augment import PIXEL_MEAN, PIXEL_STD
 from vmoco.data.clips import ClipPlan
@@ -62,6 +62,18 @@ def test_a_video_gives_its_clips_at_the_encoders_rate(tmp_path: Path) -> None:
     frames = np.stack(kept.clips)
     assert torch.equal(encoder.embed(path), encoder.embed(frames))
     assert torch.equal(encoder.embed(str(path)), encoder.embed(frames))
+
+
+def test_a_damaged_video_gives_its_clips_without_damage(tmp_path: Path) -> None:
+    """The same clips as ingest keeps, with a warning that names the seconds."""
+    path = write_video(tmp_path / "a.mp4", images(100), options={"g": "10", "sc_threshold": "0"})
+    encoder = encoder_of()
+    whole = encoder.clips(path)
+    corrupt(path, end=0.45)
+    with pytest.warns(UserWarning, match=r"a.mp4 gives its clips without damage: \d+\.\d % is lost \(seconds "):
+        clips = encoder.clips(path)
+    assert 0 < len(clips) < len(whole)
+    assert all((whole == clip).flatten(1).all(1).any() for clip in clips)
 
 
 def test_a_video_that_gives_no_clips_is_said(tmp_path: Path) -> None:

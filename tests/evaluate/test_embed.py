@@ -17,7 +17,7 @@ import pytest
 import torch
 from torchvision.models import video as torchvision_video
 
-from tests.data.videos import images, truncate, write_video
+from tests.data.videos import corrupt, images, truncate, write_video
 from tests.dataset import damage_clip, make_data_set, upload
 from tests.embeddings import embedded, labelled_data_set
 from tests.made import encoder_of, save_checkpoint, settings_for
@@ -31,7 +31,7 @@ from vmoco.evaluate.embed import EmbedTask, Work, embed, shard_items
 from vmoco.evaluate.features import Window, clip_features, window
 from vmoco.evaluate.knn import classify
 from vmoco.evaluate.score import score_encoder
-from vmoco.evaluate.table import part_rejected
+from vmoco.evaluate.table import part_losses, part_rejected
 from vmoco.job_settings import EmbedSettings, EvaluateSettings, FinetuneSettings
 from vmoco.train.publish import write_encoder
 
@@ -164,6 +164,22 @@ def test_any_error_of_one_video_is_a_row_of_the_ledger(
     stage = "decode" if place[1] == "probe" else "read"
     assert (row.video_id, row.stage, row.reason, row.transient) == ("b.mp4", stage, "unexpected-error", True)
     assert row.message == f"{type(error).__name__}: {error}"
+
+
+def test_a_damaged_video_is_recorded(tmp_path: Path) -> None:
+    """Its clips without damage are in the table, and the part remembers what is lost."""
+    path = write_video(tmp_path / "videos" / "b.mp4", images(100), options={"g": "10", "sc_threshold": "0"})
+    corrupt(path, end=0.45)
+    plan = {"folder": str(path.parent), "videos": [[path.name, path.stat().st_size]]}
+    item = {"part": "all", "plan": json.dumps(plan)}
+    task = EmbedTask(encoder_of(), Work(str(tmp_path / "table"), Window(8, 1), batch_size=4))
+    made = task(item)
+    assert made["error"] == ""
+    assert made["clips"] > 4
+    assert part_rejected(str(tmp_path / "table"), "all") == []
+    (loss,) = part_losses(str(tmp_path / "table"), "all")
+    assert loss.video_id == "b.mp4"
+    assert loss.lost
 
 
 def test_a_full_scratch_disk_rejects_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ import pytest
 from tests.embeddings import embedded, labelled_data_set, table_of
 from tests.made import encoder_of
 from vmoco import storage
-from vmoco.data.ledger import Rejection
+from vmoco.data.ledger import Loss, Rejection
 from vmoco.evaluate.features import clip_features
-from vmoco.evaluate.table import FeatureTable, part_bytes, part_rejected, part_uri
+from vmoco.evaluate.table import FeatureTable, part_bytes, part_losses, part_rejected, part_uri
 
 
 def test_blocks_are_the_chosen_rows_in_order(tmp_path: Path) -> None:
@@ -45,9 +45,11 @@ def test_any_reader_of_parquet_reads_it(tmp_path: Path) -> None:
 def test_a_part_without_clips_accounts_for_its_videos(tmp_path: Path) -> None:
     """It reads back with its rejections, and adds no rows to the table."""
     lost = Rejection("x.mp4", "probe", "truncated", "half of it", entry="an entry")
-    content = part_bytes([], np.zeros((0, 5), np.float32), rejected=[lost])
+    less = Loss("y.mp4", ((0.5, 1.0),), 12.5, "h264: concealing")
+    content = part_bytes([], np.zeros((0, 5), np.float32), rejected=[lost], losses=[less])
     storage.write_atomic(part_uri(str(tmp_path), "empty"), content)
     assert part_rejected(str(tmp_path), "empty") == [lost]
+    assert part_losses(str(tmp_path), "empty") == [less]
     assert part_rejected(str(tmp_path), "none") is None
     features = np.ones((3, 5), np.float32)
     table_of(tmp_path, features, ["a"] * 3)

@@ -37,6 +37,8 @@ from vmoco.seed import hash64
 FOLDER = "probes"
 """Folder of the results of probing, in a data set that is not complete yet."""
 VIDEOS_PER_TASK = 32
+_MOST_SECONDS = 7 * 86400.0
+"""Longest time limit of a video; the system allows no more than 24 days."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,7 +319,8 @@ def _cut(unit: Unit, *, root: str, settings: IngestSettings, decoder: Decoder, o
             quality=settings.jpeg_quality,
             offset=offset,
             # A long video that could not be split takes as long as its parts would together.
-            seconds=settings.seconds_per_video * max(1.0, unit.duration / settings.part_seconds),
+            # A wrong time stamp may say that it lasts for years.
+            seconds=min(settings.seconds_per_video * max(1.0, unit.duration / settings.part_seconds), _MOST_SECONDS),
         )
 
 

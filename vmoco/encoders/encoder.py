@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from vmoco.model.backbone import Backbone
 
 if TYPE_CHECKING:
     from vmoco.data.decoder import Decoder
+    from vmoco.data.ledger import Damage
 
 Source = str | os.PathLike[str] | npt.NDArray[np.uint8] | torch.Tensor
 """A video file, or frames."""
@@ -68,6 +70,8 @@ class VideoClips:
     start_seconds: list[float]
     clip_seconds: float
     """From the first frame of a clip to the end of its last."""
+    damage: Damage | None = None
+    """What of the video is lost."""
 
 
 class Encoder(nn.Module):
@@ -180,8 +184,10 @@ class Encoder(nn.Module):
     ) -> VideoClips:
         """The clips of a video file as this encoder sees them, decoded in the process of `decoder`.
 
+        A damaged video gives the clips without a damaged frame, as ingest takes them by default.
+
         Raises:
-            VideoError: the video is damaged, too short or too slow.
+            VideoError: the video is too short or too slow, or more than half of it is lost.
         """
         from vmoco.data import video
         from vmoco.data.clips import ClipPlan
@@ -193,7 +199,8 @@ class Encoder(nn.Module):
         cut = decoder.cut(path, plan, part=None, size=size, encoding="raw", quality=100, offset=0, seconds=seconds)
         stored = os.pread(decoder.scratch.fileno(), sum(cut.sizes), 0)
         frames = np.frombuffer(stored, np.uint8).reshape(len(cut.sizes), expected.num_frames, *size, 3).copy()
-        return VideoClips(frames, cut.start_times, cut.start_seconds, expected.num_frames * stride / cut.fps)
+        seconds_of_clip = expected.num_frames * stride / cut.fps
+        return VideoClips(frames, cut.start_times, cut.start_seconds, seconds_of_clip, cut.damage)
 
     def _decoded(self, path: str) -> npt.NDArray[np.uint8]:
         from vmoco.data.decoder import Decoder
@@ -203,7 +210,10 @@ class Encoder(nn.Module):
             raise ValueError(f"there is no video file {path}")
         decoder = Decoder()
         try:
-            return self.cut_video(path, decoder=decoder).frames
+            cut = self.cut_video(path, decoder=decoder)
+            if cut.damage:
+                warnings.warn(f"video {path} gives its clips without damage: {cut.damage}", stacklevel=4)
+            return cut.frames
         except VideoError as error:
             raise ValueError(f"video {path} gives no clips ({error})") from None
         finally:

@@ -26,12 +26,12 @@ import torch
 from vmoco import storage
 from vmoco.data import ledger, source
 from vmoco.data.decoder import Decoder
-from vmoco.data.ledger import Rejection, VideoError, attributed
+from vmoco.data.ledger import Loss, Rejection, VideoError, attributed
 from vmoco.data.manifest import NAME, Manifest
 from vmoco.data.shard_reader import ClipReader
 from vmoco.encoders.encoder import Encoder
 from vmoco.evaluate.features import Frames, Window, embed_batch, embed_views, mean_colour, window, without_colour
-from vmoco.evaluate.table import SPLITS, FeatureTable, part_bytes, part_rejected, part_uri
+from vmoco.evaluate.table import SPLITS, FeatureTable, part_bytes, part_losses, part_rejected, part_uri
 from vmoco.job_settings import EmbedSettings, PoolSettings
 from vmoco.progress import Progress
 from vmoco.seed import hash64
@@ -84,7 +84,7 @@ def embed(encoder: Encoder, settings: EmbedSettings, *, show: Callable[[str], No
     reused = run_items(items, encoder, work, settings, show=show)
     parts = [item["part"] for item in items]
     rejected = listed + [row for part in parts for row in part_rejected(output, part) or []]
-    ledger.write(output, rejected)
+    ledger.write(output, rejected, [loss for part in parts for loss in part_losses(output, part)])
     table = FeatureTable(output, parts)
     if not len(table):
         raise ValueError(f"none of the videos in {videos} could be embedded: see {storage.join(output, ledger.NAME)}")
@@ -262,10 +262,11 @@ class EmbedTask:
         """
         plan = json.loads(item["plan"])
         rejected: list[Rejection] = []
+        losses: list[Loss] = []
         try:
-            clips = self._of_videos(plan, rejected) if "videos" in plan else self._of_data_set(plan)
+            clips = self._of_videos(plan, rejected, losses) if "videos" in plan else self._of_data_set(plan)
             rows, features = self._embed(clips)
-            content = part_bytes(rows, features, rejected=rejected)
+            content = part_bytes(rows, features, rejected=rejected, losses=losses)
             storage.write_atomic(part_uri(self._work.output, item["part"]), content)
         except (OSError, ValueError) as error:  # as a value: Ray would wrap an exception in its own stack
             return {"clips": 0, "error": str(error)}
@@ -296,8 +297,8 @@ class EmbedTask:
             shown = frames if self._work.views else frames[seen.start : seen.stop : seen.step]
             yield row | {"colour": mean_colour(frames).tolist()}, shown
 
-    def _of_videos(self, plan: dict[str, Any], rejected: list[Rejection]) -> Iterator[_Clip]:
-        """Clips of videos; a video that fails with any error is added to `rejected`.
+    def _of_videos(self, plan: dict[str, Any], rejected: list[Rejection], losses: list[Loss]) -> Iterator[_Clip]:
+        """Clips of videos. One that fails with any error is added to `rejected`; a damaged one to `losses`.
 
         Raises:
             ScratchError: the disk for temporary files cannot be written.
@@ -319,6 +320,8 @@ class EmbedTask:
                 why = (error.stage, error.reason, error.message, error.transient)
                 rejected.append(Rejection(name, *why, entry=found.entry))
                 continue
+            if cut.damage:
+                losses.append(Loss(name, cut.damage.lost, cut.damage.percent, cut.damage.message, entry=found.entry))
             for place, frames in enumerate(cut.frames):
                 yield (
                     {

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vmoco import storage
-from vmoco.data.ledger import Rejection
+from vmoco.data.ledger import Loss, Rejection
 
 PARTS = "parts"
 SPLITS = ("split_1", "split_2", "split_3")
@@ -35,6 +35,7 @@ FIELDS = [
     pa.field("colour", pa.list_(pa.float32(), 3), nullable=False),  # mean red, green, blue, 0 to 255
 ]
 _REJECTED = b"vmoco.rejected"
+_LOSSES = b"vmoco.losses"
 FEATURE = "feature"
 
 Result = TypeVar("Result")
@@ -43,7 +44,11 @@ Rows = npt.NDArray[np.int64]
 
 
 def part_bytes(
-    rows: list[dict[str, Any]], features: Features, *, rejected: list[Rejection] | None = None
+    rows: list[dict[str, Any]],
+    features: Features,
+    *,
+    rejected: list[Rejection] | None = None,
+    losses: list[Loss] | None = None,
 ) -> memoryview:
     """A part as the content of a Parquet file.
 
@@ -51,14 +56,16 @@ def part_bytes(
         rows: one per clip, with the fields of FIELDS.
         features: float32 (number of rows, D).
         rejected: videos that gave no clips; the part records them.
+        losses: videos of which something is lost; the part records them too.
     """
     table = pa.Table.from_pylist(rows, schema=pa.schema(FIELDS))
     width = features.shape[1]
     flat = pa.array(np.ascontiguousarray(features, np.float32).reshape(-1))
     column = pa.FixedSizeListArray.from_arrays(flat, width)
     table = table.append_column(pa.field(FEATURE, pa.list_(pa.float32(), width), nullable=False), column)
-    lost = json.dumps([vars(rejection) for rejection in rejected or []])
-    table = table.replace_schema_metadata({_REJECTED: lost})
+    without = json.dumps([vars(rejection) for rejection in rejected or []])
+    damaged = json.dumps([vars(loss) for loss in losses or []])
+    table = table.replace_schema_metadata({_REJECTED: without} | ({_LOSSES: damaged} if losses else {}))
     sink = pa.BufferOutputStream()
     # Dictionaries only for strings that repeat: features look like noise, and the other columns are small.
     pq.write_table(table, sink, compression="zstd", use_dictionary=["video_id", "label", "source"])
@@ -77,6 +84,16 @@ def part_rejected(folder: str, name: str) -> list[Rejection] | None:
     except FileNotFoundError:
         return None
     return [Rejection(**row) for row in json.loads(metadata.get(_REJECTED, b"[]"))]
+
+
+def part_losses(folder: str, name: str) -> list[Loss]:
+    """The videos of a part of which something is lost, read from its footer.
+
+    Raises:
+        FileNotFoundError: there is no such part.
+    """
+    metadata = _read(part_uri(folder, name), pq.read_schema).metadata or {}
+    return [Loss.of(row) for row in json.loads(metadata.get(_LOSSES, b"[]"))]
 
 
 class FeatureTable:
