@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vmoco.data.augment import PIXEL_MEAN, PIXEL_STD, standardise
+from vmoco.job_settings import ShortVideos
 from vmoco.model.backbone import Backbone
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ Source = str | os.PathLike[str] | npt.NDArray[np.uint8] | torch.Tensor
 MAX_CLIPS = 32
 """Most clips of one video file; the default of ingest."""
 SECONDS_PER_VIDEO = 600.0
+SAME_RATE = 1e-3
+"""Relative difference below which two frame rates are one."""
 S3D_FRAMES = 5
 """Fewest frames for S3D: it halves time three times, the last time without padding."""
 
@@ -99,18 +102,19 @@ class Encoder(nn.Module):
         """Width of a feature."""
         return self.backbone.feature_dim
 
-    def clips(self, source: Source) -> torch.Tensor:
+    def clips(self, source: Source, *, short_videos: ShortVideos = "reject") -> torch.Tensor:
         """Frames as clips, uint8 (B, T, H, W, 3).
 
         Args:
             source: path of a video file, which gives as many clips as fit side by side (32 at most) at the encoder's
                 frame rate; or uint8 frames (T, H, W, 3) or (B, T, H, W, 3), RGB, an array or a tensor.
+            short_videos: "loop" repeats the frames of a video file that is shorter than a clip, as ingest does.
 
         Raises:
             ValueError: a video that cannot be read, or frames of another shape or type.
         """
         if isinstance(source, str | os.PathLike):
-            return torch.from_numpy(self._decoded(os.fspath(source)))
+            return torch.from_numpy(self._decoded(os.fspath(source), short_videos))
         if isinstance(source, np.ndarray) and source.dtype == np.uint8:
             # A copy where torch cannot share the memory: a read-only view of a shard, or negative strides.
             shared = source.flags.writeable and all(stride > 0 for stride in source.strides)
@@ -152,15 +156,15 @@ class Encoder(nn.Module):
         return (clips - self.mean) / self.std
 
     @torch.inference_mode()
-    def embed(self, source: Source) -> torch.Tensor:
-        """Features of clips, float32 (B, feature_dim), unit rows; `source` as for `clips`.
+    def embed(self, source: Source, *, short_videos: ShortVideos = "reject") -> torch.Tensor:
+        """Features of clips, float32 (B, feature_dim), unit rows; the arguments are those of `clips`.
 
         Features of unit length, because they are compared by cosine. Fine-tuning uses `forward`.
 
         Raises:
             ValueError: a video that cannot be read, or frames of another shape or type.
         """
-        return F.normalize(self(self.clips(source)), dim=1)
+        return F.normalize(self(self.clips(source, short_videos=short_videos)), dim=1)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """uint8 frames (B, T, H, W, 3) -> features float32 (B, feature_dim), with graph."""
@@ -180,10 +184,17 @@ class Encoder(nn.Module):
         return max(1, round(fps / self.preprocessing.fps))
 
     def cut_video(
-        self, path: str, *, decoder: Decoder, max_clips: int = MAX_CLIPS, seconds: float = SECONDS_PER_VIDEO
+        self,
+        path: str,
+        *,
+        decoder: Decoder,
+        max_clips: int = MAX_CLIPS,
+        seconds: float = SECONDS_PER_VIDEO,
+        short_videos: ShortVideos = "reject",
     ) -> VideoClips:
         """The clips of a video file as this encoder sees them, decoded in the process of `decoder`.
 
+        They are those of an ingest with `--fps`, the encoder's frame rate, or without it where the video has that rate.
         A damaged video gives the clips without a damaged frame, as ingest takes them by default.
 
         Raises:
@@ -194,15 +205,19 @@ class Encoder(nn.Module):
 
         expected = self.preprocessing
         size = (expected.size, expected.size)
-        stride = self.stride(video.probe(path).fps)
-        plan = ClipPlan(expected.num_frames, stride=stride, max_clips=max_clips)
+        fps = video.probe(path).fps
+        # Rates are measured: by time stamps, a rate that is a little lower than the video's would leave frames out.
+        same = abs(fps / expected.fps - 1) < SAME_RATE
+        plan = ClipPlan(
+            expected.num_frames, fps=None if same else expected.fps, max_clips=max_clips, short=short_videos
+        )
         cut = decoder.cut(path, plan, part=None, size=size, encoding="raw", quality=100, offset=0, seconds=seconds)
         stored = os.pread(decoder.scratch.fileno(), sum(cut.sizes), 0)
         frames = np.frombuffer(stored, np.uint8).reshape(len(cut.sizes), expected.num_frames, *size, 3).copy()
-        seconds_of_clip = expected.num_frames * stride / cut.fps
-        return VideoClips(frames, cut.start_times, cut.start_seconds, seconds_of_clip, cut.damage)
+        clip_seconds = expected.num_frames / (plan.fps or cut.fps)
+        return VideoClips(frames, cut.start_times, cut.start_seconds, clip_seconds, cut.damage)
 
-    def _decoded(self, path: str) -> npt.NDArray[np.uint8]:
+    def _decoded(self, path: str, short_videos: ShortVideos) -> npt.NDArray[np.uint8]:
         from vmoco.data.decoder import Decoder
         from vmoco.data.ledger import VideoError
 
@@ -210,7 +225,7 @@ class Encoder(nn.Module):
             raise ValueError(f"there is no video file {path}")
         decoder = Decoder()
         try:
-            cut = self.cut_video(path, decoder=decoder)
+            cut = self.cut_video(path, decoder=decoder, short_videos=short_videos)
             if cut.damage:
                 warnings.warn(f"video {path} gives its clips without damage: {cut.damage}", stacklevel=4)
             return cut.frames
