@@ -27,7 +27,7 @@ def below(folder: Path) -> list[str]:
 
 
 def test_reader_sees_one_whole_content_or_the_other(tmp_path: Path) -> None:
-    """While a writer replaces a file again and again, each read gives one of the two contents entire."""
+    """While a writer replaces a file again and again, each read gives one of the two complete contents."""
     path, contents = tmp_path / "file", [b"a" * 2**20, b"b" * 2**21]
     storage.write_atomic(str(path), contents[0])
     finished = threading.Event()
@@ -196,7 +196,7 @@ def test_unwritable_place_shows_before_the_work(tmp_path: Path) -> None:
     ["s3://AKIAHIDDEN:hidden@bucket/data", "s3://bucket/data?access_key=hidden&secret_key=hidden", "gs://h:i@b/x"],
 )
 def test_a_uri_with_a_key_in_it_is_refused_without_repeating_it(uri: str) -> None:
-    """The sentence says where keys belong, and holds neither key nor URI."""
+    """The message says where keys belong, and contains neither key nor URI."""
     with pytest.raises(ValueError, match=r"carries a key, .*AWS_ACCESS_KEY_ID .*create a new key") as raised:
         storage.absolute_uri(uri)
     assert "hidden" not in str(raised.value).lower()

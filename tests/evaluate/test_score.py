@@ -103,7 +103,7 @@ def test_a_large_set_is_bounded_by_a_fixed_draw() -> None:
 
 
 def test_what_cannot_be_scored_is_said() -> None:
-    """Too few videos, with what to change; a feature that is not a number."""
+    """Too few videos are refused with what to change, and so is a feature that is not a number."""
     with pytest.raises(ValueError, match=r"1 of 2 held-out videos have two clips .*--held-out-percent"):
         choose_pairs(["a", "a", "b"], start_seconds=[0.0, 1.0, 0.0], clip_seconds=1.0)
     with pytest.raises(ValueError, match="a feature is not finite"):
@@ -116,7 +116,7 @@ def encoder() -> Encoder:
 
 
 def test_an_encoder_cannot_win_by_colour(tmp_path: Path) -> None:
-    """Videos that differ in nothing but a tint: mean colour finds them all, the encoder is at chance."""
+    """Videos that differ only in a tint: mean colour finds them all, and the encoder is at chance."""
     random = np.random.default_rng(0)
     clips = []
     for video in range(16):
@@ -163,6 +163,6 @@ def test_copies_of_a_clip_make_no_score_surer() -> None:
 
 
 def test_nothing_measured_is_an_error() -> None:
-    """A sentence, no division by zero."""
+    """An error message, and no division by zero."""
     with pytest.raises(ValueError, match="no clip was measured"):
         estimate([], [])
