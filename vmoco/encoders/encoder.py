@@ -172,7 +172,7 @@ class Encoder(nn.Module):
         return digest.hexdigest()[:16]
 
     def stride(self, fps: float) -> int:
-        """n, if taking every n-th frame of a video of `fps` comes nearest to the encoder's frame rate."""
+        """The n for which every n-th frame of a video of `fps` comes nearest to the encoder's frame rate."""
         return max(1, round(fps / self.preprocessing.fps))
 
     def cut_video(
