@@ -66,6 +66,7 @@ def other_value(group: str, name: str) -> object:
         ("scaling", "num_workers"): 2,
         ("scaling", "min_workers"): 1,
         ("augment", "hue"): 0.1,
+        ("moco", "reversed_negatives_percent"): 50.0,
     }
     if (group, name) in needed:
         return needed[group, name]
@@ -108,6 +109,11 @@ def other_value(group: str, name: str) -> object:
             "data",
             {"two_clips_from_percent": 30},
             "--data.two-clips-from-percent 30.0 needs --data.positives two_clips, not same_clip: set two_clips, or ",
+        ),
+        (
+            "moco",
+            {"reversed_negatives_percent": 12},
+            "--moco.reversed-negatives-percent 12.0 of --train.micro-batch 4 reverses 0 clips: raise one of them, or ",
         ),
         ("generator", {"every": 0}, "--generator.every 0 is not allowed: .*greater than or equal to 1$"),
         ("generator", {"objective": "both"}, "--generator.objective both is not allowed: .*'difference' or 'contrast'"),
@@ -185,6 +191,12 @@ def test_s3d_is_refused_where_nothing_would_be_left_of_a_clip(group: str, fields
 def test_number_of_dropped_frames_is_the_rounded_share(ratio: float, frames: int, expected: int) -> None:
     """8 of 32 as in the paper; halves round up."""
     assert changed(changed(TINY, "data", num_frames=frames), "generator", drop_ratio=ratio).num_dropped == expected
+
+
+@pytest.mark.parametrize(("percent", "expected"), [(0, 0), (12.5, 1), (25, 1), (37.5, 2), (50, 2), (100, 4)])
+def test_number_of_reversed_keys_is_the_rounded_share_of_a_micro_batch(percent: float, expected: int) -> None:
+    """Of 4 clips; halves round up."""
+    assert changed(TINY, "moco", reversed_negatives_percent=percent).num_reversed == expected
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ HOMES = {
         "vmoco.encoders.encoder_program",
         "vmoco.mlflow_internals",
     },
-    "av": {"vmoco.data.video"},
+    "av": {"vmoco.data.container", "vmoco.data.pixels", "vmoco.data.video"},
     "optuna": {"vmoco.sweep.space"},
     "plotly": {"vmoco.sweep.report"},
     "faiss": {"vmoco.evaluate.knn"},
@@ -60,6 +60,7 @@ GROUND |= {
     "vmoco.own_folder",
     "vmoco.mlflow_internals",
     "vmoco.ray_internals",
+    "vmoco.unused_settings",
 }
 PACKAGES = ("data", "model", "encoders", "cluster", "evaluate", "train", "sweep")
 

@@ -16,6 +16,7 @@ from vmoco.sweep.prepare import PreparedSweep, prepare
 from vmoco.train.run import close_run, open_run
 from vmoco.train.run_folder import RunFolder
 from vmoco.train.state import TrainState
+from vmoco.unused_settings import unused_settings
 
 SPACE = {"moco.decay": {"low": 0.9, "high": 1.0}}
 
@@ -128,3 +129,11 @@ def test_the_name_of_a_sweep_belongs_to_its_space(population: SweepSettings, tmp
     (tmp_path / "space.yaml").write_text(json.dumps({"moco.decay": [0.9, 1.0]}))
     with pytest.raises(ValueError, match="belongs to a sweep with another space"):
         prepare(population)
+
+
+def test_a_trial_reports_no_setting_that_the_sweep_uses(population: SweepSettings) -> None:
+    """A trial registers nothing, and does not say that the alias for the best encoder has no effect."""
+    named = changed(population.pretrain, tracking={"register_as": "mine", "alias": "best-of-march"})
+    prepared = prepare(population.model_copy(update={"pretrain": named}))
+    assert prepared.runs[0].settings.tracking.register_as is None
+    assert unused_settings(prepared.runs[0].settings) == []

@@ -66,8 +66,10 @@ def embed(encoder: Encoder, settings: EmbedSettings, *, show: Callable[[str], No
         seen = window(encoder, manifest)
         items, listed = shard_items(manifest), []
     else:
-        listing = source.list_videos(videos)
-        items, listed = _video_items(videos, listing.videos, settings), list(listing.rejected)
+        listing = source.list_videos(videos, settings.suffixes)
+        if listing.left_out:
+            show(f"embed  {listing.left_out}")
+        items, listed = _video_items(source.split_pattern(videos)[0], listing.videos, settings), list(listing.rejected)
     about = {"videos": videos, "max_clips_per_video": settings.max_clips_per_video, "stride": seen.stride}
     _claim(output, encoder, about)
     if seen.note:

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 
 from vmoco import storage
-from vmoco.config import PretrainSettings, RunSettings
+from vmoco.config import PretrainSettings, RunSettings, TrackingSettings
 from vmoco.data.manifest import Manifest
 from vmoco.evaluate.score import scored_clips
 from vmoco.job_settings import SweepSettings
@@ -181,7 +181,8 @@ def _as_run(settings: PretrainSettings, sweep: Sweep, place: int) -> PretrainSet
     """A trial is a run that registers nothing: the sweep registers the best one."""
     name = f"{sweep.name}-{place:03d}"
     own = settings.run.model_copy(update={"name": name, "storage": storage.join(sweep.folder, "trials")})
-    quiet = settings.tracking.model_copy(update={"register_as": None})
+    alias = TrackingSettings().alias  # that of the sweep would be reported as unused at the start of each trial
+    quiet = settings.tracking.model_copy(update={"register_as": None, "alias": alias})
     return settings.model_copy(update={"run": own, "tracking": quiet})
 
 
