@@ -17,9 +17,11 @@ from tyro.constructors import MISSING, ConstructorRegistry, StructConstructorSpe
 
 from vmoco.config import PretrainSettings
 from vmoco.presets import PRESETS
-from vmoco.settings import Settings, Unhashed
+from vmoco.settings import OmittedIfDefault, Settings, Unhashed
 
 Encoding = Literal["raw", "jpeg"]
+Hdr = Literal["tonemap", "reject", "keep"]
+Deinterlace = Literal["auto", "off"]
 Layout = Literal["table", "kinetics", "ucf101", "hmdb51"]
 
 
@@ -38,6 +40,9 @@ class IngestSettings(Settings):
     layout: Annotated[Layout, Unhashed] = "table"
     """Format of --annotations. table is a CSV, Parquet or JSON lines file with the column path and, optionally,
     start_seconds, end_seconds, label, video_id, split. kinetics, ucf101 and hmdb51 are their official files."""
+    suffixes: Annotated[tuple[str, ...], Unhashed] = ()
+    """More endings of videos, for example .mod .tod; '' takes files without an ending. Ingest prints how many files of
+    which endings it does not look at."""
     num_frames: int = Field(16, ge=2)
     """Number of frames in a stored clip. Training may take shorter clips, never longer ones."""
     stride: int = Field(1, ge=1)
@@ -47,6 +52,12 @@ class IngestSettings(Settings):
     When left out, every frame is taken."""
     short_videos: Literal["reject", "loop"] = "reject"
     """What to do with a video that is shorter than one clip: reject it, or repeat its frames until the clip is full."""
+    hdr: Annotated[Hdr, OmittedIfDefault] = "tonemap"
+    """What to do with HDR video (PQ or HLG): convert it to the range of other videos, reject it, or keep its values,
+    which look washed out."""
+    deinterlace: Annotated[Deinterlace, OmittedIfDefault] = "auto"
+    """What to do with interlaced video: auto deinterlaces the frames that are marked as interlaced; off stores the two
+    fields of a frame as they are, interleaved."""
     short_side: Annotated[int | None, Unhashed] = Field(None, ge=16)
     """Sets the height of stored frames, in pixels; the width is 4/3 of it. Replaces --height and --width."""
     height: int = Field(128, ge=16)
@@ -116,6 +127,8 @@ class EmbedSettings(PoolSettings):
     output: str
     """Folder or URI of the table of embeddings. It is created if it does not exist. If it exists, it is continued; the
     encoder must be the same."""
+    suffixes: tuple[str, ...] = ()
+    """More endings of videos, for example .mod .tod; '' takes files without an ending. Has no effect on a data set."""
     max_clips_per_video: int = Field(32, ge=1)
     """Largest number of clips from one video, spread evenly over it. Has no effect on a data set, whose clips are
     fixed."""

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import strategies
 
 from tests.data import videos
+from tests.data.test_ledger import STRANGE as UNUSUAL
 from tests.dataset import stored_frames
-from vmoco.data import source
-from vmoco.data.decoder import Decoder
+from tests.names import FOLDER, names
+from vmoco.data import ledger, source
+from vmoco.data.decoder import Contents, Decoder, StoredClips
 from vmoco.data.distribute import from_table, to_table
 from vmoco.data.ingest_tasks import (
     MadeShard,
@@ -100,6 +107,27 @@ def test_a_shard_that_is_there_is_reused(root: Path, monkeypatch: pytest.MonkeyP
         assert path.read_bytes() == whole
     monkeypatch.setattr(decoder, "cut", None)
     assert make(settings(root), decoder) == dataclasses.replace(first, reused=True)
+
+
+def test_what_is_unusual_is_noted(root: Path, decoder: Decoder) -> None:
+    """What probing found and what was done to the pixels stands in each row of the video, also where it is reused."""
+    videos.write_video(root / "in/mirrored.mkv", videos.images(40), flips=(True, False))
+    content = bytearray((root / "in/mirrored.mkv").read_bytes())
+    at = content.index(b"\x44\x89\x88") + 3  # the length in the header
+    content[at : at + 8] = b"\x41\x4b" + bytes(6)  # 3.5e6
+    (root / "in/mirrored.mkv").write_bytes(content)
+    (root / "in/b.mp4").unlink()
+    chosen = settings(root)
+    (plan,) = plan_shards(probed(chosen, decoder), chosen)
+    made, again = (
+        make_shard(plan, root=chosen.videos, output=chosen.output, settings=chosen, decoder=decoder) for _ in range(2)
+    )
+    notes = {row["video_id"]: row["notes"] for row in made.rows}
+    says = "header-says-more: it ends at 1.60 s, and the header promises 3538.94 s"
+    assert notes.pop("mirrored.mkv") == f"{says}; mirrored: its display matrix mirrors the picture"
+    assert set(notes.values()) == {None}
+    assert again.reused
+    assert again.rows == made.rows
 
 
 def hurry(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, action: str) -> None:
@@ -248,6 +276,22 @@ STRANGE = [
 ]
 
 
+class Reader:
+    """A decoder that takes any file for a video of one clip."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = open(scratch, "w+b")  # noqa: SIM115 -- lives as long as this object
+
+    def probe(self, path: str, *_: Any, **__: Any) -> Contents:
+        assert Path(path).read_bytes()
+        return Contents(1, (), 1.0)
+
+    def cut(self, path: str, *_: Any, offset: int, **__: Any) -> StoredClips:
+        size = 4 * 24 * 32 * 3
+        os.pwrite(self.scratch.fileno(), Path(path).read_bytes()[:1] * size, offset)
+        return StoredClips([0], [0.0], 25.0, [size])
+
+
 @pytest.mark.parametrize("error", STRANGE, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("place", ["copy", "hash", "probe", "cut"])
 def test_every_error_of_a_video_is_its_ledger_row(
@@ -278,6 +322,78 @@ def test_every_error_of_a_video_is_its_ledger_row(
     assert rejection.reason == "unexpected-error"
     assert rejection.message.startswith(f"{type(error).__name__}: ")
     rejection.message.encode()  # so it can be written to the ledger
+
+
+def raised() -> strategies.SearchStrategy[BaseException]:
+    """Errors of every built-in type, with any message; none that means the end of the process."""
+
+    def types(base: type[BaseException]) -> Iterator[type[BaseException]]:
+        for each in base.__subclasses__():
+            if each.__module__ == "builtins" and each not in (KeyboardInterrupt, SystemExit, GeneratorExit):
+                yield each
+                yield from types(each)
+
+    plain = sorted(
+        {each for each in types(BaseException) if not issubclass(each, BaseExceptionGroup | UnicodeError)}, key=str
+    )
+    text = strategies.text(max_size=20)
+    errors: list[strategies.SearchStrategy[BaseException]] = [
+        strategies.builds(lambda kind, message: kind(message), strategies.sampled_from(plain), text),
+        strategies.builds(
+            lambda kind, message: OSError(kind, message), strategies.sampled_from(list(errno.errorcode)), text
+        ),
+        strategies.builds(lambda message: UnicodeDecodeError("utf-8", b"\xff", 0, 1, message), text),
+        strategies.builds(lambda message: BaseExceptionGroup("all", [ValueError(message), MemoryError()]), text),
+        strategies.sampled_from(UNUSUAL),
+        strategies.builds(lambda text: VideoError("read", "read-error", text, transient=True), text),
+    ]
+    return strategies.one_of(errors)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    found=strategies.lists(names(suffix=".mp4"), min_size=1, max_size=4, unique=True),
+    error=raised(),
+    data=strategies.data(),
+)
+def test_no_name_and_no_error_of_a_reader_ends_a_task(
+    found: list[str], error: BaseException, data: strategies.DataObject
+) -> None:
+    """For any names and any error of one video: it has a ledger row, the others are cut, all is written and read."""
+    place = data.draw(strategies.sampled_from(["copy", "hash", "probe", "cut"]))
+    broken = data.draw(strategies.sampled_from(found))
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        root = Path(folder, FOLDER)
+        chosen = settings(root)
+        (root / "in").mkdir(parents=True)
+        for name in found:
+            (root / "in" / name).write_bytes(name.encode())
+        reader = Reader(scratch=Path(folder, "scratch"))
+        failing = {"copy": (source, "local_copy"), "hash": (source, "file_sha256")}.get(place, (reader, place))
+        honest = getattr(*failing)
+
+        def strange(*positional: Any, **named: Any) -> Any:
+            if any(
+                str(getattr(value, "path", value)).endswith(f"/in/{broken}") or getattr(value, "path", "") == broken
+                for value in positional
+            ):
+                raise error
+            return honest(*positional, **named)
+
+        patch.setattr(*failing, strange)
+        results = probed(chosen, reader)  # type: ignore[arg-type]
+        rejections = [each.rejection for each in results if each.rejection]
+        made = [
+            make_shard(plan, root=chosen.videos, output=chosen.output, settings=chosen, decoder=reader)  # type: ignore[arg-type]
+            for plan in plan_shards([each for each in results if not each.rejection], chosen)
+        ]
+        rejections += [row for each in made for row in each.rejected]
+        assert [row.video_id for row in rejections] == [broken]
+        assert sorted(row["video_id"] for each in made for row in each.rows) == sorted(set(found) - {broken})
+        ledger.write(chosen.output, rejections)
+        assert ledger.read(chosen.output)[0].video_id == broken
+        for each in made:
+            stored_frames(shard_uri(chosen.output, each.name))
 
 
 def test_a_full_scratch_disk_ends_the_job(root: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import io
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -34,18 +34,19 @@ TABLES = (".csv", ".parquet", ".jsonl")
 _COLUMNS = {"path", "start_seconds", "end_seconds", "label", "video_id", "split"}
 
 
-def list_annotated(root: str, annotations: str, layout: Layout) -> Listing:
+def list_annotated(root: str, annotations: str, layout: Layout, suffixes: Sequence[str] = ()) -> Listing:
     """The videos of `root` that a list names, with their fields from the list.
 
     Args:
         root: Folder or URI prefix of the videos.
         annotations: A table, the CSV of Kinetics, or the folder of split files of UCF101 or HMDB51.
         layout: Which of these `annotations` is.
+        suffixes: More endings of videos.
 
     Raises:
         ValueError: the list cannot be read, names a path outside the root, a video twice, or no video of the root.
     """
-    there = list_videos(root)
+    there = list_videos(root, suffixes)
     files = {found.path: found for found in there.videos}
     if layout == "table":
         named = [_from_row(row, where=f"{annotations}, row {n}") for n, row in enumerate(_rows(annotations), start=1)]

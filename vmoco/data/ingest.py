@@ -23,7 +23,7 @@ from vmoco.data.distribute import run_tasks
 from vmoco.data.held_out import scoring_problem
 from vmoco.data.ingest_tasks import MadeShard, Probed, ProbeTask, ShardPlan, make_shard, plan_shards, probe_videos
 from vmoco.data.ledger import Rejection
-from vmoco.data.manifest import FIELDS, NAME, SHARDS, Manifest, write_manifest
+from vmoco.data.manifest import FIELDS, NAME, SHARDS, Manifest, note_counts, write_manifest
 from vmoco.data.shard import ShardFile
 from vmoco.data.source import Found, Listing, list_videos, split_pattern
 from vmoco.job_settings import IngestSettings
@@ -56,6 +56,8 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
     new, num_changed = _new_videos(listing, previous, old_ledger)
     if listing.num_hidden:
         progress(f"ingest  {listing.num_hidden} hidden videos are skipped")
+    if listing.left_out:
+        progress(f"ingest  {listing.left_out}")
     if previous and not new:
         progress(f"ingest  nothing new: all {len(listing.videos)} videos are in {output} or its ledger")
         _check_rejected(previous.counts["videos"], ledger.read(output), output, settings)
@@ -93,6 +95,8 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
     if rejections:
         progress(f"ingest  rejected {len(rejections)}: {ledger.totals(rejections)}; see {output}/{ledger.NAME}")
     _check_rejected(manifest.counts["videos"] if table.num_rows else 0, rejections, output, settings)
+    if table.num_rows and (noted := note_counts(table)):
+        progress("ingest  " + ", ".join(f"{kind} {count}" for kind, count in noted.items()) + ": see the column notes")
     _warn_of_held_out(manifest, settings, progress)
     return manifest
 
@@ -106,11 +110,11 @@ def list_inputs(settings: IngestSettings) -> tuple[str, Listing]:
     videos = storage.require_absolute(settings.videos, "--videos")
     if settings.annotations is not None:
         annotations = storage.require_absolute(settings.annotations, "--annotations")
-        return videos, list_annotated(videos, annotations, settings.layout)
+        return videos, list_annotated(videos, annotations, settings.layout, settings.suffixes)
     if videos.lower().endswith(TABLES):
         folder = videos.rpartition("/")[0]
-        return folder, list_annotated(folder, videos, "table")
-    return split_pattern(videos)[0], list_videos(videos)
+        return folder, list_annotated(folder, videos, "table", settings.suffixes)
+    return split_pattern(videos)[0], list_videos(videos, settings.suffixes)
 
 
 def _new_videos(listing: Listing, previous: Manifest | None, old_ledger: list[Rejection]) -> tuple[list[Found], int]:
@@ -259,8 +263,12 @@ def _previous(output: str, settings: IngestSettings) -> Manifest | None:
     if not storage.exists(storage.join(output, NAME)):
         return None
     manifest = Manifest.load(output)
-    for name, value in settings.content().items():
-        was = manifest.settings.get(name)
+    given = settings.content()
+    # An option that came later is written only where it is used.
+    fields = type(settings).model_fields
+    for name in given | manifest.settings:
+        default = fields[name].default if name in fields else None
+        value, was = given.get(name, default), manifest.settings.get(name, default)
         if was != value:
             option = "--" + name.replace("_", "-")
             raise ValueError(
