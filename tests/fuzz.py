@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.data import videos
-from vmoco.data.video import FORMATS, MAX_PIXELS, Scaler
+from vmoco.data.pixels import MAX_PIXELS, Scaler
+from vmoco.data.video import FORMATS
 
 SIZE, NUM_FRAMES, STRIDE = (24, 32), 8, 2
 MAX_CLIPS = 3
@@ -114,7 +115,7 @@ def write_hostile(folder: Path, seeds: list[Path]) -> dict[str, str]:
     promising = bytearray((folder / "10-bit.mkv").read_bytes())
     at = promising.index(b"\x44\x89\x88") + 3
     promising[at : at + 8] = np.array(3.6e6, ">f8").tobytes()
-    put("promises.mkv", bytes(promising), "truncated")
+    put("promises.mkv", bytes(promising), "")
     encode("huge.avi", "", images, codec="ffv1")
     huge = bytearray((folder / "huge.avi").read_bytes())
     at = huge.index((96).to_bytes(4, "little") + (72).to_bytes(4, "little"), huge.index(b"strf"))

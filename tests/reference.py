@@ -59,6 +59,7 @@ class Batch:
     key_order: torch.Tensor  # int64 (G,), the shuffled order in which keys are made
     random_importance: torch.Tensor | None  # (G, T), to drop random frames before G starts; None keeps all
     noise: torch.Tensor | None = None  # (G, T) in (0, 1), to sample the frames that G drops
+    reversed_clips: frozenset[int] = frozenset()  # those whose key, played backwards, is one more negative of the query
 
 
 Key = tuple[torch.Tensor, int, int]  # in the queue: the vector (D,), its video, the step that made it
@@ -82,12 +83,19 @@ def drop_frames(
 
 
 def contrast(
-    query: torch.Tensor, positive: torch.Tensor, queue: list[Key], *, video_id: int, step: int, recipe: Recipe
+    query: torch.Tensor,
+    positive: torch.Tensor,
+    queue: list[Key],
+    *,
+    video_id: int,
+    step: int,
+    recipe: Recipe,
+    backwards: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, bool]:
     """InfoNCE [M, equation 1] of one query with decayed negatives [V, section 3.3], and whether the positive wins.
 
     L_D = -log(e^(q.k+ / tau) / (e^(q.k+ / tau) + sum_i e^(t^a_i * q.k_i / tau))), where a_i is the age of key i. The
-    positive is not decayed. A key of the query's own video is not a negative.
+    positive is not decayed. A key of the query's own video is not a negative, but its key played backwards is.
     """
     right = torch.exp(query @ positive / recipe.temperature)
     wrong = []
@@ -100,6 +108,8 @@ def contrast(
             wrong.append(torch.exp(weight * similarity / recipe.temperature))
         else:
             wrong.append(weight * torch.exp(similarity / recipe.temperature))
+    if backwards is not None:
+        wrong.append(torch.exp(query @ backwards / recipe.temperature))
     return -torch.log(right / (right + sum(wrong))), all(right >= each for each in wrong)
 
 
@@ -139,9 +149,15 @@ class VideoMoco:
 
         # 2. Keys. A key is normalised beside other clips than its query: shuffle-BN [M, section 3.3].
         with torch.no_grad():
-            micro_batches = self._micro_batches(self.key, batch.key_order)
-            shuffled = torch.cat([F.normalize(self.key(batch.key_clips[places]), dim=1) for places in micro_batches])
-        keys = shuffled[torch.argsort(batch.key_order)]  # key i belongs to query i again
+            shuffled, backwards = [], {}
+            for places in self._micro_batches(self.key, batch.key_order):
+                # Those that are also played backwards are normalised beside the others.
+                chosen = [place for place in places.tolist() if place in batch.reversed_clips]
+                clips = torch.cat([batch.key_clips[places], batch.key_clips[chosen].flip(dims=[2])])
+                made = F.normalize(self.key(clips), dim=1)
+                shuffled.append(made[: len(places)])
+                backwards |= dict(zip(chosen, made[len(places) :], strict=True))
+        keys = torch.cat(shuffled)[torch.argsort(batch.key_order)]  # key i belongs to query i again
 
         # 3. Gradients of both losses. Those of micro-batches add up; every clip has the weight 1 / G.
         for places in self._micro_batches(self.query, torch.arange(num_clips)):
@@ -163,7 +179,15 @@ class VideoMoco:
                 sums["generator_loss"] += loss.item()
 
             compared = [
-                contrast(query, keys[i], self.queue, video_id=batch.video_ids[i], step=self.step, recipe=recipe)
+                contrast(
+                    query,
+                    keys[i],
+                    self.queue,
+                    video_id=batch.video_ids[i],
+                    step=self.step,
+                    recipe=recipe,
+                    backwards=backwards.get(i),
+                )
                 for query, i in zip(queries, places.tolist(), strict=True)
             ]
             loss = torch.stack([each for each, _ in compared]).sum() / num_clips  # L_D. Only D follows it,

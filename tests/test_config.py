@@ -66,6 +66,7 @@ def other_value(group: str, name: str) -> object:
         ("scaling", "num_workers"): 2,
         ("scaling", "min_workers"): 1,
         ("augment", "hue"): 0.1,
+        ("moco", "reversed_negatives_percent"): 50.0,
     }
     if (group, name) in needed:
         return needed[group, name]
@@ -109,6 +110,11 @@ def other_value(group: str, name: str) -> object:
             {"two_clips_from_percent": 30},
             "--data.two-clips-from-percent 30.0 needs --data.positives two_clips, not same_clip: set two_clips, or ",
         ),
+        (
+            "moco",
+            {"reversed_negatives_percent": 12},
+            "--moco.reversed-negatives-percent 12.0 of --train.micro-batch 4 reverses 0 clips: raise one of them, or ",
+        ),
         ("generator", {"every": 0}, "--generator.every 0 is not allowed: .*greater than or equal to 1$"),
         ("generator", {"objective": "both"}, "--generator.objective both is not allowed: .*'difference' or 'contrast'"),
         ("data", {"two_clips_from_percent": 101}, "--data.two-clips-from-percent 101 is not allowed: .*equal to 100$"),
@@ -125,7 +131,7 @@ def test_bad_value_is_answered_with_its_flag(group: str, fields: dict[str, Any],
 
 
 def test_missing_and_unknown_settings_are_named_by_their_flags() -> None:
-    """Also those of jobs whose flags have no group, and those of a group inside them."""
+    """This holds also for jobs whose flags have no group, and for a group inside them."""
     with pytest.raises(ValueError, match=r"^--train\.steps is missing$"):
         PretrainSettings(**{"train": {}})
     with pytest.raises(ValueError, match=r"^--videos is missing; --output is missing$"):
@@ -170,7 +176,7 @@ def test_drop_ratio_must_leave_a_frame() -> None:
 
 @pytest.mark.parametrize(("group", "fields"), [("data", {"num_frames": 4}), ("augment", {"size": 16})])
 def test_s3d_is_refused_where_nothing_would_be_left_of_a_clip(group: str, fields: dict[str, Any]) -> None:
-    """Its last pooling would come to less than one frame or pixel; 5 frames of 17 pixels are taken."""
+    """Its last pooling would give less than one frame or pixel; 5 frames of 17 pixels are accepted."""
     small = changed(TINY, "model", backbone="s3d")
     changed(changed(small, "data", num_frames=5), "augment", size=17)
     with pytest.raises(
@@ -185,6 +191,12 @@ def test_s3d_is_refused_where_nothing_would_be_left_of_a_clip(group: str, fields
 def test_number_of_dropped_frames_is_the_rounded_share(ratio: float, frames: int, expected: int) -> None:
     """8 of 32 as in the paper; halves round up."""
     assert changed(changed(TINY, "data", num_frames=frames), "generator", drop_ratio=ratio).num_dropped == expected
+
+
+@pytest.mark.parametrize(("percent", "expected"), [(0, 0), (12.5, 1), (25, 1), (37.5, 2), (50, 2), (100, 4)])
+def test_number_of_reversed_keys_is_the_rounded_share_of_a_micro_batch(percent: float, expected: int) -> None:
+    """Of 4 clips; halves round up."""
+    assert changed(TINY, "moco", reversed_negatives_percent=percent).num_reversed == expected
 
 
 @pytest.mark.parametrize(
@@ -205,7 +217,7 @@ def test_two_clips_start_after_their_share_of_training(positives: str, percent: 
 
 
 def test_contrast_is_refused_where_the_decay_needs_the_difference() -> None:
-    """In whichever order the two are set; each alone is taken."""
+    """The order of both flags does not matter; each alone is accepted."""
     message = r"^--generator\.objective contrast does not measure .*--moco\.decay-schedule adversarial .*: set"
     contrast = changed(TINY, "generator", objective="contrast")
     with pytest.raises(ValueError, match=message):
@@ -216,14 +228,14 @@ def test_contrast_is_refused_where_the_decay_needs_the_difference() -> None:
 
 @pytest.mark.parametrize(("every", "expected"), [(1, [4, 5, 6, 7, 8, 9]), (3, [4, 7]), (9, [4])])
 def test_generator_trains_every_nth_step_from_its_start(every: int, expected: list[int]) -> None:
-    """Of 10 steps from the fifth on; none where no frame is dropped."""
+    """It trains in each n-th of 10 steps, from the fifth on; in none if no frame is dropped."""
     settings = changed(changed(TINY, "train", steps=10), "generator", start_percent=40, every=every)
     assert [step for step in range(10) if settings.trains_generator(step)] == expected
     assert not any(changed(settings, "generator", drop_ratio=0).trains_generator(step) for step in range(10))
 
 
 def test_several_bad_values_are_all_named() -> None:
-    """One run of the command shows all of them."""
+    """One start of the command shows all of them."""
     with pytest.raises(ValueError, match=r"--train\.steps 0 is not allowed.*; --train\.global-batch 1 is not allowed"):
         changed(TINY, "train", steps=0, global_batch=1)
 
@@ -310,7 +322,7 @@ def test_settings_of_presets_are_written_as_ever(name: str, frozen: tuple[str, s
     ],
 )
 def test_settings_of_a_data_set_are_written_as_ever(fields: dict[str, Any], frozen: str) -> None:
-    """As manifests and shards already hold them: how a size was given, and what decides no clip, changes nothing."""
+    """Existing manifests and shards keep their hash: how a size was given, and what changes no clip, do not count."""
     assert IngestSettings(videos="a", output="b", **fields).content_hash() == frozen
 
 
@@ -351,7 +363,7 @@ def test_every_class_of_settings_is_read() -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_field_is_explained(kind: type[Settings]) -> None:
-    """Below each field is what `--help` shows: sentences of at most 220 characters; the class has some too."""
+    """The text below a field, which `--help` shows, has sentences of at most 220 characters; a class has a text too."""
     assert (kind.__doc__ or "").strip().endswith(".")
     for name, field in kind.model_fields.items():
         if isinstance(field.default, Settings) or (

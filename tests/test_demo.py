@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Cluster:
-    """In place of a LocalCluster: records what is submitted, and whether it was stopped."""
+    """Replaces a LocalCluster: records what is submitted, and whether it was stopped."""
 
     def __init__(self, codes: dict[str, int]) -> None:
         self.address = "http://127.0.0.1:1"
@@ -113,7 +113,7 @@ def test_few_long_videos_are_cut_into_parts(vmoco_home: Path, tmp_path: Path, mo
 
 
 def test_short_videos_and_lists_are_taken_as_they_are(tmp_path: Path) -> None:
-    """Nothing is cut where no video is long enough, or where the videos are given as a list."""
+    """Nothing is cut if no video is long enough, or if the videos are given as a list."""
     write_video(tmp_path / "short.mp4", images(30), fps=25)
     (tmp_path / "list.csv").write_text("path\nshort.mp4\n")
     for place in (str(tmp_path), str(tmp_path / "list.csv")):

@@ -38,7 +38,7 @@ HOMES = {
         "vmoco.encoders.encoder_program",
         "vmoco.mlflow_internals",
     },
-    "av": {"vmoco.data.video"},
+    "av": {"vmoco.data.container", "vmoco.data.pixels", "vmoco.data.video"},
     "optuna": {"vmoco.sweep.space"},
     "plotly": {"vmoco.sweep.report"},
     "faiss": {"vmoco.evaluate.knn"},
@@ -60,6 +60,7 @@ GROUND |= {
     "vmoco.own_folder",
     "vmoco.mlflow_internals",
     "vmoco.ray_internals",
+    "vmoco.unused_settings",
 }
 PACKAGES = ("data", "model", "encoders", "cluster", "evaluate", "train", "sweep")
 
@@ -82,7 +83,7 @@ def layer(module: str) -> int:
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Every module that a file imports, wherever in it, and whether that happens at import time."""
+    """Every module that a file imports, anywhere in it, and whether that happens at import time."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -138,9 +139,9 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_files_fit_in_a_head(path: Path) -> None:
-    """A file of the library has at most 450 lines, and a job at most 80."""
+    """A file of the library has at most 450 lines, and a job at most 100, its help included."""
     lines = len(path.read_text().splitlines())
-    allowed = 80 if name_of(path).startswith("jobs") else 450
+    allowed = 100 if name_of(path).startswith("jobs") else 450
     assert lines <= allowed, f"{path} has {lines} lines, allowed are {allowed}"
 
 
@@ -150,7 +151,7 @@ def test_no_file_is_named_after_nothing() -> None:
 
 
 def test_loading_an_encoder_imports_nothing_of_training() -> None:
-    """Whoever pulls an encoder loads no file of `vmoco.train`, `vmoco.evaluate` or `vmoco.sweep`."""
+    """A process that pulls an encoder loads no file of `vmoco.train`, `vmoco.evaluate` or `vmoco.sweep`."""
     code = (
         "import sys, vmoco.encoders.package; print(sorted(name for name in sys.modules if name.startswith('vmoco.')))"
     )

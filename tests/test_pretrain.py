@@ -1,4 +1,4 @@
-"""The whole path as a user goes it: real videos, submitted jobs, a real tracker, and an encoder pulled by name."""
+"""The complete path of a user: real videos, submitted jobs, a real tracker, and an encoder pulled by name."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Service:
         return rows
 
     def loss_steps(self, name: str) -> list[int]:
-        """Steps of the points of `loss`, in the order in which the tracker took them."""
+        """Steps of the points of `loss`, in the order in which the tracker received them."""
         run_id = json.loads((self.home / "runs" / name / "run.json").read_text())["run_id"]
         history = MlflowClient(f"sqlite:///{self.home}/mlflow.db").get_metric_history(run_id, "loss")
         return [point.step for point in history]
@@ -110,7 +110,7 @@ def undisturbed(service: Service) -> str:
 
 
 def test_a_truncated_video_lands_in_the_ledger(service: Service) -> None:
-    """It is named with stage, reason and the decoder's words, and all others became clips."""
+    """The ledger has its stage, reason and the decoder's message, and all other videos became clips."""
     rows = [json.loads(line) for line in Path(service.data, "ledger.jsonl").read_text().splitlines()]
     assert [row["video_id"] for row in rows] == ["truncated.mp4"]
     assert rows[0]["stage"] in ("probe", "decode")
@@ -118,7 +118,7 @@ def test_a_truncated_video_lands_in_the_ledger(service: Service) -> None:
 
 
 def test_a_job_says_how_to_stop_it_then_how_far_it_is(undisturbed: str) -> None:
-    """Its own first line is the stop command; then progress lines with step, loss, speed and time left."""
+    """Its first line is the stop command; progress lines with step, loss, speed and time left follow."""
     own = undisturbed[undisturbed.index("Running entrypoint") :].splitlines()[1:]
     assert re.match(r"to stop this job .*: ray job stop \S+ --address http://127.0.0.1:\d+", own[0])
     assert re.search(r"step 40/48  loss \d+\.\d+  generator -\d.*clips/s  data wait \d+%  0:\d\d left", undisturbed)

@@ -26,7 +26,7 @@ def text(page: str) -> str:
 
 
 def test_the_readme_is_a_front_page() -> None:
-    """Below 150 lines, and its pictures together below 400 KB."""
+    """It has fewer than 150 lines, and its pictures together less than 400 KB."""
     assert len(text("README.md").splitlines()) < 150
     pictures = [ROOT / path for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text("README.md"))]
     assert pictures
@@ -50,7 +50,7 @@ def test_links_lead_somewhere(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_are_named_exist(page: str) -> None:
-    """Each path below one of the top folders is there; a pattern matches something."""
+    """Each path below one of the top folders exists; a pattern matches at least one file."""
     for path in set(NAMED.findall(text(page))) - ELSEWHERE:
         assert any(ROOT.glob(path.rstrip("/"))), f"{page} names {path}"
 
@@ -71,7 +71,7 @@ def test_the_method_names_functions_that_exist() -> None:
 
 
 def commands() -> list[tuple[str, tuple[str, ...], frozenset[str]]]:
-    """Every command line of a job in the pages: its file, the subcommands, and its flags."""
+    """Every command line of a job in the pages: its file, its subcommands and its flags."""
     found = set()
     for page in PAGES:
         lines = [line for line in text(page).splitlines() if line.startswith("    ")]

@@ -57,7 +57,7 @@ def test_reader_sees_one_whole_content_or_the_other(tmp_path: Path) -> None:
 
 
 def test_folder_is_created_and_content_replaced(tmp_path: Path) -> None:
-    """Missing folders appear with the file; a second write takes the place of the first, also if it is shorter."""
+    """Missing folders are created with the file; a second write replaces the first, also if it is shorter."""
     path = tmp_path / "new" / "folder" / "file"
     storage.write_atomic(str(path), b"long content")
     storage.write_atomic(str(path), memoryview(b"short"))
@@ -67,7 +67,7 @@ def test_folder_is_created_and_content_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["file/below", "file/far/below", "folder"])
 def test_failed_write_leaves_nothing(tmp_path: Path, place: str) -> None:
-    """Below a file, or in place of a folder: an error message with the place, and no temporary file."""
+    """A path below a file, or in place of a folder, gives an error with the path, and leaves no temporary file."""
     (tmp_path / "file").write_bytes(b"kept")
     (tmp_path / "folder").mkdir()
     uri = str(tmp_path / place)
@@ -80,7 +80,7 @@ def test_failed_write_leaves_nothing(tmp_path: Path, place: str) -> None:
 
 
 def write_half(path: Path) -> None:
-    """Breaks in the middle of writing."""
+    """Fails in the middle of writing."""
     with storage.open_atomic(str(path)) as file:
         file.write(b"half of")
         raise RuntimeError("broken")
@@ -107,7 +107,7 @@ def test_temporary_file_of_a_killed_writer_is_not_listed(tmp_path: Path) -> None
 
 
 def test_listing_is_sorted_and_relative(tmp_path: Path) -> None:
-    """All files below the folder, as names in it; the folder may end in a slash; one level where asked for."""
+    """Lists all files below the folder by relative name, or one level; the folder may end in a slash."""
     for name in ("b", "a/z", "a/b/c", "a.txt", "C"):
         storage.write_atomic(str(tmp_path / name), b"")
     (tmp_path / "empty").mkdir()
@@ -166,7 +166,7 @@ def test_empty_location_is_refused() -> None:
 
 @pytest.mark.parametrize("uri", ["/a/b", "s3://bucket/b", "~/b", "file:///a/b"])
 def test_submitted_job_takes_absolute_places(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
-    """In a submitted job a URI or an absolute path is taken as outside one."""
+    """In a submitted job, a URI or an absolute path is accepted as outside of one."""
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     outside = storage.require_absolute(uri, "data.uri")
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")

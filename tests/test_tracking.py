@@ -1,4 +1,4 @@
-"""A tracker takes every point, whenever it comes back, and never holds the run up."""
+"""A tracker receives every point, whenever it comes back, and never delays the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SETTINGS = PRESETS["tiny"][1]
 
 
 def test_points_and_documents_arrive(vmoco_home: Path) -> None:
-    """All points of a run with their steps, of a document its last content, and the settings as parameters."""
+    """All points of a run arrive with their steps; of a document the last content; settings arrive as parameters."""
     run_id = tracking.create_run(SETTINGS, tags={"vmoco.preset": "tiny"})
     tracker = tracking.spool(tracking.tracking_uri(), run_id)
     for step in range(1200):

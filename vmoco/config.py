@@ -187,6 +187,9 @@ class MocoSettings(Settings):
     """What the age of a key counts: training steps since it entered the queue, or keys that entered after it."""
     decay_on: DecayOn = "logit"
     """What the weight multiplies: the similarity (paper), or its exponential. Only the second removes old keys."""
+    reversed_negatives_percent: Annotated[float, OmittedIfDefault] = Field(0.0, ge=0, le=100)
+    """Percentage of the clips that, played backwards, are one more negative of their own query, in each micro-batch.
+    Set for example 25 if the direction of time matters. Clips without motion look the same backwards."""
 
 
 Precision = Literal["auto", "bf16", "fp32"]
@@ -338,6 +341,11 @@ class PretrainSettings(Settings):
                 f"--generator.drop-ratio {self.generator.drop_ratio} of --data.num-frames {data.num_frames} drops "
                 f"{self.num_dropped} frames: it must drop at least one and keep at least one, or be 0"
             )
+        if moco.reversed_negatives_percent and not self.num_reversed:
+            raise ValueError(
+                f"--moco.reversed-negatives-percent {moco.reversed_negatives_percent} of --train.micro-batch "
+                f"{train.micro_batch} reverses 0 clips: raise one of them, or set the percentage to 0"
+            )
         # S3D halves time three times and space five times, without padding at the last.
         if self.model.backbone == "s3d" and (data.num_frames < 5 or self.augment.size < 17):
             raise ValueError(
@@ -380,6 +388,11 @@ class PretrainSettings(Settings):
     def num_dropped(self) -> int:
         """Number of frames dropped from each clip; halves round up."""
         return math.floor(self.generator.drop_ratio * self.data.num_frames + 0.5)
+
+    @property
+    def num_reversed(self) -> int:
+        """Number of clips in each micro-batch whose key is also encoded backwards; halves round up."""
+        return math.floor(self.moco.reversed_negatives_percent / 100 * self.train.micro_batch + 0.5)
 
     @property
     def num_micro_batches(self) -> int:

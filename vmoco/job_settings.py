@@ -17,9 +17,11 @@ from tyro.constructors import MISSING, ConstructorRegistry, StructConstructorSpe
 
 from vmoco.config import PretrainSettings
 from vmoco.presets import PRESETS
-from vmoco.settings import Settings, Unhashed
+from vmoco.settings import OmittedIfDefault, Settings, Unhashed
 
 Encoding = Literal["raw", "jpeg"]
+Hdr = Literal["tonemap", "reject", "keep"]
+Deinterlace = Literal["auto", "off"]
 Layout = Literal["table", "kinetics", "ucf101", "hmdb51"]
 
 
@@ -50,6 +52,12 @@ class IngestSettings(Settings):
     When left out, every frame is taken."""
     short_videos: Literal["reject", "loop"] = "reject"
     """What to do with a video that is shorter than one clip: reject it, or repeat its frames until the clip is full."""
+    hdr: Annotated[Hdr, OmittedIfDefault] = "tonemap"
+    """What to do with HDR video (PQ or HLG): convert it to the range of other videos, reject it, or keep its values,
+    which look washed out."""
+    deinterlace: Annotated[Deinterlace, OmittedIfDefault] = "auto"
+    """What to do with interlaced video: auto deinterlaces the frames that are marked as interlaced; off stores the two
+    fields of a frame as they are, interleaved."""
     short_side: Annotated[int | None, Unhashed] = Field(None, ge=16)
     """Sets the height of stored frames, in pixels; the width is 4/3 of it. Replaces --height and --width."""
     height: int = Field(128, ge=16)

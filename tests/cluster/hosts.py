@@ -15,7 +15,7 @@ from types import TracebackType
 
 
 class Host:
-    """One host; what is started on it ends with it.
+    """One host. Processes that are started on it end with it.
 
     Attributes:
         name: of the host.

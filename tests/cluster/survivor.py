@@ -1,4 +1,4 @@
-"""An elastic run that loses a host while it trains and gets another one: submitted from outside, to its end."""
+"""An elastic run that is submitted from outside, loses a host during training, gets another one, and ends."""
 
 from __future__ import annotations
 

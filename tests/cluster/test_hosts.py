@@ -40,7 +40,7 @@ def test_a_job_without_the_token_is_refused(ray_hosts: Service, change: str, sai
 
 
 def test_a_host_without_the_secrets_does_not_join(ray_hosts: Service) -> None:
-    """With a wrong token, or without a certificate, a host is no node by when one that came later has become one."""
+    """A host with a wrong token, or without a certificate, does not join, although a later host does."""
     hosts, address = ray_hosts.hosts, ray_hosts.hosts["head"].address
     changes = {"outside": "unset RAY_AUTH_TOKEN_PATH; export RAY_AUTH_TOKEN=wrong", "services": "export RAY_USE_TLS=0"}
     for name, change in changes.items():

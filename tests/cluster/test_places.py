@@ -33,7 +33,7 @@ def workers(service: Service) -> list[Host]:
 
 
 def test_checkpoints_on_a_disk_of_one_host(service: Service, ingested: str) -> None:
-    """With run.storage at a path that is another disk on each host, no run begins."""
+    """If the path of run.storage is another disk on each host, no run begins."""
     place = service.disk / "runs"
     line = refused(service, f"pretrain.py tiny --data.uri {DATA} --run.storage {place}")
     assert f"run.storage: this node does not see what the driver's node writes to {place}; {OWN_DISK}" in line
@@ -41,7 +41,7 @@ def test_checkpoints_on_a_disk_of_one_host(service: Service, ingested: str) -> N
 
 
 def test_data_on_a_disk_of_one_host(service: Service, ingested: str) -> None:
-    """With a data set that only the head has, no run begins."""
+    """If only the head has the data set, no run begins."""
     make_data_set(service.shared / "data")
     code, said = service.submit(f"cp -r {service.shared}/data {service.disk}/data")
     assert code == 0, said
@@ -92,7 +92,7 @@ def test_a_store_that_one_host_does_not_reach(service: Service, ingested: str, w
 
 @pytest.fixture
 def other(service: Service) -> Iterator[Host]:
-    """One more host, whose package av calls itself version 0.0.1."""
+    """An additional host whose package av has version 0.0.1."""
     before = len(service.alive())
     (file,) = [file for file in metadata.files("av") or () if file.name == "METADATA"]
     written = service.shared / "METADATA"

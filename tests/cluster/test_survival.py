@@ -22,12 +22,12 @@ def test_it_goes_on_with_one_worker_and_then_with_two(survivor: Survivor) -> Non
 
 
 def test_every_point_is_in_the_tracker_once(service: Service, survivor: Survivor) -> None:
-    """In the tracker's database no point of the loss is missing or double, although a first rank was cut off."""
+    """In the tracker's database no point of the loss is missing or doubled, although a first rank was cut off."""
     assert points(service, survivor) == list(range(LOG_EVERY, STEPS + 1, LOG_EVERY))
 
 
 def test_its_encoder_is_pulled_from_outside(service: Service, survivor: Survivor) -> None:
-    """Whoever has the tracker's password and certificate pulls it, without a key to the store."""
+    """With the tracker's password and certificate, and without a key to the store, the encoder can be pulled."""
     outside = service.hosts["outside"]
     listed = outside.run(f"source client.env; cd {ROOT}; {BIN}/python jobs/registry.py list")
     assert f"models:/{NAME}/1  candidate" in listed
@@ -68,7 +68,7 @@ def commands(title: str) -> list[str]:
 
 
 def points(service: Service, survivor: Survivor) -> list[int]:
-    """Steps of the points of `loss`, in order, as they stand in the tracker's database."""
+    """Steps of the points of `loss`, in the order of the tracker's database."""
     query = f"select step from metrics where key = 'loss' and run_uuid = '{survivor.run_id}' order by step"
     code, said = service.on_database(f'psql -At -c "{query}" mlflow')
     assert code == 0, said

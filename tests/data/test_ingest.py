@@ -200,6 +200,8 @@ def test_other_settings_are_refused(tmp_path: Path, ray_cluster: object) -> None
     videos.write_video(tmp_path / "in/b.mp4", videos.images(25))
     with pytest.raises(ValueError, match=r"was made with --num-frames 4, not 8: use --num-frames 4 to continue it"):
         ingest(settings(tmp_path, num_frames=8), progress=quiet)
+    with pytest.raises(ValueError, match=r"was made with --hdr tonemap, not keep: use --hdr tonemap to continue it"):
+        ingest(settings(tmp_path, hdr="keep"), progress=quiet)
     assert Manifest.load(str(tmp_path / "out")).counts["videos"] == 1
     assert ingest(settings(tmp_path, seconds_per_video=9.0), progress=quiet).counts["videos"] == 2
 

@@ -109,6 +109,27 @@ def test_a_shard_that_is_there_is_reused(root: Path, monkeypatch: pytest.MonkeyP
     assert make(settings(root), decoder) == dataclasses.replace(first, reused=True)
 
 
+def test_what_is_unusual_is_noted(root: Path, decoder: Decoder) -> None:
+    """What probing found and what was done to the pixels stands in each row of the video, also where it is reused."""
+    videos.write_video(root / "in/mirrored.mkv", videos.images(40), flips=(True, False))
+    content = bytearray((root / "in/mirrored.mkv").read_bytes())
+    at = content.index(b"\x44\x89\x88") + 3  # the length in the header
+    content[at : at + 8] = b"\x41\x4b" + bytes(6)  # 3.5e6
+    (root / "in/mirrored.mkv").write_bytes(content)
+    (root / "in/b.mp4").unlink()
+    chosen = settings(root)
+    (plan,) = plan_shards(probed(chosen, decoder), chosen)
+    made, again = (
+        make_shard(plan, root=chosen.videos, output=chosen.output, settings=chosen, decoder=decoder) for _ in range(2)
+    )
+    notes = {row["video_id"]: row["notes"] for row in made.rows}
+    says = "header-says-more: it ends at 1.60 s, and the header promises 3538.94 s"
+    assert notes.pop("mirrored.mkv") == f"{says}; mirrored: its display matrix mirrors the picture"
+    assert set(notes.values()) == {None}
+    assert again.reused
+    assert again.rows == made.rows
+
+
 def hurry(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, action: str) -> None:
     """From now on every video takes too long."""
 

@@ -53,6 +53,20 @@ def test_what_is_written_is_loaded(tmp_path: Path) -> None:
     assert loaded.encoding == "jpeg"
 
 
+def test_notes_are_kept_and_counted(tmp_path: Path) -> None:
+    """Each kind of note counts its videos, not its clips; a manifest without notes is that of earlier versions."""
+    plain = write(tmp_path / "plain")
+    assert "notes" not in pq.read_table(tmp_path / "plain" / NAME).column_names
+    assert plain.table["notes"].null_count == 3
+    notes = [None, "joined: 2 recordings; mirrored: yes", "joined: 2 recordings; mirrored: yes"]
+    noted = write(tmp_path / "noted", rows().drop_columns("notes").append_column("notes", pa.array(notes)))
+    assert noted.counts == {**plain.counts, "joined": 1, "mirrored": 1}
+    assert noted.hash == plain.hash
+    loaded = Manifest.load(str(tmp_path / "noted"))
+    assert loaded == noted
+    assert loaded.table["notes"].to_pylist() == [notes[1], notes[1], None]
+
+
 def test_rows_are_sorted(tmp_path: Path) -> None:
     """Rows stand by video, then by time, in whatever order they came."""
     assert write(tmp_path).table["clip_id"].to_pylist() == ["02", "01", "03"]

@@ -40,7 +40,7 @@ def folder(written: tuple[Path, TrainState], tmp_path: Path) -> Path:
 
 
 def test_features_are_those_of_the_query_encoder(written: tuple[Path, TrainState]) -> None:
-    """Bit for bit, at the same preprocessing: weights and running statistics are the query encoder's."""
+    """Bit for bit, with the same preprocessing: weights and running statistics are those of the query encoder."""
     encoder = package.load_encoder(str(written[0]))
     backbone = written[1].moco.query.backbone.eval()
     with torch.inference_mode():
@@ -62,7 +62,7 @@ def test_the_normalisation_of_the_run_travels_with_it(manifest: Manifest, tmp_pa
 
 
 def test_the_card_says_where_it_comes_from(written: tuple[Path, TrainState], manifest: Manifest) -> None:
-    """Data set with hash, counts and licence, run, step, preprocessing with frame rate, versions, commit, hashes."""
+    """It has data set with hash, counts and licence; run, step, frame rate, versions, commit and hashes."""
     card = json.loads((written[0] / package.CARD).read_text())
     assert card["data"] == {
         "manifest_hash": manifest.hash,
@@ -82,7 +82,7 @@ def test_the_card_says_where_it_comes_from(written: tuple[Path, TrainState], man
 def test_the_card_says_which_weights_the_run_began_with(
     written: tuple[Path, TrainState], manifest: Manifest, tmp_path: Path
 ) -> None:
-    """In encoder.json and in the model card; a run with random weights says nothing of it."""
+    """They are in encoder.json and in the model card; after random weights neither mentions any."""
     model = TINY.model.model_copy(update={"init": "/runs/trunk/step-00000700"})
     state = TrainState(
         TINY.model_copy(update={"model": model}), manifest_hash=manifest.hash, device=torch.device("cpu")
@@ -98,7 +98,7 @@ def test_the_card_says_which_weights_the_run_began_with(
 
 
 def test_the_commit_is_that_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    """40 hex digits, with a mark if files were changed; VMOCO_COMMIT overrides it."""
+    """The commit has 40 hex digits, and a mark if files were changed; VMOCO_COMMIT overrides it."""
     commit = package.git_commit()
     if commit is not None:  # else the sources are not a checkout
         assert len(commit.removesuffix("+changes")) == 40
@@ -107,7 +107,7 @@ def test_the_commit_is_that_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_videos_travel_with_it(written: tuple[Path, TrainState], manifest: Manifest) -> None:
-    """One row per video, sorted, with whether it was held out."""
+    """The list has one row per video, sorted, with whether the video was held out."""
     table = pq.read_table(written[0] / package.VIDEOS)
     assert table["video_id"].to_pylist() == [f"video-{video:03d}" for video in range(12)]
     assert table["held_out"].to_pylist() == [False] * 9 + [True] * 3
@@ -115,7 +115,7 @@ def test_the_videos_travel_with_it(written: tuple[Path, TrainState], manifest: M
 
 @pytest.mark.parametrize("how", ["flipped", "truncated", "empty"])
 def test_changed_weights_are_refused(folder: Path, how: str) -> None:
-    """One bit, half of the file, all of it."""
+    """Weights with one changed bit, half of the file, or an empty file are refused."""
     path = folder / package.WEIGHTS
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -133,8 +133,8 @@ def test_what_is_no_encoder_is_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no encoder.safetensors"):
         package.load_encoder(str(folder))
     (folder / package.CARD).write_text('{"version": 1}')
-    with pytest.raises(ValueError, match=r"is of version 1, this vmoco reads version 2"):
+    with pytest.raises(ValueError, match=r"has format version 1, and this vmoco reads version 2: use the vmoco"):
         package.load_encoder(str(folder))
     (folder / package.CARD).write_text('{"version": ')
-    with pytest.raises(ValueError, match=r"its encoder.json is no JSON"):
+    with pytest.raises(ValueError, match=r"its encoder.json is not JSON"):
         package.load_encoder(str(folder))

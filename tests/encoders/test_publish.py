@@ -1,4 +1,4 @@
-"""Runs, their kept checkpoints and files of others become registered encoders; which of them saw a video is known."""
+"""Runs, kept checkpoints and foreign weights become registered encoders; it is known which of them saw a video."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def job(name: str, *words: str) -> subprocess.CompletedProcess[str]:
 def test_any_kept_checkpoint_of_a_run_becomes_an_encoder(
     manifest: Manifest, tracker_home: Path, tmp_path: Path
 ) -> None:
-    """By name and step, scored on the held-out videos; the last one without a step. What is not there is listed."""
+    """By run name and step, or the last one; it is scored on held-out videos. A wrong step lists the kept ones."""
     run_id = tracked_run(tmp_path, manifest, steps=(10, 20))
     said: list[str] = []
     first = publish_run("a-run", RegisterSettings(name="tested"), step=10, show=said.append)
@@ -79,7 +79,7 @@ def test_a_score_of_training_is_not_measured_again(manifest: Manifest, tracker_h
 
 
 def test_a_checkpoint_that_is_gone_or_changed_is_said(manifest: Manifest, tracker_home: Path, tmp_path: Path) -> None:
-    """One whose files were replaced since they were tracked, and one whose files are gone; nothing is registered."""
+    """Replaced files and missing files give a message, and nothing is registered."""
     tracked_run(tmp_path, manifest, steps=(10, 20))
     record = tmp_path / "a-run" / "step-00000010" / "state.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"sha256": "0" * 64}))
@@ -96,7 +96,7 @@ def test_a_checkpoint_that_is_gone_or_changed_is_said(manifest: Manifest, tracke
 def test_which_encoders_saw_a_video(
     manifest: Manifest, other_manifest: Manifest, tracker_home: Path, tmp_path: Path
 ) -> None:
-    """With two data sets and an import: trained on it, held it out, and unknown."""
+    """With two data sets and an import, the answers are: trained on it, held it out, and unknown."""
     for name, data in (("one", manifest), ("two", other_manifest)):
         tracked_run(tmp_path, data, name=name)
         publish_run(name, RegisterSettings(name=name, score=False))
@@ -124,7 +124,7 @@ def features_of(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def test_weights_of_torchvision_by_one_command(tracker_home: Path, tmp_path: Path) -> None:
-    """From a file with torchvision's exact keys: its features, at its own preprocessing, by the job."""
+    """A file with torchvision's exact keys gives torchvision's features, with its preprocessing."""
     theirs = torchvision_video.r3d_18()
     torch.save(theirs.state_dict(), tmp_path / "r3d_18-b3b3357e.pth")
     ended = job("register", str(tmp_path / "r3d_18-b3b3357e.pth"), "--name", "kinetics")
@@ -137,7 +137,7 @@ def test_weights_of_torchvision_by_one_command(tracker_home: Path, tmp_path: Pat
 
 
 def test_weights_of_the_released_code(tracker_home: Path, tmp_path: Path) -> None:
-    """From a checkpoint with the released code's exact keys: the query encoder, normalised by ImageNet's mean."""
+    """A checkpoint with the released code's exact keys gives the query encoder, normalised as for ImageNet."""
     query, key = (torchvision_video.r3d_18(num_classes=16) for _ in range(2))
     tensors = {"module.queue": torch.randn(16, 32), "module.queue_ptr": torch.zeros(1)}
     for side, encoder in (("encoder_q", query), ("encoder_k", key)):

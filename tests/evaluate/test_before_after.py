@@ -1,4 +1,4 @@
-"""The comparison with random weights: the same clips for both, a plain reference, and a page that a browser shows."""
+"""The comparison with random weights uses the same clips for both, equals a plain reference, and makes a page."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def test_random_weights_beside_random_weights(tmp_path: Path) -> None:
 
 
 def test_colour_finds_what_differs_in_colour(tmp_path: Path) -> None:
-    """Each made video has a square of its own colour over noise, so mean colour beats chance by far."""
+    """Each generated video has a square of its own colour over noise, so mean colour is far above chance."""
     rows = compare(encoder_of(), make_data_set(tmp_path, num_held_out=5)).rows
     assert rows[0].by_colour > 3 * rows[0].chance
     assert rows[1].by_colour > 3 * rows[1].chance
 
 
 def test_a_match_is_the_largest_of_its_row_and_column() -> None:
-    """Against a loop over rows and columns."""
+    """The result equals that of a loop over rows and columns."""
     similarity = np.random.default_rng(0).normal(size=(6, 6)) + 0.8 * np.eye(6)
     rows = [float(all(similarity[i, i] >= similarity[i, j] for j in range(6))) for i in range(6)]
     columns = [float(all(similarity[j, j] >= similarity[i, j] for i in range(6))) for j in range(6)]
@@ -55,7 +55,7 @@ def test_a_match_is_the_largest_of_its_row_and_column() -> None:
 
 
 def test_too_few_held_out_videos_are_refused(tmp_path: Path) -> None:
-    """One held-out video has no other to be confused with."""
+    """With one held-out video there is no other video to confuse it with."""
     with pytest.raises(TooFewVideosError, match="1 of 1 held-out videos"):
         compare(encoder_of(), make_data_set(tmp_path, num_held_out=1))
 

@@ -1,4 +1,4 @@
-"""On a Ray cluster: embedding is complete and resumable, evaluation is distributed and says what it measured."""
+"""On a Ray cluster, embedding is complete and resumable, and evaluation is distributed and reports what it measured."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def quiet(_: str) -> None:
 
 @pytest.mark.cluster
 def test_videos_are_embedded_once_and_none_disappears(ray_cluster: LocalCluster, tmp_path: Path) -> None:
-    """Every clip of every good video, each bad one in the ledger; what is there is kept, what is lost made again."""
+    """Each good video gives all clips, each bad one is in the ledger; only missing parts are made again."""
     for name in range(5):
         write_video(tmp_path / "videos" / f"{name}.mp4", images(20 + 8 * name))
     truncate(write_video(tmp_path / "videos" / "cut.mp4", images(40)), 0.5)
@@ -149,7 +149,7 @@ def three_videos(folder: Path) -> dict[str, Any]:
 def test_any_error_of_one_video_is_a_row_of_the_ledger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[Any, str], error: Exception
 ) -> None:
-    """Whatever is raised for one video, the others are embedded, and the next run tries it again."""
+    """Whatever error one video raises, the others are embedded, and the next run tries this video again."""
     item, real = three_videos(tmp_path / "videos"), getattr(*place)
 
     def broken(path: str) -> Any:
@@ -167,7 +167,7 @@ def test_any_error_of_one_video_is_a_row_of_the_ledger(
 
 
 def test_a_full_scratch_disk_rejects_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is a fault of the machine: the task returns the error message, and writes no part."""
+    """The fault is the machine's: the task returns the error message and writes no part."""
     item = three_videos(tmp_path / "videos")
     task = EmbedTask(encoder_of(), Work(str(tmp_path / "table"), Window(8, 1), batch_size=4))
     with open("/dev/full", "r+b") as full:
@@ -238,7 +238,7 @@ def test_what_the_data_set_allows_is_planned(tmp_path: Path) -> None:
 
 
 def test_torchvisions_supervised_weights_are_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From torch's own folder of downloads, at torchvision's preprocessing; where there are none, that is said."""
+    """They come from torch's download folder, with torchvision's preprocessing; if missing, a message says so."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
@@ -247,7 +247,7 @@ def test_torchvisions_supervised_weights_are_a_reference(tmp_path: Path, monkeyp
     found = foreign.supervised("r3d_18")
     assert torch.equal(found.backbone.trunk.stem[0].weight, theirs.stem[0].weight)
     assert (found.preprocessing.num_frames, found.preprocessing.fps) == (16, 15.0)
-    with pytest.raises(ValueError, match="torchvision has no weights of r3d_nano, only of r3d_18"):
+    with pytest.raises(ValueError, match="torchvision has no weights of r3d_nano: choose one of r3d_18"):
         foreign.supervised("r3d_nano")
 
 
@@ -256,7 +256,7 @@ def test_torchvisions_supervised_weights_are_a_reference(tmp_path: Path, monkeyp
 def test_the_jobs_evaluate_note_and_embed_a_registered_encoder(
     ray_cluster: LocalCluster, tracker_home: Path, tmp_path: Path
 ) -> None:
-    """From the command line: scores are printed beside those of the references, noted with the version, promoted by.
+    """The commands print scores and those of references, record them with the version, and promote by them.
 
     Then a data set becomes a table and a page.
     """

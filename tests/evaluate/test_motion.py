@@ -136,7 +136,7 @@ def test_who_sees_motion_scores_high(moving: Manifest) -> None:
 
 
 def test_who_sees_a_single_frame_is_at_chance(moving: Manifest) -> None:
-    """In all three; at speed exactly, as the middle frame is the same."""
+    """Such an encoder is at chance in all three probes; at speed exactly, because the middle frame is the same."""
     found = measured(middle_frame(), moving)
     for probe, each in found.items():
         assert each.by[ENCODER].low <= each.chance <= each.by[ENCODER].high, probe
@@ -145,7 +145,7 @@ def test_who_sees_a_single_frame_is_at_chance(moving: Manifest) -> None:
 
 
 def test_a_static_scene_has_nothing_to_tell(tmp_path: Path) -> None:
-    """Where nothing moves an encoder that sees motion is exactly at chance, and repeated frames are reported."""
+    """If nothing moves, an encoder that sees motion is exactly at chance, and repeated frames are reported."""
     manifest = footage(tmp_path, pixels=0)
     for each in measured(flow(), manifest).values():
         assert each.by[ENCODER].value == pytest.approx(each.chance)
@@ -154,14 +154,14 @@ def test_a_static_scene_has_nothing_to_tell(tmp_path: Path) -> None:
 
 
 def test_a_fade_that_gives_order_away_shows_in_the_baselines(tmp_path: Path) -> None:
-    """Frames that grow brighter tell the order of halves: colours alone, and one frame alone, do it."""
+    """Frames that grow brighter reveal the order of halves: colours alone, and one frame alone, find it."""
     found = measured(middle_frame(), footage(tmp_path, fade=3))
     assert found["order"].by[COLOUR].low > 0.9
     assert found["order"].by[STILL].low > 0.6
 
 
 def test_colours_are_those_of_the_frames_and_their_changes(moving: Manifest) -> None:
-    """Against the stored pixels."""
+    """Equal to those of the stored pixels."""
     chosen, views = plan_motion(moving), make_views(Window(8, 1), FRAMES)
     colours, note = read_colours(moving, chosen.rows)
     assert note == ""
@@ -173,7 +173,7 @@ def test_colours_are_those_of_the_frames_and_their_changes(moving: Manifest) -> 
 
 
 def test_views_show_the_frames_that_they_say() -> None:
-    """Of 16 stored frames: a window of 8; four frames at each speed, whose middle frame is one and the same."""
+    """Of 16 stored frames: a window of 8, and four frames at each speed with the same middle frame."""
     views = make_views(Window(8, 1), FRAMES)
     assert views.numbers["seen"] == (4, 5, 6, 7, 8, 9, 10, 11)
     assert views.numbers["reversed"] == (11, 10, 9, 8, 7, 6, 5, 4)
@@ -191,7 +191,7 @@ def test_views_show_the_frames_that_they_say() -> None:
 @pytest.mark.parametrize("stored", range(5, 40))
 @pytest.mark.parametrize("seen", [2, 5, 8])
 def test_views_stay_within_the_clip(stored: int, seen: int) -> None:
-    """Whatever the lengths; a probe's views show equally many frames; short clips have no speed, and it is said."""
+    """For all lengths, the views of a probe show equally many frames; too short clips have no speed, with a note."""
     if seen > stored:
         return
     views = make_views(Window(seen, 1), stored)
@@ -207,13 +207,13 @@ def test_views_stay_within_the_clip(stored: int, seen: int) -> None:
 
 
 def test_no_video_is_on_both_sides(tmp_path: Path) -> None:
-    """Held-out videos test; where they are too few half of all do, with a note; below 20 videos it is refused."""
+    """Held-out videos test; if they are too few, half of all do, with a note; below 20 videos it is refused."""
     plenty = footage(tmp_path / "plenty", videos=20)
     chosen = plan_motion(plenty)
     assert chosen.note == ""
     assert chosen.test.tolist() == chosen.rows["held_out"].to_pylist()
     few = plan_motion(make_data_set(tmp_path / "few", num_videos=24, clips_per_video=3, num_held_out=4))
-    assert "half of all 24 videos, as 4 are held out and 10 are needed" in few.note
+    assert "half of all 24 videos, because 4 are held out and 10 are needed" in few.note
     videos = np.asarray(few.rows["video_id"].to_pylist())
     assert not set(videos[few.test]) & set(videos[~few.test])
     assert len(set(videos[few.test])) == 12
@@ -230,7 +230,7 @@ def test_a_broken_encoder_is_refused(moving: Manifest) -> None:
 
 
 def test_checkpoints_are_scored_by_arrow_too(moving: Manifest) -> None:
-    """Beside retrieval: high for who sees motion, chance for who sees one frame; it is in the tracker's numbers."""
+    """It is high for an encoder that sees motion, at chance for one that sees single frames, and tracked."""
     found = score_encoder(flow(), moving)
     assert found.arrow is not None
     assert found.arrow.low > 0.75

@@ -1,4 +1,4 @@
-"""The label-free score knows an encoder that has learned something from one that sees colours, guesses or collapsed."""
+"""The label-free score tells an encoder that has learned something from one that sees colours, guesses or collapsed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def of_the_video(seed: int, width: int = 32) -> np.ndarray:
 
 
 def test_it_rises_with_what_features_know_of_the_video() -> None:
-    """Chance without, in order in between, 100 % with no noise; a large common part and the scale do not matter."""
+    """Chance without signal, 100 % without noise, in order between; a large common part and the scale do not matter."""
     shares = [scored(of_the_video(0) * known + noise(1)).retrieval.value for known in (0, 0.3, 0.6, 5)]
     assert shares == sorted(shares)
     assert shares[0] < 0.06
@@ -45,7 +45,7 @@ def test_it_rises_with_what_features_know_of_the_video() -> None:
 
 
 def test_chance_is_what_guessing_reaches() -> None:
-    """Over 20 sets of random features the mean is one over the number of videos, and the interval contains it."""
+    """Over 20 sets of random features, the interval contains one over the number of videos."""
     found = [scored(noise(seed)) for seed in range(20)]
     assert found[0].chance == 1 / VIDEOS
     assert np.mean([one.retrieval.value for one in found]) == pytest.approx(1 / VIDEOS, abs=0.004)
@@ -53,14 +53,14 @@ def test_chance_is_what_guessing_reaches() -> None:
 
 
 def test_a_collapsed_encoder_reaches_chance() -> None:
-    """Equal features share the hit among all; one direction is left."""
+    """Equal features share the match equally, and only one direction is left."""
     found = scored(np.ones((VIDEOS * CLIPS, 8)))
     assert found.retrieval.value == pytest.approx(1 / VIDEOS, abs=1e-6)
     assert found.effective_rank == 1
 
 
 def test_colour_alone_is_said_beside() -> None:
-    """Colours that tell the videos apart stand beside features that do not."""
+    """The score of colours is reported too: it finds the videos, and the features do not."""
     colours = of_the_video(2, 3) * 40 + 128 + noise(3, 3)
     found = scored(noise(4), colours)
     assert found.by_colour > 0.8
@@ -70,7 +70,7 @@ def test_colour_alone_is_said_beside() -> None:
 
 @pytest.mark.parametrize("shape", [(40, 100), (300, 16)])
 def test_effective_rank_is_that_of_the_singular_values(shape: tuple[int, int]) -> None:
-    """By the definition, from NumPy's singular value decomposition; k equal directions count as k."""
+    """By its definition, from NumPy's singular value decomposition; k equal directions count as k."""
     features = np.random.default_rng(0).normal(size=shape) * np.linspace(0.1, 2, shape[1])
     values = np.linalg.svd(features - features.mean(axis=0), compute_uv=False)
     shares = values[values > 1e-6 * values.max()] / values.sum()
@@ -79,7 +79,7 @@ def test_effective_rank_is_that_of_the_singular_values(shape: tuple[int, int]) -
 
 
 def test_pairs_are_of_one_video_and_disjoint_in_time() -> None:
-    """Every pair lies half a video apart; clips that overlap, and videos of one clip, take no part."""
+    """The clips of each pair are half a video apart; clips that overlap, and videos of one clip, are left out."""
     videos = ["a"] * 7 + ["b"] * 2 + ["overlapping"] * 3 + ["single"]
     starts = np.array([0, 1, 2, 3, 4, 5, 6, 0, 1, 0, 0.3, 0.6, 0], float)
     pairs = choose_pairs(videos, start_seconds=starts, clip_seconds=1.0, rounds=3)
@@ -89,7 +89,7 @@ def test_pairs_are_of_one_video_and_disjoint_in_time() -> None:
 
 
 def test_a_large_set_is_bounded_by_a_fixed_draw() -> None:
-    """At most so many videos, the same ones each time, and rows of no others are read."""
+    """At most the given number of videos take part, always the same ones, and no rows of others are read."""
     videos = [f"v{video:05d}" for video in range(3000) for _ in range(2)]
     starts = np.tile([0.0, 1.0], 3000)
     pairs = choose_pairs(videos, start_seconds=starts, clip_seconds=1.0, max_videos=50)
@@ -142,7 +142,7 @@ def test_an_encoder_is_scored_on_held_out_videos_only(tmp_path: Path) -> None:
 
 
 def test_it_covers_the_truth_as_often_as_it_says() -> None:
-    """Of 200 samples of 60 videos, about 95 % of the intervals hold the true mean; between 90 and 99 is let pass."""
+    """Of 200 samples of 60 videos, 95 % of the intervals should contain the true mean; 90 to 99 % is accepted."""
     random = np.random.default_rng(0)
     covered = 0
     for trial in range(200):

@@ -37,6 +37,16 @@ def test_arithmetic_is_that_of_the_layers() -> None:
     assert step_cost(every, bf16=False).run_flops(every) == (10 * 4 + 5 * 6 + 5 * 4) * 8 * cost.forward_flops
 
 
+def test_a_reversed_negative_costs_one_forward() -> None:
+    """With 2 of each 4 keys a step has half a forward more for each clip, and ranks receive half as many keys more."""
+    settings = changed(PRESETS["tiny"][1], scaling={"num_workers": 2})
+    without = step_cost(settings, bf16=False)
+    cost = step_cost(changed(settings, moco={"reversed_negatives_percent": 50.0}), bf16=False)
+    more = 8 // 2 * cost.forward_flops
+    assert (cost.flops_before - without.flops_before, cost.flops_after - without.flops_after) == (more, more)
+    assert cost.key_bytes == 1.5 * without.key_bytes == 8 // 2 * 1.5 * 4 * 32
+
+
 @pytest.mark.parametrize("backbone", ["r3d_nano", "r2plus1d_nano"])
 def test_contrast_costs_the_gradient_of_the_stems_input_on_top(backbone: str) -> None:
     """What torch counts for forward and backward of a clip that needs a gradient, less that of one that does not."""

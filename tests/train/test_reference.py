@@ -42,6 +42,9 @@ OPTIONS = changed(
 # The options that no paper has.
 LATER = changed(OPTIONS, generator={"select": "sample", "objective": "contrast", "every": 3})
 EVERY_THIRD = changed(PAPER, generator={"every": 3})
+# Of each micro-batch of 4 keys one or two are also played backwards.
+REVERSED = changed(PAPER, moco={"reversed_negatives_percent": 25.0})
+HALF_REVERSED = changed(LATER, moco={"reversed_negatives_percent": 50.0})
 
 
 def exact_state(settings: PretrainSettings, manifest: Manifest) -> TrainState:
@@ -150,6 +153,7 @@ def global_batch(loader: Loader, step: int, settings: PretrainSettings) -> refer
         key_order=batch.key_order,
         random_importance=random_importance,
         noise=batch.random_importance.double(),
+        reversed_clips=frozenset(batch.key_order[batch.reversed_keys].tolist()),
     )
 
 
@@ -171,6 +175,8 @@ def one_thread() -> Iterator[None]:
         pytest.param(LATER, 1, 1e-6, id="later-1-rank"),
         pytest.param(LATER, 2, 1e-6, id="later-2-ranks"),
         pytest.param(EVERY_THIRD, 1, 1e-9, id="every-third-1-rank"),
+        pytest.param(REVERSED, 1, 1e-9, id="reversed-1-rank"),
+        pytest.param(HALF_REVERSED, 2, 1e-6, id="half-reversed-2-ranks"),
     ],
 )
 def test_steps_equal_the_reference(

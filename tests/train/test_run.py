@@ -210,3 +210,16 @@ def test_a_run_whose_checkpoints_cannot_be_scored_says_so_at_its_start(
     lines = introduce(open_run(prepare(scored)))
     assert any(line.startswith("each checkpoint is scored on 3 held-out videos") for line in lines)
     assert not any(line.startswith(warning) for line in lines)
+
+
+def test_a_setting_without_effect_is_reported_at_the_start_and_the_run_resumes(settings: PretrainSettings) -> None:
+    """One warning for each, with the setting that makes it so; the same when the run is resumed."""
+    unused = changed(settings, moco={"decay_end": 0.5}, train={"optimizer": "adamw", "sgd_momentum": 0.5})
+    expected = [
+        "warning: --moco.decay-end 0.5 has no effect, because --moco.decay-schedule is constant",
+        "warning: --train.sgd-momentum 0.5 has no effect, because --train.optimizer is adamw",
+    ]
+    for is_new in (True, False):
+        run = open_run(prepare(unused))
+        assert run.is_new == is_new
+        assert [line for line in introduce(run) if "has no effect" in line] == expected

@@ -38,6 +38,7 @@ ADVERSARIAL_DECAY = changed(SETTINGS, moco={"decay_schedule": "adversarial"})
 ADAMW = changed(
     SETTINGS, train={"optimizer": "adamw", "learning_rate": 1e-3}, data={"positives": "two_clips", "num_frames": 8}
 )
+REVERSED = changed(SETTINGS, moco={"reversed_negatives_percent": 50.0})
 
 
 def advance(folder: str, settings: PretrainSettings, until: int, resume: str | None, keep: str | None) -> str:
@@ -64,8 +65,14 @@ def advance(folder: str, settings: PretrainSettings, until: int, resume: str | N
 
 @pytest.mark.parametrize(
     ("num_ranks", "settings"),
-    [(1, SETTINGS), (4, SETTINGS), (1, ADVERSARIAL_DECAY), (2, ADVERSARIAL_DECAY), (1, ADAMW), (2, ADAMW)],
-    ids=["1", "4", "1-adversarial-decay", "2-adversarial-decay", "1-adamw-two-clips", "2-adamw-two-clips"],
+    [
+        *((1, SETTINGS), (4, SETTINGS), (1, ADVERSARIAL_DECAY), (2, ADVERSARIAL_DECAY), (1, ADAMW), (2, ADAMW)),
+        (2, REVERSED),
+    ],
+    ids=[
+        *("1", "4", "1-adversarial-decay", "2-adversarial-decay", "1-adamw-two-clips", "2-adamw-two-clips"),
+        "2-reversed",
+    ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, num_ranks: int, settings: PretrainSettings) -> None:
     """Stopped mid-epoch after 5 of 8 steps and resumed in new processes: every tensor has the same bits everywhere.

@@ -16,8 +16,11 @@ from tests.ranks import run_on_ranks
 from vmoco.config import PretrainSettings
 from vmoco.data.loader import Loader, View
 from vmoco.data.manifest import Manifest
+from vmoco.model.generator import drop_frames, keep_mask
+from vmoco.model.moco import Contrast
 from vmoco.presets import PRESETS
 from vmoco.train import distributed
+from vmoco.train.metrics import StepMetrics
 from vmoco.train.state import TrainState
 from vmoco.train.step import NonFiniteError, TrainStep
 
@@ -84,9 +87,13 @@ def gradients_of_one_step(folder: str, settings: PretrainSettings) -> dict[str, 
 
 SAMPLED = changed(ADVERSARIAL, generator={"select": "sample", "relative": True})
 CONTRAST = changed(ADVERSARIAL, generator={"objective": "contrast"})
+REVERSED = changed(ADVERSARIAL, moco={"reversed_negatives_percent": 50.0})
 
 
-@pytest.mark.parametrize(("num_ranks", "settings"), [(2, ADVERSARIAL), (3, ADVERSARIAL), (2, SAMPLED), (2, CONTRAST)])
+@pytest.mark.parametrize(
+    ("num_ranks", "settings"),
+    [(2, ADVERSARIAL), (3, ADVERSARIAL), (2, SAMPLED), (2, CONTRAST), (2, REVERSED), (3, REVERSED)],
+)
 def test_gradients_on_ranks_equal_those_of_one_process(
     tmp_path: Path, num_ranks: int, settings: PretrainSettings
 ) -> None:
@@ -164,6 +171,45 @@ def test_generator_sees_its_own_loss_alone(tmp_path: Path) -> None:
     assert norms[100.0]["generator_gradient_norm"] > 1e-4
     assert norms[1e-12]["generator_gradient_norm"] < 1e-9
     assert norms[1e-12]["gradient_norm"] == pytest.approx(norms[100.0]["gradient_norm"])
+
+
+def test_reversed_negatives_change_the_loss_of_their_own_clips_alone(tmp_path: Path) -> None:
+    """With half of them, 2 of each 4 clips have one more negative, which is the key encoder's view of x' backwards.
+
+    Batch normalisation is frozen, so each clip is encoded by itself here. The queue gets the keys that it gets without
+    the option.
+    """
+    manifest = make_data_set(tmp_path)
+    batch = Loader(manifest, REVERSED, rank=0, world_size=1).batch(0)
+    chosen = sorted(batch.key_order[batch.reversed_keys].tolist())
+    assert len(chosen) == 6
+    found: dict[PretrainSettings, tuple[torch.Tensor, torch.Tensor]] = {}
+    for settings in (ADVERSARIAL, REVERSED):
+        state = exact_state(settings, manifest)
+        losses: list[Contrast] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(StepMetrics, "add", lambda _, compared, losses=losses: losses.append(compared))
+            ExactStep(settings, state, CPU)(Loader(manifest, settings, rank=0, world_size=1).batch(0))
+        found[settings] = torch.cat([each.loss for each in losses]).detach(), state.moco.queue.keys
+    (plain, keys), (loss, keys_with) = found[ADVERSARIAL], found[REVERSED]
+    torch.testing.assert_close(keys_with, keys, rtol=0, atol=1e-12)
+    differing = [clip for clip in range(12) if abs(loss[clip] - plain[clip]) > 1e-9]
+    assert differing == chosen
+
+    # e^loss = 1 + sum of negatives over the positive: a reversed key adds e^((q.r - q.k) / tau).
+    state = exact_state(REVERSED, manifest)
+    step, moco = ExactStep(REVERSED, state, CPU), state.moco
+    views = step._augmented(batch.key, slice(None))[torch.argsort(batch.key_order)]
+    queries = step._augmented(batch.query, slice(None))
+    with torch.no_grad():
+        for clip in chosen:
+            mask = keep_mask(moco.generator(queries[clip : clip + 1]), REVERSED.num_dropped)
+            fill = queries[clip : clip + 1].mean(dim=(3, 4), keepdim=True)
+            query = moco.query(drop_frames(queries[clip : clip + 1], mask, fill))
+            backwards = views[clip : clip + 1][:, :, list(reversed(range(8)))]
+            gap = float((query * (moco.key(backwards) - moco.key(views[clip : clip + 1]))).sum())
+            more = math.exp(gap / REVERSED.moco.temperature)
+            assert math.exp(loss[clip]) - math.exp(plain[clip]) == pytest.approx(more, rel=1e-6)
 
 
 class StemGradients(TorchDispatchMode):

@@ -24,7 +24,7 @@ from vmoco.data.distribute import run_tasks
 from vmoco.data.held_out import scoring_problem
 from vmoco.data.ingest_tasks import MadeShard, Probed, ProbeTask, ShardPlan, make_shard, plan_shards, probe_videos
 from vmoco.data.ledger import Rejection
-from vmoco.data.manifest import FIELDS, NAME, SHARDS, Manifest, write_manifest
+from vmoco.data.manifest import FIELDS, NAME, SHARDS, Manifest, note_counts, write_manifest
 from vmoco.data.shard import ShardFile
 from vmoco.data.source import Found, Listing, list_videos, split_pattern
 from vmoco.job_settings import IngestSettings
@@ -99,6 +99,8 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
     if rejections:
         progress(f"ingest  rejected {len(rejections)}: {ledger.totals(rejections)}; see {output}/{ledger.NAME}")
     _check_rejected(manifest.counts["videos"] if table.num_rows else 0, rejections, output, settings)
+    if table.num_rows and (noted := note_counts(table)):
+        progress("ingest  " + ", ".join(f"{kind} {count}" for kind, count in noted.items()) + ": see the column notes")
     _warn_of_held_out(manifest, settings, progress)
     return manifest
 
@@ -265,8 +267,12 @@ def _previous(output: str, settings: IngestSettings) -> Manifest | None:
     if not storage.exists(storage.join(output, NAME)):
         return None
     manifest = Manifest.load(output)
-    for name, value in settings.content().items():
-        was = manifest.settings.get(name)
+    given = settings.content()
+    # An option that came later is written only where it is used.
+    fields = type(settings).model_fields
+    for name in given | manifest.settings:
+        default = fields[name].default if name in fields else None
+        value, was = given.get(name, default), manifest.settings.get(name, default)
         if was != value:
             option = "--" + name.replace("_", "-")
             raise ValueError(

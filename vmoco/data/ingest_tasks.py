@@ -59,6 +59,8 @@ class Probed:
     """Parts of a long video; empty where it is decoded in one go."""
     duration: float = 0.0
     """Seconds."""
+    notes: tuple[str, ...] = ()
+    """What is unusual about it, as in `Timeline.notes`."""
     rejection: Rejection | None = None
 
 
@@ -73,6 +75,8 @@ def clip_plan(settings: IngestSettings, found: Found) -> ClipPlan:
         max_clips=settings.max_clips_per_video,
         fps=settings.fps,
         short=settings.short_videos,
+        hdr=settings.hdr,
+        deinterlace=settings.deinterlace,
         start_seconds=found.start_seconds,
         end_seconds=found.end_seconds,
     )
@@ -125,7 +129,7 @@ def _probe(found: Found, *, root: str, settings: IngestSettings, decoder: Decode
                 part_seconds=settings.part_seconds,
                 seconds=settings.seconds_per_video,
             )
-        return Probed(found, sha256, contents.num_clips, contents.parts, contents.duration)
+        return Probed(found, sha256, contents.num_clips, contents.parts, contents.duration, contents.notes)
     except VideoError as error:
         return Probed(found, sha256, rejection=rejected(found, error))
 
@@ -146,6 +150,8 @@ class Unit:
     num_parts: int = 1
     duration: float = 0.0
     """Seconds of a video that is decoded in one go."""
+    notes: tuple[str, ...] = ()
+    """What probing found unusual."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,10 +203,10 @@ def plan_shards(probed: Sequence[Probed], settings: IngestSettings, *, whole: bo
 
 def _units(each: Probed, *, whole: bool) -> Iterator[tuple[Unit, int]]:
     if whole or not each.parts:
-        yield Unit(each.found, each.sha256, duration=each.duration), each.num_clips
+        yield Unit(each.found, each.sha256, duration=each.duration, notes=each.notes), each.num_clips
         return
     for number, part in enumerate(each.parts):
-        yield Unit(each.found, each.sha256, part, number, len(each.parts)), len(part.clips)
+        yield Unit(each.found, each.sha256, part, number, len(each.parts), notes=each.notes), len(part.clips)
 
 
 def _name(group: list[Unit], settings: IngestSettings) -> str:
@@ -223,14 +229,16 @@ def make_shard(plan: ShardPlan, *, root: str, output: str, settings: IngestSetti
         return reused
     cuts: list[tuple[Unit, int, StoredClips]] = []
     rejections: list[Rejection] = []
+    notes = [unit.notes for unit in plan.units]
     offset = 0  # overwrites the clips of the shard before: new pages of the file would cost more than the copy
-    for unit in plan.units:
+    for number, unit in enumerate(plan.units):
         try:
             cut = _cut(unit, root=root, settings=settings, decoder=decoder, offset=offset)
         except VideoError as error:
             rejections.append(rejected(unit.found, error))
         else:
             cuts.append((unit, offset, cut))
+            notes[number] += cut.notes
             offset += sum(cut.sizes)
     videos = [
         Video(
@@ -241,8 +249,9 @@ def make_shard(plan: ShardPlan, *, root: str, output: str, settings: IngestSetti
             range=unit.found.range,
             part=unit.number,
             num_parts=unit.num_parts,
+            notes=own,
         )
-        for unit in plan.units
+        for unit, own in zip(plan.units, notes, strict=True)
     ]
     metadata = ShardMetadata(
         settings.content(), settings.frame_shape, tuple(videos), tuple(rejections), encoding=settings.encoding
@@ -318,6 +327,6 @@ def _made(
     for number, row in enumerate(rows):
         read = videos[row["video_id"]]
         row |= {"shard": plan.name, "row": number, "entry": read.entry, "range": read.range}
-        row |= {"video_bytes": read.num_bytes, "video_sha256": read.sha256}
+        row |= {"video_bytes": read.num_bytes, "video_sha256": read.sha256, "notes": "; ".join(read.notes) or None}
     rejections = tuple(dataclasses.replace(rejection, shard=plan.name) for rejection in metadata.rejected)
     return MadeShard(plan.name, file, rows, rejections, reused)

@@ -91,6 +91,8 @@ class RankBatch:
     """int64 (G,): the place in the global batch of each key of the shuffled copy."""
     video_ids: torch.Tensor
     """int64 (G,): video of each clip of the global batch, in plan order."""
+    reversed_keys: torch.Tensor
+    """bool (G,): which keys of the shuffled copy are also encoded backwards."""
 
 
 class Loader:
@@ -204,7 +206,12 @@ class Loader:
             clips_per_rank=self._clips_per_rank,
             key_order=torch.from_numpy(key_order),
             video_ids=torch.from_numpy(self._video_ids[draws.video]),
+            reversed_keys=self.reversed_keys(step),
         )
+
+    def reversed_keys(self, step: int) -> torch.Tensor:
+        """Which keys of the shuffled copy of a step are also encoded backwards: bool (G,)."""
+        return torch.from_numpy(self.plan.reversed_keys(step, num_clips=self._settings.num_reversed))
 
     def first_keys(self, step: int) -> tuple[View, Int64Array]:
         """The first micro-batch of this rank's keys of a step, read now, and their places in the global batch."""

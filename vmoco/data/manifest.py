@@ -11,10 +11,12 @@ import dataclasses
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vmoco import storage
@@ -33,6 +35,8 @@ FIELDS = [
     pa.field("range", pa.string()),  # seconds of the file that were asked for, as `0.5-3`; null where all of it was
     pa.field("video_bytes", pa.int64(), nullable=False),
     pa.field("video_sha256", pa.string(), nullable=False),  # of the video file
+    # What is unusual about the video and what was done to it: `kind: sentence; kind: sentence`; null where nothing is.
+    pa.field("notes", pa.string()),
 ]
 
 
@@ -53,7 +57,8 @@ class Manifest:
     encoding: Encoding
     """How the frames of every clip are stored."""
     counts: dict[str, int]
-    """Accepted `videos`, their `clips`, `rejected` videos, and those `held_out` of the accepted videos."""
+    """Accepted `videos`, their `clips`, `rejected` videos, and those `held_out` of the accepted videos; then the
+    accepted videos with a note, by its kind."""
     shards: dict[str, ShardFile]
     """All shards, by name; a shard whose videos were all rejected has no row."""
 
@@ -86,6 +91,7 @@ class Manifest:
                 f"data set {uri} has schema version {about.get('version')}, this vmoco reads version {VERSION}: "
                 "use the vmoco that made it, or run jobs/ingest.py again into another folder"
             )
+        table = _with_notes(table)
         _check_shards(uri, about["shards"])
         return cls(
             uri=uri,
@@ -110,6 +116,24 @@ def content_hash(table: pa.Table) -> str:
     return hashlib.sha256("".join(f"{clip} {pixels}\n" for clip, pixels in pairs).encode()).hexdigest()[:16]
 
 
+def _with_notes(table: pa.Table) -> pa.Table:
+    """The table with the column `notes`, which a manifest without any note does not have."""
+    if "notes" in table.column_names:
+        return table
+    return table.append_column(pa.field("notes", pa.string()), pa.nulls(table.num_rows, pa.string()))
+
+
+def note_counts(table: pa.Table) -> dict[str, int]:
+    """How many videos have a note of each kind, by kind."""
+    columns = table.filter(pc.is_valid(table["notes"])).select(["video_id", "notes"]).to_pydict()
+    noted = {
+        (video, note.partition(":")[0])
+        for video, notes in zip(columns["video_id"], columns["notes"], strict=True)
+        for note in notes.split("; ")
+    }
+    return dict(sorted(Counter(kind for _, kind in noted).items()))
+
+
 def write_manifest(
     uri: str,
     table: pa.Table,
@@ -127,7 +151,7 @@ def write_manifest(
     Raises:
         ValueError: the place cannot be written.
     """
-    table = table.select([field.name for field in FIELDS]).cast(pa.schema(FIELDS))
+    table = _with_notes(table).select([field.name for field in FIELDS]).cast(pa.schema(FIELDS))
     table = table.sort_by([("video_id", "ascending"), ("start_seconds", "ascending"), ("clip_id", "ascending")])
     ids = table["clip_id"].to_pylist()
     assert len(set(ids)) == len(ids), "two clips have one clip_id"
@@ -144,6 +168,7 @@ def write_manifest(
             "clips": table.num_rows,
             "rejected": num_rejected,
             "held_out": len(held_out["video_id"].unique()),
+            **note_counts(table),
         },
         shards=dict(sorted(shards.items())),
     )
@@ -156,6 +181,8 @@ def write_manifest(
         "counts": manifest.counts,
         "shards": {name: dataclasses.asdict(file) for name, file in manifest.shards.items()},
     }
+    if table["notes"].null_count == table.num_rows:  # the bytes of earlier versions
+        table = table.drop_columns(["notes"])
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(about, sort_keys=True)}), sink)
     storage.write_atomic(storage.join(manifest.uri, NAME), memoryview(sink.getvalue()))

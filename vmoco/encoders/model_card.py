@@ -41,7 +41,7 @@ def _origin(card: Mapping[str, Any]) -> str:
         )
     text = (
         f"Pretrained without labels (VideoMoCo, Pan et al., CVPR 2021) by vmoco, {card['step']} steps; MLflow run "
-        f"`{card['run_id']}`, settings `{card['settings_hash']}`: all of them are in `settings.json`."
+        f"`{card['run_id']}`, settings hash `{card['settings_hash']}`. `settings.json` has all settings."
     )
     if began := card.get("began_from"):
         text += f" The run began with the weights of `{began}`, which may have seen other videos than those below."
@@ -88,10 +88,10 @@ def _scores(card: Mapping[str, Any]) -> str:
     scores = card.get("scores") or {}
     if not scores:
         return (
-            "## Scores\n\nNone when it was registered. `jobs/evaluate.py` adds them to the registered version, whose "
-            "tags in MLflow have the latest."
+            "## Scores\n\nIt had no scores when it was registered. `jobs/evaluate.py` adds scores to the tags of the "
+            "registered version in MLflow."
         )
-    lines = ["## Scores", "", "| protocol | score | 95 % interval over videos | beside it | evaluation set |"]
+    lines = ["## Scores", "", "| protocol | score | 95 % interval over videos | to compare | evaluation set |"]
     lines.append("|---|---|---|---|---|")
     for protocol, row in scores.items():
         lines.append(
@@ -105,7 +105,7 @@ def _training(drawn: Sequence[str], histories: Histories) -> str:
     if not drawn:
         return ""
     last = ", ".join(f"{name} {histories[name][-1][1]:.4g}" for name in drawn)
-    return "## Training\n\nAt the end: " + last + ".\n\n" + "\n".join(f"![{n}]({PLOTS}/{n}.png)" for n in drawn)
+    return "## Training\n\nLast values: " + last + ".\n\n" + "\n".join(f"![{n}]({PLOTS}/{n}.png)" for n in drawn)
 
 
 def _versions(card: Mapping[str, Any]) -> str:

@@ -1,8 +1,7 @@
-"""What pretraining has changed: an encoder beside random weights of the same network, on clips that were held out.
+"""What pretraining has changed: compares an encoder with random weights of the same network, on held-out clips.
 
-Both are scored by the same code on the same clips, which they see without colour. Beside them stand chance and mean
-colour alone, because a score that colour reaches as well shows nothing. `compare` returns one `Row` for each score,
-so a further score is a further row.
+The same code scores both on the same clips, without colour. The table also gives chance and mean colour alone, because
+a score that colour reaches too shows nothing. `compare` returns one `Row` for each score: to add a score, add a row.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ from vmoco.seed import hash64, uniforms
 
 BEFORE, AFTER = "random initialisation", "this encoder"
 MAX_CLIPS = 200
-"""Clips that are looked up by another crop."""
+"""Clips whose other crop is searched for."""
 _CROP = 0.7
-"""Side of a crop, as a part of the short side of the frames."""
+"""Side of a crop, as a fraction of the short side of the frames."""
 _QUERIES = 8
 """Clips whose nearest clips the page shows."""
 
@@ -54,13 +53,13 @@ class Row:
     name: str
     chance: float
     by_colour: float
-    """The score of mean colour alone, of the clips as they are."""
+    """The score of mean colour alone, from the unchanged clips."""
     before: Estimate
     """The score of random weights."""
     after: Estimate
 
     def cells(self) -> tuple[str, ...]:
-        """The texts of a line of the table, in the order of `COLUMNS`."""
+        """The texts of one line of the table, in the order of `COLUMNS`."""
         return (self.name, f"{self.chance:.1%}", f"{self.by_colour:.1%}", str(self.before), str(self.after))
 
 
@@ -78,11 +77,11 @@ class Comparison:
     """Held-out clips."""
 
     def limits(self) -> str:
-        """How far the table can be trusted, for the user."""
+        """What the table does not show, as a text for the user."""
         return (
             f"In brackets: 95 % intervals over {self.num_videos} held-out videos or parts of videos "
-            f"({self.num_clips} clips). Where intervals overlap, the difference may be chance. So few videos tell "
-            "nothing about other videos."
+            f"({self.num_clips} clips). Where intervals overlap, the difference may be chance. With so few videos, "
+            "the scores say nothing about other videos."
         )
 
 
@@ -109,7 +108,7 @@ def compare(encoder: Encoder, manifest: Manifest, *, seed: int = 0) -> Compariso
 
 
 def _crop_row(encoder: Encoder, untrained: Encoder, manifest: Manifest, held_out: pa.Table) -> Row:
-    """Looks up a crop of each clip among other crops, mirrored, of all clips: the task that pretraining solves."""
+    """Searches for a crop of each clip among other, mirrored crops of all clips: the task that pretraining solves."""
     places = np.unique(np.linspace(0, held_out.num_rows - 1, min(MAX_CLIPS, held_out.num_rows)).round().astype(int))
     rows = held_out.take(pa.array(places))
     videos = np.array(rows["video_id"].to_pylist())
@@ -125,14 +124,14 @@ def _crop_row(encoder: Encoder, untrained: Encoder, manifest: Manifest, held_out
 
 
 def found(similarity: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-    """1 where the match of a row, and then of a column, is on the diagonal: (N, N) -> (2 N,)."""
+    """1 where the best match of a row, then of a column, is on the diagonal: (N, N) -> (2 N,)."""
     matches = np.arange(len(similarity))
     right = [similarity.argmax(axis=1) == matches, similarity.argmax(axis=0) == matches]
     return np.concatenate(right).astype(np.float64)
 
 
 def _crops(encoder: Encoder, manifest: Manifest, rows: pa.Table) -> tuple[list[Frames], list[Frames]]:
-    """Two square crops of each clip, the second mirrored; their places follow from the clip's name."""
+    """Two square crops of each clip, the second mirrored. The clip's name determines their positions."""
     numbers = window(encoder, manifest).numbers(manifest.frame_shape[0])
     reader = ClipReader.of(manifest, rows, crop=True)
     clips = reader.several(range(rows.num_rows), itertools.repeat(numbers))
@@ -167,7 +166,7 @@ def write_page(
         manifest: data set.
         compared: the scores.
         title: name of the encoder.
-        loss: picture of the loss curve (PNG); left out where there is none.
+        loss: picture of the loss curve (PNG); None leaves it out.
     """
     rows = [_nearest(each, manifest) for each in (random_initialisation(encoder, seed=0), encoder)]
     pairs = "".join(
@@ -189,8 +188,9 @@ def write_page(
 <table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table>
 <p>{html.escape(compared.limits())}</p>
 {curve}<h2>Nearest clips</h2>
-<p>On the left a held-out clip, beside it the nearest of the other held-out clips by the cosine of their features.
-The encoders see them without colour. Green: of the same video, or of the same part of a video.</p>
+<p>A held-out clip is on the left; beside it are the nearest other held-out clips, by the cosine of their features.
+The encoders see all clips without colour. A green frame marks a clip of the same video, or of the same part of a
+video.</p>
 {pairs}</body></html>
 """
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
 """Embeds videos or a data set: a pool of Ray Data actors, each with the encoder, writes a table of embeddings.
 
-All work is planned before it is scheduled, as in ingest. The name of a part of the table follows from the clips in it,
-so a part that is there is not made again, whichever job made it and however that job ended.
+All work is planned before it is scheduled, as in ingest. A hash of its clips or videos names each part of the table.
+A part that exists is not made again, whichever job made it and however that job ended.
 
-`EmbedTask` is what one actor does; it knows nothing of Ray. Its clips come from the shards of a data set, or from
-videos that it decodes.
+`EmbedTask` is the work of one actor; it does not use Ray. Its clips come from the shards of a data set, or from videos
+that it decodes.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ _ROW_NAMES += ["offset", "num_bytes", "sha256", "height", "width"]
 
 @dataclasses.dataclass(frozen=True)
 class Embedded:
-    """What an embedding job has made."""
+    """The result of an embedding job."""
 
     table: FeatureTable
     num_rejected: int
     num_reused: int
-    """Parts that were there already."""
+    """Parts that existed before."""
 
 
 def embed(encoder: Encoder, settings: EmbedSettings, *, show: Callable[[str], None] = print) -> Embedded:
     """Embeds what `settings.videos` names; needs an initialised Ray.
 
     Raises:
-        ValueError: nothing to embed, another encoder's table in the way, or no permission.
+        ValueError: there is nothing to embed, the output holds another encoder's table, or permission is missing.
     """
     videos = storage.require_absolute(settings.videos, "--videos")
     output = storage.require_absolute(settings.output, "--output")
@@ -96,7 +96,7 @@ def shard_items(manifest: Manifest, chosen: Any = None) -> list[dict[str, Any]]:
 
     Args:
         manifest: data set.
-        chosen: boolean column, which clips are embedded; all when left out.
+        chosen: boolean column that marks the clips to embed; None embeds all.
     """
     table = manifest.table if chosen is None else manifest.table.filter(chosen)
     table = table.select([*_ROW_NAMES, "fps"]).sort_by([("shard", "ascending"), ("row", "ascending")])
@@ -117,10 +117,10 @@ def run_items(
     *,
     show: Callable[[str], None] = print,
 ) -> int:
-    """Makes the parts that are missing, and those with a video that another try may read, on the pool's workers.
+    """Makes the missing parts on the pool's workers, and again those with a video that failed for a passing reason.
 
     Returns:
-        How many parts were there already.
+        Number of parts that were reused.
 
     Raises:
         ValueError: a worker met an error that the user has to fix.
@@ -155,9 +155,7 @@ def _run(items: list[dict[str, Any]], encoder: Encoder, work: Work, pool: PoolSe
     fit = int(ray.cluster_resources().get(resource, 0) // each)
     if not fit:
         flag = "--no-use-gpu" if pool.use_gpu else f"a --cpus-per-worker below {pool.cpus_per_worker}"
-        raise ValueError(
-            f"a worker needs {each} {resource}, and no node of the cluster has as many: give {flag}, or add nodes"
-        )
+        raise ValueError(f"a worker needs {each} {resource}, and the cluster has fewer: give {flag}, or add nodes")
     size = min(fit, len(items), pool.max_workers or fit)
     work = dataclasses.replace(
         work, device="cuda" if pool.use_gpu else "cpu", num_threads=None if pool.use_gpu else pool.cpus_per_worker
@@ -191,7 +189,11 @@ def _video_items(folder: str, videos: tuple[source.Found, ...], settings: EmbedS
 
 
 def _claim(output: str, encoder: Encoder, about: dict[str, Any]) -> None:
-    """Ties the folder to the encoder and to how it sees clips: a table is of one encoder alone."""
+    """Records in the folder which encoder the table belongs to: a table holds features of one encoder only.
+
+    Raises:
+        ValueError: the folder belongs to another encoder, or to other settings of how it sees clips.
+    """
     mine = {"encoder": encoder.card.get("backbone"), "weights": encoder.weights_hash(), **about}
     uri = storage.join(output, ABOUT)
     if storage.exists(uri):
@@ -200,7 +202,7 @@ def _claim(output: str, encoder: Encoder, about: dict[str, Any]) -> None:
             if theirs.get(name) != value:
                 raise ValueError(
                     f"the table in {output} was made with {name} {theirs.get(name)}, not {value}: "
-                    "give another --output, or what it was made with"
+                    f"give another --output, or use {name} {theirs.get(name)} again"
                 )
     storage.write_atomic(uri, json.dumps(mine, indent=1, sort_keys=True).encode())
 
@@ -215,7 +217,7 @@ _Clip = tuple[dict[str, Any], Frames]
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """How clips are embedded, the same for all items of a job."""
+    """How clips are embedded; equal for all items of a job."""
 
     output: str
     """Folder of the table."""
@@ -223,15 +225,15 @@ class Work:
     """Which frames of a stored clip the encoder sees."""
     batch_size: int
     colour: bool = True
-    """False shows the encoder the clips `without_colour`."""
+    """False removes the colour of clips first (`without_colour`)."""
     views: tuple[tuple[int, ...], ...] = ()
-    """Of clips of a data set: numbers of the stored frames that each view shows, instead of the window. A row has the
-    features of all views, one after the other."""
+    """For clips of a data set: numbers of the stored frames that each view shows; `window` is not used then. A row has
+    the features of all views, one after the other."""
     max_clips_per_video: int = 32
     seconds_per_video: float = 600.0
     device: str = "cpu"
     num_threads: int | None = None
-    """Of torch; None leaves them as they are."""
+    """Threads of torch; None keeps the present number."""
 
 
 class EmbedTask:
@@ -256,7 +258,7 @@ class EmbedTask:
             item: `part`, its name; `plan`, JSON: a data set and rows of its manifest, or a folder and videos.
 
         Returns:
-            `clips`, the number of them; `error`, an error message that the user can act on, or empty.
+            `clips`, their number; `error`, an error message that the user can act on, or empty.
         """
         plan = json.loads(item["plan"])
         rejected: list[Rejection] = []
@@ -265,7 +267,7 @@ class EmbedTask:
             rows, features = self._embed(clips)
             content = part_bytes(rows, features, rejected=rejected)
             storage.write_atomic(part_uri(self._work.output, item["part"]), content)
-        except (OSError, ValueError) as error:  # as a value: an exception ends the job with Ray's stack around it
+        except (OSError, ValueError) as error:  # as a value: Ray would wrap an exception in its own stack
             return {"clips": 0, "error": str(error)}
         return {"clips": len(rows), "error": ""}
 
@@ -273,7 +275,7 @@ class EmbedTask:
         """Rows and features of clips, in batches of one size."""
         rows: list[dict[str, Any]] = []
         width = self._encoder.feature_dim * max(len(self._work.views), 1)
-        parts = [torch.zeros(0, width)]  # a part may have no clip
+        parts = [torch.zeros(0, width)]  # a part may have no clips
         clips = iter(clips)
         while batch := list(itertools.islice(clips, self._work.batch_size)):
             rows += [row for row, _ in batch]
@@ -295,7 +297,7 @@ class EmbedTask:
             yield row | {"colour": mean_colour(frames).tolist()}, shown
 
     def _of_videos(self, plan: dict[str, Any], rejected: list[Rejection]) -> Iterator[_Clip]:
-        """Clips of videos; a video that fails, with whatever error, is added to `rejected`.
+        """Clips of videos; a video that fails with any error is added to `rejected`.
 
         Raises:
             ScratchError: the disk for temporary files cannot be written.

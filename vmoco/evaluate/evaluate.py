@@ -1,7 +1,7 @@
-"""Evaluates encoders on a data set: features by the pool of `embed`, then one Ray task per protocol and split.
+"""Evaluates encoders on a data set: `embed` computes features, then one Ray task runs per protocol and split.
 
-A score is a mean over videos with its interval. With several splits the test videos of all count, and a video that is
-tested in two splits is one video to the bootstrap.
+A score is a mean over videos with its interval. With several splits, the test videos of all splits count, and the
+bootstrap treats a video that is tested in two splits as one video.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class EvaluationPlan:
     splits: tuple[Split, ...]
     """Over the rows of the manifest's table; empty where no protocol needs labels."""
     notes: tuple[str, ...]
-    """Why a protocol is left out, for the user."""
+    """Why protocols are left out, as messages for the user."""
     motion: motion.MotionPlan | None = None
-    """The clips of the motion probes, where they are measured."""
+    """The clips of the motion probes; None if they are not measured."""
 
 
 def plan(settings: EvaluateSettings) -> EvaluationPlan:
@@ -159,7 +159,7 @@ def _motion(
     evaluation_set = motion.evaluation_set(chosen, views)
     measured = motion.measure_motion(sources, chosen, views, clip_seconds=lengths)
     if measured[0].probe != "arrow":
-        show("warning: arrow is left out, as fewer than two videos of the test part have two clips that do not overlap")
+        show("warning: arrow is left out: fewer than two videos of the test part have two clips that do not overlap")
     return [each.score(evaluation_set) for each in measured]
 
 
@@ -192,7 +192,7 @@ def _embedded(
     colour: bool,
     views: tuple[tuple[int, ...], ...] = (),
 ) -> tuple[str, list[str]]:
-    """The table of features of the chosen clips, from an earlier evaluation where there is one."""
+    """The table of features of the chosen clips; the table of an earlier evaluation is used again."""
     place = storage.require_absolute(settings.features or storage.join(storage.home(), "features"), "--features")
     frames = f"views{hash64('views', str(views)):016x}" if views else f"stride{seen.stride}"
     name = f"{manifest.hash}-{encoder.weights_hash()}-{frames}{'' if colour else '-grey'}"
@@ -208,7 +208,7 @@ def _remote(settings: EvaluateSettings, *, gpu: bool) -> Any:
 
     @ray.remote(num_cpus=settings.cpus_per_worker, num_gpus=1 if gpu else 0)
     def call(function: Callable[..., Any], *words: Any) -> tuple[Any, str]:
-        # Returned as a value: an exception in a task would come back with Ray's stack around it.
+        # Returned as a value: Ray would wrap an exception of a task in its own stack.
         try:
             return function(*words), ""
         except (OSError, ValueError) as error:
@@ -231,7 +231,7 @@ def _results(tasks: Sequence[Any]) -> list[tuple[int, Measured]]:
 def _measure(
     protocol: str, table_uri: str, parts: list[str], index: int, settings: EvaluateSettings
 ) -> list[tuple[int, Measured]]:
-    """Runs in a Ray task: one protocol on one split."""
+    """Runs one protocol on one split, in a Ray task."""
     table = FeatureTable(table_uri, parts)
     split = find_splits(table.rows, settings.splits, protocol=protocol)[index]
     return [(index, measured) for measured in MEASURES[protocol](table, split, settings)]
@@ -240,7 +240,7 @@ def _measure(
 def _finetune(
     encoder: Encoder, manifest: Manifest, split: Split, seen: Window, settings: EvaluateSettings
 ) -> list[tuple[int, Measured]]:
-    """Runs in a Ray task: fine-tuning on one split."""
+    """Fine-tunes on one split, in a Ray task."""
     import torch
 
     if not settings.use_gpu:
@@ -267,7 +267,7 @@ def _scores(results: list[tuple[int, Measured]], planned: EvaluationPlan, settin
 
 
 def _evaluation_set(protocol: str, planned: EvaluationPlan, settings: EvaluateSettings) -> str:
-    """Hash of the clips, their labels and splits, and of what was set for the protocol."""
+    """Hash of the clips, their labels and splits, and the settings of the protocol."""
     table = planned.manifest.table.select(["clip_id", "sha256", "label", *SPLITS, "held_out"])
     how = {
         "knn": [settings.k, settings.temperature],

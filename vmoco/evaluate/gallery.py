@@ -1,6 +1,6 @@
 """gallery.html: clips with their nearest clips as moving thumbnails, and a map of all clips. One file, no network.
 
-The table holds no pixels, so the thumbnails of the clips that are shown are read again from the data set or videos.
+The table holds no pixels, so the thumbnails are read again from the data set or the videos.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ circle { fill-opacity: .75; } .key { display: inline-block; width: .8em; height:
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip of the table, with what the page shows of it."""
+    """A clip of the table, with what the page shows about it."""
 
     row: int
     clip_id: str
@@ -68,11 +68,11 @@ class Clip:
 
 
 def write_gallery(table: FeatureTable, encoder: Encoder, settings: EmbedSettings, *, title: str) -> str:
-    """Writes the page beside the table; returns its URI.
+    """Writes the page into the table's folder; returns its URI.
 
     Args:
-        table: of embeddings.
-        encoder: that made them.
+        table: the embeddings.
+        encoder: the encoder that made them.
         settings: where the clips came from, and how many queries are shown.
         title: name of the encoder.
     """
@@ -84,8 +84,8 @@ def write_gallery(table: FeatureTable, encoder: Encoder, settings: EmbedSettings
 <h1>{head}</h1>
 <p>{len(table)} clips of {len(set(table.strings("video_id")))} videos in {html.escape(settings.videos)}.</p>
 <h2>Nearest clips</h2>
-<p>On the left a clip, beside it those that are nearest by the cosine of their features, after the mean of all
-clips is subtracted. Green: of the same video, which mean colour alone often finds too.</p>
+<p>A clip is on the left; beside it are its nearest clips by the cosine of their features, after the mean of all
+clips is subtracted. A green frame marks a clip of the same video. Mean colour alone often finds these too.</p>
 {"".join(rows)}
 <h2>Map</h2>
 {_map(table)}
@@ -100,8 +100,8 @@ def nearest_rows(table: FeatureTable, encoder: Encoder, settings: EmbedSettings)
     """The HTML of each query with its nearest clips. Tables of the same clips give the same queries.
 
     Args:
-        table: of embeddings.
-        encoder: that made them.
+        table: the embeddings.
+        encoder: the encoder that made them.
         settings: where the clips came from, and how many queries are shown.
     """
     chosen, found, cosines = _nearest(table, settings.queries)
@@ -145,7 +145,7 @@ def _nearest(table: FeatureTable, num_queries: int) -> tuple[Rows, Rows, Feature
 
 
 def _queries(videos: npt.NDArray[np.object_], count: int) -> Rows:
-    """Sorted rows: one clip of as many videos as are wanted, by a fixed draw; more of each where they are too few."""
+    """Sorted rows of `count` clips, by a fixed draw: one of each video; several if there are fewer videos than that."""
     drawn = sorted(range(len(videos)), key=lambda row: hash64("gallery", str(videos[row]), row))
     turn: dict[str, int] = {}
     order = []
@@ -268,8 +268,8 @@ def _map(table: FeatureTable) -> str:
     more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
     kind = "label" if by_label else "video"
     return (
-        f"<p>{len(rows)} clips by t-SNE of their features: near clips are alike, long distances mean little. "
-        f"Colour is the {kind}: "
+        f"<p>{len(rows)} clips by t-SNE of their features. Clips that are close are similar; long distances mean "
+        f"little. Colour is the {kind}: "
         f'{" &ensp; ".join(shown)}{more}.</p>\n<svg viewBox="-10 -10 1020 620" role="img" '
         f'aria-label="map of the clips">{"".join(points)}</svg>'
     )

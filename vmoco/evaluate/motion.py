@@ -1,23 +1,24 @@
-"""Motion probes: whether an encoder sees motion in footage without labels. All views of a clip are its stored frames.
+"""Motion probes: does an encoder see motion? They need no labels. Each view of a clip consists of its stored frames.
 
-- `arrow`: of two clips of a video, is one nearer to the other than to the other played backwards? (`score.arrow`)
-- `speed`: a linear probe tells frames that are 1, 2 and 4 stored frames apart.
-- `order`: a linear probe tells a clip from the same clip with its halves exchanged.
+- `arrow`: is a clip A nearer to another clip B of its video than to B played backwards? (`score.arrow`)
+- `speed`: can a linear probe distinguish frames that are 1, 2 and 4 stored frames apart?
+- `order`: can a linear probe distinguish a clip from the same clip with its halves exchanged?
 
-Probes are fitted and tested on different videos. The classes of a probe share as much as they can, because what a
-single frame gives away is no motion: the middle frame is the same at each speed, and an exchange of halves keeps all
-frames. Clips are shown without colour. Four baselines stand beside each figure: chance; the same network with random
+Probes are fitted and tested on different videos. The classes of a probe share as many frames as possible, because what
+a single frame reveals is not motion: the middle frame is the same at each speed, and exchanging the halves keeps all
+frames. Clips are shown without colour. Each figure comes with four baselines: chance; the same network with random
 weights; the encoder on the middle frame, repeated; and the mean colours of the frames with their changes.
 
-What the probes cannot tell:
-- Speed needs no direction of motion: an encoder that only measures how much neighbouring frames differ does well. So
-  does a random network, so read the difference to it. A converted frame rate repeats frames, which gives speed away;
-  the share of such clips is reported. Footage without motion has no speed.
-- Exchanged halves meet in a cut. An encoder that sees the cut solves `order` without knowing which way time runs. A
-  fade, or a sharper first frame of a video, gives order away: then the single frame or the colours exceed chance.
-- `arrow` stays at chance where the clips of a video move independently of each other, or where what moves looks the
-  same backwards.
-- All three depend on the footage: compare encoders on one data set only.
+Limits of the probes:
+- `speed` does not need the direction of motion: an encoder that only measures how much neighbouring frames differ does
+  well. So does a random network: look at the difference from it. A converted frame rate repeats frames, which reveals
+  the speed; the share of such clips is reported. Footage without motion has no speed.
+- Exchanging the halves makes a cut in the middle. An encoder that sees the cut solves `order` without knowing the
+  direction of time. A fade, or a sharper first frame of a video, reveals the order: then the single frame or the
+  colours exceed chance.
+- `arrow` stays at chance if the clips of a video move independently of each other, or if the movement looks the same
+  backwards.
+- All three depend on the footage: compare encoders only on the same data set.
 """
 
 from __future__ import annotations
@@ -42,16 +43,16 @@ from vmoco.seed import hash64
 
 SPEEDS = (1, 2, 4)
 MIN_FRAMES = 4
-"""Fewest frames of a view at each speed: a network that halves time twice has nothing left to compare below."""
+"""Fewest frames of a view at each speed: with fewer, a network that halves time twice has nothing left to compare."""
 MIN_VIDEOS = 10
-"""Fewest videos to fit a probe on, and to test it on."""
+"""Fewest videos to fit a probe on, and fewest to test it on."""
 CLIPS = 1000
-"""About as many clips of each part are embedded, of which no video gives more than 8."""
+"""Most clips that are embedded of each part, at most 8 of a video."""
 MAX_CLIPS_PER_VIDEO = 8
 SEEN, REVERSED, SWAPPED = "seen", "reversed", "swapped"
 ENCODER, RANDOM, STILL, COLOUR = "encoder", "random initialisation", "single frame", "mean colours"
 _STILL = "still "  # before the name of a view
-_REPEATS = 0.1  # share of clips that repeat a frame, from which on it is reported
+_REPEATS = 0.1  # a larger share of clips that repeat a frame is reported
 
 ByView = Mapping[str, Features]
 """Features of all clips for each view, float32 (N, D), by the name of the view."""
@@ -64,9 +65,9 @@ class MotionPlan:
     rows: pa.Table
     """Rows of the manifest's table."""
     test: npt.NDArray[np.bool_]
-    """(N,), which of them test the probes."""
+    """(N,), True for the rows that test the probes."""
     note: str = ""
-    """How videos were divided where the held-out ones are too few, for the user."""
+    """If too few videos are held out: how the videos were divided, as a message for the user."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Views:
     numbers: dict[str, tuple[int, ...]]
     """Numbers of the frames, in order, by the name of the view."""
     note: str = ""
-    """Why speed is left out or sees fewer frames, for the user."""
+    """Why speed is left out or sees fewer frames, as a message for the user."""
 
     @property
     def moving(self) -> list[str]:
@@ -97,13 +98,13 @@ class Motion:
     """arrow, speed or order."""
     chance: float
     by: dict[str, Estimate]
-    """The share of right answers of the encoder, and of each baseline, by name."""
+    """The share of right answers of the encoder and of each baseline, by name."""
     gain: Estimate | None
-    """Right answers of the encoder less those of random initialisation; None without that baseline."""
+    """That of the encoder minus that of random initialisation; None without that baseline."""
     num_videos: int
 
     def score(self, evaluation_set: str) -> Score:
-        """As it is recorded."""
+        """The score to record."""
         gain = f"{self.gain} above random initialisation; " if self.gain else ""
         beside = [f"{name} {found}" for name, found in self.by.items() if name != ENCODER]
         text = f"{gain}{', '.join([*beside, f'chance {self.chance:.1%}'])}; {self.num_videos} videos"
@@ -129,7 +130,7 @@ def plan_motion(manifest: Manifest) -> MotionPlan:
                 "probes, half to test them. Ingest more videos"
             )
         note = (
-            f"motion tests on half of all {len(videos)} videos, as {len(set(names[held_out]))} are held out and "
+            f"motion tests on half of all {len(videos)} videos, because {len(set(names[held_out]))} are held out and "
             f"{MIN_VIDEOS} are needed; the encoder may have been trained on them"
         )
         held_out = np.isin(names, videos[: len(videos) // 2])
@@ -138,7 +139,7 @@ def plan_motion(manifest: Manifest) -> MotionPlan:
 
 
 def _spread_clips(table: pa.Table, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Rows of some clips of each video, evenly spread over it, of as many videos as about CLIPS clips allow."""
+    """Rows of at most CLIPS clips: some of each video, evenly spread over it. A fixed draw leaves out more videos."""
     names, starts = np.asarray(table["video_id"].to_pylist(), dtype=object)[rows], table["start_seconds"].to_numpy()
     videos = sorted(set(names), key=lambda name: hash64("motion video", name))
     per_video = int(np.clip(CLIPS // len(videos), 2, MAX_CLIPS_PER_VIDEO))
@@ -166,7 +167,7 @@ def still(view: str) -> str:
 def make_views(window: Window, num_stored: int, *, min_frames: int = MIN_FRAMES) -> Views:
     """The views of stored clips of `num_stored` frames for an encoder that sees the frames of `window`.
 
-    The views of speed show as many frames of the encoder's number as fit; their middle frame is the same:
+    The views of speed show as many frames as the encoder sees, or as many as fit. Their middle frame is the same:
 
         stored   0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15
         speed 1                    x  x  X  x
@@ -186,8 +187,8 @@ def make_views(window: Window, num_stored: int, *, min_frames: int = MIN_FRAMES)
             numbers[speed_view(speed)] = tuple(middle + (place - count // 2) * speed for place in range(count))
         if count < len(seen):
             note = (
-                f"playback speed shows {count} of the {len(seen)} frames that the encoder sees, as stored clips have "
-                f"{num_stored} frames: {fix}"
+                f"playback speed shows {count} of the {len(seen)} frames that the encoder sees, because stored clips "
+                f"have {num_stored} frames: {fix}"
             )
     else:
         note = (
@@ -201,7 +202,7 @@ def make_views(window: Window, num_stored: int, *, min_frames: int = MIN_FRAMES)
 
 
 def probe_views(views: Views) -> dict[str, tuple[str, ...]]:
-    """The linear probes, and the views that are their classes."""
+    """The classes of each linear probe: names of views, by probe."""
     probes = {"speed": tuple(map(speed_view, SPEEDS))} if views.has_speed else {}
     return probes | {"order": (SEEN, SWAPPED)}
 
@@ -212,7 +213,7 @@ def split_views(features: Features, views: Sequence[str]) -> ByView:
 
 
 def still_features(encoder: ByView) -> ByView:
-    """The baseline of a single frame: what the encoder gives for the middle frame of each view, repeated."""
+    """The baseline of a single frame: the encoder's features of the middle frame of each view, repeated."""
     # Views at other speeds share the middle frame of the first.
     of_speed = encoder.get(still(speed_view(SPEEDS[0])))
     found = {view: encoder.get(still(view), of_speed) for view in encoder if not view.startswith(_STILL)}
@@ -220,7 +221,7 @@ def still_features(encoder: ByView) -> ByView:
 
 
 def colour_features(colours: npt.NDArray[np.float32], views: Views) -> ByView:
-    """The baseline of colours: the mean colour of each frame that is shown, and how much it changes to the next.
+    """The baseline of colours: the mean colour of each shown frame, and its change to the next frame.
 
     Args:
         colours: float32 (N, T, 3), mean colour of each stored frame.
@@ -235,7 +236,7 @@ def colour_features(colours: npt.NDArray[np.float32], views: Views) -> ByView:
 
 
 def read_colours(manifest: Manifest, rows: pa.Table) -> tuple[npt.NDArray[np.float32], str]:
-    """Mean colour of each stored frame, float32 (N, T, 3); a note where many clips repeat a frame, or empty.
+    """Mean colour of each stored frame, float32 (N, T, 3); and a warning if many clips repeat a frame, or "".
 
     Raises:
         ValueError: a clip is damaged.
@@ -249,8 +250,8 @@ def read_colours(manifest: Manifest, rows: pa.Table) -> tuple[npt.NDArray[np.flo
     note = ""
     if repeats > _REPEATS * rows.num_rows:
         note = (
-            f"{repeats / rows.num_rows:.0%} of the clips repeat a frame: they stand still, or their frame rate was "
-            "converted, which gives playback speed away"
+            f"{repeats / rows.num_rows:.0%} of the clips repeat a frame: nothing moves in them, or their frame rate "
+            "was converted, which reveals the playback speed"
         )
     return colours, note
 
@@ -267,7 +268,7 @@ def measure_motion(
         clip_seconds: (N,) or one number, length of a stored clip; pairs for `arrow` do not overlap.
 
     Returns:
-        arrow, unless fewer than two test videos have two clips apart; speed, where clips are long enough; order.
+        arrow, unless fewer than two test videos have two clips apart; speed, if clips are long enough; order.
 
     Raises:
         ValueError: a feature is not finite.
@@ -301,7 +302,7 @@ def measure_motion(
 def _probe_right(
     classes: Sequence[Features], videos: npt.NDArray[np.object_], test: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.float64]:
-    """1 where a linear probe tells which view a test clip is; all test clips of a view, view after view."""
+    """1 where a linear probe recognises the view of a test clip; all test clips of a view, view after view."""
     train, tested = (np.concatenate([features[part] for features in classes]) for part in (~test, test))
     labels, truth = (np.repeat(np.arange(len(classes)), int(part.sum())) for part in (~test, test))
     probe = fit_probe(train, labels, video_ids=list(np.tile(videos[~test], len(classes))))
@@ -317,6 +318,6 @@ def _motion(
 
 
 def evaluation_set(chosen: MotionPlan, views: Views) -> str:
-    """Hash of the clips, of how they are divided, and of the frames that are shown."""
+    """Hash of the clips, of their division into parts, and of the frames that are shown."""
     clips = "".join(chosen.rows["clip_id"].to_pylist()) + "".join(chosen.rows["sha256"].to_pylist())
     return f"{hash64('motion', clips, str(chosen.test.tolist()), json.dumps(views.numbers)):016x}"

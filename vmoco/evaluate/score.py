@@ -1,12 +1,12 @@
-"""The scores without labels: does an encoder find another moment of a video other than by colour, and does it see time?
+"""The scores without labels: does an encoder find another moment of a video without its colours, and does it see time?
 
-For each held-out video, one clip of its first half is looked up among one clip of the second half of every video, and
-the other way round; chance is one over the number of videos. Clips of one video share their colours, so the encoder
-sees them in grey (`features.without_colour`), and the score of mean colour alone is printed beside. Contrastive losses
-cannot replace this score: they are not comparable between settings of the decay or of the frames that are dropped.
+For each held-out video, one clip of its first half is compared with one clip of the second half of every video, and one
+of its second half with the first halves. Chance is one over the number of videos. Clips of one video share their
+colours, so the encoder sees them in grey (`features.without_colour`), and the score of mean colour alone is reported
+too. Contrastive losses cannot replace this score: they cannot be compared between settings of decay or dropping.
 
-A high score does not mean that the encoder sees motion. `arrow`, beside it, compares a clip with another clip of its
-video, played forwards and backwards. It costs half as much again as the score: 4 clips of a video instead of 8.
+A high score does not mean that the encoder sees motion. `arrow` compares a clip with another clip of its video, played
+forwards and backwards. It embeds 4 more clips of a video; the score embeds 8.
 
 `estimate` gives every score its interval by resampling videos, because clips of one video are not independent.
 """
@@ -47,11 +47,11 @@ def estimate(
     """The mean of measurements, and its bootstrap interval over videos; the draws follow from the seed.
 
     Args:
-        values: (N,), one number per measurement, such as 1 where a clip was classified right.
+        values: (N,), one number per measurement, such as 1 for a clip that was classified correctly.
         groups: (N,), the video of each.
-        num_samples: sets of videos that are drawn, with replacement.
-        level: share of them whose mean lies inside the interval.
-        seed: of the draws.
+        num_samples: number of sets of videos to draw, with replacement.
+        level: share of these sets whose mean lies inside the interval.
+        seed: seed of the draws.
 
     Raises:
         ValueError: there is nothing to measure.
@@ -71,13 +71,13 @@ def estimate(
 
 
 MAX_VIDEOS = 2000
-"""Videos that take part: bounds the work (8 clips of each are embedded) and the memory (some 50 MB)."""
+"""Most videos that take part. It limits the work (8 clips of each are embedded) and the memory (about 50 MB)."""
 ROUNDS = 4
 """Most pairs of clips of each video."""
 ARROW_ROUNDS = 2
-"""Rounds whose clips are also embedded backwards."""
+"""Number of rounds whose clips are also embedded backwards."""
 _TIE = 1e-5
-"""Cosines that differ by less are equal: so much is the rounding of float32 after centring."""
+"""Cosines that differ by less count as equal: rounding to float32 after centring changes them by about this much."""
 
 
 class TooFewVideosError(ValueError):
@@ -91,17 +91,17 @@ class LabelFreeScore:
     retrieval: Estimate
     """Share of clips whose nearest clip of another time is of the same video, seen without colour."""
     by_colour: float
-    """The same by the mean colour of the clips as they are, and nothing else."""
+    """The same by the mean colour of the unchanged clips alone."""
     chance: float
     """The same by guessing."""
     effective_rank: float
-    """Directions that the features use, e to the entropy of their singular values; 1 is a collapse."""
+    """Number of directions that the features use, e to the entropy of their singular values; 1 means collapse."""
     num_videos: int
     num_clips: int
     evaluation_set: str = ""
-    """Hash of the clips and of how they were paired: scores compare only where it is equal."""
+    """Hash of the clips and of their pairs. Only scores with equal hashes can be compared."""
     arrow: Estimate | None = None
-    """Share of pairs that tell forwards from backwards, by `arrow`; None where no clip was embedded backwards."""
+    """Share of pairs that tell forwards from backwards, by `arrow`; None if no clip was embedded backwards."""
 
     def numbers(self) -> dict[str, float]:
         """Metrics for the tracker, by name; `retrieval` is the score that chooses between encoders by default."""
@@ -122,7 +122,7 @@ class LabelFreeScore:
 
 
 def label_free_score(found: LabelFreeScore) -> Score:
-    """The label-free score as it is recorded."""
+    """The label-free score in the form in which it is recorded."""
     beside = f"mean colour {found.by_colour:.1%}, chance {found.chance:.1%}, effective rank {found.effective_rank:.1f}"
     if found.arrow:
         beside += f", forwards from backwards {found.arrow} (chance 50%)"
@@ -140,14 +140,14 @@ def score(
     max_videos: int = MAX_VIDEOS,
     rounds: int = ROUNDS,
 ) -> LabelFreeScore:
-    """Scores features of clips; those that take part are chosen by `choose_pairs`.
+    """Scores features of clips; `choose_pairs` chooses the clips that take part.
 
     Args:
-        features: float32 (N, D), of clips without colour; may be a memory map, only chosen rows are read.
+        features: float32 (N, D), of clips without colour; may be a memory map: only chosen rows are read.
         video_ids: video of each clip.
         start_seconds: (N,), time of the first frame of each clip in its video.
-        clip_seconds: (N,) or one number, how long a clip is.
-        colours: float32 (N, 3), mean colour of each clip as it is.
+        clip_seconds: (N,) or one number, duration of a clip.
+        colours: float32 (N, 3), mean colour of each unchanged clip.
         max_videos: most videos that take part.
         rounds: most pairs of clips of each video.
 
@@ -162,7 +162,7 @@ def score(
     chosen, hues = np.asarray(features[rows], np.float64), np.asarray(colours[rows], np.float64)
     if not np.isfinite(chosen).all():
         raise ValueError("a feature is not finite: the encoder is broken and cannot be scored")
-    # Features behind a ReLU share a large positive part, beside which all cosines are near 1.
+    # Features after a ReLU share a large positive part, which moves all cosines close to 1.
     apart = chosen - chosen.mean(axis=0)
     apart /= np.maximum(np.linalg.norm(apart, axis=1, keepdims=True), 1e-9)
     found = [_found(apart[a] @ apart[b].T) for a, b in _both_ways(places)]
@@ -195,7 +195,7 @@ def score_encoder(
         max_videos: most videos that take part.
         rounds: most pairs of clips of each video.
         batch_size: clips in one forward.
-        cache: of the clips of a remote data set; the default one when left out.
+        cache: cache for the clips of a remote data set; None uses the default one.
 
     Raises:
         ValueError: fewer than two held-out videos have two clips, a feature is not finite, or a clip is damaged.
@@ -236,13 +236,13 @@ def score_encoder(
 def arrow(features: Features, reversed_features: Features, *, pairs: Index) -> Estimate:
     """Share of pairs (A, B) of clips of one video in which A is nearer to B than to B played backwards, both ways.
 
-    Chance is 50 %, which an encoder of single frames reaches: ties count half. It says nothing where the clips of a
-    video move independently of each other, or where a movement looks the same backwards.
+    Chance is 50 %. An encoder that sees only single frames reaches just that, because ties count half. The score says
+    nothing if the clips of a video move independently of each other, or if a movement looks the same backwards.
 
     Args:
         features: float32 (N, D).
         reversed_features: float32 (N, D), of the same clips played backwards.
-        pairs: int64 (R, V, 2), rows of both, as `choose_pairs` gives them.
+        pairs: int64 (R, V, 2), rows of both arrays, as from `choose_pairs`.
     """
     right = arrow_right(features, reversed_features, pairs=pairs)
     return estimate(right.ravel(), np.tile(np.arange(pairs.shape[1]), len(right)))
@@ -294,7 +294,8 @@ def choose_pairs(
 
     Returns:
         int64 (R, V, 2): in each round one pair of each of V videos, as rows of the arguments. A video with fewer
-        pairs than rounds gives them again. The videos are sorted by name; beyond `max_videos` a fixed draw decides.
+        pairs than rounds repeats them. The videos are sorted by name; if there are more than `max_videos`, a fixed
+        draw chooses.
 
     Raises:
         TooFewVideosError: fewer than two videos have such a pair.
@@ -313,15 +314,15 @@ def choose_pairs(
 
 
 def effective_rank(features: npt.ArrayLike) -> float:
-    """Directions that features (N, D) use: e to the entropy of their singular values (Roy and Vetterli, 2007)."""
+    """Number of directions that features (N, D) use: e to the entropy of their singular values (Roy, Vetterli 2007)."""
     apart = np.asarray(features, np.float64)
     apart = apart - apart.mean(axis=0)
-    # Through the smaller of the two products: N may be large, and only the values are needed.
+    # Computed from the smaller of the two products: N may be large, and only the values are needed.
     product = apart.T @ apart if apart.shape[0] > apart.shape[1] else apart @ apart.T
     values = np.sqrt(np.maximum(np.linalg.eigvalsh(product), 0))
     if values.sum() < 1e-9:
         return 1.0
-    shares = values[values > values.max() * 1e-7] / values.sum()  # below are the roots of rounding errors
+    shares = values[values > values.max() * 1e-7] / values.sum()  # smaller ones are roots of rounding errors
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 

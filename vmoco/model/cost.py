@@ -2,8 +2,9 @@
 
 Costs are counted in forwards of the encoder. A step needs 4 before the generator starts (query 1, its backward 2, key
 1) and 6 while it trains (q_real 1, the gradient of the pixels 1). If the generator follows the contrastive loss, the 4
-remain, and the first layer computes the gradient of its input as well. The generator, the augmentation and the loss are
-left out. They are small beside the encoders, so a real step is somewhat slower.
+remain, and the first layer computes the gradient of its input as well. A clip whose key is also encoded backwards needs
+1 more. The generator, the augmentation and the loss are left out. They are small beside the encoders, so a real step is
+somewhat slower.
 """
 
 from __future__ import annotations
@@ -86,15 +87,16 @@ def step_cost(settings: PretrainSettings, *, bf16: bool) -> StepCost:
     optimizer = 2 if train.optimizer == "adamw" else 1
     queue = moco.queue_size * (4 * model.embedding_dim + 16)  # with age and video id of each key
     share = (ranks - 1) / ranks
+    keys = 1 + settings.num_reversed / train.micro_batch  # of a clip: some are also encoded backwards
     return StepCost(
         forward_flops=forward,
         num_parameters=parameters,
         activation_bytes=activations,
-        flops_before=4 * forward * train.global_batch,
-        flops_after=(4 * forward + adversarial / settings.generator.every) * train.global_batch,
+        flops_before=(3 + keys) * forward * train.global_batch,
+        flops_after=((3 + keys) * forward + adversarial / settings.generator.every) * train.global_batch,
         rank_bytes=4 * parameters * (3 + optimizer) + queue + activations * train.micro_batch,
         gradient_bytes=round(2 * share * 4 * parameters),
-        key_bytes=round(share * train.global_batch * 4 * model.embedding_dim),
+        key_bytes=round(share * keys * train.global_batch * 4 * model.embedding_dim),
     )
 
 

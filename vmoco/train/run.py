@@ -23,6 +23,7 @@ from vmoco.model.queue import decay_at, oldest_key_weight
 from vmoco.train import metrics
 from vmoco.train.run_folder import INIT, RunFolder, check_fork, check_init, is_checkpoint, local_copy
 from vmoco.train.state import Record, checkpoint_bytes, differences, networks_in
+from vmoco.unused_settings import unused_settings
 
 
 @dataclass(frozen=True)
@@ -246,6 +247,7 @@ def introduce(run: Run) -> list[str]:
             lines += _scoring(settings, num_videos=counts["held_out"])
     if run.warning:
         lines.append(f"warning: {run.warning}")
+    lines += [f"warning: {line}" for line in unused_settings(settings)]
     if settings.num_micro_batches == 1:
         lines.append(
             f"warning: --train.micro-batch {settings.train.micro_batch} is the complete global batch, so a key is "

@@ -21,7 +21,7 @@ from vmoco.config import PretrainSettings
 from vmoco.data.augment import augment, to_pixels
 from vmoco.data.loader import RankBatch, View
 from vmoco.model.generator import drop_frames, frame_fill, importance_gradient, keep_mask, sampling_scores
-from vmoco.model.moco import adversarial_loss, contrast, evaluation_mode, running_statistics_kept
+from vmoco.model.moco import ReversedKeys, adversarial_loss, contrast, evaluation_mode, running_statistics_kept
 from vmoco.model.queue import decay_at, key_weights
 from vmoco.train import distributed
 from vmoco.train.metrics import StepMetrics, hardness
@@ -78,7 +78,7 @@ class TrainStep:
         self._set_learning_rates(batch.step)
 
         moco.update_key_encoder(settings.moco.momentum)
-        keys = self._encode_keys(batch)
+        keys, backwards = self._encode_all_keys(batch)
         metrics = StepMetrics.zeros(self._device, num_frames=settings.data.num_frames)
         metrics.decay = decay_at(
             batch.step, settings.moco, total_steps=settings.train.steps, difference=float(state.difference)
@@ -86,7 +86,7 @@ class TrainStep:
         weights = key_weights(moco.queue.ages(batch.step, unit=settings.moco.age_unit), metrics.decay)
         for micro, is_last in self._micro_batches(len(batch.clip_ids)):
             with self._gradients_reduced(is_last):
-                self._backward(batch, micro, keys=keys, weights=weights, metrics=metrics)
+                self._backward(batch, micro, keys=keys, backwards=backwards, weights=weights, metrics=metrics)
 
         metrics.add_flags(stop=stop_requested, checkpoint=checkpoint_requested)
         bad_here = metrics.non_finite()
@@ -107,23 +107,47 @@ class TrainStep:
         state.step += 1
         return metrics
 
-    @torch.no_grad()  # keys are targets
-    def _encode_keys(self, batch: RankBatch) -> torch.Tensor:
-        """Keys of the whole global batch on every rank, in plan order: float32 (G, D)."""
+    def _encode_all_keys(self, batch: RankBatch) -> tuple[torch.Tensor, ReversedKeys | None]:
+        """Keys of the whole global batch on every rank, in plan order, float32 (G, D); and those played backwards."""
+        chosen = batch.reversed_keys[batch.share]
         parts = [
-            self._moco.key(self._augmented(batch.key, micro)) for micro, _ in self._micro_batches(len(batch.key.frames))
+            self.encode_keys(View(batch.key.frames[micro], batch.key.draws[micro]), backwards=chosen[micro])
+            for micro, _ in self._micro_batches(len(batch.key.frames))
         ]
+        own, backwards = (torch.cat(each) for each in zip(*parts, strict=True))
         # Each rank gets the keys that the others encoded: 512 bytes a key are all the data that ranks exchange.
-        shuffled = distributed.gather_rows(torch.cat(parts), batch.clips_per_rank)
+        shuffled = distributed.gather_rows(own, batch.clips_per_rank)
         keys = torch.empty_like(shuffled)
         keys[batch.key_order.to(self._device)] = shuffled
-        return keys
+        number, size = self._settings.num_reversed, self._settings.train.micro_batch
+        if not number:
+            return keys, None
+        # Likewise the keys of reversed clips; every rank has them in the order of the shuffled copy.
+        gathered = distributed.gather_rows(backwards, [count // size * number for count in batch.clips_per_rank])
+        places = batch.key_order[batch.reversed_keys].to(self._device)
+        reversed_keys = ReversedKeys(
+            torch.zeros_like(keys), torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
+        )
+        reversed_keys.keys[places], reversed_keys.exists[places] = gathered, True
+        return keys, reversed_keys
 
     @torch.no_grad()  # keys are targets
-    def encode_keys(self, view: View) -> torch.Tensor:
-        """Keys of the clips of one micro-batch, float32 (B, D)."""
-        keys: torch.Tensor = self._moco.key(self._augmented(view, slice(None)))
-        return keys
+    def encode_keys(self, view: View, *, backwards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys of the clips of one micro-batch, float32 (B, D), and of those that are also played backwards, (N, D).
+
+        Both go through one forward, because batch normalisation must not tell a reversed clip from others.
+
+        Args:
+            view: one micro-batch.
+            backwards: bool (B,) on the host, N of them true.
+        """
+        clips = self._augmented(view, slice(None))
+        if self._settings.num_reversed:
+            # On the host, because the number of clips must be known without waiting for a GPU.
+            chosen = backwards.nonzero().squeeze(1).to(self._device)
+            clips = torch.cat([clips, clips[chosen].flip(2)]).contiguous(memory_format=torch.channels_last_3d)
+        keys: torch.Tensor = self._moco.key(clips)
+        return keys[: len(view.frames)], keys[len(view.frames) :]
 
     def _backward(
         self,
@@ -131,6 +155,7 @@ class TrainStep:
         micro: slice,
         *,
         keys: torch.Tensor,
+        backwards: ReversedKeys | None,
         weights: torch.Tensor,
         metrics: StepMetrics,
     ) -> None:
@@ -154,6 +179,7 @@ class TrainStep:
             allowed=moco.queue.negatives_of(batch.video_ids[batch.share][micro].to(self._device)),
             temperature=settings.moco.temperature,
             decay_on=settings.moco.decay_on,
+            reversed_keys=backwards[batch.share][micro] if backwards else None,
         )
         metrics.add(compared)
         if self._is_adversarial(batch.step):

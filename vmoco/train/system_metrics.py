@@ -143,8 +143,9 @@ def oldest_key_similarity(step: TrainStep, state: TrainState, loader: Loader) ->
     if age == 0:
         return None
     view, places = loader.first_keys(state.step - age)
+    backwards = loader.reversed_keys(state.step - age)[: len(places)]
     slots = (queue.pointer - age * batch + torch.from_numpy(places)) % queue.length
     stored = queue.keys[slots.to(queue.keys.device)]
     with running_statistics_kept(state.moco.key):
-        again = step.encode_keys(view)
+        again, _ = step.encode_keys(view, backwards=backwards)
     return float((stored * again).sum(dim=1).mean())
