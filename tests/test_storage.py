@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -241,6 +242,15 @@ def test_a_full_disk_is_final(code: int, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(OSError, match="Input/output error"):
         storage.patiently(lambda: fail(errno.EIO))
     assert len(waits) == 3
+
+
+def test_free_space_is_that_of_the_disk(tmp_path: Path) -> None:
+    """Also of a folder that does not exist yet; stores have no limit."""
+    free = storage.free_bytes(str(tmp_path / "not" / "yet"))
+    assert free == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
+    assert storage.free_bytes(f"file://{tmp_path}") == pytest.approx(free, rel=0.05)
+    assert storage.gigabytes(12.34e9) == "12.3 GB"
+    assert storage.gigabytes(4.5e6) == "4.5 MB"
 
 
 def test_unwritable_place_shows_before_the_work(tmp_path: Path) -> None:

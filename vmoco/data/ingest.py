@@ -19,6 +19,7 @@ from vmoco import storage
 from vmoco.data import contact_sheet, ingest_tasks, ledger
 from vmoco.data.annotations import TABLES, list_annotated
 from vmoco.data.decoder import Decoder
+from vmoco.data.disk_space import check_space
 from vmoco.data.distribute import run_tasks
 from vmoco.data.held_out import scoring_problem
 from vmoco.data.ingest_tasks import MadeShard, Probed, ProbeTask, ShardPlan, make_shard, plan_shards, probe_videos
@@ -74,6 +75,9 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
         kept = previous.table.filter(pa.array(stays, pa.bool_()))
     probed = _probe_all(new, root=root, output=output, settings=settings, progress=progress)
     good, rejected = _select(probed, kept, settings)
+    if good:
+        continues = previous is not None
+        progress(f"ingest  {check_space(good, output=output, settings=settings, continues=continues)}")
     made = _cut_all(good, root=root, output=output, settings=settings, progress=progress)
 
     table = pa.concat_tables([kept, pa.Table.from_pylist(made.rows, schema=pa.schema(FIELDS))])

@@ -135,7 +135,7 @@ def _probe(found: Found, *, root: str, settings: IngestSettings, decoder: Decode
 
 
 # Size of a JPEG at quality 92 over that of its raw frame, roughly: only the size of shards depends on it.
-_JPEG_SHARE = 0.1
+JPEG_SHARE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +187,7 @@ def plan_shards(probed: Sequence[Probed], settings: IngestSettings, *, whole: bo
         whole: Decode long videos in one go too.
     """
     shape = settings.frame_shape
-    clip_bytes = shape[0] * shape[1] * shape[2] * shape[3] * (1.0 if settings.encoding == "raw" else _JPEG_SHARE)
+    clip_bytes = shape[0] * shape[1] * shape[2] * shape[3] * (1.0 if settings.encoding == "raw" else JPEG_SHARE)
     groups: list[list[Unit]] = []
     size = 0.0
     for each in probed:
