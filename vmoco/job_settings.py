@@ -20,6 +20,7 @@ from vmoco.presets import PRESETS
 from vmoco.settings import OmittedIfDefault, Settings, Unhashed
 
 Encoding = Literal["raw", "jpeg"]
+ShortVideos = Literal["reject", "loop"]
 Hdr = Literal["tonemap", "reject", "keep"]
 Deinterlace = Literal["auto", "off"]
 Layout = Literal["table", "kinetics", "ucf101", "hmdb51"]
@@ -50,7 +51,7 @@ class IngestSettings(Settings):
     fps: float | None = Field(None, gt=0)
     """Frames per second to take, by their time stamps, for example 12.5. Use it if the videos have different rates.
     When left out, every frame is taken."""
-    short_videos: Literal["reject", "loop"] = "reject"
+    short_videos: ShortVideos = "reject"
     """What to do with a video that is shorter than one clip: reject it, or repeat its frames until the clip is full."""
     hdr: Annotated[Hdr, OmittedIfDefault] = "tonemap"
     """What to do with HDR video (PQ or HLG): convert it to the range of other videos, reject it, or keep its values,
@@ -132,6 +133,9 @@ class EmbedSettings(PoolSettings):
     max_clips_per_video: int = Field(32, ge=1)
     """Largest number of clips from one video, spread evenly over it. Has no effect on a data set, whose clips are
     fixed."""
+    short_videos: ShortVideos = "reject"
+    """What to do with a video that is shorter than one clip: reject it, or repeat its frames until the clip is full.
+    Has no effect on a data set."""
     videos_per_part: int = Field(8, ge=1)
     """Number of videos that one task decodes and embeds. An interrupted job repeats only its unfinished tasks."""
     seconds_per_video: float = Field(600.0, gt=0)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.data.test_pixels import hdr_video
 from tests.data.videos import Kept, images, truncate, write_video
 from tests.made import clips, encoder_of
 from tests.store import BUCKET, Store
@@ -56,16 +57,45 @@ def test_a_tensor_an_array_and_one_clip_give_the_same() -> None:
     torch.testing.assert_close(encoder.embed(clips().numpy()[1]), expected[1:2])
 
 
-def test_a_video_gives_its_clips_at_the_encoders_rate(tmp_path: Path) -> None:
-    """A path at 50 frames per second, for an encoder of 25: every second frame, as ingest would have cut them."""
-    path = write_video(tmp_path / "a video.mp4", images(70), fps=50)
+@pytest.mark.parametrize(
+    ("name", "fps", "frames", "ingest_fps", "num_clips"),
+    [
+        ("as-trained.mp4", 25, 70, None, 8),
+        ("fast.mp4", 50, 70, 25.0, 4),
+        ("odd.mkv", 30, 70, 25.0, 7),
+        ("slow.avi", 10, 70, 25.0, 21),
+    ],
+)
+def test_a_video_gives_its_clips_at_the_encoders_rate(
+    tmp_path: Path, name: str, fps: int, frames: int, ingest_fps: float | None, num_clips: int
+) -> None:
+    """The pixels of a path are those of an ingest at the encoder's rate, 25, by time stamps and not by a stride."""
+    codec = "mpeg4" if name == "slow.avi" else "libx264"
+    path = write_video(tmp_path / name, images(frames), fps=fps, codec=codec)
     encoder = encoder_of()
     kept = Kept()
-    cut_clips(str(path), ClipPlan(8, stride=2, max_clips=32), height=32, width=32, sink=kept)
-    assert len(kept.clips) == 4, "70 frames hold four clips of 15"
-    frames = np.stack(kept.clips)
-    assert torch.equal(encoder.embed(path), encoder.embed(frames))
-    assert torch.equal(encoder.embed(str(path)), encoder.embed(frames))
+    cut_clips(str(path), ClipPlan(8, fps=ingest_fps, max_clips=32), height=32, width=32, sink=kept)
+    assert len(kept.clips) == num_clips
+    clips_of_ingest = np.stack(kept.clips)
+    np.testing.assert_array_equal(encoder.clips(path).numpy(), clips_of_ingest)
+    assert torch.equal(encoder.embed(path), encoder.embed(clips_of_ingest))
+    assert torch.equal(encoder.embed(str(path)), encoder.embed(clips_of_ingest))
+
+
+def test_short_videos_are_treated_as_by_ingest(tmp_path: Path) -> None:
+    """Rejected unless they shall loop, and then the pixels are those of ingest; the same for rotated and HDR ones."""
+    encoder = encoder_of()
+    short = write_video(tmp_path / "short.mp4", images(5))
+    turned = write_video(tmp_path / "turned.mp4", images(20), rotation=90, flips=(True, False))
+    hdr = hdr_video(tmp_path / "hdr.mp4", transfer=18, primaries=9)
+    for path in (short, turned, hdr):
+        kept = Kept()
+        cut_clips(str(path), ClipPlan(8, short="loop"), height=32, width=32, sink=kept)
+        np.testing.assert_array_equal(encoder.clips(path, short_videos="loop").numpy(), np.stack(kept.clips))
+    with pytest.raises(ValueError, match="too-few-frames: 5 frames"):
+        encoder.clips(short)
+    features = encoder.embed(short, short_videos="loop")
+    assert torch.equal(features, encoder.embed(encoder.clips(short, short_videos="loop")))
 
 
 def test_a_video_that_gives_no_clips_is_said(tmp_path: Path) -> None:

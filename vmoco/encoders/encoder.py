@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vmoco.data.augment import PIXEL_MEAN, PIXEL_STD, standardise
+from vmoco.job_settings import ShortVideos
 from vmoco.model.backbone import Backbone
 from vmoco.progress import Progress
 
@@ -33,6 +34,8 @@ One = TypeVar("One", bound=Source)
 MAX_CLIPS = 32
 """Most clips of one video file; the default of ingest."""
 SECONDS_PER_VIDEO = 600.0
+SAME_RATE = 1e-3
+"""Relative difference below which two frame rates are one."""
 S3D_FRAMES = 5
 """Fewest frames for S3D: it halves time three times, the last time without padding."""
 
@@ -115,19 +118,20 @@ class Encoder(nn.Module):
         """Type of the weights, in which the network computes: float32 unless it was changed, as by `half()`."""
         return next(self.backbone.parameters()).dtype
 
-    def clips(self, source: Source) -> torch.Tensor:
+    def clips(self, source: Source, *, short_videos: ShortVideos = "reject") -> torch.Tensor:
         """Frames as clips, uint8 (B, T, H, W, 3).
 
         Args:
             source: path or URI (s3://, gs://) of a video, which gives as many clips as fit side by side (32 at most) at
                 the encoder's frame rate; or uint8 frames (T, H, W, 3) or (B, T, H, W, 3), RGB, an array or a tensor.
+            short_videos: "loop" repeats the frames of a video that is shorter than a clip, as ingest does.
 
         Raises:
             ValueError: a video that cannot be read, or frames of another shape or type.
         """
         if isinstance(source, str | os.PathLike):
             with _decoder() as decoder:
-                return self._decoded(source, decoder)
+                return self._decoded(source, decoder, short_videos)
         return self._checked(source)
 
     def _checked(self, source: npt.NDArray[np.uint8] | torch.Tensor) -> torch.Tensor:
@@ -172,7 +176,12 @@ class Encoder(nn.Module):
 
     @overload
     def embed(
-        self, source: Source, *, batch_size: int = ..., progress: Callable[[str], None] | None = ...
+        self,
+        source: Source,
+        *,
+        short_videos: ShortVideos = ...,
+        batch_size: int = ...,
+        progress: Callable[[str], None] | None = ...,
     ) -> torch.Tensor: ...
 
     @overload
@@ -180,6 +189,7 @@ class Encoder(nn.Module):
         self,
         source: list[One] | tuple[One, ...],
         *,
+        short_videos: ShortVideos = ...,
         batch_size: int = ...,
         progress: Callable[[str], None] | None = ...,
     ) -> list[torch.Tensor]: ...
@@ -189,6 +199,7 @@ class Encoder(nn.Module):
         self,
         source: Source | list[One] | tuple[One, ...],
         *,
+        short_videos: ShortVideos = "reject",
         batch_size: int = 32,
         progress: Callable[[str], None] | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
@@ -202,6 +213,7 @@ class Encoder(nn.Module):
 
         Args:
             source: as for `clips`, or a list or tuple of such sources.
+            short_videos: as for `clips`.
             batch_size: most clips that go through the network together; clips of several sources share a batch.
             progress: takes a line every few seconds, with the time left; such as `print`.
 
@@ -211,30 +223,19 @@ class Encoder(nn.Module):
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: 1 or more is needed")
-        if isinstance(source, list | tuple):
-            return self._features(source, batch_size, progress, several=True)
-        return self._features([source], batch_size, progress, several=False)[0]
-
-    def _features(
-        self,
-        sources: Sequence[Source],
-        batch_size: int,
-        progress: Callable[[str], None] | None,
-        *,
-        several: bool,
-    ) -> list[torch.Tensor]:
-        """Features of each source; an error names the place of its source where there are `several`."""
+        several = isinstance(source, list | tuple)
+        sources: Sequence[Source] = source if isinstance(source, list | tuple) else [source]
         show = progress or (lambda line: None)
         counted = Progress(show, "embed  read", total=len(sources), unit="sources", counts=["clips"], every_seconds=2)
 
         def prepared() -> Iterator[tuple[int, torch.Tensor]]:
             with _decoder() as decoder:
-                for place, source in enumerate(sources):
+                for place, each in enumerate(sources):
                     try:
-                        if isinstance(source, str | os.PathLike):
-                            frames = self._decoded(source, decoder)
+                        if isinstance(each, str | os.PathLike):
+                            frames = self._decoded(each, decoder, short_videos)
                         else:
-                            frames = self._checked(source)
+                            frames = self._checked(each)
                     except ValueError as error:
                         raise ValueError(f"source {place}: {error}" if several else str(error)) from None
                     for some in frames.split(batch_size):
@@ -247,7 +248,8 @@ class Encoder(nn.Module):
             rows = F.normalize(self.backbone(clips).float(), dim=1).split([len(clips) for _, clips in batch])
             for (place, _), found in zip(batch, rows, strict=True):
                 features[place].append(found)
-        return [torch.cat(rows) for rows in features]
+        found_of = [torch.cat(rows) for rows in features]
+        return found_of if several else found_of[0]
 
     @torch.inference_mode()
     def feature_maps(self, source: Source) -> torch.Tensor:
@@ -279,9 +281,17 @@ class Encoder(nn.Module):
         return max(1, round(fps / self.preprocessing.fps))
 
     def cut_video(
-        self, path: str, *, decoder: Decoder, max_clips: int = MAX_CLIPS, seconds: float = SECONDS_PER_VIDEO
+        self,
+        path: str,
+        *,
+        decoder: Decoder,
+        max_clips: int = MAX_CLIPS,
+        seconds: float = SECONDS_PER_VIDEO,
+        short_videos: ShortVideos = "reject",
     ) -> VideoClips:
         """The clips of a video file as this encoder sees them, decoded in the process of `decoder`.
+
+        They are those of an ingest with `--fps`, the encoder's frame rate, or without it where the video has that rate.
 
         Raises:
             VideoError: the video is damaged, too short or too slow.
@@ -291,20 +301,24 @@ class Encoder(nn.Module):
 
         expected = self.preprocessing
         size = (expected.size, expected.size)
-        stride = self.stride(video.probe(path).fps)
-        plan = ClipPlan(expected.num_frames, stride=stride, max_clips=max_clips)
+        fps = video.probe(path).fps
+        # Rates are measured: by time stamps, a rate that is a little lower than the video's would leave frames out.
+        same = abs(fps / expected.fps - 1) < SAME_RATE
+        plan = ClipPlan(
+            expected.num_frames, fps=None if same else expected.fps, max_clips=max_clips, short=short_videos
+        )
         cut = decoder.cut(path, plan, part=None, size=size, encoding="raw", quality=100, offset=0, seconds=seconds)
         stored = os.pread(decoder.scratch.fileno(), sum(cut.sizes), 0)
         frames = np.frombuffer(stored, np.uint8).reshape(len(cut.sizes), expected.num_frames, *size, 3).copy()
-        return VideoClips(frames, cut.start_times, cut.start_seconds, expected.num_frames * stride / cut.fps)
+        return VideoClips(frames, cut.start_times, cut.start_seconds, expected.num_frames / (plan.fps or cut.fps))
 
-    def _decoded(self, video: str | os.PathLike[str], decoder: Decoder) -> torch.Tensor:
+    def _decoded(self, video: str | os.PathLike[str], decoder: Decoder, short_videos: ShortVideos) -> torch.Tensor:
         from vmoco.data.ledger import VideoError
 
         place = os.fspath(video)
         try:
             with _local_file(place) as path:
-                return torch.from_numpy(self.cut_video(path, decoder=decoder).frames)
+                return torch.from_numpy(self.cut_video(path, decoder=decoder, short_videos=short_videos).frames)
         except VideoError as error:
             raise ValueError(f"video {place} gives no clips ({error})") from None
 

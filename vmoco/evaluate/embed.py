@@ -32,7 +32,7 @@ from vmoco.data.shard_reader import ClipReader
 from vmoco.encoders.encoder import Encoder
 from vmoco.evaluate.features import Frames, Window, embed_batch, embed_views, mean_colour, window, without_colour
 from vmoco.evaluate.table import SPLITS, FeatureTable, part_bytes, part_rejected, part_uri
-from vmoco.job_settings import EmbedSettings, PoolSettings
+from vmoco.job_settings import EmbedSettings, PoolSettings, ShortVideos
 from vmoco.progress import Progress
 from vmoco.seed import hash64
 
@@ -70,7 +70,12 @@ def embed(encoder: Encoder, settings: EmbedSettings, *, show: Callable[[str], No
         if listing.left_out:
             show(f"embed  {listing.left_out}")
         items, listed = _video_items(source.split_pattern(videos)[0], listing.videos, settings), list(listing.rejected)
-    about = {"videos": videos, "max_clips_per_video": settings.max_clips_per_video, "stride": seen.stride}
+    about: dict[str, Any] = {
+        "videos": videos,
+        "max_clips_per_video": settings.max_clips_per_video,
+        "stride": seen.stride,
+    }
+    about["short_videos"] = "loop" if settings.short_videos == "loop" else None  # as tables from before the option
     _claim(output, encoder, about)
     if seen.note:
         show(f"warning: {seen.note}")
@@ -80,6 +85,7 @@ def embed(encoder: Encoder, settings: EmbedSettings, *, show: Callable[[str], No
         batch_size=settings.batch_size,
         max_clips_per_video=settings.max_clips_per_video,
         seconds_per_video=settings.seconds_per_video,
+        short_videos=settings.short_videos,
     )
     reused = run_items(items, encoder, work, settings, show=show)
     parts = [item["part"] for item in items]
@@ -231,6 +237,7 @@ class Work:
     the features of all views, one after the other."""
     max_clips_per_video: int = 32
     seconds_per_video: float = 600.0
+    short_videos: ShortVideos = "reject"
     device: str = "cpu"
     num_threads: int | None = None
     """Threads of torch; None keeps the present number."""
@@ -314,6 +321,7 @@ class EmbedTask:
                         decoder=self._decoder,
                         max_clips=self._work.max_clips_per_video,
                         seconds=self._work.seconds_per_video,
+                        short_videos=self._work.short_videos,
                     )
             except VideoError as error:
                 why = (error.stage, error.reason, error.message, error.transient)

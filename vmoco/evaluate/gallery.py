@@ -232,6 +232,7 @@ def _decoded(folder: str, name: str, encoder: Encoder, settings: EmbedSettings) 
                 decoder=decoder,
                 max_clips=settings.max_clips_per_video,
                 seconds=settings.seconds_per_video,
+                short_videos=settings.short_videos,
             ).frames
     finally:
         decoder.close()
