@@ -20,7 +20,7 @@ from vmoco.presets import PRESETS
 from vmoco.settings import Settings, Unhashed
 
 Encoding = Literal["raw", "jpeg"]
-Layout = Literal["table", "kinetics", "ucf101", "hmdb51"]
+Layout = Literal["auto", "table", "filelist", "kinetics", "ssv2", "ucf101", "hmdb51"]
 
 
 class IngestSettings(Settings):
@@ -28,16 +28,16 @@ class IngestSettings(Settings):
 
     videos: Annotated[str, Unhashed]
     """Folder of the videos or URI prefix (file://, s3://, gs://); its subfolders are searched too. Or a pattern such as
-    '/data/**/a-*.mp4'. Or a file (.csv, .parquet, .jsonl) that lists paths relative to its own folder."""
+    '/data/**/a-*.mp4'. Or a list (.csv, .parquet, .jsonl, .txt, .tsv) of paths relative to its own folder."""
     output: Annotated[str, Unhashed]
     """Folder or URI of the data set, for example s3://bucket/data. It is created if it does not exist. If it exists, it
     is continued; the settings must be the same."""
     annotations: Annotated[str | None, Unhashed] = None
-    """File that lists the videos to take, and optionally their labels and splits. When left out, all videos are
-    taken."""
-    layout: Annotated[Layout, Unhashed] = "table"
-    """Format of --annotations. table is a CSV, Parquet or JSON lines file with the column path and, optionally,
-    start_seconds, end_seconds, label, video_id, split. kinetics, ucf101 and hmdb51 are their official files."""
+    """List of the videos to take, and optionally their labels, ranges of seconds and splits: a file, or a folder of
+    split files. Paths are relative to --videos. When left out, all videos are taken."""
+    layout: Annotated[Layout, Unhashed] = "auto"
+    """Format of --annotations, as listed above. auto recognises a list by its name and its first line, and the job
+    prints which format it is. A list that may be of two formats is refused."""
     num_frames: int = Field(16, ge=2)
     """Number of frames in a stored clip. Training may take shorter clips, never longer ones."""
     stride: int = Field(1, ge=1)

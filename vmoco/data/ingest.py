@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from vmoco import storage
 from vmoco.data import contact_sheet, ingest_tasks, ledger
-from vmoco.data.annotations import TABLES, list_annotated
+from vmoco.data.annotations import LISTS, list_annotated
 from vmoco.data.decoder import Decoder
 from vmoco.data.distribute import run_tasks
 from vmoco.data.held_out import scoring_problem
@@ -51,6 +51,8 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
     """
     root, listing = list_inputs(settings)
     output = storage.require_absolute(settings.output, "--output")
+    for note in listing.notes:
+        progress(f"ingest  {note}")
     previous = _previous(output, settings)
     old_ledger = _old_ledger(output, previous)
     new, num_changed = _new_videos(listing, previous, old_ledger)
@@ -106,10 +108,10 @@ def list_inputs(settings: IngestSettings) -> tuple[str, Listing]:
     videos = storage.require_absolute(settings.videos, "--videos")
     if settings.annotations is not None:
         annotations = storage.require_absolute(settings.annotations, "--annotations")
-        return videos, list_annotated(videos, annotations, settings.layout)
-    if videos.lower().endswith(TABLES):
+        return split_pattern(videos)[0], list_annotated(videos, annotations, settings.layout)
+    if videos.lower().endswith(LISTS):
         folder = videos.rpartition("/")[0]
-        return folder, list_annotated(folder, videos, "table")
+        return folder, list_annotated(folder, videos, settings.layout)
     return split_pattern(videos)[0], list_videos(videos)
 
 

@@ -52,6 +52,11 @@ class Found:
     label: str | None = None
     splits: Splits = (None, None, None)
     """`train`, `test` or `validate` in each official split; None where it is in no part of it."""
+    group: str | None = None
+    """Column `group` of a list: entries of one group come from one source, such as a camera, a patient or a match."""
+    source: str | None = None
+    """Recording that it is cut from: its group, the id of a YouTube video, or the path of the file. None for a complete
+    file that is a source of its own."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -66,8 +71,13 @@ class Found:
 
     @property
     def entry(self) -> str:
-        """16 hex digits over all fields: if one of them changes, it counts as another video."""
-        return f"{hash64(*(str(value) for value in dataclasses.astuple(self))):016x}"
+        """16 hex digits over all fields: if one of them changes, it counts as another video.
+
+        Without the source, which follows from the others. A group counts where there is one, so that the entries of
+        data sets from before groups stay the same.
+        """
+        fields = dataclasses.astuple(self)[: -2 if self.group is None else -1]
+        return f"{hash64(*(str(value) for value in fields)):016x}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +90,8 @@ class Listing:
     """Files with a video's extension that cannot be read, and folders that cannot be read."""
     num_hidden: int
     """Number of videos that are skipped because their name, or a folder's, starts with a dot."""
+    notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    """Sentences for the user: how a list was read, and which of its names are not exactly those of the files."""
 
 
 def list_videos(uri: str) -> Listing:
