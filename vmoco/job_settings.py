@@ -61,8 +61,8 @@ class IngestSettings(Settings):
     max_clips_per_video: int = Field(32, ge=1)
     """Largest number of clips from one video. They are spread evenly over it."""
     held_out_percent: float = Field(10.0, ge=0, le=90)
-    """Percentage of videos kept out of training, for scores. A hash of the name chooses them, so the choice stays the
-    same when videos are added."""
+    """Percentage of sources kept out of training, for scores. A source is a file with all its ranges, a YouTube video,
+    or a group of a list. A hash of its name chooses it, so adding videos changes nothing."""
     max_rejected_percent: Annotated[float, Unhashed] = Field(50.0, ge=0, le=100)
     """Percentage of rejected videos above which the job fails."""
     duplicates: Annotated[Literal["reject", "keep"], Unhashed] = "reject"

@@ -20,7 +20,7 @@ from vmoco.data import contact_sheet, ingest_tasks, ledger
 from vmoco.data.annotations import LISTS, list_annotated
 from vmoco.data.decoder import Decoder
 from vmoco.data.distribute import run_tasks
-from vmoco.data.held_out import scoring_problem
+from vmoco.data.held_out import is_by_entry, scoring_problem
 from vmoco.data.ingest_tasks import MadeShard, Probed, ProbeTask, ShardPlan, make_shard, plan_shards, probe_videos
 from vmoco.data.ledger import Rejection
 from vmoco.data.manifest import FIELDS, NAME, SHARDS, Manifest, write_manifest
@@ -65,6 +65,9 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
         return previous
     if num_changed:
         progress(f"ingest  {num_changed} videos changed since they were ingested: their clips are replaced")
+    if previous and is_by_entry(previous.table):
+        progress("ingest  this data set holds out each range by itself, as earlier versions did, and goes on so")
+        new = [dataclasses.replace(found, source=found.group) for found in new]
     storage.check_writable(output)
 
     replaced = {found.video_id for found in new}

@@ -33,7 +33,12 @@ FIELDS = [
     pa.field("range", pa.string()),  # seconds of the file that were asked for, as `0.5-3`; null where all of it was
     pa.field("video_bytes", pa.int64(), nullable=False),
     pa.field("video_sha256", pa.string(), nullable=False),  # of the video file
+    pa.field(
+        "source", pa.string()
+    ),  # what the video is cut from; null where it is a complete file (held_out.sources_of)
 ]
+_LATER = ("source",)
+"""Fields that came later: a manifest without any value of one has no such column, as in earlier versions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Manifest:
         _check_shards(uri, about["shards"])
         return cls(
             uri=uri,
-            table=table.replace_schema_metadata(None),
+            table=_with_all_fields(table.replace_schema_metadata(None)),
             settings=about["settings"],
             hash=about["hash"],
             frame_shape=tuple(about["frame_shape"]),
@@ -110,6 +115,13 @@ def content_hash(table: pa.Table) -> str:
     return hashlib.sha256("".join(f"{clip} {pixels}\n" for clip, pixels in pairs).encode()).hexdigest()[:16]
 
 
+def _with_all_fields(table: pa.Table) -> pa.Table:
+    for name in _LATER:
+        if name not in table.column_names:
+            table = table.append_column(pa.field(name, pa.string()), pa.nulls(table.num_rows, pa.string()))
+    return table
+
+
 def write_manifest(
     uri: str,
     table: pa.Table,
@@ -127,7 +139,7 @@ def write_manifest(
     Raises:
         ValueError: the place cannot be written.
     """
-    table = table.select([field.name for field in FIELDS]).cast(pa.schema(FIELDS))
+    table = _with_all_fields(table).select([field.name for field in FIELDS]).cast(pa.schema(FIELDS))
     table = table.sort_by([("video_id", "ascending"), ("start_seconds", "ascending"), ("clip_id", "ascending")])
     ids = table["clip_id"].to_pylist()
     assert len(set(ids)) == len(ids), "two clips have one clip_id"
@@ -156,6 +168,7 @@ def write_manifest(
         "counts": manifest.counts,
         "shards": {name: dataclasses.asdict(file) for name, file in manifest.shards.items()},
     }
+    table = table.drop_columns([name for name in _LATER if table[name].null_count == table.num_rows])
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(about, sort_keys=True)}), sink)
     storage.write_atomic(storage.join(manifest.uri, NAME), memoryview(sink.getvalue()))

@@ -48,6 +48,8 @@ class Video:
     part: int = 0
     num_parts: int = 1
     """A long video is cut in parts, which may be in different shards."""
+    source: str | None = None
+    """`Found.source`; not written where there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,11 @@ class ShardMetadata:
 
     def to_json(self) -> str:
         """Canonical JSON: equal metadata give equal bytes."""
-        return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, sort_keys=True)
+        values = dataclasses.asdict(self)
+        for video in values["videos"]:
+            if video["source"] is None:  # so shards of complete files have the bytes of earlier versions
+                del video["source"]
+        return json.dumps({"version": VERSION, **values}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str | bytes, *, uri: str) -> ShardMetadata:
