@@ -17,11 +17,11 @@ import pyarrow as pa
 
 from vmoco import storage
 from vmoco.data import contact_sheet, ingest_tasks, ledger
-from vmoco.data.annotations import TABLES, list_annotated
+from vmoco.data.annotations import LISTS, list_annotated
 from vmoco.data.decoder import Decoder
 from vmoco.data.disk_space import check_space
 from vmoco.data.distribute import run_tasks
-from vmoco.data.held_out import scoring_problem
+from vmoco.data.held_out import is_by_entry, scoring_problem
 from vmoco.data.ingest_tasks import MadeShard, Probed, ProbeTask, ShardPlan, make_shard, plan_shards, probe_videos
 from vmoco.data.ledger import Rejection
 from vmoco.data.manifest import FIELDS, NAME, SHARDS, Manifest, note_counts, write_manifest
@@ -52,6 +52,8 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
     """
     root, listing = list_inputs(settings)
     output = storage.require_absolute(settings.output, "--output")
+    for note in listing.notes:
+        progress(f"ingest  {note}")
     previous = _previous(output, settings)
     old_ledger = _old_ledger(output, previous)
     new, num_changed = _new_videos(listing, previous, old_ledger)
@@ -66,6 +68,9 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
         return previous
     if num_changed:
         progress(f"ingest  {num_changed} videos changed since they were ingested: their clips are replaced")
+    if previous and is_by_entry(previous.table):
+        progress("ingest  this data set holds out each range by itself, as earlier versions did, and goes on so")
+        new = [dataclasses.replace(found, source=found.group) for found in new]
     storage.check_writable(output)
 
     replaced = {found.video_id for found in new}
@@ -114,10 +119,10 @@ def list_inputs(settings: IngestSettings) -> tuple[str, Listing]:
     videos = storage.require_absolute(settings.videos, "--videos")
     if settings.annotations is not None:
         annotations = storage.require_absolute(settings.annotations, "--annotations")
-        return videos, list_annotated(videos, annotations, settings.layout, settings.suffixes)
-    if videos.lower().endswith(TABLES):
+        return split_pattern(videos)[0], list_annotated(videos, annotations, settings.layout, settings.suffixes)
+    if videos.lower().endswith(LISTS):
         folder = videos.rpartition("/")[0]
-        return folder, list_annotated(folder, videos, "table", settings.suffixes)
+        return folder, list_annotated(folder, videos, settings.layout, settings.suffixes)
     return split_pattern(videos)[0], list_videos(videos, settings.suffixes)
 
 

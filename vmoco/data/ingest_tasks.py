@@ -210,7 +210,12 @@ def _units(each: Probed, *, whole: bool) -> Iterator[tuple[Unit, int]]:
 
 
 def _name(group: list[Unit], settings: IngestSettings) -> str:
-    units = [[unit.found.entry, unit.sha256, unit.part and [unit.part.start, unit.part.end]] for unit in group]
+    units: list[list[Any]] = [
+        [unit.found.entry, unit.sha256, unit.part and [unit.part.start, unit.part.end]] for unit in group
+    ]
+    for unit, named_so in zip(group, units, strict=True):
+        if unit.found.source is not None:  # it decides what is held out, which is a column of the shard
+            named_so.append(unit.found.source)
     named = json.dumps([VERSION, settings.content(), units], sort_keys=True)
     return hashlib.sha256(named.encode()).hexdigest()[:16]
 
@@ -247,6 +252,7 @@ def make_shard(plan: ShardPlan, *, root: str, output: str, settings: IngestSetti
             sha256=unit.sha256,
             entry=unit.found.entry,
             range=unit.found.range,
+            source=unit.found.source,
             part=unit.number,
             num_parts=unit.num_parts,
             notes=own,
@@ -312,7 +318,7 @@ def _clips(
                 video_id=found.video_id,
                 start_seconds=seconds,
                 fps=rate / settings.stride,
-                held_out=is_held_out(found.video_id, settings.held_out_percent),
+                held_out=is_held_out(found.source or found.video_id, settings.held_out_percent),
                 stored=stored[place : place + size],
                 label=found.label,
                 splits=found.splits,
@@ -327,6 +333,7 @@ def _made(
     for number, row in enumerate(rows):
         read = videos[row["video_id"]]
         row |= {"shard": plan.name, "row": number, "entry": read.entry, "range": read.range}
-        row |= {"video_bytes": read.num_bytes, "video_sha256": read.sha256, "notes": "; ".join(read.notes) or None}
+        row |= {"video_bytes": read.num_bytes, "video_sha256": read.sha256, "source": read.source}
+        row |= {"notes": "; ".join(read.notes) or None}
     rejections = tuple(dataclasses.replace(rejection, shard=plan.name) for rejection in metadata.rejected)
     return MadeShard(plan.name, file, rows, rejections, reused)

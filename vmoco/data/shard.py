@@ -50,6 +50,8 @@ class Video:
     """A long video is cut in parts, which may be in different shards."""
     notes: tuple[str, ...] = ()
     """What is unusual about it and what was done to its frames, as in `Timeline.notes`; not written where empty."""
+    source: str | None = None
+    """`Found.source`; not written where there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,8 @@ class ShardMetadata:
         for video in values["videos"]:
             if not video["notes"]:  # so the shards of videos without notes have the bytes of earlier versions
                 del video["notes"]
+            if video["source"] is None:  # likewise of complete files
+                del video["source"]
         return json.dumps({"version": VERSION, **values}, sort_keys=True)
 
     @classmethod
