@@ -135,7 +135,7 @@ def _with_all_fields(table: pa.Table) -> pa.Table:
     for name in _LATER:
         if name not in table.column_names:
             table = table.append_column(pa.field(name, pa.string()), pa.nulls(table.num_rows, pa.string()))
-    return table
+    return table.select([field.name for field in FIELDS])
 
 
 def write_manifest(
@@ -155,7 +155,7 @@ def write_manifest(
     Raises:
         ValueError: the place cannot be written.
     """
-    table = _with_all_fields(table).select([field.name for field in FIELDS]).cast(pa.schema(FIELDS))
+    table = _with_all_fields(table).cast(pa.schema(FIELDS))
     table = table.sort_by([("video_id", "ascending"), ("start_seconds", "ascending"), ("clip_id", "ascending")])
     ids = table["clip_id"].to_pylist()
     assert len(set(ids)) == len(ids), "two clips have one clip_id"
