@@ -167,6 +167,8 @@ class Plain:
     why: str
     reported: list[float] = dataclasses.field(default_factory=list)
     """Where anything is wrong: `reported_seconds`."""
+    written: npt.NDArray[np.bool_] | None = None
+    """bool (F,): frames that a decoder fully writes. Of others, damaged without a report, some is left from before."""
 
 
 def examine(path: Path) -> Plain:
@@ -177,7 +179,16 @@ def examine(path: Path) -> Plain:
 
 def decode_plainly(path: Path) -> Plain:
     """From the first to the last frame, in one go, nothing left out; the first error ends it."""
+    found, again = (_decode_plainly(path, keep=keep) for keep in (False, True))
+    if found.frames is None or again.frames is None or len(found.frames) != len(again.frames):
+        return found
+    return dataclasses.replace(found, written=(found.frames == again.frames).all(axis=(1, 2, 3)))
+
+
+def _decode_plainly(path: Path, *, keep: bool) -> Plain:
+    """`keep` keeps all decoded frames, so the decoder gets other memory for each new one."""
     frames: list[videos.Image] = []
+    kept = []
     scaler = Scaler(height=SIZE[0], width=SIZE[1])
     try:
         # The same formats, or FFmpeg takes what is left of one for another.
@@ -202,6 +213,8 @@ def decode_plainly(path: Path) -> Plain:
                     if frame.is_corrupt:
                         return Plain(None, "a frame is corrupt")
                     frames.append(scaler.scale(frame).copy())
+                    if keep:
+                        kept.append(frame)
                 log.clear()
     except Exception as error:  # whatever a decoder raises means that it cannot be decoded
         return Plain(None, f"{type(error).__name__}: {error}")
@@ -275,9 +288,14 @@ def is_original(clip: npt.NDArray[np.uint8], frames: npt.NDArray[np.uint8]) -> b
     return any(np.array_equal(clip, frames[start : start + span : STRIDE]) for start in range(len(frames) - span + 1))
 
 
-def plain_clips(frames: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
-    """The clips of a whole video: as many as fit side by side, each in the middle of its share."""
-    total, span = len(frames), (NUM_FRAMES - 1) * STRIDE + 1
+def plain_clips(total: int, *, joined: bool) -> list[npt.NDArray[np.int64]]:
+    """Frames of the clips of a whole video: as many as fit side by side, each in the middle of its share.
+
+    Args:
+        total: frames of the video.
+        joined: gives all places where a clip may be, for a video of several recordings.
+    """
+    span = (NUM_FRAMES - 1) * STRIDE + 1
     count = min(MAX_CLIPS, total // span)
     starts = [((2 * at + 1) * total - count * span) // (2 * count) for at in range(count)]
-    return [frames[start : start + span : STRIDE] for start in starts]
+    return [np.arange(start, start + span, STRIDE) for start in (range(total - span + 1) if joined else starts)]

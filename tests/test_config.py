@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 TINY = PRESETS["tiny"][1]
 GROUPS = {name: type(value) for name, value in TINY if isinstance(value, Settings)}
 
-# What decides no number of a run: its name, where things lie, how often it reports, where it runs.
+# Settings that change no number of a run: its name, its paths, how often it reports, where it runs.
 SILENT = {
     *{("run", name) for name in ("name", "storage")},
     *{("data", name) for name in ("uri", "batches_ahead", "cache", "cache_gib")},
@@ -404,7 +404,7 @@ def test_help_lists_every_field_without_ray(tmp_path: Path) -> None:
 
 
 def test_unknown_flag_is_answered_with_the_nearest(tmp_path: Path) -> None:
-    """A slip of the finger ends the job with an error that names the flag that was meant."""
+    """A mistyped flag ends the job with an error that names the right flag."""
     answer = run_pretrain(tmp_path, "demo", "--moco.queue-sise", "3")
     assert answer.returncode != 0
     assert "--moco.queue-sise" in answer.stderr

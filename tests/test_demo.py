@@ -103,6 +103,7 @@ def test_few_long_videos_are_cut_into_parts(vmoco_home: Path, tmp_path: Path, mo
     listed.write_text(demo.list_parts(str(tmp_path)))
     listing = list_annotated(str(tmp_path), str(listed), "table")
     assert [found.video_id for found in listing.videos] == ["broken.mp4", "long.mp4#0-3", "long.mp4#3-6", "short.mp4"]
+    assert [found.source for found in listing.videos] == [None, "long.mp4#0-3", "long.mp4#3-6", None]
     assert [row.reason for row in listing.rejected] == ["dangling-link"]
     settings = demo.ingest_settings(str(tmp_path), listed.read_text())
     assert settings.annotations == f"{settings.output}.csv"

@@ -105,7 +105,7 @@ def finished(job: subprocess.Popen[str]) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(service: Service) -> str:
-    """What a run that nobody disturbed said; 48 steps, so three checkpoints."""
+    """Output of an undisturbed run; 48 steps, so three checkpoints."""
     return finished(service.pretrain("undisturbed", "--train.steps", "48", "--tracking.register-as", "tested"))
 
 

@@ -14,7 +14,7 @@ from vmoco.spool import Document, Points, RefusedError, Spool
 
 
 class Notebook:
-    """A tracker that writes down what it takes, and is down when told."""
+    """A tracker that records what it receives, and can be switched off."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, int, float, int]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ def below(folder: Path) -> list[str]:
 
 
 def test_reader_sees_one_whole_content_or_the_other(tmp_path: Path) -> None:
-    """While a writer replaces a file again and again, each read gives one of the two contents entire."""
+    """While a writer replaces a file again and again, each read gives one of the two complete contents."""
     path, contents = tmp_path / "file", [b"a" * 2**20, b"b" * 2**21]
     storage.write_atomic(str(path), contents[0])
     finished = threading.Event()
@@ -243,6 +244,15 @@ def test_a_full_disk_is_final(code: int, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(waits) == 3
 
 
+def test_free_space_is_that_of_the_disk(tmp_path: Path) -> None:
+    """Also of a folder that does not exist yet; stores have no limit."""
+    free = storage.free_bytes(str(tmp_path / "not" / "yet"))
+    assert free == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
+    assert storage.free_bytes(f"file://{tmp_path}") == pytest.approx(free, rel=0.05)
+    assert storage.gigabytes(12.34e9) == "12.3 GB"
+    assert storage.gigabytes(4.5e6) == "4.5 MB"
+
+
 def test_unwritable_place_shows_before_the_work(tmp_path: Path) -> None:
     """`check_writable` leaves nothing in a good place, and refuses one below a file with its reason."""
     storage.check_writable(str(tmp_path / "good"))
@@ -257,7 +267,7 @@ def test_unwritable_place_shows_before_the_work(tmp_path: Path) -> None:
     ["s3://AKIAHIDDEN:hidden@bucket/data", "s3://bucket/data?access_key=hidden&secret_key=hidden", "gs://h:i@b/x"],
 )
 def test_a_uri_with_a_key_in_it_is_refused_without_repeating_it(uri: str) -> None:
-    """The sentence says where keys belong, and holds neither key nor URI."""
+    """The message says where keys belong, and contains neither key nor URI."""
     with pytest.raises(ValueError, match=r"carries a key, .*AWS_ACCESS_KEY_ID .*create a new key") as raised:
         storage.absolute_uri(uri)
     assert "hidden" not in str(raised.value).lower()

@@ -3,8 +3,9 @@
 It does what a user would type, in the same order: it starts a Ray head, submits the jobs, stops the head, and compares
 the encoder with random weights in a new process without Ray. All that it keeps lies below $VMOCO_HOME.
 
-A few long videos are cut into parts of a few seconds, each of which counts as a video. Mean colour tells ten whole
-videos apart, so a score over them shows nothing; parts of one video share their colours.
+A few long videos are cut into parts of a few seconds, each of which counts as a video and as a source (column `group`
+of the list). Mean colour tells ten whole videos apart, so a score over them shows nothing; parts of one video share
+their colours. The score is then of films that were trained on: it compares encoders, and says nothing of other films.
 """
 
 from __future__ import annotations
@@ -152,7 +153,10 @@ def list_parts(videos: str) -> str:
     if len(rows) == len(names) + len(listing.rejected):
         return ""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("path", "start_seconds", "end_seconds"), *rows])
+    csv.writer(text, lineterminator="\n").writerows(
+        [("path", "start_seconds", "end_seconds", "group")]
+        + [(name, start, end, "" if start == "" else f"{name}#{start}-{end}") for name, start, end in rows]
+    )
     return text.getvalue()
 
 

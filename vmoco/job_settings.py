@@ -23,7 +23,7 @@ Encoding = Literal["raw", "jpeg"]
 ShortVideos = Literal["reject", "loop"]
 Hdr = Literal["tonemap", "reject", "keep"]
 Deinterlace = Literal["auto", "off"]
-Layout = Literal["table", "kinetics", "ucf101", "hmdb51"]
+Layout = Literal["auto", "table", "filelist", "kinetics", "ssv2", "ucf101", "hmdb51"]
 
 
 class IngestSettings(Settings):
@@ -31,16 +31,16 @@ class IngestSettings(Settings):
 
     videos: Annotated[str, Unhashed]
     """Folder of the videos or URI prefix (file://, s3://, gs://); its subfolders are searched too. Or a pattern such as
-    '/data/**/a-*.mp4'. Or a file (.csv, .parquet, .jsonl) that lists paths relative to its own folder."""
+    '/data/**/a-*.mp4'. Or a list (.csv, .parquet, .jsonl, .txt, .tsv) of paths relative to its own folder."""
     output: Annotated[str, Unhashed]
     """Folder or URI of the data set, for example s3://bucket/data. It is created if it does not exist. If it exists, it
     is continued; the settings must be the same."""
     annotations: Annotated[str | None, Unhashed] = None
-    """File that lists the videos to take, and optionally their labels and splits. When left out, all videos are
-    taken."""
-    layout: Annotated[Layout, Unhashed] = "table"
-    """Format of --annotations. table is a CSV, Parquet or JSON lines file with the column path and, optionally,
-    start_seconds, end_seconds, label, video_id, split. kinetics, ucf101 and hmdb51 are their official files."""
+    """List of the videos to take, and optionally their labels, ranges of seconds and splits: a file, or a folder of
+    split files. Paths are relative to --videos. When left out, all videos are taken."""
+    layout: Annotated[Layout, Unhashed] = "auto"
+    """Format of --annotations, as listed above. auto recognises a list by its name and its first line, and the job
+    prints which format it is. A list that may be of two formats is refused."""
     suffixes: Annotated[tuple[str, ...], Unhashed] = ()
     """More endings of videos, for example .mod .tod; '' takes files without an ending. Ingest prints how many files of
     which endings it does not look at."""
@@ -73,8 +73,8 @@ class IngestSettings(Settings):
     max_clips_per_video: int = Field(32, ge=1)
     """Largest number of clips from one video. They are spread evenly over it."""
     held_out_percent: float = Field(10.0, ge=0, le=90)
-    """Percentage of videos kept out of training, for scores. A hash of the name chooses them, so the choice stays the
-    same when videos are added."""
+    """Percentage of sources kept out of training, for scores. A source is a file with all its ranges, a YouTube video,
+    or a group of a list. A hash of its name chooses it, so adding videos changes nothing."""
     damaged: Annotated[Literal["drop-clips", "reject"], OmittedIfDefault] = "drop-clips"
     """What to do with a video that is damaged or cut off: take the clips without a damaged frame, or reject it. The
     ledger names the seconds that are lost."""

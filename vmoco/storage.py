@@ -246,6 +246,25 @@ def check_writable(uri: str) -> None:
         raise ValueError(f"{uri} cannot be written ({reason}): check the path and its permissions") from error
 
 
+def free_bytes(uri: str) -> int | None:
+    """Free space for files at a path; None for object stores, and for file systems that do not tell.
+
+    A quota of the user is not part of it: only a write finds that.
+    """
+    place = local_path(uri)
+    if place is None:
+        return None
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    status = os.statvfs(place)
+    return status.f_bavail * status.f_frsize if status.f_blocks else None
+
+
+def gigabytes(num_bytes: float) -> str:
+    """A size for people: `12.3 GB`, or `4.5 MB` below a tenth of that unit."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
 def home() -> str:
     """The folder of data, runs, caches and the tracking database on this machine: $VMOCO_HOME, or ~/.vmoco."""
     return absolute_uri(os.environ.get("VMOCO_HOME", "~/.vmoco"))

@@ -3,10 +3,11 @@
     python -m tests.benchmarks.fuzz_ingest --files 2000
 
 Every file must be in the manifest or in the ledger. A plain sequential decoder, in processes of its own, says which
-files are whole and what their frames are: what ingest accepts as whole must be whole for it too, with the very frames;
-what ingest rejects must be broken for it too, or be rejected for a reason that a decoder does not look at (a length
-that the header promises, too few frames, time stamps, the same content twice, no file). Of a damaged file, no clip may
-hold a frame that a plain decoder reports as damaged, or one that refers to such a frame.
+files are whole and what their frames are: what ingest accepts as whole must be whole for it too, with the same frames
+(where a decoder writes them at all: with damage that it does not report, a part is left from whatever was in the
+memory); what ingest rejects must be broken for it too, or be rejected for a reason that a decoder does not look at (a
+length that the header promises, too few frames, time stamps, the same content twice, no file). Of a damaged file, no
+clip may hold a frame that a plain decoder reports as damaged, or one that refers to such a frame.
 
 What no decoder notices is measured: each clip is compared with the undamaged original, and the report counts, for each
 kind of file, the clips that were kept and those of them that differ.
@@ -125,6 +126,7 @@ def _compare(
     for clip, video in enumerate(manifest.table["video_id"].to_pylist()):
         clips_of.setdefault(video, []).append(clip)
     starting = manifest.table["start_seconds"].to_pylist()
+    notes = manifest.table["notes"].to_pylist()
     reader = ClipReader.of(manifest)
     decodable = sorted(name for name in names if (folder / "in" / name).is_file())
     for name, plain in plainly([folder / "in" / name for name in decodable]).items():
@@ -140,12 +142,29 @@ def _compare(
             if plain.frames is None:
                 wrong.append(f"{video!r} is accepted as whole, and plainly it is not: {plain.why}")
                 continue
-            clips = fuzz.plain_clips(plain.frames)
-            if len(clips) != len(own) or not all(np.array_equal(a, b) for a, b in zip(clips, own, strict=True)):
+            if not _are_clips_of(plain, own, joined="joined" in (notes[clips_of[video][0]] or "")):
                 wrong.append(f"{video!r} has other frames than a plain decoder finds")
         elif plain.frames is not None and rejected[video].reason not in BESIDE_DECODING:
             wrong.append(f"{video!r} is rejected ({rejected[video].reason}: {rejected[video].message}), but decodes")
     return wrong
+
+
+def _are_clips_of(plain: fuzz.Plain, own: list[npt.NDArray[np.uint8]], *, joined: bool) -> bool:
+    """Whether clips are those that a plain decoder finds, in all frames that it fully writes."""
+    assert plain.frames is not None
+    written = np.ones(len(plain.frames), bool) if plain.written is None else plain.written
+    equal = [
+        [
+            all(
+                not written[at] or np.array_equal(plain.frames[at], frame)
+                for at, frame in zip(places, clip, strict=True)
+            )
+        ]
+        for places in fuzz.plain_clips(len(plain.frames), joined=joined)
+        for clip in own
+    ]
+    table = np.array(equal).reshape(-1, len(own))
+    return bool(table.any(axis=0).all()) if joined else len(table) == len(own) and bool(table.diagonal().all())
 
 
 def plainly(paths: list[Path]) -> dict[Path, fuzz.Plain]:

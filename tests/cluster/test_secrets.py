@@ -61,7 +61,7 @@ def find(service: Service, folder: Path) -> dict[str, set[str]]:
         files += host.folder.glob("*.log")
         files += [path for path in (host.folder / "ray").rglob("*") if path.is_file() and not path.is_symlink()]
     sought = {name: secret.encode() for name, secret in secrets_of(service).items()}
-    # Each kind of thing must have been looked at: an empty place is no proof.
+    # The search must have seen each kind of place: an empty one proves nothing.
     for needed in ("kept/jobs", "kept/logs/", "kept/database.sql", "kept/mlflow/", "kept/vmoco/", "/tracker.log"):
         assert any(needed in str(path) for path in files), needed
     for name in ("head", "one", "two", "three"):
@@ -76,7 +76,7 @@ def find(service: Service, folder: Path) -> dict[str, set[str]]:
 
 
 def collect(service: Service, folder: Path) -> None:
-    """Copies into a folder, as an administrator may, what jobs, tracker and store have kept."""
+    """Copies the kept data of jobs, tracker and store into a folder, with an administrator's rights."""
     outside = service.hosts["outside"]
     (folder / "logs").mkdir(parents=True)
     listing = outside.run(f'source client.env; {BIN}/python -c "{JOBS}"')

@@ -109,5 +109,8 @@ def test_bare_streams_discs_and_recorders_give_their_frames(tmp_path: Path) -> N
     assert [row["video_id"] for row in made.rows] == [
         name for name in ("a.h264", "b.265", "c.DAT", "d.dav") for _ in "ab"
     ]
+    # A bare stream has no time stamps: frames are counted at its rate.
+    assert [row["start_seconds"] for row in made.rows][:4] == pytest.approx([0.0, 0.32, 0.0, 0.32])
+    assert {row["fps"] for row in made.rows[:4]} == {25.0}
     for place, clip in enumerate(clips):
         assert [videos.number_of(frame) for frame in clip] == list(range(8 * (place % 2), 8 * (place % 2) + 8))

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from tests.dataset import make_data_set
-from vmoco.data.held_out import is_held_out, scoring_problem
+from vmoco.data.held_out import is_by_entry, is_held_out, scoring_problem, sources_of
 from vmoco.evaluate.score import TooFewVideosError, scored_clips
 
 
@@ -64,3 +64,57 @@ def test_where_no_percentage_is_enough_more_videos_or_clips_are(
     assert problem.endswith(
         "ingest more videos, or cut more clips of each (--max-clips-per-video), into another --output"
     )
+
+
+def rows(*entries: tuple[str, str | None, str, str | None]) -> pa.Table:
+    columns = zip(*entries, strict=True)
+    return pa.table(
+        {
+            name: pa.array(column, pa.string())
+            for name, column in zip(("video_id", "range", "video_sha256", "source"), columns, strict=True)
+        }
+    )
+
+
+def test_sources_of_old_and_new_data_sets() -> None:
+    """Recorded ones; without a record, entries of one file are one source, whatever their names."""
+    old = rows(("a.mp4#0-2", "0-2", "1", None), ("second", "2-4", "1", None), ("b.mp4", None, "2", None))
+    assert sources_of(old) == ["a.mp4", "a.mp4", "b.mp4"]
+    new = rows(("x", "0-2", "1", "camera 1"), ("y", None, "2", "camera 1"), ("a.mp4#2-4", "2-4", "3", "a.mp4"))
+    assert sources_of(new) == ["camera 1", "camera 1", "a.mp4"]
+    appended = rows(("a.mp4", None, "1", None), ("a.mp4#2-4", "2-4", "1", "a.mp4"))
+    assert sources_of(appended) == ["a.mp4", "a.mp4"]
+    parts = rows(("a.mp4#0-3", "0-3", "1", "a.mp4#0-3"), ("a.mp4#3-6", "3-6", "1", "a.mp4#3-6"))
+    assert sources_of(parts) == ["a.mp4#0-3", "a.mp4#3-6"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "by_entry"),
+    [
+        (("a.mp4#0-2", "0-2", "1", None), True),
+        (("0347ZoDXyP0_000095_000105", None, "1", None), True),
+        (("a.mp4", None, "1", None), False),
+        (("a.mp4#0-2", "0-2", "1", "a.mp4"), False),
+        (("0347ZoDXyP0_000095_000105", None, "1", "0347ZoDXyP0"), False),
+    ],
+)
+def test_data_sets_of_earlier_versions_are_known(
+    entry: tuple[str, str | None, str, str | None], by_entry: bool
+) -> None:
+    """By an entry that is no complete file and has no source."""
+    assert is_by_entry(rows(("z.mp4", None, "0", None), entry)) is by_entry
+
+
+def test_videos_of_one_source_are_no_videos_to_tell_apart(tmp_path: Path) -> None:
+    """Three held-out ranges of one file are refused: every answer would be right."""
+    manifest = make_data_set(tmp_path, num_held_out=3)
+    names = manifest.table.column_names
+    source = pa.array(["film.mp4" if held else None for held in manifest.table["held_out"].to_pylist()], pa.string())
+    shared = dataclasses.replace(manifest, table=manifest.table.set_column(names.index("source"), "source", source))
+    assert scoring_problem(manifest) == ""
+    problem = scoring_problem(shared)
+    assert problem.startswith(
+        "1 of 1 held-out sources have two clips that do not overlap in time, and the label-free score"
+    )
+    with pytest.raises(TooFewVideosError, match=re.escape(problem)):
+        scored_clips(shared)

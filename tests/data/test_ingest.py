@@ -7,6 +7,8 @@ import re
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -71,7 +73,8 @@ def test_every_video_is_in_the_manifest_or_in_the_ledger(tmp_path: Path, ray_clu
         frames = stored_frames(manifest.shard_uri(row["shard"]))[row["row"]]
         first = round(row["start_seconds"] * 25)
         assert [videos.number_of(frame) for frame in frames] == list(range(first, first + 4))
-    assert re.fullmatch(r"ingest  looked at 5/5 videos  rejected 2  clips 9  [\d.]+ clips/s  0:00 left", lines[-3])
+    assert re.fullmatch(r"ingest  looked at 5/5 videos  rejected 2  clips 9  [\d.]+ clips/s  0:00 left", lines[-4])
+    assert re.fullmatch(r"ingest  writes 9 clips in raw encoding, 0\.1 MB, to .*/out, which has .* free", lines[-3])
     assert re.fullmatch(r"ingest  cut 3/3 videos  rejected 0  clips 9  [\d.]+ clips/s  0:00 left", lines[-2])
     assert lines[-1] == (f"ingest  rejected 3: cannot-open 1, empty 1, not-a-file 1; see {tmp_path}/out/ledger.jsonl")
     assert Image.open(tmp_path / "out" / contact_sheet.NAME).size[0] > 400
@@ -306,3 +309,39 @@ def test_a_relative_path_is_refused_in_a_job(monkeypatch: pytest.MonkeyPatch) ->
     assert storage.require_absolute("s3://bucket/data", "--output") == "s3://bucket/data"
     with pytest.raises(ValueError, match=r"--output 'data' is a relative path, and a submitted job does not run in"):
         storage.require_absolute("data", "--output")
+
+
+def test_a_data_set_of_an_earlier_version_keeps_its_split(tmp_path: Path, ray_cluster: object) -> None:
+    """New ranges are held out one by one there, and by file in a new one; missing videos cost nothing on a rerun."""
+    videos.write_video(tmp_path / "in/a.mp4", videos.images(40))
+    ranges = [f"{0.16 * part:.2f},{0.16 * part + 0.16:.2f}" for part in range(10)]
+
+    def run(output: str, count: int) -> tuple[Manifest, list[str]]:
+        lines: list[str] = []
+        text = "path,start_seconds,end_seconds\n" + "".join(f"a.mp4,{span}\n" for span in ranges[:count])
+        (tmp_path / "list.csv").write_text(text + "gone.mp4,,\n")
+        chosen = settings(
+            tmp_path, output=output, annotations=str(tmp_path / "list.csv"), held_out_percent=50, videos_per_shard=1
+        )
+        return ingest(chosen, progress=lines.append), lines
+
+    def held_out(manifest: Manifest) -> dict[str, bool]:
+        return dict(zip(manifest.table["video_id"].to_pylist(), manifest.table["held_out"].to_pylist(), strict=True))
+
+    new, _ = run(str(tmp_path / "new"), 10)
+    assert set(held_out(new).values()) == {is_held_out("a.mp4", 50)}
+    again, lines = run(str(tmp_path / "new"), 10)
+    assert again == new
+    assert f"ingest  nothing new: all 10 videos are in {tmp_path}/new or its ledger" in lines
+
+    before, _ = run(str(tmp_path / "old"), 5)
+    path = tmp_path / "old" / NAME
+    table = pq.read_table(path)
+    by_entry = pa.array([is_held_out(name, 50) for name in table["video_id"].to_pylist()])
+    place = table.column_names.index("held_out")
+    pq.write_table(table.drop_columns(["source"]).set_column(place, table.schema.field(place), by_entry), path)
+    continued, lines = run(str(tmp_path / "old"), 10)
+    assert any("holds out each range by itself, as earlier versions did" in line for line in lines)
+    assert held_out(continued) == {name: is_held_out(name, 50) for name in held_out(new)}
+    assert len(set(held_out(continued).values())) == 2
+    assert before.counts["videos"] == 5

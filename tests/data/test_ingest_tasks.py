@@ -21,8 +21,10 @@ from tests.data.test_ledger import STRANGE as UNUSUAL
 from tests.dataset import stored_frames
 from tests.names import FOLDER, names
 from vmoco.data import ledger, source
+from vmoco.data.annotations import list_annotated
 from vmoco.data.decoder import Contents, Decoder, StoredClips
 from vmoco.data.distribute import from_table, to_table
+from vmoco.data.held_out import is_held_out
 from vmoco.data.ingest_tasks import (
     MadeShard,
     Probed,
@@ -429,3 +431,36 @@ def test_results_of_another_format_are_probed_again(root: Path, decoder: Decoder
     (path,) = (root / "out/probes").glob("*.json")
     path.write_text(content)
     assert probed(settings(root), decoder) == second
+
+
+def test_whole_sources_are_held_out(tmp_path: Path, decoder: Decoder) -> None:
+    """All ranges of a file, all entries of a group, and all clips of a YouTube video stand on one side."""
+    names = [f"{number}.mp4" for number in range(4)]
+    video = videos.write_video(tmp_path / "in/0.mp4", videos.images(24))
+    for name in names[1:]:
+        (tmp_path / "in" / name).write_bytes(video.read_bytes())
+    by_file = ["path,start_seconds,end_seconds,video_id,group"]
+    by_file += [f"{name},{0.2 * part:.1f},{0.2 * part + 0.2:.1f},," for name in names for part in range(4)]
+    by_group = [line.replace(",,", ",,patient 7") for line in by_file]
+    for lines, sources in ((by_file, names), (by_group, ["patient 7"])):
+        listed = tmp_path / "list.csv"
+        listed.write_text("\n".join(lines) + "\n")
+        found = list_annotated(str(tmp_path / "in"), str(listed), "table").videos
+        assert len(found) == 16
+        chosen = settings(tmp_path, output=str(tmp_path / sources[0]), held_out_percent=50)
+        (plan,) = plan_shards([Probed(each, "hash") for each in found], chosen)
+        made = make_shard(plan, root=chosen.videos, output=chosen.output, settings=chosen, decoder=decoder)
+        assert len(made.rows) == 16
+        assert {(row["source"], row["held_out"]) for row in made.rows} == {
+            (source, is_held_out(source, 50)) for source in sources
+        }
+    # The rule decides a column of the shard, so a shard that an earlier version left behind has another name.
+    earlier = [Probed(dataclasses.replace(each, source=None), "hash") for each in found]
+    assert plan_shards(earlier, chosen)[0].name != plan.name
+
+
+def test_the_shards_of_complete_files_stay_the_same(root: Path, decoder: Decoder) -> None:
+    """Their metadata do not name a source, so old and new versions write equal bytes and find each other's shards."""
+    made = make(settings(root), decoder)
+    assert b'"source"' not in Path(shard_uri(str(root / "out"), made.name)).read_bytes()
+    assert [row["source"] for row in made.rows] == [None] * len(made.rows)

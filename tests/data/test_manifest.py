@@ -120,3 +120,15 @@ def test_any_parquet_reader_finds_the_facts(tmp_path: Path) -> None:
     """The JSON under the key `vmoco` lies in Parquet's own key-value metadata, not only in Arrow's."""
     write(tmp_path)
     assert b'"counts"' in pq.read_metadata(tmp_path / NAME).metadata[b"vmoco"]
+
+
+def test_sources_are_a_column_only_where_there_are_some(tmp_path: Path) -> None:
+    """A data set of complete files has the columns of earlier versions; when loaded, every row has the field."""
+    names = [field.name for field in FIELDS]
+    for source, left_out in ((None, {"notes", "source"}), ("camera 1", {"notes"})):
+        about: dict[str, Any] = {"settings": SETTINGS, "frame_shape": (4, 8, 8, 3), "encoding": "raw", "shards": {}}
+        made = write_manifest(str(tmp_path), rows(source=source), num_rejected=0, **about)
+        assert pq.read_schema(tmp_path / NAME).names == [name for name in names if name not in left_out]
+        loaded = Manifest.load(str(tmp_path))
+        assert loaded == made
+        assert loaded.table["source"].to_pylist() == [source] * 3

@@ -130,6 +130,7 @@ def test_a_store_is_opened_once(store: Store, monkeypatch: pytest.MonkeyPatch) -
     filesystem, path = storage.filesystem(f"s3://{BUCKET}/a%20b?c#d/")
     assert path == f"{BUCKET}/a%20b?c#d"
     assert storage.filesystem(f"s3://{BUCKET}/x")[0] is filesystem
+    assert storage.free_bytes(f"s3://{BUCKET}/x") is None
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     assert storage.filesystem(f"s3://{BUCKET}/x")[0] is not filesystem
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ import torch
 from tests.data.test_pixels import hdr_video
 from tests.data.videos import Kept, corrupt, images, truncate, write_video
 from tests.made import clips, encoder_of
+from tests.store import BUCKET, Store
+from vmoco import storage
 from vmoco.data.augment import PIXEL_MEAN, PIXEL_STD
 from vmoco.data.clips import ClipPlan
 from vmoco.data.video import cut_clips
@@ -135,12 +139,95 @@ def test_other_frames_are_refused(wrong: torch.Tensor) -> None:
 
 
 def test_what_is_no_frames_at_all_is_refused() -> None:
-    """The message names the type."""
-    with pytest.raises(ValueError, match="frames are list: give a path, or uint8 frames"):
-        encoder_of().embed([1, 2])  # type: ignore[arg-type]
+    """The message names the type, and its place in a list."""
+    with pytest.raises(ValueError, match=r"^frames are int: give a path, or uint8 frames"):
+        encoder_of().embed(1)  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match=r"^source 1: frames are NoneType: give a path, or uint8 frames"):
+        encoder_of().embed([clips(), None])  # type: ignore[list-item]
 
 
 def test_s3d_says_how_many_frames_it_needs() -> None:
     """A clear message comes before an error in the middle of the network."""
     with pytest.raises(ValueError, match="clips have 4 frames: give at least 5, which an s3d needs"):
         encoder_of("s3d", size=32).embed(clips(num_frames=4))
+
+
+def test_a_list_gives_a_tensor_for_each_source(tmp_path: Path) -> None:
+    """In their order, with the features of each alone, whatever shares a batch; a line says how far it is."""
+    encoder = encoder_of()
+    path = write_video(tmp_path / "a.mp4", images(40))
+    sources = [clips(3), path, clips(1, num_frames=6), str(path), clips(5).numpy()]
+    lines: list[str] = []
+    found = encoder.embed(sources, batch_size=4, progress=lines.append)
+    assert [len(features) for features in found] == [3, 5, 1, 5, 5]
+    for features, source in zip(found, sources, strict=True):
+        torch.testing.assert_close(features, encoder.embed(source))
+    assert lines[-1].startswith("embed  read 5/5 sources  clips 19  ")
+    assert encoder.embed([]) == []
+    with pytest.raises(ValueError, match=r"^source 1: there is no video file .*none.mp4"):
+        encoder.embed((path, tmp_path / "none.mp4"))
+    with pytest.raises(ValueError, match="batch_size is 0: 1 or more is needed"):
+        encoder.embed(path, batch_size=0)
+
+
+def test_a_uri_is_a_video_too(tmp_path: Path, store: Store) -> None:
+    """In a store and as file://; a missing object is said."""
+    encoder = encoder_of()
+    path = write_video(tmp_path / "a b.mp4", images(40))
+    expected = encoder.embed(path)
+    assert torch.equal(encoder.embed(f"file://{path}"), expected)
+    storage.write_atomic(f"s3://{BUCKET}/videos/a b.mp4", path.read_bytes())
+    assert torch.equal(encoder.embed(f"s3://{BUCKET}/videos/a b.mp4"), expected)
+    with pytest.raises(ValueError, match=r"there is no video file s3://.*none\.mp4"):
+        encoder.embed(f"s3://{BUCKET}/videos/none.mp4")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["r3d_nano", "r2plus1d_18", "s3d"])
+def test_half_precision_gives_nearly_the_same_features(name: str, dtype: torch.dtype) -> None:
+    """As weights or under autocast, features are float32 unit rows; pixels are normalised in float32."""
+    encoder = encoder_of(name)
+    expected = encoder.embed(clips())
+    half = copy.deepcopy(encoder).to(dtype)
+    assert (half.dtype, half.mean.dtype, encoder.dtype) == (dtype, torch.float32, torch.float32)
+    assert half.weights_hash() != encoder.weights_hash()
+    found = half.embed(clips())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=0.01, rtol=0)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
+    assert half(clips()).dtype == dtype
+    with torch.autocast("cpu", dtype):
+        torch.testing.assert_close(encoder.embed(clips()), expected, atol=0.01, rtol=0)
+    torch.testing.assert_close(half.float().embed(clips()), expected, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["r3d_nano", "r2plus1d_nano", "r3d_18", "s3d"])
+def test_feature_maps_are_what_is_pooled(name: str) -> None:
+    """Their mean over time and place is the feature; a change at one place of the clip moves the maps there most."""
+    encoder = encoder_of(name, size=64, num_frames=16)
+    frames = clips(1, num_frames=16, height=64, width=64)
+    maps = encoder.feature_maps(frames)
+    assert maps.dtype == torch.float32
+    assert maps.shape[:2] == (1, encoder.feature_dim)
+    pooled = encoder.backbone.trunk.avgpool(maps) if name == "s3d" else maps  # with windows that overlap
+    torch.testing.assert_close(pooled.mean(dim=(2, 3, 4)), encoder(frames))
+    changed = frames.clone()
+    changed[:, :, 48:, 48:] = 255
+    moved = (encoder.feature_maps(changed) - maps).abs().sum(dim=(0, 1, 2))
+    assert moved[-1, -1] == moved.max() > moved[0, 0]
+
+
+def test_a_copy_a_pickle_and_compiled_or_exported_encoders_are_the_same(tmp_path: Path) -> None:
+    """Also on a device without memory and back, as large models are loaded."""
+    encoder = encoder_of()
+    expected = encoder(clips())
+    for same in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        assert torch.equal(same(clips()), expected)
+        assert same.weights_hash() == encoder.weights_hash()
+    whole = torch.compile(encoder, backend="eager", fullgraph=True)  # without a break, and without a C++ compiler
+    assert torch.equal(whole(clips()), expected)
+    program = torch.export.export(encoder, (clips(),)).module()
+    assert torch.equal(program(clips()), expected)
+    empty = copy.deepcopy(encoder).to("meta").to_empty(device="cpu")
+    empty.load_state_dict(encoder.state_dict())
+    assert torch.equal(empty(clips()), expected)

@@ -37,7 +37,7 @@ from vmoco.train.publish import write_encoder
 
 
 def quiet(_: str) -> None:
-    """Takes a line and shows it to nobody."""
+    """Ignores a line."""
 
 
 @pytest.mark.cluster
@@ -224,7 +224,7 @@ class CountedTable:
 
 
 def test_the_table_is_read_once_for_all_shards(tmp_path: Path) -> None:
-    """Planning uses it as often for 200 shards as for one; each part has the clips of its shard, in their order."""
+    """Planning uses the table equally often for 200 shards and for one; each part has its shard's clips, in order."""
     manifest = make_data_set(tmp_path)
     row, uses = manifest.table.slice(0, 1).to_pylist()[0], []
     for num_shards in (1, 200):
@@ -240,7 +240,7 @@ def test_the_table_is_read_once_for_all_shards(tmp_path: Path) -> None:
 
 
 def test_what_the_data_set_allows_is_planned(tmp_path: Path) -> None:
-    """Without labels the label-free score alone; a protocol that needs them is refused by name."""
+    """Without labels there is only the label-free score; a protocol that needs labels is refused by name."""
     labelled = labelled_data_set(tmp_path / "labelled")
     assert evaluation.plan(EvaluateSettings(data=labelled.uri)).protocols == ("label-free", "knn", "probe", "retrieval")
     bare = make_data_set(tmp_path / "bare", num_held_out=4)

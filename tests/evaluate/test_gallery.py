@@ -71,7 +71,7 @@ def test_clips_that_have_left_the_data_set_are_named(tmp_path: Path) -> None:
 
 
 def test_a_remote_data_set_is_shown_clip_by_clip(tmp_path: Path, store: Any) -> None:
-    """The page is that of the local data set, and no shard is fetched as a whole."""
+    """The page equals that of the local data set, and no complete shard is fetched."""
     manifest = labelled_data_set(tmp_path / "data", num_videos=4)
     far = upload(manifest, "s3://bucket/set")
     encoder = encoder_of()

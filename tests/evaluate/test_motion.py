@@ -76,13 +76,13 @@ def middle_frame() -> Encoder:
 
 
 def footage(folder: Path, *, pixels: float = 1.5, fade: float = 0.0, videos: int = VIDEOS) -> Manifest:
-    """A square that goes one way all through a video, over still noise, in each clip from elsewhere.
+    """A square that moves in one direction through a video, over still noise; each clip starts elsewhere.
 
     Args:
         folder: of the data set.
-        pixels: that it moves from frame to frame.
-        fade: how much brighter each frame is than the one before.
-        videos: number of them; half are held out.
+        pixels: how far it moves from frame to frame.
+        fade: how much brighter each frame is than the previous one.
+        videos: number of videos; half are held out.
     """
     clips = []
     for video in range(videos):
@@ -126,7 +126,7 @@ def moving(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def test_who_sees_motion_scores_high(moving: Manifest) -> None:
-    """Arrow, speed and order; one frame of the same clips gives none of them away to the same encoder."""
+    """Arrow, speed and order are high; a single frame of the same clips reveals none of them to this encoder."""
     found = measured(flow(), moving)
     assert list(found) == ["arrow", "speed", "order"]
     for probe, each in found.items():
@@ -242,7 +242,7 @@ def test_checkpoints_are_scored_by_arrow_too(moving: Manifest) -> None:
 
 @pytest.mark.cluster
 def test_the_protocol_measures_on_the_workers(ray_cluster: LocalCluster, moving: Manifest, tmp_path: Path) -> None:
-    """The same figures as in this process, with all baselines beside them; no labels, and no other protocol."""
+    """The job gives the same figures as this process, with all baselines, without labels or other protocols."""
     settings = EvaluateSettings(data=moving.uri, protocols=("motion",), features=str(tmp_path), max_workers=2)
     planned = evaluation.plan(settings)
     lines: list[str] = []

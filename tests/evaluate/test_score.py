@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from tests.dataset import make_data_set, write_data_set
 from vmoco.data.shard import Clip
 from vmoco.encoders.package import Encoder, Preprocessing
-from vmoco.evaluate.score import LabelFreeScore, choose_pairs, effective_rank, estimate, score, score_encoder
+from vmoco.evaluate.score import (
+    LabelFreeScore,
+    choose_pairs,
+    effective_rank,
+    estimate,
+    score,
+    score_encoder,
+    scored_clips,
+)
 from vmoco.model.backbone import build_backbone
 
 VIDEOS, CLIPS = 60, 6
@@ -103,7 +113,7 @@ def test_a_large_set_is_bounded_by_a_fixed_draw() -> None:
 
 
 def test_what_cannot_be_scored_is_said() -> None:
-    """Too few videos, with what to change; a feature that is not a number."""
+    """Too few videos are refused with what to change, and so is a feature that is not a number."""
     with pytest.raises(ValueError, match=r"1 of 2 held-out videos have two clips .*--held-out-percent"):
         choose_pairs(["a", "a", "b"], start_seconds=[0.0, 1.0, 0.0], clip_seconds=1.0)
     with pytest.raises(ValueError, match="a feature is not finite"):
@@ -116,7 +126,7 @@ def encoder() -> Encoder:
 
 
 def test_an_encoder_cannot_win_by_colour(tmp_path: Path) -> None:
-    """Videos that differ in nothing but a tint: mean colour finds them all, the encoder is at chance."""
+    """Videos that differ only in a tint: mean colour finds them all, and the encoder is at chance."""
     random = np.random.default_rng(0)
     clips = []
     for video in range(16):
@@ -163,6 +173,54 @@ def test_copies_of_a_clip_make_no_score_surer() -> None:
 
 
 def test_nothing_measured_is_an_error() -> None:
-    """A sentence, no division by zero."""
+    """An error message, and no division by zero."""
     with pytest.raises(ValueError, match="no clip was measured"):
         estimate([], [])
+
+
+def test_a_clip_of_the_same_source_is_never_wrong() -> None:
+    """Features that know the film but not its range find everything; chance counts only videos of other films."""
+    films = 12
+    film = np.arange(VIDEOS) % films
+    features = np.repeat(np.random.default_rng(0).normal(size=(films, 32))[film], CLIPS, axis=0)
+    features = features + 0.01 * noise(1)
+    arguments = {
+        "video_ids": [f"v{video:03d}" for video in range(VIDEOS) for _ in range(CLIPS)],
+        "start_seconds": np.tile(np.arange(CLIPS) * 0.64, VIDEOS),
+        "clip_seconds": 0.64,
+        "colours": features[:, :3],
+    }
+    by_video = score(features, **arguments)
+    by_film = score(features, sources=[f"film {film[row // CLIPS]}" for row in range(len(features))], **arguments)
+    assert by_video.retrieval.value < 0.5
+    assert by_film.retrieval.value == by_film.by_colour == 1
+    assert by_film.chance == pytest.approx(1 / (VIDEOS - VIDEOS // films + 1))
+    guessed = [
+        score(noise(seed), sources=[f"film {film[row // CLIPS]}" for row in range(len(features))], **arguments)
+        for seed in range(20)
+    ]
+    assert np.mean([found.retrieval.value for found in guessed]) == pytest.approx(by_film.chance, abs=0.005)
+
+
+def test_the_draw_of_a_large_set_has_two_sources() -> None:
+    """Where nearly all videos are of one film, a small draw takes one of another film too."""
+    videos = [f"v{video:05d}" for video in range(400) for _ in range(2)]
+    sources = ["film"] * 798 + ["other"] * 2
+    pairs = choose_pairs(
+        videos, start_seconds=np.tile([0.0, 1.0], 400), clip_seconds=1.0, sources=sources, max_videos=5
+    )
+    assert {sources[row] for row in pairs[0, :, 0]} == {"film", "other"}
+    assert pairs.shape == (1, 5, 2)
+
+
+def test_sources_are_part_of_the_evaluation_set(tmp_path: Path) -> None:
+    """Scores with and without shared sources do not compare; complete files keep the hash of earlier versions."""
+    manifest = make_data_set(tmp_path, num_held_out=4)
+    place = manifest.table.column_names.index("source")
+    hashes = []
+    for sources in ([None] * 4, ["a", "b", "c", "d"], ["a", "a", "b", "b"]):
+        names = sorted({row["video_id"] for row in manifest.table.to_pylist() if row["held_out"]})
+        of = dict(zip(names, sources, strict=True))
+        column = pa.array([of.get(name) for name in manifest.table["video_id"].to_pylist()], pa.string())
+        hashes.append(scored_clips(replace(manifest, table=manifest.table.set_column(place, "source", column)))[1])
+    assert hashes[0] == hashes[1] != hashes[2]

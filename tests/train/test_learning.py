@@ -300,6 +300,7 @@ def batch_of_one_kind(step: int, settings: PretrainSettings, *, kind: int) -> Ra
         clips_per_rank=[ONE_KIND],
         key_order=places,
         video_ids=step * ONE_KIND + places,
+        reversed_keys=torch.zeros(ONE_KIND, dtype=torch.bool),
     )
 
 

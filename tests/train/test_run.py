@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from tests.train.test_loop import Notes
 from tests.train.test_step import CPU, changed
 from vmoco import tracking
 from vmoco.config import PretrainSettings
+from vmoco.data.loader import Loader
 from vmoco.presets import PRESETS
 from vmoco.train.loop import train
 from vmoco.train.run import Run, close_run, introduce, open_run, prepare
 from vmoco.train.run_folder import RunFolder
-from vmoco.train.state import TrainState
+from vmoco.train.state import STATE_TENSORS, TrainState, checkpoint_bytes
+from vmoco.train.step import TrainStep
 
 
 @pytest.fixture
@@ -61,6 +64,32 @@ def test_name_of_a_run_belongs_to_its_architecture_and_data(settings: PretrainSe
     assert again.run_id == run.run_id
     close_run(run, "models:/tested/1")
     assert prepare(settings).finished == "models:/tested/1"
+
+
+def test_checkpoints_that_do_not_fit_are_refused(settings: PretrainSettings) -> None:
+    """Before the run begins: the message has what is free, what is needed, and the flags to lower."""
+    many = changed(settings, train={"keep_checkpoints": 10**12})
+    said = (
+        r"--run\.storage .* has [\d.]+ [GM]B free, .* needs [\d.]+ GB more: .* --train\.keep-checkpoints 1000000000000 "
+    )
+    with pytest.raises(ValueError, match=said):
+        prepare(many)
+    lines = introduce(open_run(prepare(settings)))
+    assert [
+        line for line in lines if re.fullmatch(r"checkpoints: 4 checkpoints at most, [\d.]+ MB each; .* are free", line)
+    ]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_size_of_a_checkpoint_is_known_before(settings: PretrainSettings, tmp_path: Path, optimizer: str) -> None:
+    """It is that of the file after a step of both optimizers, up to its header."""
+    chosen = changed(settings, train={"optimizer": optimizer}, generator={"start_percent": 0})
+    manifest = prepare(chosen).manifest
+    state = TrainState(chosen, manifest_hash=manifest.hash, device=CPU)
+    TrainStep(chosen, state, CPU)(Loader(manifest, chosen, rank=0, world_size=1).batch(0))
+    state.save(tmp_path)
+    real = (tmp_path / STATE_TENSORS).stat().st_size
+    assert 0.97 * real < checkpoint_bytes(chosen) <= real
 
 
 def test_a_run_of_another_version_is_named_in_plain_words(settings: PretrainSettings, vmoco_home: Path) -> None:

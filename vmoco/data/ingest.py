@@ -17,10 +17,11 @@ import pyarrow as pa
 
 from vmoco import storage
 from vmoco.data import contact_sheet, ingest_tasks, ledger
-from vmoco.data.annotations import TABLES, list_annotated
+from vmoco.data.annotations import LISTS, list_annotated
 from vmoco.data.decoder import Decoder
+from vmoco.data.disk_space import check_space
 from vmoco.data.distribute import run_tasks
-from vmoco.data.held_out import scoring_problem
+from vmoco.data.held_out import is_by_entry, scoring_problem
 from vmoco.data.ingest_tasks import (
     MadeShard,
     Probed,
@@ -60,6 +61,8 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
     """
     root, listing = list_inputs(settings)
     output = storage.require_absolute(settings.output, "--output")
+    for note in listing.notes:
+        progress(f"ingest  {note}")
     previous = _previous(output, settings)
     old_ledger = _old_ledger(output, previous)
     new, num_changed = _new_videos(listing, previous, old_ledger, settings)
@@ -74,6 +77,9 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
         return previous
     if num_changed:
         progress(f"ingest  {num_changed} videos changed since they were ingested: their clips are replaced")
+    if previous and is_by_entry(previous.table):
+        progress("ingest  this data set holds out each range by itself, as earlier versions did, and goes on so")
+        new = [dataclasses.replace(found, source=found.group) for found in new]
     storage.check_writable(output)
 
     replaced = {found.video_id for found in new}
@@ -83,6 +89,9 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
         kept = previous.table.filter(pa.array(stays, pa.bool_()))
     probed = _probe_all(new, root=root, output=output, settings=settings, progress=progress)
     good, rejected = _select(probed, kept, settings)
+    if good:
+        continues = previous is not None
+        progress(f"ingest  {check_space(good, output=output, settings=settings, continues=continues)}")
     made = _cut_all(good, root=root, output=output, settings=settings, progress=progress)
 
     table = pa.concat_tables([kept, pa.Table.from_pylist(made.rows, schema=pa.schema(FIELDS))])
@@ -122,10 +131,10 @@ def list_inputs(settings: IngestSettings) -> tuple[str, Listing]:
     videos = storage.require_absolute(settings.videos, "--videos")
     if settings.annotations is not None:
         annotations = storage.require_absolute(settings.annotations, "--annotations")
-        return videos, list_annotated(videos, annotations, settings.layout, settings.suffixes)
-    if videos.lower().endswith(TABLES):
+        return split_pattern(videos)[0], list_annotated(videos, annotations, settings.layout, settings.suffixes)
+    if videos.lower().endswith(LISTS):
         folder = videos.rpartition("/")[0]
-        return folder, list_annotated(folder, videos, "table", settings.suffixes)
+        return folder, list_annotated(folder, videos, settings.layout, settings.suffixes)
     return split_pattern(videos)[0], list_videos(videos, settings.suffixes)
 
 

@@ -153,7 +153,7 @@ def _probe(found: Found, *, root: str, settings: IngestSettings, decoder: Decode
 
 
 # Size of a JPEG at quality 92 over that of its raw frame, roughly: only the size of shards depends on it.
-_JPEG_SHARE = 0.1
+JPEG_SHARE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +207,7 @@ def plan_shards(probed: Sequence[Probed], settings: IngestSettings, *, whole: bo
         whole: Decode long videos in one go too.
     """
     shape = settings.frame_shape
-    clip_bytes = shape[0] * shape[1] * shape[2] * shape[3] * (1.0 if settings.encoding == "raw" else _JPEG_SHARE)
+    clip_bytes = shape[0] * shape[1] * shape[2] * shape[3] * (1.0 if settings.encoding == "raw" else JPEG_SHARE)
     groups: list[list[Unit]] = []
     size = 0.0
     for each in probed:
@@ -230,7 +230,12 @@ def _units(each: Probed, *, whole: bool) -> Iterator[tuple[Unit, int]]:
 
 
 def _name(group: list[Unit], settings: IngestSettings) -> str:
-    units = [[unit.found.entry, unit.sha256, unit.part and [unit.part.start, unit.part.end]] for unit in group]
+    units: list[list[Any]] = [
+        [unit.found.entry, unit.sha256, unit.part and [unit.part.start, unit.part.end]] for unit in group
+    ]
+    for unit, named_so in zip(group, units, strict=True):
+        if unit.found.source is not None:  # it decides what is held out, which is a column of the shard
+            named_so.append(unit.found.source)
     named = json.dumps([VERSION, settings.content(), units], sort_keys=True)
     return hashlib.sha256(named.encode()).hexdigest()[:16]
 
@@ -271,6 +276,7 @@ def make_shard(plan: ShardPlan, *, root: str, output: str, settings: IngestSetti
             sha256=unit.sha256,
             entry=unit.found.entry,
             range=unit.found.range,
+            source=unit.found.source,
             part=unit.number,
             num_parts=unit.num_parts,
             notes=own,
@@ -342,7 +348,7 @@ def _clips(
                 video_id=found.video_id,
                 start_seconds=seconds,
                 fps=rate / settings.stride,
-                held_out=is_held_out(found.video_id, settings.held_out_percent),
+                held_out=is_held_out(found.source or found.video_id, settings.held_out_percent),
                 stored=stored[place : place + size],
                 label=found.label,
                 splits=found.splits,
@@ -357,7 +363,8 @@ def _made(
     for number, row in enumerate(rows):
         read = videos[row["video_id"]]
         row |= {"shard": plan.name, "row": number, "entry": read.entry, "range": read.range}
-        row |= {"video_bytes": read.num_bytes, "video_sha256": read.sha256, "notes": "; ".join(read.notes) or None}
+        row |= {"video_bytes": read.num_bytes, "video_sha256": read.sha256, "source": read.source}
+        row |= {"notes": "; ".join(read.notes) or None}
     rejections = tuple(dataclasses.replace(rejection, shard=plan.name) for rejection in metadata.rejected)
     losses = tuple(dataclasses.replace(loss, shard=plan.name) for loss in metadata.losses)
     return MadeShard(plan.name, file, rows, rejections, reused, losses)

@@ -37,7 +37,11 @@ FIELDS = [
     pa.field("video_sha256", pa.string(), nullable=False),  # of the video file
     # What is unusual about the video and what was done to it: `kind: sentence; kind: sentence`; null where nothing is.
     pa.field("notes", pa.string()),
+    # What the video is cut from; null where it is a complete file (held_out.sources_of).
+    pa.field("source", pa.string()),
 ]
+_LATER = ("notes", "source")
+"""Fields that came later: a manifest without any value of one has no such column, as in earlier versions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +95,11 @@ class Manifest:
                 f"data set {uri} has schema version {about.get('version')}, this vmoco reads version {VERSION}: "
                 "use the vmoco that made it, or run jobs/ingest.py again into another folder"
             )
-        table = _with_notes(table)
+        table = _with_all_fields(table)
         _check_shards(uri, about["shards"])
         return cls(
             uri=uri,
-            table=table.replace_schema_metadata(None),
+            table=_with_all_fields(table.replace_schema_metadata(None)),
             settings=about["settings"],
             hash=about["hash"],
             frame_shape=tuple(about["frame_shape"]),
@@ -116,13 +120,6 @@ def content_hash(table: pa.Table) -> str:
     return hashlib.sha256("".join(f"{clip} {pixels}\n" for clip, pixels in pairs).encode()).hexdigest()[:16]
 
 
-def _with_notes(table: pa.Table) -> pa.Table:
-    """The table with the column `notes`, which a manifest without any note does not have."""
-    if "notes" in table.column_names:
-        return table
-    return table.append_column(pa.field("notes", pa.string()), pa.nulls(table.num_rows, pa.string()))
-
-
 def note_counts(table: pa.Table) -> dict[str, int]:
     """How many videos have a note of each kind, by kind."""
     columns = table.filter(pc.is_valid(table["notes"])).select(["video_id", "notes"]).to_pydict()
@@ -132,6 +129,13 @@ def note_counts(table: pa.Table) -> dict[str, int]:
         for note in notes.split("; ")
     }
     return dict(sorted(Counter(kind for _, kind in noted).items()))
+
+
+def _with_all_fields(table: pa.Table) -> pa.Table:
+    for name in _LATER:
+        if name not in table.column_names:
+            table = table.append_column(pa.field(name, pa.string()), pa.nulls(table.num_rows, pa.string()))
+    return table.select([field.name for field in FIELDS])
 
 
 def write_manifest(
@@ -151,7 +155,7 @@ def write_manifest(
     Raises:
         ValueError: the place cannot be written.
     """
-    table = _with_notes(table).select([field.name for field in FIELDS]).cast(pa.schema(FIELDS))
+    table = _with_all_fields(table).cast(pa.schema(FIELDS))
     table = table.sort_by([("video_id", "ascending"), ("start_seconds", "ascending"), ("clip_id", "ascending")])
     ids = table["clip_id"].to_pylist()
     assert len(set(ids)) == len(ids), "two clips have one clip_id"
@@ -181,8 +185,7 @@ def write_manifest(
         "counts": manifest.counts,
         "shards": {name: dataclasses.asdict(file) for name, file in manifest.shards.items()},
     }
-    if table["notes"].null_count == table.num_rows:  # the bytes of earlier versions
-        table = table.drop_columns(["notes"])
+    table = table.drop_columns([name for name in _LATER if table[name].null_count == table.num_rows])
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(about, sort_keys=True)}), sink)
     storage.write_atomic(storage.join(manifest.uri, NAME), memoryview(sink.getvalue()))

@@ -50,6 +50,8 @@ class Video:
     """A long video is cut in parts, which may be in different shards."""
     notes: tuple[str, ...] = ()
     """What is unusual about it and what was done to its frames, as in `Timeline.notes`; not written where empty."""
+    source: str | None = None
+    """`Found.source`; not written where there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ class ShardMetadata:
     def to_json(self) -> str:
         """Canonical JSON: equal metadata give equal bytes. What came later is left out where it is empty."""
         values = {"version": VERSION, **dataclasses.asdict(self)}
-        later = [(values, "losses"), *((video, "notes") for video in values["videos"])]
+        later = [(values, "losses"), *((video, name) for video in values["videos"] for name in ("notes", "source"))]
         later += [(rejection, "damaged") for rejection in values["rejected"]]
         for fields, name in later:
             if not fields[name]:  # so the shard of a clean video has the bytes of earlier versions

@@ -49,6 +49,11 @@ class Found:
     label: str | None = None
     splits: Splits = (None, None, None)
     """`train`, `test` or `validate` in each official split; None where it is in no part of it."""
+    group: str | None = None
+    """Column `group` of a list: entries of one group come from one source, such as a camera, a patient or a match."""
+    source: str | None = None
+    """Recording that it is cut from: its group, the id of a YouTube video, or the path of the file. None for a complete
+    file that is a source of its own."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -63,8 +68,13 @@ class Found:
 
     @property
     def entry(self) -> str:
-        """16 hex digits over all fields: if one of them changes, it counts as another video."""
-        return f"{hash64(*(str(value) for value in dataclasses.astuple(self))):016x}"
+        """16 hex digits over all fields: if one of them changes, it counts as another video.
+
+        Without the source, which follows from the others. A group counts where there is one, so that the entries of
+        data sets from before groups stay the same.
+        """
+        fields = dataclasses.astuple(self)[: -2 if self.group is None else -1]
+        return f"{hash64(*(str(value) for value in fields)):016x}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +94,9 @@ class Listing:
     def left_out(self) -> str:
         """What is not looked at, such as `3 files are not looked at: .txt 2, without ending 1`; empty for nothing."""
         return left_out(self.others)
+
+    notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    """Sentences for the user: how a list was read, and which of its names are not exactly those of the files."""
 
 
 def list_videos(uri: str, suffixes: Sequence[str] = ()) -> Listing:

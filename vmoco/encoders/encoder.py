@@ -1,15 +1,18 @@
 """A pretrained encoder with its preprocessing: what `vmoco.load_encoder` returns.
 
-It takes raw frames, uint8 RGB of any size, and prepares them itself, so callers need not know how it was trained.
+It takes raw frames, uint8 RGB of any size, or videos, and prepares them itself, so callers need not know how it was
+trained.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +23,15 @@ from torch import nn
 from vmoco.data.augment import PIXEL_MEAN, PIXEL_STD, standardise
 from vmoco.job_settings import ShortVideos
 from vmoco.model.backbone import Backbone
+from vmoco.progress import Progress
 
 if TYPE_CHECKING:
     from vmoco.data.decoder import Decoder
     from vmoco.data.ledger import Damage
 
 Source = str | os.PathLike[str] | npt.NDArray[np.uint8] | torch.Tensor
-"""A video file, or frames."""
+"""A video (path or URI), or frames."""
+One = TypeVar("One", bound=Source)
 
 MAX_CLIPS = 32
 """Most clips of one video file; the default of ingest."""
@@ -94,27 +99,46 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.preprocessing = preprocessing
         self.card = card
-        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(preprocessing.std).view(3, 1, 1, 1), persistent=False)
+        self._set_pixel_statistics(torch.device("cpu"))
+
+    def _set_pixel_statistics(self, device: torch.device) -> None:
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(self.preprocessing, name), dtype=torch.float32, device=device)
+            self.register_buffer(name, values.view(3, 1, 1, 1), persistent=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Encoder:
+        """What `to`, `half` and their like call: pixels are normalised in float32, whatever the type of the weights."""
+        super()._apply(fn, recurse)
+        self._set_pixel_statistics(self.mean.device)
+        return self
 
     @property
     def feature_dim(self) -> int:
         """Width of a feature."""
         return self.backbone.feature_dim
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, in which the network computes: float32 unless it was changed, as by `half()`."""
+        return next(self.backbone.parameters()).dtype
+
     def clips(self, source: Source, *, short_videos: ShortVideos = "reject") -> torch.Tensor:
         """Frames as clips, uint8 (B, T, H, W, 3).
 
         Args:
-            source: path of a video file, which gives as many clips as fit side by side (32 at most) at the encoder's
-                frame rate; or uint8 frames (T, H, W, 3) or (B, T, H, W, 3), RGB, an array or a tensor.
-            short_videos: "loop" repeats the frames of a video file that is shorter than a clip, as ingest does.
+            source: path or URI (s3://, gs://) of a video, which gives as many clips as fit side by side (32 at most) at
+                the encoder's frame rate; or uint8 frames (T, H, W, 3) or (B, T, H, W, 3), RGB, an array or a tensor.
+            short_videos: "loop" repeats the frames of a video that is shorter than a clip, as ingest does.
 
         Raises:
             ValueError: a video that cannot be read, or frames of another shape or type.
         """
         if isinstance(source, str | os.PathLike):
-            return torch.from_numpy(self._decoded(os.fspath(source), short_videos))
+            with _decoder() as decoder:
+                return self._decoded(source, decoder, short_videos)
+        return self._checked(source)
+
+    def _checked(self, source: npt.NDArray[np.uint8] | torch.Tensor) -> torch.Tensor:
         if isinstance(source, np.ndarray) and source.dtype == np.uint8:
             # A copy where torch cannot share the memory: a read-only view of a shard, or negative strides.
             shared = source.flags.writeable and all(stride > 0 for stride in source.strides)
@@ -135,12 +159,12 @@ class Encoder(nn.Module):
         return frames
 
     def preprocess(self, frames: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, T, H, W, 3) -> normalised float32 (B, 3, T, size, size).
+        """uint8 (B, T, H, W, 3) -> normalised (B, 3, T, size, size) of the encoder's `dtype`, computed in float32.
 
         Raises:
             ValueError: frames of another shape or type.
         """
-        frames = self.clips(frames)
+        frames = self._checked(frames)
         side = min(frames.shape[2:4])
         top, left = (frames.shape[2] - side) // 2, (frames.shape[3] - side) // 2
         return self.preprocess_square(frames[:, :, top : top + side, left : left + side])
@@ -151,23 +175,100 @@ class Encoder(nn.Module):
         pixels = frames.permute(0, 1, 4, 2, 3).flatten(0, 1).to(self.mean.device).float() / 255
         scaled = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
         clips = scaled.unflatten(0, frames.shape[:2]).transpose(1, 2)
-        if self.preprocessing.standardise:
-            return standardise(clips)
-        return (clips - self.mean) / self.std
+        normalised = standardise(clips) if self.preprocessing.standardise else (clips - self.mean) / self.std
+        return normalised.to(self.dtype)
+
+    @overload
+    def embed(
+        self,
+        source: Source,
+        *,
+        short_videos: ShortVideos = ...,
+        batch_size: int = ...,
+        progress: Callable[[str], None] | None = ...,
+    ) -> torch.Tensor: ...
+
+    @overload
+    def embed(
+        self,
+        source: list[One] | tuple[One, ...],
+        *,
+        short_videos: ShortVideos = ...,
+        batch_size: int = ...,
+        progress: Callable[[str], None] | None = ...,
+    ) -> list[torch.Tensor]: ...
 
     @torch.inference_mode()
-    def embed(self, source: Source, *, short_videos: ShortVideos = "reject") -> torch.Tensor:
-        """Features of clips, float32 (B, feature_dim), unit rows; the arguments are those of `clips`.
+    def embed(
+        self,
+        source: Source | list[One] | tuple[One, ...],
+        *,
+        short_videos: ShortVideos = "reject",
+        batch_size: int = 32,
+        progress: Callable[[str], None] | None = None,
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Features of clips, float32 (B, feature_dim) on the encoder's device, unit rows.
 
-        Features of unit length, because they are compared by cosine. Fine-tuning uses `forward`.
+        Features of unit length, because they are compared by cosine. Fine-tuning uses `forward`. Memory holds one batch
+        and one video, however many there are.
+
+            encoder.embed("cat.mp4")                               # (B, feature_dim), a row per clip
+            encoder.embed(["cat.mp4", "s3://videos/dog.mp4"])      # a list: one such tensor per video
+
+        Args:
+            source: as for `clips`, or a list or tuple of such sources.
+            short_videos: as for `clips`.
+            batch_size: most clips that go through the network together; clips of several sources share a batch.
+            progress: takes a line every few seconds, with the time left; such as `print`.
+
+        Raises:
+            ValueError: a video that cannot be read, or frames of another shape or type. Of a list, the message names
+                the place of the source that failed, counted from 0.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: 1 or more is needed")
+        several = isinstance(source, list | tuple)
+        sources: Sequence[Source] = source if isinstance(source, list | tuple) else [source]
+        show = progress or (lambda line: None)
+        counted = Progress(show, "embed  read", total=len(sources), unit="sources", counts=["clips"], every_seconds=2)
+
+        def prepared() -> Iterator[tuple[int, torch.Tensor]]:
+            with _decoder() as decoder:
+                for place, each in enumerate(sources):
+                    try:
+                        if isinstance(each, str | os.PathLike):
+                            frames = self._decoded(each, decoder, short_videos)
+                        else:
+                            frames = self._checked(each)
+                    except ValueError as error:
+                        raise ValueError(f"source {place}: {error}" if several else str(error)) from None
+                    for some in frames.split(batch_size):
+                        yield place, self.preprocess(some)
+                    counted.add(clips=len(frames))
+
+        features: list[list[torch.Tensor]] = [[] for _ in sources]
+        for batch in _batches(prepared(), batch_size):
+            clips = torch.cat([clips for _, clips in batch])
+            rows = F.normalize(self.backbone(clips).float(), dim=1).split([len(clips) for _, clips in batch])
+            for (place, _), found in zip(batch, rows, strict=True):
+                features[place].append(found)
+        found_of = [torch.cat(rows) for rows in features]
+        return found_of if several else found_of[0]
+
+    @torch.inference_mode()
+    def feature_maps(self, source: Source) -> torch.Tensor:
+        """What the last convolution sees at each time and place, float32 (B, C, T', H', W'), C = feature_dim.
+
+        Time and space are halved a few times on the way: a clip of 16x112x112 gives 2x7x7 in r3d_18. `source` is as for
+        `clips`. All clips go through the network together.
 
         Raises:
             ValueError: a video that cannot be read, or frames of another shape or type.
         """
-        return F.normalize(self(self.clips(source, short_videos=short_videos)), dim=1)
+        return self.backbone.feature_maps(self.preprocess(self.clips(source))).float()
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        """uint8 frames (B, T, H, W, 3) -> features float32 (B, feature_dim), with graph."""
+        """uint8 frames (B, T, H, W, 3) -> features (B, feature_dim) of the encoder's `dtype`, with graph."""
         features: torch.Tensor = self.backbone(self.preprocess(frames))
         return features
 
@@ -176,11 +277,11 @@ class Encoder(nn.Module):
         digest = hashlib.sha256(repr(self.preprocessing).encode())
         for name, tensor in sorted(self.backbone.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().numpy().data)
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
     def stride(self, fps: float) -> int:
-        """n, if taking every n-th frame of a video of `fps` comes nearest to the encoder's frame rate."""
+        """The n for which every n-th frame of a video of `fps` comes nearest to the encoder's frame rate."""
         return max(1, round(fps / self.preprocessing.fps))
 
     def cut_video(
@@ -217,19 +318,66 @@ class Encoder(nn.Module):
         clip_seconds = expected.num_frames / (plan.fps or cut.fps)
         return VideoClips(frames, cut.start_times, cut.start_seconds, clip_seconds, cut.damage)
 
-    def _decoded(self, path: str, short_videos: ShortVideos) -> npt.NDArray[np.uint8]:
-        from vmoco.data.decoder import Decoder
+    def _decoded(self, video: str | os.PathLike[str], decoder: Decoder, short_videos: ShortVideos) -> torch.Tensor:
         from vmoco.data.ledger import VideoError
 
-        if not os.path.isfile(path):
-            raise ValueError(f"there is no video file {path}")
-        decoder = Decoder()
+        place = os.fspath(video)
         try:
-            cut = self.cut_video(path, decoder=decoder, short_videos=short_videos)
+            with _local_file(place) as path:
+                cut = self.cut_video(path, decoder=decoder, short_videos=short_videos)
             if cut.damage:
-                warnings.warn(f"video {path} gives its clips without damage: {cut.damage}", stacklevel=4)
-            return cut.frames
+                warnings.warn(f"video {place} gives its clips without damage: {cut.damage}", stacklevel=4)
+            return torch.from_numpy(cut.frames)
         except VideoError as error:
-            raise ValueError(f"video {path} gives no clips ({error})") from None
-        finally:
-            decoder.close()
+            raise ValueError(f"video {place} gives no clips ({error})") from None
+
+
+@contextlib.contextmanager
+def _decoder() -> Iterator[Decoder]:
+    """A decoder whose process starts with the first video and ends with the block."""
+    from vmoco.data.decoder import Decoder
+
+    decoder = Decoder()
+    try:
+        yield decoder
+    finally:
+        decoder.close()
+
+
+@contextlib.contextmanager
+def _local_file(place: str) -> Iterator[str]:
+    """Path of a video on this machine; one in a store is copied, and deleted at the end of the block.
+
+    Raises:
+        ValueError: it does not exist.
+        VideoError: it cannot be copied.
+    """
+    from vmoco import storage
+    from vmoco.data import source
+
+    local = storage.local_path(place) if "://" in place else place
+    if local is not None:
+        if not os.path.isfile(local):
+            raise ValueError(f"there is no video file {place}")
+        yield str(local)
+        return
+    folder, _, name = place.rpartition("/")
+    filesystem, path = storage.filesystem(place)
+    size = filesystem.get_file_info(path).size
+    if size is None:
+        raise ValueError(f"there is no video file {place}")
+    with source.local_copy(folder, source.Found(name, size)) as copy:
+        yield copy
+
+
+def _batches(items: Iterator[tuple[int, torch.Tensor]], size: int) -> Iterator[list[tuple[int, torch.Tensor]]]:
+    """Groups clips of one length into batches of at most `size`: (place of the source, clips (N, 3, T, S, S))."""
+    batch: list[tuple[int, torch.Tensor]] = []
+    for place, clips in items:
+        full = sum(len(others) for _, others in batch) + len(clips) > size
+        if batch and (full or batch[0][1].shape[1:] != clips.shape[1:]):
+            yield batch
+            batch = []
+        batch.append((place, clips))
+    if batch:
+        yield batch

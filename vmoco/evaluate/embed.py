@@ -123,7 +123,7 @@ def run_items(
     *,
     show: Callable[[str], None] = print,
 ) -> int:
-    """Makes the missing parts on the pool's workers, and again those with a video that failed for a passing reason.
+    """Makes the missing parts on the pool's workers, and again those with a video that failed for a transient reason.
 
     Returns:
         Number of parts that were reused.

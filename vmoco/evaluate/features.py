@@ -148,10 +148,8 @@ def embed_batch(encoder: Encoder, clips: Sequence[Frames]) -> torch.Tensor:
     Clips of different sizes are prepared one by one, and then go through the network together.
     """
     if len({frames.shape for frames in clips}) == 1:
-        return encoder.embed(np.stack(clips)).cpu()
-    with torch.inference_mode():
-        prepared = torch.cat([encoder.preprocess(torch.from_numpy(frames.copy())) for frames in clips])
-        return torch.nn.functional.normalize(encoder.backbone(prepared), dim=1).cpu()
+        return encoder.embed(np.stack(clips), batch_size=len(clips)).cpu()
+    return torch.cat(encoder.embed(list(clips), batch_size=len(clips))).cpu()
 
 
 def embed_views(

@@ -33,6 +33,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from vmoco.data.clip_cache import cache_for
+from vmoco.data.held_out import sources_of
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard_reader import ClipReader
 from vmoco.encoders.promotion import Score
@@ -123,17 +124,19 @@ def plan_motion(manifest: Manifest) -> MotionPlan:
     held_out = np.isin(names, names[table["held_out"].to_numpy()])
     note = ""
     if min(len(set(names[held_out])), len(set(names[~held_out]))) < MIN_VIDEOS:
-        videos = sorted(set(names), key=lambda name: hash64("motion test", name))
+        # By source: otherwise ranges of one file would fit the probes and test them.
+        sources = np.asarray(sources_of(table), dtype=object)
+        videos = sorted(set(sources), key=lambda name: hash64("motion test", name))
         if len(videos) < 2 * MIN_VIDEOS:
             raise TooFewVideosError(
                 f"the data set has {len(videos)} videos, and motion needs {2 * MIN_VIDEOS}: half of them to fit the "
-                "probes, half to test them. Ingest more videos"
+                "probes, half to test them. Ranges of one file count as one video. Ingest more videos"
             )
         note = (
             f"motion tests on half of all {len(videos)} videos, because {len(set(names[held_out]))} are held out and "
             f"{MIN_VIDEOS} are needed; the encoder may have been trained on them"
         )
-        held_out = np.isin(names, videos[: len(videos) // 2])
+        held_out = np.isin(sources, videos[: len(videos) // 2])
     rows = np.concatenate([_spread_clips(table, np.flatnonzero(part)) for part in (~held_out, held_out)])
     return MotionPlan(table.take(pa.array(rows)), held_out[rows], note)
 

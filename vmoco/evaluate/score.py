@@ -1,14 +1,17 @@
 """The scores without labels: does an encoder find another moment of a video without its colours, and does it see time?
 
 For each held-out video, one clip of its first half is compared with one clip of the second half of every video, and one
-of its second half with the first halves. Chance is one over the number of videos. Clips of one video share their
-colours, so the encoder sees them in grey (`features.without_colour`), and the score of mean colour alone is reported
-too. Contrastive losses cannot replace this score: they cannot be compared between settings of decay or dropping.
+of its second half with the first halves. Chance is one over the number of videos. Other videos of its source, such as
+other ranges of the same file, are left out: they show the same, so they are no wrong answers.
+
+Clips of one video share their colours, so the encoder sees them in grey (`features.without_colour`), and the score of
+mean colour alone is reported too. Contrastive losses cannot replace this score: they cannot be compared between
+settings of decay or dropping.
 
 A high score does not mean that the encoder sees motion. `arrow` compares a clip with another clip of its video, played
 forwards and backwards. It embeds 4 more clips of a video; the score embeds 8.
 
-`estimate` gives every score its interval by resampling videos, because clips of one video are not independent.
+`estimate` gives every score its interval by resampling sources, because clips of one source are not independent.
 """
 
 from __future__ import annotations
@@ -21,7 +24,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from vmoco.data.clip_cache import ClipCache
-from vmoco.data.held_out import MIN_SCORED, Index, pairs_of_videos, scoring_problem, seconds_of_clips, too_few
+from vmoco.data.held_out import (
+    MIN_SCORED,
+    Index,
+    pairs_of_videos,
+    scoring_problem,
+    seconds_of_clips,
+    sources_of,
+    too_few,
+)
 from vmoco.data.manifest import Manifest
 from vmoco.encoders.encoder import Encoder
 from vmoco.encoders.promotion import LABEL_FREE, Score
@@ -137,6 +148,7 @@ def score(
     start_seconds: npt.ArrayLike,
     clip_seconds: npt.ArrayLike,
     colours: Features,
+    sources: Sequence[str] | None = None,
     max_videos: int = MAX_VIDEOS,
     rounds: int = ROUNDS,
 ) -> LabelFreeScore:
@@ -148,14 +160,21 @@ def score(
         start_seconds: (N,), time of the first frame of each clip in its video.
         clip_seconds: (N,) or one number, duration of a clip.
         colours: float32 (N, 3), mean colour of each unchanged clip.
+        sources: source of each clip; each video is one of its own when left out.
         max_videos: most videos that take part.
         rounds: most pairs of clips of each video.
 
     Raises:
-        ValueError: fewer than two videos have two clips that do not overlap in time, or a feature is not finite.
+        ValueError: fewer than two sources have two clips that do not overlap in time, or a feature is not finite.
     """
+    sources = video_ids if sources is None else sources
     pairs = choose_pairs(
-        video_ids, start_seconds=start_seconds, clip_seconds=clip_seconds, max_videos=max_videos, rounds=rounds
+        video_ids,
+        start_seconds=start_seconds,
+        clip_seconds=clip_seconds,
+        sources=sources,
+        max_videos=max_videos,
+        rounds=rounds,
     )
     rows, places = np.unique(pairs, return_inverse=True)
     places = places.reshape(pairs.shape)
@@ -165,13 +184,15 @@ def score(
     # Features after a ReLU share a large positive part, which moves all cosines close to 1.
     apart = chosen - chosen.mean(axis=0)
     apart /= np.maximum(np.linalg.norm(apart, axis=1, keepdims=True), 1e-9)
-    found = [_found(apart[a] @ apart[b].T) for a, b in _both_ways(places)]
-    by_colour = [_found(-_squared_distances(hues[a], hues[b])) for a, b in _both_ways(places)]
+    groups = _sources_of_pairs(pairs, sources)
+    left_out = (groups[:, None] == groups) & ~np.eye(len(groups), dtype=bool)
+    found = [_found(apart[a] @ apart[b].T, left_out) for a, b in _both_ways(places)]
+    by_colour = [_found(-_squared_distances(hues[a], hues[b]), left_out) for a, b in _both_ways(places)]
     num_videos = pairs.shape[1]
     return LabelFreeScore(
-        retrieval=estimate(np.concatenate(found), np.tile(np.arange(num_videos), len(found))),
+        retrieval=estimate(np.concatenate(found), np.tile(groups, len(found))),
         by_colour=float(np.mean(by_colour)),
-        chance=1 / num_videos,
+        chance=float(np.mean(1 / (num_videos - left_out.sum(axis=1)))) if left_out.any() else 1 / num_videos,
         effective_rank=effective_rank(chosen),
         num_videos=num_videos,
         num_clips=len(rows),
@@ -201,6 +222,7 @@ def score_encoder(
         ValueError: fewer than two held-out videos have two clips, a feature is not finite, or a clip is damaged.
     """
     rows, evaluation_set = scored_clips(manifest, max_videos=max_videos, rounds=rounds)
+    sources = sources_of(rows)
     features = clip_features(encoder, manifest, rows, batch_size=batch_size, colour=False, cache=cache)
     found = score(
         features,
@@ -208,6 +230,7 @@ def score_encoder(
         start_seconds=rows["start_seconds"].to_numpy(),
         clip_seconds=seconds_of_clips(manifest, rows),
         colours=mean_colours(manifest, rows, cache=cache),
+        sources=sources,
         max_videos=max_videos,
         rounds=rounds,
     )
@@ -215,6 +238,7 @@ def score_encoder(
         rows["video_id"].to_pylist(),
         start_seconds=rows["start_seconds"].to_numpy(),
         clip_seconds=seconds_of_clips(manifest, rows),
+        sources=sources,
         max_videos=max_videos,
         rounds=rounds,
     )[:ARROW_ROUNDS]
@@ -229,11 +253,12 @@ def score_encoder(
         numbers=backwards,
         cache=cache,
     )
-    seen = arrow(features[both], reversed_features, pairs=places.reshape(pairs.shape))
+    groups = _sources_of_pairs(pairs, sources)
+    seen = arrow(features[both], reversed_features, pairs=places.reshape(pairs.shape), groups=groups)
     return replace(found, evaluation_set=evaluation_set, arrow=seen)
 
 
-def arrow(features: Features, reversed_features: Features, *, pairs: Index) -> Estimate:
+def arrow(features: Features, reversed_features: Features, *, pairs: Index, groups: Index) -> Estimate:
     """Share of pairs (A, B) of clips of one video in which A is nearer to B than to B played backwards, both ways.
 
     Chance is 50 %. An encoder that sees only single frames reaches just that, because ties count half. The score says
@@ -243,9 +268,10 @@ def arrow(features: Features, reversed_features: Features, *, pairs: Index) -> E
         features: float32 (N, D).
         reversed_features: float32 (N, D), of the same clips played backwards.
         pairs: int64 (R, V, 2), rows of both arrays, as from `choose_pairs`.
+        groups: int64 (V,), a number for the source of each video: they are resampled for the interval.
     """
     right = arrow_right(features, reversed_features, pairs=pairs)
-    return estimate(right.ravel(), np.tile(np.arange(pairs.shape[1]), len(right)))
+    return estimate(right.ravel(), np.tile(groups, len(right)))
 
 
 def arrow_right(features: Features, reversed_features: Features, *, pairs: Index) -> npt.NDArray[np.float64]:
@@ -265,21 +291,25 @@ def scored_clips(manifest: Manifest, *, max_videos: int = MAX_VIDEOS, rounds: in
     """The clips of a data set that the score needs: rows of its manifest, and the hash of the evaluation set.
 
     Raises:
-        TooFewVideosError: fewer than two held-out videos have two clips that do not overlap.
+        TooFewVideosError: fewer than two held-out sources have two clips that do not overlap.
     """
     if problem := scoring_problem(manifest):
         raise TooFewVideosError(problem)
     table = manifest.table.filter(manifest.table["held_out"])
+    sources = sources_of(table)
     pairs = choose_pairs(
         table["video_id"].to_pylist(),
         start_seconds=table["start_seconds"].to_numpy(),
         clip_seconds=seconds_of_clips(manifest, table),
+        sources=sources,
         max_videos=max_videos,
         rounds=rounds,
     )
     rows = table.take(pa.array(np.unique(pairs)))
     clips = "".join(rows["clip_id"].to_pylist()) + "".join(rows["sha256"].to_pylist())
-    return rows, f"{hash64('label-free', clips, str(pairs.tolist())):016x}"
+    groups = _sources_of_pairs(pairs, sources).tolist()
+    shared = [str(groups)] if len(set(groups)) < len(groups) else []  # they decide what is looked up among what
+    return rows, f"{hash64('label-free', clips, str(pairs.tolist()), *shared):016x}"
 
 
 def choose_pairs(
@@ -287,6 +317,7 @@ def choose_pairs(
     *,
     start_seconds: npt.ArrayLike,
     clip_seconds: npt.ArrayLike,
+    sources: Sequence[str] | None = None,
     max_videos: int = MAX_VIDEOS,
     rounds: int = ROUNDS,
 ) -> Index:
@@ -298,17 +329,27 @@ def choose_pairs(
         draw chooses.
 
     Raises:
-        TooFewVideosError: fewer than two videos have such a pair.
+        TooFewVideosError: fewer than two sources have such a pair.
     """
-    pairs_of = list(pairs_of_videos(video_ids, start_seconds=start_seconds, clip_seconds=clip_seconds).values())
+    pairs_by_name = pairs_of_videos(video_ids, start_seconds=start_seconds, clip_seconds=clip_seconds)
+    pairs_of = list(pairs_by_name.values())
+    by_video = dict(zip(video_ids, video_ids if sources is None else sources, strict=True))
+    source_of = [by_video[name] for name in pairs_by_name]
     fit = np.flatnonzero([len(pairs) > 0 for pairs in pairs_of])
-    if len(fit) < MIN_SCORED:
+    num_fit = len({source_of[video] for video in fit})
+    if num_fit < MIN_SCORED:
         advice = (
             "hold more videos out (--held-out-percent of jobs/ingest.py), or cut more clips of each "
             "(--max-clips-per-video)"
         )
-        raise TooFewVideosError(too_few(len(fit), len(pairs_of), advice=advice))
-    fit = np.sort(fit[permutation(len(fit), hash64("score videos"))[:max_videos]])
+        num_sources = len(set(source_of))
+        shared = num_sources < len(pairs_of)
+        raise TooFewVideosError(too_few(num_fit, num_sources, advice=advice, shared=shared))
+    drawn = fit[permutation(len(fit), hash64("score videos"))]
+    fit = drawn[:max_videos]
+    if len({source_of[video] for video in fit}) < MIN_SCORED:  # nothing would be wrong: one of another source instead
+        fit[-1] = next(video for video in drawn if source_of[video] != source_of[fit[0]])
+    fit = np.sort(fit)
     count = min(rounds, max(len(pairs_of[video]) for video in fit))
     return np.stack([[_spread(pairs_of[video], count)[place] for video in fit] for place in range(count)])
 
@@ -337,8 +378,15 @@ def _both_ways(places: Index) -> list[tuple[Index, Index]]:
     return [way for pair in places for way in ((pair[:, 0], pair[:, 1]), (pair[:, 1], pair[:, 0]))]
 
 
-def _found(similarity: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _sources_of_pairs(pairs: Index, sources: Sequence[str]) -> Index:
+    """A number for the source of each of the V videos of pairs, in the order in which they appear: int64 (V,)."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(sources[row], len(numbers)) for row in pairs[0, :, 0]], np.int64)
+
+
+def _found(similarity: npt.NDArray[np.float64], left_out: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
     """For each row of (V, V), 1 where the diagonal is the largest; shared where several are equal."""
+    similarity = np.where(left_out, -np.inf, similarity)
     best = similarity >= similarity.max(axis=1, keepdims=True)
     share: npt.NDArray[np.float64] = np.diagonal(best) / best.sum(axis=1)
     return share

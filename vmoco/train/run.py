@@ -22,7 +22,7 @@ from vmoco.model.cost import SCORE_SECONDS, scoring_seconds
 from vmoco.model.queue import decay_at, oldest_key_weight
 from vmoco.train import metrics
 from vmoco.train.run_folder import INIT, RunFolder, check_fork, check_init, is_checkpoint, local_copy
-from vmoco.train.state import Record, differences, networks_in
+from vmoco.train.state import Record, checkpoint_bytes, differences, networks_in
 from vmoco.unused_settings import unused_settings
 
 
@@ -106,7 +106,32 @@ def prepare(settings: PretrainSettings) -> PreparedRun:
             )
     # A finished run continues when its last step is raised.
     ended = record is not None and record.get("finished_step", resolved.train.steps) >= resolved.last_step
+    if not ended:
+        _checkpoint_space(resolved, folder)
     return PreparedRun(resolved, manifest, folder, record["finished"] if record and ended else None)
+
+
+def _checkpoint_space(settings: PretrainSettings, folder: str) -> str:
+    """How much space the checkpoints take, and how much is free, in words.
+
+    Raises:
+        ValueError: they do not fit; those that the run has written already need no more.
+    """
+    size, train = checkpoint_bytes(settings), settings.train
+    # One is written before an old one is deleted.
+    most = train.keep_checkpoints + train.keep_best + 1
+    takes = f"{most} checkpoints at most, {storage.gigabytes(size)} each"
+    free = storage.free_bytes(folder)
+    if free is None:
+        return takes
+    need = size * max(1, most - len(RunFolder(folder).steps()))
+    if need > free:
+        raise ValueError(
+            f"--run.storage {settings.run.storage} has {storage.gigabytes(free)} free, and the run needs "
+            f"{storage.gigabytes(need)} more: it writes {takes}. Free space, lower --train.keep-checkpoints "
+            f"{train.keep_checkpoints} or --train.keep-best {train.keep_best}, or give another --run.storage"
+        )
+    return f"{takes}; {storage.gigabytes(free)} are free"
 
 
 def open_run(prepared: PreparedRun, *, parent_run: str | None = None) -> Run:
@@ -210,6 +235,7 @@ def introduce(run: Run) -> list[str]:
         f"the generator drops {settings.num_dropped} of {settings.data.num_frames} frames from step "
         f"{settings.generator_start}; the oldest of {moco.queue_size} keys weighs {_oldest_key(settings)}",
     ]
+    lines.append(f"checkpoints: {_checkpoint_space(settings, run.folder)}")
     if settings.model.init:
         lines.append(f"starts from {run.start or settings.model.init}")
     if settings.run.fork:

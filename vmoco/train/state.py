@@ -247,6 +247,17 @@ class TrainState:
             )
 
 
+def checkpoint_bytes(settings: PretrainSettings) -> int:
+    """Size of a checkpoint of a run once both optimizers have taken a step; computes nothing and takes no memory."""
+    state = TrainState(settings, manifest_hash="", device=torch.device("meta"))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors().values())
+    slots = len(slot_names(settings.train) - {"step"})
+    for optimizer in (state.query_optimizer, state.generator_optimizer):
+        for group in optimizer.param_groups:
+            size += slots * sum(each.numel() * each.element_size() for each in group["params"])
+    return size
+
+
 def read_settings(folder: Path) -> PretrainSettings:
     """The settings of a checkpoint.
 
