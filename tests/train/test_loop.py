@@ -117,8 +117,8 @@ def test_looking_at_the_generator_changes_nothing(tmp_path: Path) -> None:
 def test_losses_are_golden(tmp_path: Path) -> None:
     """The numbers of a fixed run on a CPU: a change that is not meant to alter them shows here.
 
-    CPUs and numbers of threads add up in different orders, and each step enlarges the difference: 1e-6 at step 3, 2e-3 at
-    step 6 (seen between one and two threads). Once the generator trains, a frame may be chosen differently, and the
+    CPUs and numbers of threads add up in different orders, and each step enlarges the difference: 1e-6 at step 3, 2e-3
+    at step 6 (seen between one and two threads). Once the generator trains, a frame may be chosen differently, and the
     numbers are only near. Change them only together with the method, and say so in the commit.
     """
     host = Notes()
