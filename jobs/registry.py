@@ -1,24 +1,10 @@
 """Lists the registered encoders, chooses which version of a name is the champion, and finds who was trained on a video.
 
-List all versions with their aliases and scores:
-
-    python jobs/registry.py list
-
-Make the candidate the champion, if it scores better:
-
-    python jobs/registry.py promote NAME
-
-Make version 3 the champion without comparing scores, and keep the reason:
-
+    python jobs/registry.py list                 # all versions with their aliases and scores
+    python jobs/registry.py promote NAME         # the candidate becomes the champion, if it scores better
     python jobs/registry.py promote NAME --version 3 --force "the champion saw a withdrawn video"
-
-Restore the previous champion:
-
-    python jobs/registry.py rollback NAME
-
-Find the encoders that were trained on a video, for example after its owner has withdrawn it:
-
-    python jobs/registry.py saw cats/1.mp4
+    python jobs/registry.py rollback NAME        # restores the previous champion
+    python jobs/registry.py saw cats/1.mp4       # encoders trained on a video, for example after it was withdrawn
 
 This job needs no Ray.
 """
@@ -30,7 +16,9 @@ import tyro
 
 from vmoco import job
 
-Word = Annotated[str, tyro.conf.Positional]
+Name = Annotated[
+    str, tyro.conf.Positional, tyro.conf.arg(help="Name of the registered encoder, for example videomoco-kinetics.")
+]
 
 
 def list_encoders() -> None:
@@ -46,11 +34,10 @@ def list_encoders() -> None:
         print("nothing is registered yet")
 
 
-def promote(name: Word, version: str | None = None, protocol: str = "label-free", force: str | None = None) -> None:
+def promote(name: Name, version: str | None = None, protocol: str = "label-free", force: str | None = None) -> None:
     """Makes a version the champion, if it scores better than the champion on the same evaluation set.
 
     Args:
-        name: Name of the registered encoder, for example videomoco-kinetics.
         version: Number of the version, for example 3. When left out: the candidate.
         protocol: Score to compare, for example label-free or knn.
         force: Makes the version the champion without comparing scores. Give the reason, which is kept with the version.
@@ -61,19 +48,15 @@ def promote(name: Word, version: str | None = None, protocol: str = "label-free"
     print(f"models:/{name}@champion is version {move.version} ({move.reason})")
 
 
-def rollback(name: Word) -> None:
-    """Restores the previous champion.
-
-    Args:
-        name: Name of the registered encoder, for example videomoco-kinetics.
-    """
+def rollback(name: Name) -> None:
+    """Restores the previous champion."""
     from vmoco.encoders import promotion
 
     move = promotion.rollback(name)
     print(f"models:/{name}@champion is version {move.version} ({move.reason})")
 
 
-def saw(video: Word) -> None:
+def saw(video: Annotated[str, tyro.conf.Positional]) -> None:
     """Prints the registered encoders that were trained on a video, and those whose data set held it out.
 
     Args:

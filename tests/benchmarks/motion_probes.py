@@ -25,6 +25,7 @@ import scipy.stats
 import torch
 
 from vmoco import storage
+from vmoco.data.held_out import sources_of
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard_reader import ClipReader
 from vmoco.encoders.encoder import Encoder, Preprocessing
@@ -82,6 +83,7 @@ def score_encoder(
         start_seconds=chosen.rows["start_seconds"].to_numpy(),
         clip_seconds=seconds,
         colours=colours.mean(axis=1),
+        sources=sources_of(chosen.rows),
     )
     return scores | {"retrieval": found.retrieval.value, "effective_rank": found.effective_rank}
 

@@ -25,12 +25,13 @@ from vmoco import tracking
 from vmoco.cluster.local import LocalCluster
 from vmoco.data import ledger, source
 from vmoco.data import video as video_files
+from vmoco.data.manifest import write_manifest
 from vmoco.encoders import foreign, promotion, registry
 from vmoco.evaluate import evaluate as evaluation
 from vmoco.evaluate.embed import EmbedTask, Work, embed, shard_items
 from vmoco.evaluate.features import Window, clip_features, window
 from vmoco.evaluate.knn import classify
-from vmoco.evaluate.score import score_encoder
+from vmoco.evaluate.score import label_free_score, score_encoder
 from vmoco.evaluate.table import part_losses, part_rejected
 from vmoco.job_settings import EmbedSettings, EvaluateSettings, FinetuneSettings
 from vmoco.train.publish import write_encoder
@@ -81,8 +82,16 @@ def test_videos_are_embedded_once_and_none_disappears(ray_cluster: LocalCluster,
 @pytest.mark.cluster
 @pytest.mark.timeout(400)
 def test_an_encoder_is_evaluated_by_every_protocol(ray_cluster: LocalCluster, tmp_path: Path) -> None:
-    """Scores equal those of the plain functions in this process; two splits count together."""
+    """Scores equal those of the plain functions in this process; two splits count together. Videos 0 and 3, which are
+    held out, are ranges of one file.
+    """
     manifest = labelled_data_set(tmp_path / "data", num_videos=48)
+    files = manifest.table["video_sha256"].to_pylist()
+    shared = pa.array([file if int(file) != 3 else f"{0:064d}" for file in files])
+    place = manifest.table.column_names.index("video_sha256")
+    table = manifest.table.set_column(place, manifest.table.schema.field(place), shared)
+    kept = {name: getattr(manifest, name) for name in ("settings", "frame_shape", "encoding", "shards")}
+    manifest = write_manifest(manifest.uri, table, num_rejected=0, **kept)
     encoder = encoder_of()
     settings = EvaluateSettings(
         data=manifest.uri,
@@ -103,6 +112,8 @@ def test_an_encoder_is_evaluated_by_every_protocol(ray_cluster: LocalCluster, tm
     ]
     alone = score_encoder(encoder, manifest)
     assert scores["label-free"].value == pytest.approx(alone.retrieval.value)
+    # Chance depends on what shares a source.
+    assert scores["label-free"].beside == label_free_score(dataclasses.replace(alone, arrow=None)).beside
     assert scores["label-free"].evaluation_set == alone.evaluation_set
     features, right = clip_features(encoder, manifest, manifest.table), []
     for split in planned.splits:

@@ -28,9 +28,11 @@ VIDEOS, CLIPS = 60, 6
 
 
 def scored(features: np.ndarray, colours: np.ndarray | None = None) -> LabelFreeScore:
+    videos = [f"v{video:03d}" for video in range(VIDEOS) for _ in range(CLIPS)]
     return score(
         features.astype(np.float32),
-        video_ids=[f"v{video:03d}" for video in range(VIDEOS) for _ in range(CLIPS)],
+        video_ids=videos,
+        sources=videos,
         start_seconds=np.tile(np.arange(CLIPS) * 0.64, VIDEOS),
         clip_seconds=0.64,
         colours=np.zeros((VIDEOS * CLIPS, 3), np.float32) if colours is None else colours.astype(np.float32),
@@ -92,7 +94,7 @@ def test_pairs_are_of_one_video_and_disjoint_in_time() -> None:
     """The clips of each pair are half a video apart; clips that overlap, and videos of one clip, are left out."""
     videos = ["a"] * 7 + ["b"] * 2 + ["overlapping"] * 3 + ["single"]
     starts = np.array([0, 1, 2, 3, 4, 5, 6, 0, 1, 0, 0.3, 0.6, 0], float)
-    pairs = choose_pairs(videos, start_seconds=starts, clip_seconds=1.0, rounds=3)
+    pairs = choose_pairs(videos, start_seconds=starts, clip_seconds=1.0, sources=videos, rounds=3)
     assert pairs.shape == (3, 2, 2)
     assert {tuple(pair) for pair in pairs[:, 0]} == {(0, 4), (1, 5), (2, 6)}
     assert {tuple(pair) for pair in pairs[:, 1]} == {(7, 8)}
@@ -102,20 +104,30 @@ def test_a_large_set_is_bounded_by_a_fixed_draw() -> None:
     """At most the given number of videos take part, always the same ones, and no rows of others are read."""
     videos = [f"v{video:05d}" for video in range(3000) for _ in range(2)]
     starts = np.tile([0.0, 1.0], 3000)
-    pairs = choose_pairs(videos, start_seconds=starts, clip_seconds=1.0, max_videos=50)
+    pairs = choose_pairs(videos, start_seconds=starts, clip_seconds=1.0, sources=videos, max_videos=50)
     assert pairs.shape == (1, 50, 2)
-    assert np.array_equal(pairs, choose_pairs(videos, start_seconds=starts, clip_seconds=1.0, max_videos=50))
+    assert np.array_equal(
+        pairs, choose_pairs(videos, start_seconds=starts, clip_seconds=1.0, sources=videos, max_videos=50)
+    )
     features = np.full((6000, 4), np.nan, np.float32)
     features[pairs.ravel()] = np.random.default_rng(0).normal(size=(pairs.size, 4))
     colours = np.zeros((6000, 3), np.float32)
-    found = score(features, video_ids=videos, start_seconds=starts, clip_seconds=1.0, colours=colours, max_videos=50)
+    found = score(
+        features,
+        video_ids=videos,
+        start_seconds=starts,
+        clip_seconds=1.0,
+        colours=colours,
+        sources=videos,
+        max_videos=50,
+    )
     assert found.num_videos == 50
 
 
 def test_what_cannot_be_scored_is_said() -> None:
     """Too few videos are refused with what to change, and so is a feature that is not a number."""
     with pytest.raises(ValueError, match=r"1 of 2 held-out videos have two clips .*--held-out-percent"):
-        choose_pairs(["a", "a", "b"], start_seconds=[0.0, 1.0, 0.0], clip_seconds=1.0)
+        choose_pairs(["a", "a", "b"], start_seconds=[0.0, 1.0, 0.0], clip_seconds=1.0, sources=["a", "a", "b"])
     with pytest.raises(ValueError, match="a feature is not finite"):
         scored(np.full((VIDEOS * CLIPS, 2), np.nan))
 
@@ -190,7 +202,7 @@ def test_a_clip_of_the_same_source_is_never_wrong() -> None:
         "clip_seconds": 0.64,
         "colours": features[:, :3],
     }
-    by_video = score(features, **arguments)
+    by_video = score(features, sources=arguments["video_ids"], **arguments)
     by_film = score(features, sources=[f"film {film[row // CLIPS]}" for row in range(len(features))], **arguments)
     assert by_video.retrieval.value < 0.5
     assert by_film.retrieval.value == by_film.by_colour == 1

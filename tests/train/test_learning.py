@@ -7,7 +7,6 @@ says which faults were tried. All runs are seeded and use one CPU thread, so the
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 
@@ -35,6 +34,8 @@ from vmoco.train.loop import train
 from vmoco.train.state import TrainState
 from vmoco.train.step import TrainStep
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NUM_TRAINED, NUM_HELD_OUT, NUM_CLASSES = 720, 300, 6
 NUM_FRAMES, STORED, SIZE = 8, 44, 32
 
@@ -59,15 +60,6 @@ SETTINGS = changed(
         "checkpoint_every": 1000,
     },
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums of one thread have one order, so a run gives the same numbers on any number of cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def moving_texture(number: int, *, seed: int) -> tuple[npt.NDArray[np.uint8], int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,8 @@ from vmoco.data.manifest import Manifest
 from vmoco.presets import PRESETS
 from vmoco.train import distributed
 from vmoco.train.state import TrainState
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NUM_STEPS = 20
 COMMON = changed(
@@ -155,15 +156,6 @@ def global_batch(loader: Loader, step: int, settings: PretrainSettings) -> refer
         noise=batch.random_importance.double(),
         reversed_clips=frozenset(batch.key_order[batch.reversed_keys].tolist()),
     )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks as small as these take several times as long on two threads of a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

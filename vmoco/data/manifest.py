@@ -95,7 +95,6 @@ class Manifest:
                 f"data set {uri} has schema version {about.get('version')}, this vmoco reads version {VERSION}: "
                 "use the vmoco that made it, or run jobs/ingest.py again into another folder"
             )
-        table = _with_all_fields(table)
         _check_shards(uri, about["shards"])
         return cls(
             uri=uri,

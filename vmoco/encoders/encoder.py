@@ -120,7 +120,7 @@ class Encoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights, in which the network computes: float32 unless it was changed, as by `half()`."""
-        return next(self.backbone.parameters()).dtype
+        return next((weights.dtype for weights in self.backbone.parameters()), torch.float32)
 
     def clips(self, source: Source, *, short_videos: ShortVideos = "reject") -> torch.Tensor:
         """Frames as clips, uint8 (B, T, H, W, 3).

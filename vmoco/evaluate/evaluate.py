@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vmoco import storage
+from vmoco.data.held_out import sources_of
 from vmoco.data.manifest import Manifest
 from vmoco.encoders import foreign
 from vmoco.encoders.encoder import S3D_FRAMES, Encoder
@@ -123,12 +124,14 @@ def _label_free(
     chosen = pc.is_in(manifest.table["clip_id"], value_set=rows["clip_id"].combine_chunks())
     table_uri, parts = _embedded(encoder, manifest, chosen, seen, settings, show, colour=False)
     table = FeatureTable(table_uri, parts)
+    source_of = dict(zip(rows["clip_id"].to_pylist(), sources_of(rows), strict=True))
     found = label_free.score(
         table.features(),
         video_ids=table.rows["video_id"].to_pylist(),
         start_seconds=table.rows["start_seconds"].to_numpy(),
         clip_seconds=table.rows["clip_seconds"].to_numpy(),
         colours=table.colours(),
+        sources=[source_of[clip] for clip in table.rows["clip_id"].to_pylist()],
     )
     show(str(found))
     return label_free_score(replace(found, evaluation_set=evaluation_set))

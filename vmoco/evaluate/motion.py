@@ -279,12 +279,15 @@ def measure_motion(
     for source, features in sources.items():
         if not all(np.isfinite(shown).all() for shown in features.values()):
             raise ValueError(f"a feature of {source} is not finite: the encoder is broken and cannot be scored")
-    test, videos = chosen.test, np.asarray(chosen.rows["video_id"].to_pylist(), dtype=object)
+    test, films = chosen.test, np.asarray(sources_of(chosen.rows), dtype=object)
+    videos = np.asarray(chosen.rows["video_id"].to_pylist(), dtype=object)
     found = []
     try:
         starts = chosen.rows["start_seconds"].to_numpy()
         lengths = np.broadcast_to(np.asarray(clip_seconds, np.float64), starts.shape)
-        pairs = choose_pairs(list(videos[test]), start_seconds=starts[test], clip_seconds=lengths[test])
+        pairs = choose_pairs(
+            list(videos[test]), start_seconds=starts[test], clip_seconds=lengths[test], sources=list(films[test])
+        )
     except TooFewVideosError:
         pass  # no video of the test part has two clips to compare
     else:
@@ -292,23 +295,23 @@ def measure_motion(
             source: arrow_right(features[SEEN][test], features[REVERSED][test], pairs=pairs).ravel()
             for source, features in sources.items()
         }
-        found.append(_motion("arrow", 1 / 2, right, np.tile(np.arange(pairs.shape[1]), 2 * pairs.shape[0])))
+        found.append(_motion("arrow", 1 / 2, right, np.tile(films[test][pairs[0, :, 0]], 2 * pairs.shape[0])))
     for probe, classes in probe_views(views).items():
         right = {
-            source: _probe_right([features[view] for view in classes], videos, test)
+            source: _probe_right([features[view] for view in classes], films, test)
             for source, features in sources.items()
         }
-        found.append(_motion(probe, 1 / len(classes), right, np.tile(videos[test], len(classes))))
+        found.append(_motion(probe, 1 / len(classes), right, np.tile(films[test], len(classes))))
     return found
 
 
 def _probe_right(
-    classes: Sequence[Features], videos: npt.NDArray[np.object_], test: npt.NDArray[np.bool_]
+    classes: Sequence[Features], films: npt.NDArray[np.object_], test: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.float64]:
     """1 where a linear probe recognises the view of a test clip; all test clips of a view, view after view."""
     train, tested = (np.concatenate([features[part] for features in classes]) for part in (~test, test))
     labels, truth = (np.repeat(np.arange(len(classes)), int(part.sum())) for part in (~test, test))
-    probe = fit_probe(train, labels, video_ids=list(np.tile(videos[~test], len(classes))))
+    probe = fit_probe(train, labels, video_ids=list(np.tile(films[~test], len(classes))))
     return (probe.predict(tested) == truth).astype(np.float64)
 
 

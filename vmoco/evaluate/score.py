@@ -148,7 +148,7 @@ def score(
     start_seconds: npt.ArrayLike,
     clip_seconds: npt.ArrayLike,
     colours: Features,
-    sources: Sequence[str] | None = None,
+    sources: Sequence[str],
     max_videos: int = MAX_VIDEOS,
     rounds: int = ROUNDS,
 ) -> LabelFreeScore:
@@ -160,14 +160,13 @@ def score(
         start_seconds: (N,), time of the first frame of each clip in its video.
         clip_seconds: (N,) or one number, duration of a clip.
         colours: float32 (N, 3), mean colour of each unchanged clip.
-        sources: source of each clip; each video is one of its own when left out.
+        sources: source of each clip (`held_out.sources_of`).
         max_videos: most videos that take part.
         rounds: most pairs of clips of each video.
 
     Raises:
         ValueError: fewer than two sources have two clips that do not overlap in time, or a feature is not finite.
     """
-    sources = video_ids if sources is None else sources
     pairs = choose_pairs(
         video_ids,
         start_seconds=start_seconds,
@@ -234,14 +233,7 @@ def score_encoder(
         max_videos=max_videos,
         rounds=rounds,
     )
-    pairs = choose_pairs(
-        rows["video_id"].to_pylist(),
-        start_seconds=rows["start_seconds"].to_numpy(),
-        clip_seconds=seconds_of_clips(manifest, rows),
-        sources=sources,
-        max_videos=max_videos,
-        rounds=rounds,
-    )[:ARROW_ROUNDS]
+    pairs = _pairs_of_rows(rows, manifest, max_videos=max_videos, rounds=rounds)[:ARROW_ROUNDS]
     both, places = np.unique(pairs, return_inverse=True)
     backwards = list(window(encoder, manifest).numbers(manifest.frame_shape[0]))[::-1]
     reversed_features = clip_features(
@@ -296,20 +288,24 @@ def scored_clips(manifest: Manifest, *, max_videos: int = MAX_VIDEOS, rounds: in
     if problem := scoring_problem(manifest):
         raise TooFewVideosError(problem)
     table = manifest.table.filter(manifest.table["held_out"])
-    sources = sources_of(table)
-    pairs = choose_pairs(
-        table["video_id"].to_pylist(),
-        start_seconds=table["start_seconds"].to_numpy(),
-        clip_seconds=seconds_of_clips(manifest, table),
-        sources=sources,
+    pairs = _pairs_of_rows(table, manifest, max_videos=max_videos, rounds=rounds)
+    rows = table.take(pa.array(np.unique(pairs)))
+    clips = "".join(rows["clip_id"].to_pylist()) + "".join(rows["sha256"].to_pylist())
+    groups = _sources_of_pairs(pairs, sources_of(table)).tolist()
+    shared = [str(groups)] if len(set(groups)) < len(groups) else []  # they decide what is looked up among what
+    return rows, f"{hash64('label-free', clips, str(pairs.tolist()), *shared):016x}"
+
+
+def _pairs_of_rows(rows: pa.Table, manifest: Manifest, *, max_videos: int, rounds: int) -> Index:
+    """`choose_pairs` of rows of a manifest."""
+    return choose_pairs(
+        rows["video_id"].to_pylist(),
+        start_seconds=rows["start_seconds"].to_numpy(),
+        clip_seconds=seconds_of_clips(manifest, rows),
+        sources=sources_of(rows),
         max_videos=max_videos,
         rounds=rounds,
     )
-    rows = table.take(pa.array(np.unique(pairs)))
-    clips = "".join(rows["clip_id"].to_pylist()) + "".join(rows["sha256"].to_pylist())
-    groups = _sources_of_pairs(pairs, sources).tolist()
-    shared = [str(groups)] if len(set(groups)) < len(groups) else []  # they decide what is looked up among what
-    return rows, f"{hash64('label-free', clips, str(pairs.tolist()), *shared):016x}"
 
 
 def choose_pairs(
@@ -317,7 +313,7 @@ def choose_pairs(
     *,
     start_seconds: npt.ArrayLike,
     clip_seconds: npt.ArrayLike,
-    sources: Sequence[str] | None = None,
+    sources: Sequence[str],
     max_videos: int = MAX_VIDEOS,
     rounds: int = ROUNDS,
 ) -> Index:
@@ -333,7 +329,7 @@ def choose_pairs(
     """
     pairs_by_name = pairs_of_videos(video_ids, start_seconds=start_seconds, clip_seconds=clip_seconds)
     pairs_of = list(pairs_by_name.values())
-    by_video = dict(zip(video_ids, video_ids if sources is None else sources, strict=True))
+    by_video = dict(zip(video_ids, sources, strict=True))
     source_of = [by_video[name] for name in pairs_by_name]
     fit = np.flatnonzero([len(pairs) > 0 for pairs in pairs_of])
     num_fit = len({source_of[video] for video in fit})
