@@ -48,7 +48,7 @@ def compare(encoder: Annotated[str, tyro.conf.Positional], /, *, data: str, page
         for row in found.rows:
             table.add_row(*row.cells())
         Console(width=None if Console().is_terminal else 130).print(table)
-        print(found.limits())
+        print(before_after.MEANING, found.limits())
         before_after.write_page(page, loaded, manifest, found, title=encoder, loss=loss)
         print(f"scores, loss curve and nearest clips, before and after: {page.as_uri()}")
     if loss is not None:

@@ -1,4 +1,4 @@
-"""Broken videos by the thousand, and plain decoders that say what ingest should make of each."""
+"""Makes thousands of broken videos, and decodes them plainly, to know what ingest should do with each."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from vmoco.data.video import FORMATS
 SIZE, NUM_FRAMES, STRIDE = (24, 32), 8, 2
 MAX_CLIPS = 4
 SECONDS = (NUM_FRAMES - 1) * STRIDE / 25
-"""Of a clip, from its first to its last frame."""
+"""Seconds from the first to the last frame of a clip."""
 FRAMES, KEY_FRAMES = 72, "12"
-"""Of a seed: its length, and the distance of its key frames."""
+"""Frames of an undamaged video, and frames from one of its key frames to the next."""
 
 _SEEDS: dict[str, dict[str, Any]] = {
     "h264.mp4": {"options": {"bf": "2"}},
@@ -45,7 +45,7 @@ MUTATIONS = ("truncate", "flip", "splice", "header", "noise", "lose")
 
 
 def make_seeds(folder: Path) -> list[Path]:
-    """Whole videos of several codecs in several containers."""
+    """Writes undamaged videos of several codecs in several containers."""
     rng = np.random.default_rng(0)
     noise = [rng.integers(-20, 20, (48, 64, 3)) for _ in range(FRAMES)]
     images = videos.images(FRAMES, height=48, width=64)
@@ -60,7 +60,7 @@ def make_seeds(folder: Path) -> list[Path]:
 
 
 def mutate(content: bytes, other: bytes, mutation: str, rng: np.random.Generator) -> bytes:
-    """One damage, as drawn."""
+    """Returns a copy of a file with one kind of damage; `rng` decides where."""
     damaged = bytearray(content)
     size = len(damaged)
     if mutation == "truncate":
@@ -75,10 +75,10 @@ def mutate(content: bytes, other: bytes, mutation: str, rng: np.random.Generator
     elif mutation == "noise":  # a bad spot of the disk
         at, length = int(rng.integers(0, size)), int(rng.integers(1, 300))
         damaged[at : at + length] = rng.bytes(len(damaged[at : at + length]))
-    elif mutation == "lose":  # a piece that was not transmitted
+    elif mutation == "lose":  # a piece that was lost on the way
         at = int(rng.integers(size // 10, size))
         del damaged[at : at + int(rng.integers(1, 600))]
-    else:  # sizes, counts, rates and offsets stand near the two ends
+    else:  # sizes, counts, rates and offsets are near both ends of a file
         for _ in range(int(rng.integers(1, 4))):
             at = int(rng.integers(0, min(size, 1024)))
             at = at if rng.random() < 0.5 else max(0, size - 4 - at)
@@ -87,7 +87,7 @@ def mutate(content: bytes, other: bytes, mutation: str, rng: np.random.Generator
 
 
 def write_mutants(folder: Path, seeds: list[Path], number: int) -> dict[str, Path]:
-    """`number` damaged videos, every seed and every mutation in turn; returns the seed of each by name."""
+    """Writes `number` damaged videos, with all seeds and mutations in turn; returns the seed of each by name."""
     folder.mkdir(parents=True, exist_ok=True)
     contents = [seed.read_bytes() for seed in seeds]
     made = {}
@@ -103,7 +103,12 @@ def write_mutants(folder: Path, seeds: list[Path], number: int) -> dict[str, Pat
 
 
 def write_hostile(folder: Path, seeds: list[Path]) -> dict[str, str]:
-    """What else a pile of videos may hold; returns what must become of each: "" where it gives clips, or its reason."""
+    """Writes what else a folder of videos may hold.
+
+    Returns:
+        The expected result of each file by name: "" where it gives clips, or the reason of its
+        rejection ("*": any result).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     good, images = seeds[0].read_bytes(), videos.images(24)
     expected: dict[str, str] = {}
@@ -163,22 +168,23 @@ class Plain:
     """What a plain sequential decoder finds in a file."""
 
     frames: npt.NDArray[np.uint8] | None
-    """uint8 (F, H, W, 3) of all frames, scaled as ingest does; None where anything is wrong with the file."""
+    """uint8 (F, H, W, 3): all frames, scaled as ingest scales them. None where anything is wrong with the file."""
     why: str
     reported: list[float] = dataclasses.field(default_factory=list)
-    """Where anything is wrong: `reported_seconds`."""
+    """Result of `reported_seconds`, where anything is wrong."""
     written: npt.NDArray[np.bool_] | None = None
-    """bool (F,): frames that a decoder fully writes. Of others, damaged without a report, some is left from before."""
+    """bool (F,): frames that the decoder writes completely. Others hold a rest of what was in the memory before:
+    they are damaged, and no decoder reports it."""
 
 
 def examine(path: Path) -> Plain:
-    """What plain decoders find in a file: all its frames, or which are damaged."""
+    """Decodes a file plainly: gives all its frames, or the times of the damaged ones."""
     plain = decode_plainly(path)
     return plain if plain.frames is not None else dataclasses.replace(plain, reported=reported_seconds(path))
 
 
 def decode_plainly(path: Path) -> Plain:
-    """From the first to the last frame, in one go, nothing left out; the first error ends it."""
+    """Decodes all frames from the first to the last. The first error ends it."""
     found, again = (_decode_plainly(path, keep=keep) for keep in (False, True))
     if found.frames is None or again.frames is None or len(found.frames) != len(again.frames):
         return found
@@ -186,12 +192,12 @@ def decode_plainly(path: Path) -> Plain:
 
 
 def _decode_plainly(path: Path, *, keep: bool) -> Plain:
-    """`keep` keeps all decoded frames, so the decoder gets other memory for each new one."""
+    """Decodes once. With `keep`, decoded frames stay in memory, so the decoder gets other memory for each new frame."""
     frames: list[videos.Image] = []
     kept = []
     scaler = Scaler(height=SIZE[0], width=SIZE[1])
     try:
-        # The same formats, or FFmpeg takes what is left of one for another.
+        # The formats that ingest takes. With others, FFmpeg would open the rest of a broken file as another format.
         formats = {"format_whitelist": FORMATS}
         with (
             _log() as log,
@@ -222,9 +228,10 @@ def _decode_plainly(path: Path, *, keep: bool) -> Plain:
 
 
 def reported_seconds(path: Path) -> list[float]:
-    """Times of the frames that a decoder reports as damaged, and of those after each up to the next key frame.
+    """Times of the frames that a decoder reports as damaged, and of the frames up to the next key frame.
 
-    A second opinion on `vmoco.data.damage`: this decoder never stops or starts again, and shows all that it conceals.
+    A second opinion on `vmoco.data.damage`: this decoder never restarts, and gives all frames that it
+    conceals.
     """
     seconds: list[float] = []
     marked: list[float] = []
@@ -256,11 +263,13 @@ def reported_seconds(path: Path) -> list[float]:
                 if time is not None and packet.size:
                     shown.append((time, packet.is_keyframe))
                     seconds += [time] if bad else []
-                    if time < key:  # shown before the key frame that it follows: nothing later refers to it
+                    if (
+                        time < key
+                    ):  # shown before the key frame that precedes it in the file: no later frame refers to it
                         bad = before
-    except Exception:  # the frames before it count
+    except Exception:  # the frames before the error count
         pass
-    for time in marked:  # a frame comes some packets after its own
+    for time in marked:  # a decoder gives a frame some packets after the one that holds it
         until = min((at for at, key in shown if key and at > time), default=float("inf"))
         seconds += [at for at, _ in shown if time <= at < until]
     return sorted(seconds)
@@ -283,17 +292,17 @@ def _reports(log: list[Any]) -> bool:
 
 
 def is_original(clip: npt.NDArray[np.uint8], frames: npt.NDArray[np.uint8]) -> bool:
-    """Whether a clip has exactly the frames, STRIDE apart, of the video (F, H, W, 3) from which a file was damaged."""
+    """Whether a clip consists of frames, STRIDE apart, of the undamaged video: uint8 (F, H, W, 3)."""
     span = (NUM_FRAMES - 1) * STRIDE + 1
     return any(np.array_equal(clip, frames[start : start + span : STRIDE]) for start in range(len(frames) - span + 1))
 
 
 def plain_clips(total: int, *, joined: bool) -> list[npt.NDArray[np.int64]]:
-    """Frames of the clips of a whole video: as many as fit side by side, each in the middle of its share.
+    """Numbers of the frames of each clip of a whole video: as many clips as fit, each in the middle of its share.
 
     Args:
         total: frames of the video.
-        joined: gives all places where a clip may be, for a video of several recordings.
+        joined: the video consists of several recordings; gives all places where a clip may be.
     """
     span = (NUM_FRAMES - 1) * STRIDE + 1
     count = min(MAX_CLIPS, total // span)

@@ -1,16 +1,18 @@
-"""Thousands of broken videos through the real ingest, and what became of each of them.
+"""Sends thousands of broken videos through ingest, and checks what becomes of each.
 
     python -m tests.benchmarks.fuzz_ingest --files 2000
 
-Every file must be in the manifest or in the ledger. A plain sequential decoder, in processes of its own, says which
-files are whole and what their frames are: what ingest accepts as whole must be whole for it too, with the same frames
-(where a decoder writes them at all: with damage that it does not report, a part is left from whatever was in the
-memory); what ingest rejects must be broken for it too, or be rejected for a reason that a decoder does not look at (a
-length that the header promises, too few frames, time stamps, the same content twice, no file). Of a damaged file, no
-clip may hold a frame that a plain decoder reports as damaged, or one that refers to such a frame.
+Each file must be in the manifest or in the ledger. A plain sequential decoder, in separate processes, decodes each file
+and judges ingest:
 
-What no decoder notices is measured: each clip is compared with the undamaged original, and the report counts, for each
-kind of file, the clips that were kept and those of them that differ.
+- A file that ingest accepts as whole is whole for the plain decoder too, with the same frames. (Frames that the decoder
+  does not write completely are not compared: they hold a rest of what was in the memory before.)
+- A file that ingest rejects is broken for the plain decoder too, or the reason is one that a decoder does not check:
+  the length in the header, too few frames, time stamps, the same content twice, no file.
+- No clip of a damaged file holds a frame that the plain decoder reports as damaged, or one that refers to such a frame.
+
+Some damage is reported by no decoder. To measure it, each clip is compared with the undamaged original; the report
+gives, for each kind of file, the number of clips and how many of them differ.
 """
 
 from __future__ import annotations
@@ -38,13 +40,13 @@ from vmoco.data.shard_reader import ClipReader
 from vmoco.job import connect
 from vmoco.job_settings import IngestSettings
 
-# Reasons that do not come from decoding.
+# Reasons that a decoder does not check.
 BESIDE_DECODING = {"truncated", "too-few-frames", "bad-timestamps", "duplicate", "empty", "frame-too-large"}
 BESIDE_DECODING |= {"not-a-file", "dangling-link", "no-video-stream", "too-much-memory"}
 
 
 def run(folder: Path, files: int) -> dict[str, object]:
-    """Makes the files, ingests them on the Ray that is running, and compares; the report is what main prints."""
+    """Makes the files, ingests them on the running Ray cluster, and compares; returns the report that main prints."""
     seeds = fuzz.make_seeds(folder / "seeds")
     seed_of = fuzz.write_mutants(folder / "in/mutants", seeds, files)
     expected = {f"hostile/{name}": reason for name, reason in fuzz.write_hostile(folder / "in/hostile", seeds).items()}
@@ -91,7 +93,7 @@ def run(folder: Path, files: int) -> dict[str, object]:
 
 
 class _Kept:
-    """Compares clips of mutants with the video from which each was made."""
+    """Compares the clips of damaged videos with the undamaged ones."""
 
     def __init__(self, originals: dict[str, Path]) -> None:
         self._originals = originals
@@ -150,7 +152,7 @@ def _compare(
 
 
 def _are_clips_of(plain: fuzz.Plain, own: list[npt.NDArray[np.uint8]], *, joined: bool) -> bool:
-    """Whether clips are those that a plain decoder finds, in all frames that it fully writes."""
+    """Whether the clips equal those that a plain decoder finds, in all frames that it writes completely."""
     assert plain.frames is not None
     written = np.ones(len(plain.frames), bool) if plain.written is None else plain.written
     equal = [
@@ -168,7 +170,7 @@ def _are_clips_of(plain: fuzz.Plain, own: list[npt.NDArray[np.uint8]], *, joined
 
 
 def plainly(paths: list[Path]) -> dict[Path, fuzz.Plain]:
-    """What plain decoders say of files, in other processes: a crash of one is an opinion too."""
+    """Decodes files plainly in other processes. A crash of the decoder counts as a result."""
     found: dict[Path, fuzz.Plain] = {}
     left = list(paths)
     while left:

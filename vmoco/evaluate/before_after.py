@@ -63,6 +63,11 @@ class Row:
         return (self.name, f"{self.chance:.1%}", f"{self.by_colour:.1%}", str(self.before), str(self.after))
 
 
+MEANING = (
+    "Each score is the share of clips whose nearest clip is the right one: another clip of the same video or "
+    "part of a video, or another, mirrored crop of the same clip."
+)
+"""What the scores count, for the user."""
 COLUMNS = ("score on held-out clips, without colour", "chance", "colour alone", BEFORE, AFTER)
 
 
@@ -179,6 +184,10 @@ def write_page(
     if loss is not None:
         source = base64.b64encode(loss.read_bytes()).decode()
         curve = f'<h2>Training</h2>\n<img class="loss" alt="loss curve" src="data:image/png;base64,{source}">\n'
+        curve += (
+            "<p>The contrastive loss of each training step. It rises where the generator begins to drop frames "
+            "(<code>--generator.start-percent</code>), because this makes the task harder.</p>\n"
+        )
     head = html.escape(title)
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{head}: before and after</title>
@@ -186,11 +195,11 @@ def write_page(
 <style>{STYLE}{_TABLE_STYLE}</style></head><body>
 <h1>{head}: before and after pretraining</h1>
 <table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table>
-<p>{html.escape(compared.limits())}</p>
+<p>{html.escape(MEANING)} {html.escape(compared.limits())}</p>
 {curve}<h2>Nearest clips</h2>
-<p>A held-out clip is on the left; beside it are the nearest other held-out clips, by the cosine of their features.
-The encoders see all clips without colour. A green frame marks a clip of the same video, or of the same part of a
-video.</p>
+<p>A held-out clip is on the left; beside it are the nearest other held-out clips, by the cosine of their features
+(the number in bold), after the mean of all clips is subtracted. The encoders
+see all clips without colour. A green frame marks a clip of the same video, or of the same part of a video.</p>
 {pairs}</body></html>
 """
     file.parent.mkdir(parents=True, exist_ok=True)

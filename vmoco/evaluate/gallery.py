@@ -84,8 +84,9 @@ def write_gallery(table: FeatureTable, encoder: Encoder, settings: EmbedSettings
 <h1>{head}</h1>
 <p>{len(table)} clips of {len(set(table.strings("video_id")))} videos in {html.escape(settings.videos)}.</p>
 <h2>Nearest clips</h2>
-<p>A clip is on the left; beside it are its nearest clips by the cosine of their features, after the mean of all
-clips is subtracted. A green frame marks a clip of the same video. Mean colour alone often finds these too.</p>
+<p>A clip is on the left; beside it are its nearest clips by the cosine of their features (the number in bold),
+after the mean of all clips is subtracted. A green frame marks a clip of the same
+video. Mean colour alone often finds these too.</p>
 {"".join(rows)}
 <h2>Map</h2>
 {_map(table)}
