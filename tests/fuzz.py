@@ -230,10 +230,12 @@ def _decode_plainly(path: Path, *, keep: bool) -> Plain:
 def reported_seconds(path: Path) -> list[float]:
     """Times of the frames that a decoder reports as damaged, and of the frames up to the next key frame.
 
+    Times at which the file has another frame too are left out, because they do not tell which one is meant.
+
     A second opinion on `vmoco.data.damage`: this decoder never restarts, and gives all frames that it
     conceals.
     """
-    seconds: list[float] = []
+    reported: set[int] = set()
     marked: list[float] = []
     shown: list[tuple[float, bool]] = []
     try:
@@ -262,7 +264,7 @@ def reported_seconds(path: Path) -> list[float]:
                 marked += [frame.time for frame in frames if frame.is_corrupt and frame.time is not None]
                 if time is not None and packet.size:
                     shown.append((time, packet.is_keyframe))
-                    seconds += [time] if bad else []
+                    reported |= {len(shown) - 1} if bad else set()
                     if (
                         time < key
                     ):  # shown before the key frame that precedes it in the file: no later frame refers to it
@@ -271,8 +273,9 @@ def reported_seconds(path: Path) -> list[float]:
         pass
     for time in marked:  # a decoder gives a frame some packets after the one that holds it
         until = min((at for at, key in shown if key and at > time), default=float("inf"))
-        seconds += [at for at, _ in shown if time <= at < until]
-    return sorted(seconds)
+        reported |= {number for number, (at, _) in enumerate(shown) if time <= at < until}
+    others = {at for number, (at, _) in enumerate(shown) if number not in reported}
+    return sorted({shown[number][0] for number in reported} - others)
 
 
 @contextlib.contextmanager

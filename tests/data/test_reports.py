@@ -26,3 +26,11 @@ def test_incomplete_packets_of_other_streams_do_not_count() -> None:
     line = (av.logging.WARNING, "mpegts", "Packet corrupt (stream = 1, dts = 7)")
     assert report_in([line], stream=0) is None
     assert report_in([line], stream=1) == "mpegts: Packet corrupt (stream = 1, dts = 7)"
+
+
+def test_incomplete_packets_at_a_seam_do_not_count() -> None:
+    """The counter of MPEG-TS jumps there. Anything else that is logged there is damage."""
+    incomplete = (av.logging.WARNING, "mpegts", "Packet corrupt (stream = 0, dts = 7)")
+    broken = (av.logging.ERROR, "matroska,webm", "Element at 0x1 ending at 0x9 exceeds containing master element")
+    assert report_in([incomplete], stream=0, near_seam=True) is None
+    assert report_in([incomplete, broken], stream=0, near_seam=True) == f"matroska,webm: {broken[2]}"

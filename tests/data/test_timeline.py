@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 
 from vmoco.data.clips import ClipPlan, Int64Array
-from vmoco.data.timeline import Timeline, find_seams, lay_out, on_clock
+from vmoco.data.timeline import Timeline, filled, find_seams, lay_out, on_clock, when_shown
 
 MILLISECOND = Fraction(1, 1000)
 
@@ -39,6 +39,28 @@ def test_formats_that_do_not_restart_have_frames_out_of_order() -> None:
     assert lay_out(early, ()).tolist() == [1, 2, 3, 4, 6, 7, 8]
     again = stamps(*range(0, 4000, 40), *range(0, 400, 40), 60_000)
     assert find_seams(again, MILLISECOND, restarts=False) == (100,)
+
+
+def test_missing_stamps_are_filled() -> None:
+    """In the middle, and before the first and after the last; not where most are missing."""
+    assert filled([]) is not None
+    for given, full in (
+        ([0, None, 80], [0, 40, 80]),
+        ([None, None, 80, 120, 160], [0, 40, 80, 120, 160]),
+        ([5, 15, 25, None], [5, 15, 25, 35]),
+    ):
+        found = filled(given)
+        assert found is not None
+        assert found.tolist() == full
+    assert filled([None, None]) is None
+    assert filled([7, None]) is None
+
+
+def test_a_missing_display_stamp_follows_the_decoding_stamp() -> None:
+    """By as much as most others do."""
+    decoding = stamps(0, 40, 80, 120, 160)
+    assert when_shown([40, 160, None, 160, 200], decoding).tolist() == [40, 160, 120, 160, 200]
+    assert when_shown([], stamps()).tolist() == []
 
 
 def test_seconds_count_on_the_clock_of_the_container() -> None:

@@ -375,6 +375,45 @@ def test_time_stamps_that_wrap(tmp_path: Path) -> None:
     assert np.diff(cut.start_seconds) == pytest.approx(np.diff([clip[0] for clip in numbers(cut)]) / 25, abs=0.002)
 
 
+def pictures_of(path: Path, **options: Any) -> tuple[bytes, list[int]]:
+    """The bytes of a film in MPEG-TS, and the place at which each of its pictures begins."""
+    content = videos.write_video(path, videos.images(60), **{"options": {"bf": "2"}, **options}).read_bytes()
+    places = [place for place in range(len(content)) if content.startswith(b"\x00\x00\x01\xe0", place)]
+    assert len(places) == 60
+    return content, places
+
+
+def test_a_missing_time_stamp_is_that_between_its_neighbours(tmp_path: Path) -> None:
+    """Of one picture in MPEG-TS: the same frames at the same rate as with it."""
+    content, places = pictures_of(tmp_path / "whole.ts")
+    whole = cut_clips(str(tmp_path / "whole.ts"), **{**SETTINGS, "stride": 1, "max_clips": 99})
+    for picture in (0, 30, 58):
+        lacking = bytearray(content)
+        lacking[places[picture] + 7] &= 0x3F  # neither of the two stamps
+        (tmp_path / "a.ts").write_bytes(lacking)
+        line = probe(str(tmp_path / "a.ts"))
+        assert (line.seams, line.broken, len(line.times)) == ((), None, 60)
+        assert line.fps == pytest.approx(25, rel=0.02)
+        cut = cut_clips(str(tmp_path / "a.ts"), **{**SETTINGS, "stride": 1, "max_clips": 99})
+        assert numbers(cut) == numbers(whole)
+        assert cut.start_seconds == pytest.approx(whole.start_seconds, abs=0.05)
+
+
+def test_pictures_that_decode_in_another_order_than_they_are_shown(tmp_path: Path) -> None:
+    """Whole pictures are missing without a report: the decoder finds a seam, and the note says so."""
+    content, places = pictures_of(tmp_path / "whole.ts", options={"bf": "2", "g": "11"})
+    first, second = (places[picture] // 188 * 188 for picture in (13, 24))
+    shorter, counts = bytearray(content[:first] + content[second:]), dict.fromkeys(range(2**13), 0)
+    for place in range(0, len(shorter), 188):  # the counter of each kind of packet, so that nothing is missing
+        kind = int.from_bytes(shorter[place + 1 : place + 3], "big") & 0x1FFF
+        shorter[place + 3] = shorter[place + 3] & 0xF0 | counts[kind] % 16
+        counts[kind] += 1
+    (tmp_path / "a.ts").write_bytes(shorter)
+    assert probe(str(tmp_path / "a.ts")).seams == ()
+    cut = cut_clips(str(tmp_path / "a.ts"), **{**SETTINGS, "stride": 1, "max_clips": 99})
+    assert cut.notes == ("joined: 2 recordings, one after the other",)
+
+
 def promising(path: Path, *, share: float = 1.0, **options: Any) -> Path:
     """A Matroska file whose header promises an hour, cut to a share of its bytes."""
     content = bytearray(videos.write_video(path, videos.images(60), **options).read_bytes())

@@ -27,7 +27,7 @@ from vmoco.data.collector import Collector
 from vmoco.data.container import packets
 from vmoco.data.ledger import Damage, VideoError
 from vmoco.data.reports import Log, around, never_shown, other_parts, report_in, shows_a_frame
-from vmoco.data.timeline import Timeline, lay_out, on_clock
+from vmoco.data.timeline import Timeline, filled, lay_out, on_clock
 
 # Here FFmpeg finds the borders of frames itself, so a packet may hold the damage of the one after it.
 _PARSED = {"mpegts", "mpeg", "mpegvideo", "h264", "hevc", "m4v"}
@@ -89,8 +89,6 @@ class _Walk:
         """Decodes everything; `taker` gets the frames."""
         self._log.clear()  # what was logged while the file was opened concerns the streams, and not a packet
         for packet in packets(self._container, self._stream):
-            if len(self.packets) in self._around:
-                self._log.clear()
             self._log_report(len(self.packets), demuxing=True)
             if isinstance(packet, av.error.FFmpegError):
                 self._report(len(self.packets), _text(packet), demuxing=True)
@@ -155,7 +153,8 @@ class _Walk:
             self.frames.append((owner, frame.pts))
 
     def _log_report(self, number: int, *, demuxing: bool = False) -> None:
-        message = report_in(self._log, ignored=self._ignored, stream=self._stream.index)
+        near_seam = number in self._around
+        message = report_in(self._log, ignored=self._ignored, stream=self._stream.index, near_seam=near_seam)
         if message:
             self._report(number, message, demuxing=demuxing)
 
@@ -265,8 +264,12 @@ def _survey(walk: _Walk, stream: Any, line: Timeline) -> Survey:
         recording, stretch = (int(np.searchsorted(each, packet, side="right")) for each in (walk.seams, borders))
         return recording, stretch, time, packet, frame
 
+    known = filled([time for _, time in walk.frames])
+    timed = known is not None
+    times: list[int | None] = [None] * len(walk.frames) if known is None else known.tolist()
     entries = [
-        entry(packet, time, number if sound[packet] else -1) for number, (packet, time) in enumerate(walk.frames)
+        entry(packet, time, number if sound[packet] else -1)
+        for number, ((packet, _), time) in enumerate(zip(walk.frames, times, strict=True))
     ]
     given = {packet for packet, _ in walk.frames}
     near = np.zeros(len(sound), bool)
@@ -275,7 +278,6 @@ def _survey(walk: _Walk, stream: Any, line: Timeline) -> Survey:
     for packet, about in enumerate(walk.packets):
         if packet not in given and about.shown and (not sound[packet] or near[packet]):
             entries.append(entry(packet, about.time, -1))
-    timed = all(time is not None for _, time in walk.frames)
     for gap in sorted(set(walk.gaps)):
         recording = int(np.searchsorted(walk.seams, gap - 0.5))
         low, high = (0, *walk.seams)[recording], (*walk.seams, len(walk.packets))[recording]

@@ -28,13 +28,16 @@ _REPEATING_BYTES = 32
 _WITH_HIDDEN_FRAMES = {"vp8", "vp9", "av1"}
 
 
-def report_in(log: Log, *, ignored: frozenset[str] = frozenset(), stream: int | None = None) -> str | None:
+def report_in(
+    log: Log, *, ignored: frozenset[str] = frozenset(), stream: int | None = None, near_seam: bool = False
+) -> str | None:
     """The first line that reports damage, or None; the log is empty afterwards.
 
     Args:
         log: Lines since the last call.
         ignored: Parts of FFmpeg whose lines do not count, such as the codecs of other streams.
         stream: Incomplete packets of streams other than that of this index do not count; None if all do.
+        near_seam: Whether the packet is one of those `around` a seam: incomplete packets do not count there.
     """
     if not log:
         return None
@@ -43,7 +46,7 @@ def report_in(log: Log, *, ignored: frozenset[str] = frozenset(), stream: int | 
     for level, part, text in lines:
         counts = level <= av.logging.ERROR or _MINOR.search(text)
         incomplete = _INCOMPLETE.search(text)
-        if incomplete and stream is not None and int(incomplete[1]) != stream:
+        if incomplete and (near_seam or (stream is not None and int(incomplete[1]) != stream)):
             continue
         if counts and part not in ignored and part != "swscaler" and not _HARMLESS.search(text):
             return f"{part}: {text}"

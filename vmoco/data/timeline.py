@@ -13,6 +13,7 @@ before it ends. The frames around such a seam do not follow each other in time, 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -71,6 +72,43 @@ def on_clock(plan: ClipPlan, line: Timeline) -> ClipPlan:
         start_seconds=None if start is None else start - late,
         end_seconds=None if end is None else end - late,
     )
+
+
+def filled(stamps: Sequence[int | None]) -> Int64Array | None:
+    """Stamps with the missing ones in the middle between their neighbours; None if most are missing.
+
+    Args:
+        stamps: of frames in display order, or of packets in decoding order.
+    """
+    numbers = np.array([number for number, stamp in enumerate(stamps) if stamp is not None], np.int64)
+    known = np.array([stamp for stamp in stamps if stamp is not None], np.int64)
+    if len(known) == len(stamps):
+        return known
+    if 2 * len(known) <= len(stamps):
+        return None
+    line = np.interp(np.arange(len(stamps)), numbers, known).round().astype(np.int64)
+    line[numbers] = known
+    step, last = _step(np.diff(known)), int(numbers[-1])
+    line[: numbers[0]] -= step * np.arange(numbers[0], 0, -1)
+    line[last + 1 :] += step * np.arange(1, len(stamps) - last)
+    return line
+
+
+def when_shown(stamps: Sequence[int | None], decoding: Int64Array) -> Int64Array:
+    """When each packet is shown; where its stamp is missing, it is as much later than decoding as others are.
+
+    Args:
+        stamps: in decoding order.
+        decoding: int64 (F,), when each packet is decoded.
+    """
+    later = [at - each for at, each in zip(stamps, decoding.tolist(), strict=True) if at is not None]
+    guess = decoding + int(np.median(later or 0))
+    return np.array([each if at is None else at for at, each in zip(stamps, guess.tolist(), strict=True)], np.int64)
+
+
+def joined_note(seams: tuple[int, ...]) -> tuple[str, ...]:
+    """The note of a video that consists of several recordings."""
+    return (f"joined: {len(seams) + 1} recordings, one after the other",) if seams else ()
 
 
 def find_seams(stamps: Int64Array, time_base: Fraction, *, restarts: bool) -> tuple[int, ...]:

@@ -24,7 +24,16 @@ from vmoco.data.collector import Collector, Sink
 from vmoco.data.container import CutOffError, choose_stream, ends_whole, film_streams, more_promised, packets
 from vmoco.data.ledger import NOT_SEEKABLE, Damage, Stage, VideoError
 from vmoco.data.pixels import MAX_PIXELS, is_interlaced
-from vmoco.data.timeline import Timeline, find_seams, in_display_order, lay_out, plan_clips
+from vmoco.data.timeline import (
+    Timeline,
+    filled,
+    find_seams,
+    in_display_order,
+    joined_note,
+    lay_out,
+    plan_clips,
+    when_shown,
+)
 
 # Formats that consist of one file. Playlists (hls, concat, dash) are not allowed: a user's file could make FFmpeg open
 # other files or addresses.
@@ -100,8 +109,7 @@ def decoded(container: Any, stream: Any, log: list[Any], *, seams: tuple[int, ..
     for packet in packets(container, stream):
         if isinstance(packet, av.error.FFmpegError):
             raise packet
-        if number in around:
-            log.clear()
+        near_seam = number in around
         number += bool(packet.size)
         try:
             frames = packet.decode()
@@ -110,7 +118,7 @@ def decoded(container: Any, stream: Any, log: list[Any], *, seams: tuple[int, ..
             # this allocation of one frame fails too: MemoryError. 3 bytes a pixel, for 4:4:4 or 10 bits of 4:2:0.
             np.empty((stream.codec_context.height, stream.codec_context.width, 3), np.uint8)
             raise
-        if log and (report := reports.report_in(log, **which)):
+        if log and (report := reports.report_in(log, near_seam=near_seam, **which)):
             raise VideoError("decode", "decode-error", report)
         yield from frames
         log.clear()  # of scaling
@@ -198,7 +206,8 @@ def _cut_whole(source: Source, plan: ClipPlan, line: Timeline, *, height: int, w
         span = clip_span(num_frames=plan.num_frames, stride=plan.stride)
         rate = f" at {plan.fps:g} frames per second" if plan.fps else ""
         raise VideoError("clip", "too-few-frames", f"{len(found.times)} frames{ranged}, and a clip spans {span}{rate}")
-    return _cut_at(indices, found, collector.notes)
+    notes = () if line.seams else joined_note(found.seams)
+    return _cut_at(indices, found, (*notes, *collector.notes))
 
 
 def _cut_sound(
@@ -264,7 +273,9 @@ def _probe(container: Any, index: int, source: Source) -> Timeline:
     broken: VideoError | None = None
     corrupt: list[int] = []
     seekable = not _SEEKABLE.isdisjoint(container.format.name.split(","))
-    times, order, keyframes = [], [], []
+    times: list[int | None] = []
+    order: list[int | None] = []
+    keyframes = []
     expected: list[tuple[int, int]] = []
     for packet in packets(container):
         if isinstance(packet, av.error.FFmpegError):
@@ -278,39 +289,39 @@ def _probe(container: Any, index: int, source: Source) -> Timeline:
                 corrupt.append(count)
             seekable = seekable and packet.pts is not None and not packet.is_discard
             if not packet.is_discard:
-                if stamp is not None:
-                    times.append(stamp)
-                    order.append(stamp if packet.dts is None else packet.dts)
-                    if reports.shows_a_frame(packet):
-                        expected.append((count, stamp))
+                times.append(stamp)
+                order.append(stamp if packet.dts is None else packet.dts)
+                if stamp is not None and reports.shows_a_frame(packet):
+                    expected.append((count, stamp))
                 if packet.is_keyframe:
                     keyframes.append(stamp)
                 count += 1
     time_base = stream.time_base
-    if not times and stream.average_rate:  # a bare stream: frames are counted
-        times, order, time_base = list(range(count)), [], 1 / stream.average_rate
-    elif len(times) < count:
-        times, order = list(range(count)), []
-    seams = find_seams(np.array(order, np.int64), time_base, restarts=_restarts(container))
+    decoding = filled(order)
+    if decoding is None:  # a bare stream: frames are counted
+        stamps = decoding = np.arange(count)
+        time_base = 1 / stream.average_rate if stream.average_rate else time_base
+    else:
+        stamps = when_shown(times, decoding)
+    seams = find_seams(decoding, time_base, restarts=_restarts(container))
     # The counter of MPEG-TS jumps at a seam, which marks one of the last two packets before it.
     marked = [seam for seam in seams if {seam - 2, seam - 1}.intersection(corrupt)]
     doubtful = {seam - back for seam in marked for back in (1, 2)}
     if incomplete := [number for number in corrupt if number not in doubtful]:
         broken = broken or VideoError("probe", "truncated", f"packet {incomplete[0]} is incomplete")
-    shown, places = in_display_order(np.array(times, np.int64), seams)
+    shown, places = in_display_order(stamps, seams)
     notes: tuple[str, ...] = ()
-    if promised := more_promised(container, stream, last=max(times, default=None), end=end):
+    if promised := more_promised(container, stream, last=int(stamps.max()) if count else None, end=end):
         if count >= stream.frames > 0 or ends_whole(source, container.format.name):
             notes = (f"header-says-more: {promised.message}",)
         else:
             broken = promised
-    if seams:
-        notes += (f"joined: {len(seams) + 1} recordings, one after the other",)
+    notes += joined_note(seams)
     spread = int(shown[-1] - shown[0]) if len(shown) else 0
     fps = (len(shown) - 1) / (spread * time_base) if spread else stream.average_rate or 0
-    if not seekable or seams or broken or len(set(times)) < count:
+    if not seekable or seams or broken or len(set(stamps.tolist())) < count:
         keyframes = []
-    owners, stamps = np.array(expected, np.int64).reshape(-1, 2).T
+    owners, wanted = np.array(expected, np.int64).reshape(-1, 2).T
     return Timeline(
         shown,
         np.array(keyframes, np.int64),
@@ -321,7 +332,7 @@ def _probe(container: Any, index: int, source: Source) -> Timeline:
         seams=seams,
         doubtful=tuple(sorted(int(places[number]) for number in doubtful)),
         notes=notes,
-        expected=tuple(np.split(stamps, np.searchsorted(owners, seams))),
+        expected=tuple(np.split(wanted, np.searchsorted(owners, seams))),
         broken=broken,
     )
 
@@ -334,18 +345,18 @@ def _decode(container: Any, collector: Collector, line: Timeline, log: list[Any]
     """Decodes a complete video; returns the line with the times that its frames really have."""
     stream = video_stream(container, line.stream)
     collector.scaler.pixel_aspect = stream.sample_aspect_ratio
-    times: list[int] = []
-    time_base = line.time_base
+    times: list[int | None] = []
     for frame in decoded(container, stream, log, seams=line.seams):
         if frame.is_corrupt:
             raise VideoError("decode", "decode-error", f"frame {len(times)} is damaged")
         if len(times) in line.seams:
             collector.flush()
         collector.take(len(times), frame)
-        times.append(frame.pts if frame.pts is not None else len(times))
-        time_base = stream.time_base if frame.pts is not None else time_base
+        times.append(frame.pts)
     collector.flush()
-    stamps = np.array(times, np.int64)
+    stamps, time_base = filled(times), stream.time_base
+    if stamps is None:  # frames are counted
+        stamps, time_base = np.arange(len(times)), line.time_base
     seams = find_seams(stamps, time_base, restarts=_restarts(container))
     if len(line.expected) == len(seams) + 1:
         for expected, shown in zip(line.expected, np.split(stamps, seams), strict=True):
