@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 from vmoco.cluster.local import LocalCluster
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 # that; the tests of Ctrl-C need what a person's terminal has.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# A busy machine may be slow, and no test is about time.
+hypothesis.settings.register_profile("without-deadline", hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("without-deadline")
 
 # Slow tests come last, in this order: first those that share the session's cluster, then those that start nodes or
 # hosts of their own, the longest at the end. A mistake shows as early as it can.

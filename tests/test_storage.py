@@ -189,7 +189,7 @@ def test_join_puts_one_slash_between(folder: str) -> None:
     assert storage.join(folder, "b", "c.txt") == folder.removesuffix("/") + "/b/c.txt"
 
 
-@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(name=names(), below=names())
 def test_any_name_is_written_and_read_back(name: str, below: str) -> None:
     """Whatever characters a folder and a file have, up to 255 bytes: the file has that name, and no other is there."""

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vmoco.data.clips import ClipPlan, Part, clip_indices, clip_span, resample, split, start_indices
@@ -67,7 +67,6 @@ def plain_resample(times: list[int], time_base: Fraction, fps: Fraction) -> list
     return found
 
 
-@settings(deadline=None)
 @given(
     gaps=st.lists(st.integers(1, 400), max_size=30),
     start=st.integers(-500, 500),
@@ -114,7 +113,6 @@ def test_short_videos_are_repeated_where_asked() -> None:
     assert clip_indices(times[:0], Fraction(1, 1000), ClipPlan(8, short="loop")).shape == (0, 8)
 
 
-@settings(deadline=None)
 @given(
     total=st.integers(0, 80),
     num_frames=st.integers(2, 20),

@@ -138,7 +138,7 @@ NAMES = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(names=NAMES, separator=st.sampled_from([" ", "\t", ",", ", ", "  "]), ranged=st.booleans())
 def test_any_names_with_any_separator(tmp_path: Path, names: list[str], separator: str, ranged: bool) -> None:
     """Whatever letters, signs and spaces names have: path, range and label come back as they were written."""

@@ -361,7 +361,7 @@ def raised() -> strategies.SearchStrategy[BaseException]:
     return strategies.one_of(errors)
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(
     found=strategies.lists(names(suffix=".mp4"), min_size=1, max_size=4, unique=True),
     error=raised(),

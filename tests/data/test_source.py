@@ -84,7 +84,7 @@ def test_no_videos_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["", "file://"])
-@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(found=strategies.lists(names(suffix=".mp4"), min_size=1, max_size=5, unique=True))
 def test_any_name_is_listed_and_read(place: str, found: list[str]) -> None:
     """Whatever characters a file and its folder have: listed under that name, and its own content is read."""
