@@ -18,6 +18,11 @@ Lists of videos (--annotations), by --layout, each with an example line:
     ssv2       JSON, with labels.json beside it           [{"id": "78687", "template": "Holding [something]"}]
     ucf101     folder with trainlist01.txt and others     Archery/v_Archery_g01_c01.avi 3
     hmdb51     folder with run_test_split1.txt and others clip.avi 1
+
+What --videos may hold instead of video files, by --layout; lists name videos in there too:
+
+    tar        tar files of videos, read in place         part_0.tar, or a folder of tar files
+    frames     folders of numbered pictures, with --fps   run/clip7/frame_000001.jpg, 000002.png, 3.jpg
 """
 
 from __future__ import annotations

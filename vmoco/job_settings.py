@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
-from pydantic import Field
+from pydantic import Field, model_validator
 from tyro.constructors import MISSING, ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from vmoco.config import PretrainSettings
@@ -23,7 +23,7 @@ Encoding = Literal["raw", "jpeg"]
 ShortVideos = Literal["reject", "loop"]
 Hdr = Literal["tonemap", "reject", "keep"]
 Deinterlace = Literal["auto", "off"]
-Layout = Literal["auto", "table", "filelist", "kinetics", "ssv2", "ucf101", "hmdb51"]
+Layout = Literal["auto", "table", "filelist", "kinetics", "ssv2", "ucf101", "hmdb51", "frames", "tar"]
 
 
 class IngestSettings(Settings):
@@ -31,7 +31,8 @@ class IngestSettings(Settings):
 
     videos: Annotated[str, Unhashed]
     """Folder of the videos or URI prefix (file://, s3://, gs://); its subfolders are searched too. Or a pattern such as
-    '/data/**/a-*.mp4'. Or a list (.csv, .parquet, .jsonl, .txt, .tsv) of paths relative to its own folder."""
+    '/data/**/a-*.mp4'. Or a list (.csv, .parquet, .jsonl, .txt, .tsv) of paths relative to its own folder. Or tar files
+    of videos, or folders of numbered pictures (--layout)."""
     output: Annotated[str, Unhashed]
     """Folder or URI of the data set, for example s3://bucket/data. It is created if it does not exist. If it exists, it
     is continued; the settings must be the same."""
@@ -40,7 +41,8 @@ class IngestSettings(Settings):
     split files. Paths are relative to --videos. When left out, all videos are taken."""
     layout: Annotated[Layout, Unhashed] = "auto"
     """Format of --annotations, as listed above. auto recognises a list by its name and its first line, and the job
-    prints which format it is. A list that may be of two formats is refused."""
+    prints which format it is. A list that may be of two formats is refused. Or what --videos holds if not video files:
+    tar (tar files of videos) or frames (folders of numbered pictures, with --fps)."""
     suffixes: Annotated[tuple[str, ...], Unhashed] = ()
     """More endings of videos, for example .mod .tod; '' takes files without an ending. Ingest prints how many files of
     which endings it does not look at."""
@@ -50,7 +52,7 @@ class IngestSettings(Settings):
     """Distance between neighbouring frames of a clip, in frames of the video or of --fps. 2 takes every second one."""
     fps: float | None = Field(None, gt=0)
     """Frames per second to take, by their time stamps, for example 12.5. Use it if the videos have different rates.
-    When left out, every frame is taken."""
+    When left out, every frame is taken. Pictures have no time stamps: of a folder of pictures it is the rate."""
     short_videos: ShortVideos = "reject"
     """What to do with a video that is shorter than one clip: reject it, or repeat its frames until the clip is full."""
     hdr: Annotated[Hdr, OmittedIfDefault] = "tonemap"
@@ -92,6 +94,12 @@ class IngestSettings(Settings):
     """A video that lasts more than 1.5 times this many seconds is decoded in parts of this length, by several tasks."""
     seconds_per_video: Annotated[float, Unhashed] = Field(600.0, gt=0)
     """Time limit in seconds for decoding one video, or one part of a long one. A slower decoder is killed."""
+
+    @model_validator(mode="after")
+    def _check(self) -> IngestSettings:
+        if self.layout == "frames" and self.fps is None:
+            raise ValueError("--layout frames needs --fps, the number of pictures per second, for example --fps 25")
+        return self
 
     @property
     def size(self) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.data import videos
 from tests.data.test_hdr import COLOURS, FFMPEG
 from vmoco.data import video
 from vmoco.data.clips import ClipPlan, clip_indices, split
 from vmoco.data.ledger import VideoError
+from vmoco.data.pixels import Scaler
 
 SIZE = (72, 96)
 # The flags of our scaler. Chroma is sited as it sites it: at the left for a quarter of the samples, as in H.264.
@@ -248,3 +251,15 @@ def test_a_matrix_that_ffmpeg_does_not_convert_is_noted(tmp_path: Path, matrix: 
     np.testing.assert_array_equal(found, expected)
     assert notes == (f"unknown-matrix: FFmpeg does not convert from its colour matrix {matrix}",)
     assert none == ()
+
+
+def test_frames_with_exif_are_shown() -> None:
+    """Side data of a kind that PyAV cannot name does not reject a video; its orientation counts."""
+    image = Image.fromarray(np.repeat(np.arange(0, 240, 5, dtype=np.uint8)[:, None, None], 48, 1).repeat(3, 2))
+    exif = Image.Exif()
+    exif[0x112] = 3
+    file = io.BytesIO()
+    image.save(file, "JPEG", exif=exif, quality=95)
+    (frame,) = av.CodecContext.create("mjpeg", "r").decode(av.Packet(file.getvalue()))
+    stored = Scaler(height=48, width=48).scale(frame)
+    assert np.abs(stored.astype(int) - np.asarray(image)[::-1, ::-1]).mean() < 3

@@ -15,7 +15,7 @@ from hypothesis import strategies
 
 from tests.names import FOLDER, names
 from vmoco.data.ledger import VideoError
-from vmoco.data.source import Found, RangedFile, file_sha256, list_videos, local_copy, ranged
+from vmoco.data.source import Found, file_sha256, list_videos, local_copy, ranged
 
 
 def make(root: Path, *names: str) -> None:
@@ -179,15 +179,3 @@ def test_what_cannot_be_read_is_rejected(tmp_path: Path) -> None:
             pass
         assert caught.value.stage == "read"
         assert (caught.value.reason, caught.value.transient) == expected
-
-
-def test_ranges_are_those_of_the_file(tmp_path: Path) -> None:
-    """Reads and seeks give what an ordinary file gives, also past the end."""
-    content = bytes(range(256)) * 4
-    (tmp_path / "a").write_bytes(content)
-    ranged = RangedFile(str(tmp_path / "a"), num_bytes=len(content))
-    with open(tmp_path / "a", "rb") as plain:
-        for offset, whence, size in [(0, 0, 10), (5, 1, 20), (-7, 2, 100), (500, 0, 0), (2000, 0, 5), (1000, 0, -1)]:
-            assert ranged.seek(offset, whence) == plain.seek(offset, whence)
-            assert ranged.read(size) == plain.read(size)
-            assert ranged.tell() == plain.tell()

@@ -113,6 +113,10 @@ def test_a_damaged_video_gives_its_clips_without_damage(tmp_path: Path) -> None:
 def test_a_video_that_gives_no_clips_is_said(tmp_path: Path) -> None:
     """Missing, cut off, and too short."""
     encoder = encoder_of()
+    with pytest.raises(
+        ValueError, match=r"is a folder: give a video file or .*jobs/ingest.py --layout frames --fps first"
+    ):
+        encoder.embed(str(tmp_path))
     with pytest.raises(ValueError, match=r"there is no video file .*none.mp4"):
         encoder.embed(tmp_path / "none.mp4")
     with pytest.raises(ValueError, match=r"gives no clips \(clip: too-few-frames: 5 frames"):

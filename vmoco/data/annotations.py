@@ -6,6 +6,8 @@ A path outside the folder is refused. A video that is on the list but not in the
     filelist   text without a header, such as `run/a.mp4 3` (vmoco/data/filelist.py)
     others     the official lists of data sets (vmoco/data/official_lists.py)
 
+Where a list names a file that is in a tar file, or a folder of pictures, that is meant.
+
 With `auto` the name and the first line of the list decide, and the user is told. Where they do not, the list is
 refused: a list that is read in the wrong way would give wrong labels.
 """
@@ -16,7 +18,7 @@ import dataclasses
 import io
 import posixpath
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -28,9 +30,12 @@ import pyarrow.parquet
 from vmoco import storage
 from vmoco.data import official_lists
 from vmoco.data.filelist import read_cells, read_filelist
+from vmoco.data.frame_folder import list_frame_folders
 from vmoco.data.ledger import Rejection
 from vmoco.data.listed_files import COLUMNS, ListedFiles
-from vmoco.data.source import Found, Listing, list_videos
+from vmoco.data.listing import Footage, list_footage
+from vmoco.data.source import Found, Listing
+from vmoco.data.tar_files import members_of
 from vmoco.job_settings import Layout
 
 TABLES = (".csv", ".parquet", ".jsonl")
@@ -38,22 +43,33 @@ LISTS = (*TABLES, ".txt", ".tsv")
 """Endings of a list that stands where the folder of the videos does."""
 
 
-def list_annotated(root: str, annotations: str, layout: Layout, suffixes: Sequence[str] = ()) -> Listing:
+def list_annotated(
+    root: str,
+    annotations: str,
+    layout: Layout,
+    suffixes: Sequence[str] = (),
+    *,
+    footage: Footage = "auto",
+    fps: float | None = None,
+) -> Listing:
     """The videos of `root` that a list names, with their fields from the list.
 
     Args:
-        root: Folder or URI prefix of the videos.
+        root: Folder, URI prefix or tar file of the videos.
         annotations: The list: a file, or the folder of split files of UCF101, HMDB51 or Something-Something v2.
         layout: Which kind of list it is; `auto` finds out.
         suffixes: More endings of videos.
+        footage: What the root holds; `auto` finds out.
+        fps: Pictures per second of folders of pictures.
 
     Raises:
         ValueError: the list cannot be read, names a path outside the root, two videos alike, or no video of the root.
     """
-    there = list_videos(root, suffixes)
-    sizes = {found.path: found.num_bytes for found in there.videos}
-    files = ListedFiles(root, sizes)
-    notes = []
+    there = list_footage(root, footage, fps=fps, suffixes=suffixes)
+    folders = {found.path for found in there.videos if found.pictures}.union(there.picture_folders)
+    paths = folders.union(found.path for found in there.videos)
+    files = ListedFiles(there.root, paths, inside=members_of(there), folders=folders)
+    notes = list(there.notes)
     if layout == "auto":
         layout = _guess(annotations)
         notes.append(f"{annotations} is read as --layout {layout}")
@@ -72,6 +88,8 @@ def list_annotated(root: str, annotations: str, layout: Layout, suffixes: Sequen
     if len(once) < len(named):
         notes.append(f"{len(named) - len(once)} entries are repeated, and count once")
     _refuse_repeated(annotations, once)
+    there = _with_named_folders(annotations, root, once, there, fps)
+    by_path = {found.path: found for found in there.videos}
     if files.renamed:
         path, exact = next(iter(files.renamed.items()))
         notes.append(
@@ -82,10 +100,11 @@ def list_annotated(root: str, annotations: str, layout: Layout, suffixes: Sequen
     unreadable = {row.video_id: row for row in there.rejected}
     videos, rejected = [], []
     for found in sorted(once, key=lambda found: found.video_id):
-        if found.path in sizes:
+        if own := by_path.get(found.path):
             # A file with several names is one source; with one name it is held out by that name, as ever.
             source = found.source or (found.path if num_entries[found.path] > 1 else None)
-            videos.append(dataclasses.replace(found, num_bytes=sizes[found.path], source=source))
+            place: dict[str, Any] = {"member": own.member, "pictures": own.pictures}
+            videos.append(dataclasses.replace(found, num_bytes=own.num_bytes, source=source, **place))
         else:
             reason, message = "missing", f"the list names {found.path}"
             if known := unreadable.get(found.path):
@@ -97,7 +116,29 @@ def list_annotated(root: str, annotations: str, layout: Layout, suffixes: Sequen
         raise ValueError(
             f"none of the {len(named)} videos that {annotations} names is in {root}: check --videos and --annotations"
         )
-    return Listing(tuple(videos), tuple(rejected), 0, notes=tuple(notes))
+    return Listing(tuple(videos), tuple(rejected), 0, notes=tuple(notes), root=there.root)
+
+
+def _with_named_folders(
+    annotations: str, root: str, named: Iterable[Found], there: Listing, fps: float | None
+) -> Listing:
+    """Adds the folders of pictures that a list names beside video files.
+
+    Raises:
+        ValueError: there are some, and their rate is not known.
+    """
+    folders = {found.path for found in named}.intersection(there.picture_folders)
+    if not folders:
+        return there
+    if fps is None:
+        raise ValueError(
+            f"{annotations} names {len(folders)} folders of numbered pictures, such as {min(folders)!r}: give --fps, "
+            "the number of pictures per second, for example --fps 25"
+        )
+    listed = list_frame_folders(root, fps)
+    videos = tuple(found for found in listed.videos if found.path in folders)
+    rejected = tuple(row for row in listed.rejected if row.video_id in folders)
+    return dataclasses.replace(there, videos=there.videos + videos, rejected=there.rejected + rejected)
 
 
 def _guess(uri: str) -> Layout:

@@ -31,7 +31,7 @@ from vmoco.data import frames
 from vmoco.data.clips import ClipPlan, Part, split
 from vmoco.data.frames import Encoding
 from vmoco.data.ledger import Damage, ScratchError, Stage, VideoError, attributed
-from vmoco.data.source import Source, readable
+from vmoco.data.source import PictureFolder, Source, readable
 from vmoco.data.timeline import on_clock, plan_clips
 
 MEMORY_BYTES = 768 * 2**20
@@ -251,10 +251,13 @@ class _ScratchSink:
 
 
 def _probe(request: _Probe) -> Contents:
-    from vmoco.data import video
+    from vmoco.data import pictures, video
 
     plan = request.plan
-    line = video.probe(readable(request.source), damaged=plan.damaged)
+    if isinstance(request.source, PictureFolder):
+        line = pictures.probe(request.source, damaged=plan.damaged)
+    else:
+        line = video.probe(readable(request.source), damaged=plan.damaged)
     indices = plan_clips(line, plan)
     parts = split(
         line.times,
@@ -271,9 +274,12 @@ def _probe(request: _Probe) -> Contents:
 
 
 def _cut(request: _Cut, scratch: int) -> StoredClips:
-    from vmoco.data import video
+    from vmoco.data import pictures, video
 
     sink, (height, width) = _ScratchSink(scratch, request), request.size
+    if isinstance(request.source, PictureFolder):
+        cut = pictures.cut(request.source, request.plan, part=request.part, height=height, width=width, sink=sink)
+        return StoredClips(cut.start_times, cut.start_seconds, cut.fps, sink.sizes, cut.notes, cut.damage)
     source = readable(request.source)
     if request.part:
         cut = video.cut_part(source, request.part, request.plan, height=height, width=width, sink=sink)

@@ -7,6 +7,7 @@ MPEG does.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
@@ -20,6 +21,10 @@ EXTENSIONS = (
 )
 # fmt: on
 _VIDEO_CD = ".dat"
+TARS = (".tar",)
+COMPRESSED_TARS = (".tar.bz2", ".tar.gz", ".tar.xz", ".tar.zst", ".tbz2", ".tgz", ".txz", ".tzst")
+NUMBERED_PICTURE = re.compile(r"(?P<prefix>.*?)(?P<number>[0-9]+)\.(?P<ending>jpe?g|png)", re.IGNORECASE | re.DOTALL)
+"""The name of a picture whose number is the last thing before its ending: `1.jpg`, `frame_000001.png`."""
 _MPEG_STARTS = (b"\0\0\1\xba", b"\0\0\1\xb3")
 _SHOWN = 10
 """Most endings that a message names."""
@@ -47,14 +52,23 @@ class Wanted:
         self.endings = {*EXTENSIONS, *self._added}
         self.others: Counter[str] = Counter()
         """Numbers of files that are not taken, by ending."""
+        self.tars: list[str] = []
+        """Paths of tar files among these."""
+        self.picture_folders: set[str] = set()
+        """Paths of folders that hold numbered pictures among these."""
 
     def takes(self, name: str) -> bool:
         """Whether a path below the root is that of a video; it is counted if only its ending is another."""
         if not self._chosen(name):
             return False
-        if not self.is_video(name):
-            self.reject(name)
-        return self.is_video(name)
+        if self.is_video(name):
+            return True
+        self.reject(name)
+        if is_tar(name):
+            self.tars.append(name)
+        elif name[-1:] in "gG" and NUMBERED_PICTURE.fullmatch(os.path.basename(name)):
+            self.picture_folders.add(os.path.dirname(name))
+        return False
 
     def is_video(self, name: str) -> bool:
         """Whether a name has the ending of a video."""
@@ -67,6 +81,11 @@ class Wanted:
     def reject(self, name: str) -> None:
         """Counts a file that is not taken."""
         self.others[_ending(name)] += 1
+
+
+def is_tar(name: str) -> bool:
+    """Whether a name is that of a tar file, compressed or not."""
+    return name.lower().endswith((*TARS, *COMPRESSED_TARS))
 
 
 def _ending(name: str) -> str:
@@ -85,6 +104,11 @@ def begins_as_a_video(uri: str) -> bool:
         begin = storage.patiently(read) if storage.local_path(uri) is None else read()
     except (OSError, ValueError):
         return True
+    return is_mpeg(begin)
+
+
+def is_mpeg(begin: bytes) -> bool:
+    """Whether the first 12 bytes of a file are those of a film of a Video CD."""
     return begin.startswith(_MPEG_STARTS) or (begin[:4] == b"RIFF" and begin[8:] == b"CDXA")
 
 

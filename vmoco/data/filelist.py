@@ -3,6 +3,7 @@
     path                     run/a.mp4
     path label               run/a.mp4 3            spaces, tabs or commas
     path start end label     run/a.mp4,2.5,9,run    seconds; an end of -1 is the end of the file
+    path frames label        run/a 164 3            folders of pictures, as TSN and MMAction2 write them
     with a header            file;class;group       columns in any order (`;` too)
 
 Neither the separator nor the number of fields is written anywhere, and both paths and labels may contain spaces and
@@ -30,7 +31,10 @@ _HEADERS = {
     "group": "group",
 }
 _COLUMNS = {header: column for column, headers in _HEADERS.items() for header in headers.split()}
-FORMS = "`path`, `path label`, `path start end label`, or lines below a header with the column path"
+FORMS = (
+    "`path`, `path label`, `path start end label`, `path frames label` of folders of pictures, or lines below a header "
+    "with the column path"
+)
 _SAMPLE = 2000
 """Lines that decide the form, spread evenly over the list."""
 
@@ -138,9 +142,10 @@ def _form(uri: str, lines: list[str], files: ListedFiles) -> tuple[str, _Parse]:
 
 def _names_a_file(row: Mapping[str, Any], files: ListedFiles) -> bool:
     try:
-        return files.find(files.below_root(row["path"], where="")) is not None
+        found = files.find(files.below_root(row["path"], where=""))
     except ValueError:
         return False
+    return found in files.folders if _NUM_FRAMES in row else found is not None
 
 
 def _row(cells: Mapping[str, str]) -> dict[str, Any]:
@@ -197,6 +202,17 @@ def _ranged(separator: str | None) -> _Parse:
     return parse
 
 
+_NUM_FRAMES = "num_frames"
+
+
+def _counted(separator: str | None) -> _Parse:
+    def parse(line: str) -> dict[str, Any] | None:
+        cells = _cells(line, separator, 3)
+        return {"path": cells[0], _NUM_FRAMES: cells[1], "label": cells[2]} if cells and cells[1].isdecimal() else None
+
+    return parse
+
+
 # Reads every list of the form above it too, with a wrong label: taken where it alone names the most videos.
 _FIRST_SPACE = "`path label` separated by the first space"
 _PARSERS: dict[str, _Parse] = {
@@ -207,5 +223,8 @@ _PARSERS: dict[str, _Parse] = {
     "`path start end label` separated by tabs": _ranged("\t"),
     "`path start end label` separated by commas": _ranged(","),
     "`path start end label` separated by spaces": _ranged(None),
+    "`path frames label` separated by tabs": _counted("\t"),
+    "`path frames label` separated by commas": _counted(","),
+    "`path frames label` separated by spaces": _counted(None),
     _FIRST_SPACE: _labelled(None, path_has_spaces=False),
 }

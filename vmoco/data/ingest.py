@@ -33,10 +33,11 @@ from vmoco.data.ingest_tasks import (
     settled,
 )
 from vmoco.data.ledger import Loss, Rejection
+from vmoco.data.listing import Footage, labelled_by_folder, list_footage
 from vmoco.data.manifest import FIELDS, NAME, SHARDS, Manifest, note_counts, write_manifest
 from vmoco.data.shard import ShardFile
-from vmoco.data.source import Found, Listing, list_videos, split_pattern
-from vmoco.job_settings import IngestSettings
+from vmoco.data.source import Found, Listing
+from vmoco.job_settings import IngestSettings, Layout
 from vmoco.progress import Progress
 
 CPUS_OF_LONG_TASKS = 1.0
@@ -129,13 +130,19 @@ def list_inputs(settings: IngestSettings) -> tuple[str, Listing]:
         ValueError: there are no videos, or a list is wrong.
     """
     videos = storage.require_absolute(settings.videos, "--videos")
-    if settings.annotations is not None:
-        annotations = storage.require_absolute(settings.annotations, "--annotations")
-        return split_pattern(videos)[0], list_annotated(videos, annotations, settings.layout, settings.suffixes)
-    if videos.lower().endswith(LISTS):
-        folder = videos.rpartition("/")[0]
-        return folder, list_annotated(folder, videos, settings.layout, settings.suffixes)
-    return split_pattern(videos)[0], list_videos(videos, settings.suffixes)
+    annotations = settings.annotations
+    if annotations is not None:
+        annotations = storage.require_absolute(annotations, "--annotations")
+    elif videos.lower().endswith(LISTS):
+        videos, annotations = videos.rpartition("/")[0], videos
+    footage: Footage = settings.layout if settings.layout in ("frames", "tar") else "auto"
+    options: dict[str, Any] = {"fps": settings.fps, "suffixes": settings.suffixes}
+    if annotations is None:
+        listing = labelled_by_folder(list_footage(videos, footage, **options))
+    else:
+        layout: Layout = settings.layout if footage == "auto" else "auto"
+        listing = list_annotated(videos, annotations, layout, footage=footage, **options)
+    return listing.root, listing
 
 
 def _new_videos(

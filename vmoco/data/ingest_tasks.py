@@ -22,7 +22,7 @@ import pyarrow as pa
 from pydantic import TypeAdapter
 
 from vmoco import storage
-from vmoco.data import shard, source
+from vmoco.data import frame_folder, shard, source
 from vmoco.data.clips import ClipPlan, Part
 from vmoco.data.decoder import Decoder, StoredClips
 from vmoco.data.held_out import is_held_out
@@ -139,8 +139,11 @@ def _probe(found: Found, *, root: str, settings: IngestSettings, decoder: Decode
     try:
         with attributed("probe"), contextlib.ExitStack() as stack:
             with attributed("read"):
-                path = stack.enter_context(source.local_copy(root, found))
-                sha256 = source.file_sha256(path)
+                path = stack.enter_context(source.fetched(root, found))
+                if isinstance(path, source.PictureFolder):
+                    sha256 = frame_folder.sha256(path)
+                else:
+                    sha256 = source.file_sha256(path)
             contents = decoder.probe(
                 path,
                 clip_plan(settings, found),
@@ -315,7 +318,7 @@ def _cut(unit: Unit, *, root: str, settings: IngestSettings, decoder: Decoder, o
             if unit.part:
                 video = source.ranged(root, unit.found)
             else:
-                video = stack.enter_context(source.local_copy(root, unit.found))
+                video = stack.enter_context(source.fetched(root, unit.found))
         return decoder.cut(
             video,
             clip_plan(settings, unit.found),

@@ -24,7 +24,7 @@ NAME = "ledger.jsonl"
 
 NOT_SEEKABLE = "not-seekable"
 """Reason of a part of a long video that cannot be decoded alone: then the video is decoded from its start."""
-DAMAGE = {"decode-error", "truncated"}
+DAMAGE = {"decode-error", "truncated", "missing-pictures"}
 """Reasons of a video that is damaged: what becomes of it depends on `--damaged`."""
 UNEXPECTED = "unexpected-error"
 """Reason of a video that raised an error for which there is no other reason."""

@@ -154,6 +154,7 @@ def official_splits(folder: str, layout: str, files: ListedFiles) -> list[Found]
         ValueError: there are no split files, or one cannot be read.
     """
     splits: dict[str, list[str | None]] = {}
+    labels: dict[str, str] = {}
     try:
         names = storage.list_files(folder)
     except ValueError as error:
@@ -172,10 +173,14 @@ def official_splits(folder: str, layout: str, files: ListedFiles) -> list[Found]
                 video, _, code = line.rpartition(" ")
                 named, part = f"{match[1]}/{video.strip()}", {"1": "train", "2": "test"}.get(code)
             path = files.below_root(named, where=place)
-            splits.setdefault(files.resolve(path), [None, None, None])[int(match[2]) - 1] = part
+            found = files.resolve(path)
+            splits.setdefault(found, [None, None, None])[int(match[2]) - 1] = part
+            # In a tar file, videos may have other folders than in the list.
+            named_so = path if files.is_in_tar(found) else found
+            labels[found] = posixpath.basename(posixpath.dirname(named_so))
     if not splits:
         raise ValueError(f"no split files of {layout} in {folder}: {', '.join(names[:3]) or 'it is empty'}")
     return [
-        Found(path, 0, path, label=posixpath.dirname(path).rsplit("/", 1)[-1], splits=(place[0], place[1], place[2]))
+        Found(path, 0, path, label=labels[path], splits=(place[0], place[1], place[2]))
         for path, place in splits.items()
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import gc
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -58,8 +59,24 @@ def _rows(plane: Any, kind: str, height: int) -> npt.NDArray[Any]:
     return np.frombuffer(memoryview(plane), kind).reshape(-1, plane.line_size // np.dtype(kind).itemsize)[:height]
 
 
+def _side_data(frame: Any) -> Any:
+    try:
+        return frame.side_data
+    except ValueError:
+        # PyAV gives none of the side data where one kind is newer than its names, such as EXIF (31) of FFmpeg 8.
+        setattr(SideData, "_missing_", classmethod(_unnamed))  # noqa: B010 -- mypy
+        return frame.side_data
+
+
+def _unnamed(kinds: Any, number: int) -> Any:
+    """A kind of side data without a name, as `Enum._missing_` gives it."""
+    member = object.__new__(kinds)
+    member._name_, member._value_ = f"UNNAMED_{number}", number
+    return kinds._value2member_map_.setdefault(number, member)
+
+
 def _display_matrix(frame: Any) -> Matrix:
-    data = frame.side_data.get(SideData.DISPLAYMATRIX)
+    data = _side_data(frame).get(SideData.DISPLAYMATRIX)
     if data is None:
         return 1, 0, 0, 1
     values = np.frombuffer(data, np.int32).tolist()
@@ -138,6 +155,11 @@ class Scaler:
             self.notes.add(f"tone-mapped: its colours are HDR ({transfer.upper()})")
             picture = to_sdr(picture, transfer, _PRIMARIES.get(frame.color_primaries, "bt2020"))
         return upright(picture, matrix)
+
+    def next_picture(self) -> None:
+        """Says that the next frame may be turned in another way than the last one, as one picture of a folder may."""
+        self._matrices.clear()
+        gc.collect(0)  # see _matrix
 
     def _matrix(self, frame: Any) -> Matrix:
         # Looked up once for each rotation: a frame whose side data was read lives until Python collects its garbage.

@@ -1,4 +1,4 @@
-"""The videos of a folder, a URI prefix or a pattern: lists them, and gives a decoder one of them.
+"""The video files of a folder, a URI prefix or a pattern: lists them, and gives a decoder one video.
 
 The name of a video is its path below the root, so a data set does not change when the root moves. Each real folder is
 listed once, however many links lead to it, so a loop of links ends.
@@ -13,19 +13,19 @@ import contextlib
 import dataclasses
 import fnmatch
 import hashlib
-import io
 import os
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import pyarrow.fs as pafs
 
 from vmoco import storage
 from vmoco.data.endings import Wanted, begins_as_a_video, left_out
 from vmoco.data.ledger import Rejection, ScratchError, VideoError
+from vmoco.data.ranged_file import FileRange, RangedFile, read_errors
 from vmoco.seed import hash64
 
 _PIECE_BYTES = 2**22
@@ -35,15 +35,36 @@ Splits = tuple[str | None, str | None, str | None]
 
 
 @dataclasses.dataclass(frozen=True)
+class TarMember:
+    """Where a video lies in a tar file (vmoco/data/tar_files.py)."""
+
+    tar: str
+    """Path of the tar file below the root."""
+    offset: int
+    """Byte of the tar file at which the video begins."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Which pictures of a folder are the frames of a video (vmoco/data/frame_folder.py)."""
+
+    fps: float
+    """Pictures per second."""
+    prefix: str = ""
+    """What their names have before the number."""
+    kind: Literal["jpeg", "png"] = "jpeg"
+
+
+@dataclasses.dataclass(frozen=True)
 class Found:
     """A video, or a range of one, and its fields from a list of videos."""
 
     video_id: str
     """Its name in the data set: the path, unless a list gives another name."""
     num_bytes: int
-    """Size of the file."""
+    """Size of the file, or of all pictures of a folder."""
     path: str = ""
-    """Below the root, with slashes."""
+    """Below the root, with slashes; of a video in a tar file, the path of the tar file and then its path in it."""
     start_seconds: float | None = None
     end_seconds: float | None = None
     label: str | None = None
@@ -54,6 +75,10 @@ class Found:
     source: str | None = None
     """Recording that it is cut from: its group, the id of a YouTube video, or the path of the file. None for a complete
     file that is a source of its own."""
+    member: TarMember | None = None
+    """Its place, if it is in a tar file."""
+    pictures: Pictures | None = None
+    """Its frames, if it is a folder of pictures."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -70,11 +95,13 @@ class Found:
     def entry(self) -> str:
         """16 hex digits over all fields: if one of them changes, it counts as another video.
 
-        Without the source, which follows from the others. A group counts where there is one, so that the entries of
-        data sets from before groups stay the same.
+        Without the source, which follows from the others, and without the place in a tar file. A group or the rate of
+        pictures counts where there is one, so that the entries of earlier data sets stay the same.
         """
-        fields = dataclasses.astuple(self)[: -2 if self.group is None else -1]
-        return f"{hash64(*(str(value) for value in fields)):016x}"
+        fields = [self.video_id, self.num_bytes, self.path, self.start_seconds, self.end_seconds, self.label]
+        later = [self.group, self.pictures]
+        values = [*fields, self.splits, *(value for value in later if value is not None)]
+        return f"{hash64(*(str(value) for value in values)):016x}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +124,12 @@ class Listing:
 
     notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     """Sentences for the user: how a list was read, and which of its names are not exactly those of the files."""
+    root: str = dataclasses.field(default="", compare=False)
+    """Folder or URI prefix below which the paths are."""
+    tars: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    """Paths of tar files among the others."""
+    picture_folders: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    """Paths of folders with numbered pictures among the others."""
 
 
 def list_videos(uri: str, suffixes: Sequence[str] = ()) -> Listing:
@@ -109,22 +142,32 @@ def list_videos(uri: str, suffixes: Sequence[str] = ()) -> Listing:
     Raises:
         ValueError: the folder cannot be read, or it holds no video; a suffix is not an ending.
     """
-    root, pattern = split_pattern(uri)
-    wanted = Wanted(suffixes, chosen=lambda name: not pattern or matches(name, pattern))
-    local = storage.local_path(root)
-    listing = _list_remote(root, wanted) if local is None else _list_local(str(local), wanted)
-    if pattern:
-        rejected = tuple(row for row in listing.rejected if matches(row.video_id, pattern))
-        listing = dataclasses.replace(listing, rejected=rejected)
+    listing = find_videos(uri, suffixes)
     if not listing.videos and not listing.rejected:
+        root, pattern = split_pattern(uri)
         hidden = f" ({listing.num_hidden} hidden ones are skipped)" if listing.num_hidden else ""
         where = f"that match {pattern} " if pattern else ""
         others = f"; {listing.left_out}" if listing.left_out else ""
-        looked_for = " ".join(sorted(wanted.endings))
+        looked_for = " ".join(sorted(Wanted(suffixes).endings))
         raise ValueError(
             f"no videos {where}found in {root}{hidden}: looked for {looked_for} in it and its folders{others}"
         )
     return listing
+
+
+def find_videos(uri: str, suffixes: Sequence[str] = ()) -> Listing:
+    """As `list_videos`, but there may be none.
+
+    Raises:
+        ValueError: the folder cannot be read; a suffix is not an ending.
+    """
+    root, pattern = split_pattern(uri)
+    wanted = Wanted(suffixes, chosen=lambda name: not pattern or matches(name, pattern))
+    local = storage.local_path(root)
+    listing = _list_remote(root, wanted) if local is None else _list_local(str(local), wanted)
+    rejected = tuple(row for row in listing.rejected if not pattern or matches(row.video_id, pattern))
+    tars, folders = tuple(sorted(wanted.tars)), tuple(sorted(wanted.picture_folders))
+    return dataclasses.replace(listing, rejected=rejected, root=root, tars=tars, picture_folders=folders)
 
 
 def split_pattern(uri: str) -> tuple[str, str]:
@@ -159,23 +202,14 @@ def _match(parts: list[str], patterns: list[str]) -> bool:
 
 
 def _list_remote(uri: str, wanted: Wanted) -> Listing:
-    filesystem, path = storage.filesystem(uri)
-    root = path.rstrip("/")
-    try:
-        entries = storage.patiently(lambda: filesystem.get_file_info(pafs.FileSelector(root, recursive=True)))
-    except OSError as error:
-        raise ValueError(f"{uri} cannot be listed ({error}): check the address and its permissions") from error
     videos: list[Found] = []
     doubtful: list[Found] = []
     rejected, num_hidden = [], 0
-    for entry in entries:
-        name = entry.path[len(root) + 1 :]
-        if entry.type != pafs.FileType.File:
-            continue
+    for name, entry in remote_files(uri):
         if {"", ".", ".."} & set(name.split("/")):
             if wanted.takes(name):
                 message = "a part of its name is empty, . or .., which is no path: rename the object"
-                rejected.append(_rejection(name, "name-not-a-path", message))
+                rejected.append(rejection(name, "name-not-a-path", message))
         elif any(part.startswith(".") for part in name.split("/")):
             num_hidden += wanted.is_video(name)
         elif wanted.takes(name):
@@ -191,17 +225,36 @@ def _list_remote(uri: str, wanted: Wanted) -> Listing:
     return Listing(tuple(ordered), tuple(rejected), num_hidden, wanted.others)
 
 
-def _list_local(root: str, wanted: Wanted) -> Listing:
+def remote_files(uri: str) -> Iterator[tuple[str, pafs.FileInfo]]:
+    """The files below a URI prefix, each with its path below it.
+
+    Raises:
+        ValueError: the store cannot list them.
+    """
+    filesystem, path = storage.filesystem(uri)
+    root = path.rstrip("/")
+    try:
+        entries = storage.patiently(lambda: filesystem.get_file_info(pafs.FileSelector(root, recursive=True)))
+    except OSError as error:
+        raise ValueError(f"{uri} cannot be listed ({error}): check the address and its permissions") from error
+    return ((entry.path[len(root) + 1 :], entry) for entry in entries if entry.type == pafs.FileType.File)
+
+
+def local_folders(root: str, rejected: list[Rejection]) -> Iterator[tuple[str, list[str]]]:
+    """A folder and all folders below it that are not hidden, each with the names of its files.
+
+    A folder that cannot be read goes into `rejected`.
+
+    Raises:
+        ValueError: the root cannot be read.
+    """
     if not os.path.isdir(root):
         raise ValueError(f"{root} is not a folder that can be read: check the path and its permissions")
-    videos: list[Found] = []
-    rejected: list[Rejection] = []
-    num_hidden = 0
     seen: set[tuple[int, int]] = set()
 
     def unreadable(error: OSError) -> None:
         name = os.path.relpath(error.filename, root)
-        rejected.append(_rejection(name, "unreadable-folder", error.strerror or "", transient=True))
+        rejected.append(rejection(name, "unreadable-folder", error.strerror or "", transient=True))
 
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable):
         try:
@@ -214,9 +267,17 @@ def _list_local(root: str, wanted: Wanted) -> Listing:
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        num_hidden += sum(wanted.is_video(name) for name in names if name.startswith("."))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(names):
+        yield folder, sorted(names)
+
+
+def _list_local(root: str, wanted: Wanted) -> Listing:
+    videos: list[Found] = []
+    rejected: list[Rejection] = []
+    num_hidden = 0
+    for folder, names in local_folders(root, rejected):
+        num_hidden += sum(wanted.is_video(name) for name in names if name.startswith("."))
+        for name in names:
             path = os.path.join(folder, name)
             relative = os.path.relpath(path, root).replace(os.sep, "/")
             if name.startswith(".") or not wanted.takes(relative):
@@ -236,31 +297,58 @@ def _found(path: str, name: str) -> Found | Rejection:
     try:
         name.encode()
     except UnicodeEncodeError:
-        return _rejection(name, "name-not-utf8", "the name of the file is not valid UTF-8: rename it")
+        return rejection(name, "name-not-utf8", "the name of the file is not valid UTF-8: rename it")
     try:
         status = os.stat(path)
     except OSError as error:
-        return _rejection(name, "dangling-link" if os.path.islink(path) else "missing", error.strerror or "")
+        return rejection(name, "dangling-link" if os.path.islink(path) else "missing", error.strerror or "")
     if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait forever
-        return _rejection(name, "not-a-file", "a FIFO, socket, device or folder")
+        return rejection(name, "not-a-file", "a FIFO, socket, device or folder")
     return Found(name, status.st_size)
 
 
-def _rejection(name: str, reason: str, message: str, *, transient: bool = True) -> Rejection:
+def rejection(name: str, reason: str, message: str, *, transient: bool = True) -> Rejection:
+    """The ledger row of what is listed, but cannot be a video; its name may be any bytes."""
     printable = os.fsencode(name).decode("utf-8", "backslashreplace")
     return Rejection(video_id=printable, stage="list", reason=reason, message=message, transient=transient)
 
 
 @dataclasses.dataclass(frozen=True)
-class RemoteVideo:
-    """A video that is read by ranges."""
+class PictureFolder:
+    """A folder whose pictures are the frames of a video."""
 
     uri: str
+    pictures: Pictures
     num_bytes: int
+    """Size of all of them when they were listed."""
 
 
-Source = str | RemoteVideo
-"""Where a decoder reads a video: the path of a file on this machine, or a remote one."""
+Source = str | FileRange | PictureFolder
+"""Where a decoder reads a video: the path of a file on this machine, a range of a file, or a folder of pictures."""
+
+
+@contextlib.contextmanager
+def fetched(root: str, found: Found) -> Iterator[Source]:
+    """A video that a decoder can read several times; a remote file is copied and deleted at the end of the block.
+
+    Raises:
+        VideoError: it cannot be read, is empty, or has changed since it was listed.
+        ScratchError: the copy cannot be written.
+    """
+    if found.pictures:
+        yield ranged(root, found)
+    elif found.member and (local := storage.local_path(root)) is not None:
+        with read_errors():
+            end = found.member.offset + found.num_bytes
+            if (size := os.stat(local / found.member.tar).st_size) < end:
+                message = f"it ended at byte {end} of its tar file, which has {size} bytes now"
+                raise VideoError("read", "changed", message, transient=True)
+        if not found.num_bytes:
+            raise VideoError("read", "empty", "the file has no bytes")
+        yield ranged(root, found)
+    else:
+        with local_copy(root, found) as path:
+            yield path
 
 
 @contextlib.contextmanager
@@ -271,10 +359,10 @@ def local_copy(root: str, found: Found) -> Iterator[str]:
         VideoError: it cannot be read, is empty, or has changed since it was listed.
         ScratchError: the copy cannot be written.
     """
-    place = storage.join(root, found.path)
+    place = storage.join(root, found.member.tar if found.member else found.path)
     local = storage.local_path(root)
     with contextlib.ExitStack() as stack:
-        with _errors():
+        with read_errors():
             if local is not None:
                 path = str(local / found.path)
                 size = os.stat(path).st_size
@@ -282,7 +370,7 @@ def local_copy(root: str, found: Found) -> Iterator[str]:
                 suffix = os.path.splitext(found.path)[1]
                 with _scratch_errors():
                     copy: Any = stack.enter_context(tempfile.NamedTemporaryFile(prefix="vmoco-video-", suffix=suffix))
-                path, size = copy.name, _copy(place, copy)
+                path, size = copy.name, _copy(place, copy, found)
         if not size:
             raise VideoError("read", "empty", "the file has no bytes")
         if size != found.num_bytes:
@@ -291,83 +379,57 @@ def local_copy(root: str, found: Found) -> Iterator[str]:
         yield path
 
 
-def file_sha256(path: str) -> str:
-    """Hash of a local file.
+def file_sha256(file: str | FileRange) -> str:
+    """Hash of a local file, or of a range of a file.
 
     Raises:
         VideoError: it cannot be read.
     """
-    with _errors(), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    if isinstance(file, FileRange):
+        digest, opened = hashlib.sha256(), RangedFile.of(file)
+        while piece := opened.read(_PIECE_BYTES):
+            digest.update(piece)
+        return digest.hexdigest()
+    with read_errors(), open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def ranged(root: str, found: Found) -> Source:
     """A source of which no more is read than the decoder asks for."""
+    if found.pictures:
+        return PictureFolder(storage.join(root, found.path), found.pictures, found.num_bytes)
+    if found.member:
+        return FileRange(storage.join(root, found.member.tar), found.num_bytes, found.member.offset, found.path)
     local = storage.local_path(root)
     if local is not None:
         return str(local / found.path)
-    return RemoteVideo(storage.join(root, found.path), found.num_bytes)
+    return FileRange(storage.join(root, found.path), found.num_bytes)
 
 
-def readable(source: Source) -> str | BinaryIO:
-    """What PyAV opens: the path, or a file that reads ranges of a remote video."""
-    if isinstance(source, str):
-        return source
-    return RangedFile(source.uri, num_bytes=source.num_bytes)  # type: ignore[return-value]
+def readable(source: str | FileRange) -> str | BinaryIO:
+    """What PyAV opens: the path, or a file that reads a range of one."""
+    return source if isinstance(source, str) else RangedFile.of(source)  # type: ignore[return-value]
 
 
-class RangedFile(io.RawIOBase):
-    """A remote file for reading; each read asks for a range, and asks again when the store fails."""
-
-    def __init__(self, uri: str, *, num_bytes: int) -> None:
-        self.name = uri
-        self._filesystem, self._path = storage.filesystem(uri)
-        self._num_bytes, self._at = num_bytes, 0
-        self._file: Any = None
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._num_bytes}[whence]
-        self._at = base + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._num_bytes - self._at)
-        size = left if size < 0 else min(size, left)
-        if not size:
-            return b""
-
-        def read() -> bytes:
-            file, self._file = self._file or self._filesystem.open_input_file(self._path), None
-            content = bytes(file.read_at(size, self._at))
-            self._file = file  # only after a success: a connection that failed is opened again
-            return content
-
-        with _errors():
-            content = storage.patiently(read)
-        self._at += len(content)
-        return content
-
-
-def _copy(place: str, target: BinaryIO) -> int:
+def _copy(place: str, target: BinaryIO, found: Found) -> int:
+    """Copies a file, or that range of a tar file; returns its size."""
     filesystem, path = storage.filesystem(place)
+
+    def pieces() -> Iterator[bytes]:
+        if found.member:
+            file = RangedFile(place, num_bytes=found.num_bytes, offset=found.member.offset)
+            yield from iter(lambda: file.read(_PIECE_BYTES), b"")
+            return
+        with filesystem.open_input_stream(path) as stream:
+            yield from iter(lambda: stream.read(_PIECE_BYTES), b"")
 
     def copy() -> int:
         with _scratch_errors():
             target.seek(0)
             target.truncate()
-        with filesystem.open_input_stream(path) as stream:
-            while piece := stream.read(_PIECE_BYTES):
-                with _scratch_errors():
-                    target.write(piece)
+        for piece in pieces():
+            with _scratch_errors():
+                target.write(piece)
         with _scratch_errors():
             target.flush()
         return target.tell()
@@ -384,16 +446,3 @@ def _scratch_errors() -> Iterator[None]:
         raise ScratchError(
             f"cannot copy a video to {folder}: {error.strerror or error}; free space there, or set TMPDIR"
         ) from error
-
-
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise VideoError("read", "missing", "it was listed, but is gone", transient=True) from None
-    except PermissionError:
-        raise VideoError("read", "no-permission", "its permissions do not allow reading it", transient=True) from None
-    except OSError as error:
-        message = error.strerror or next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise VideoError("read", "read-error", message, transient=True) from None

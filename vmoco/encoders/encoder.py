@@ -357,6 +357,11 @@ def _local_file(place: str) -> Iterator[str]:
 
     local = storage.local_path(place) if "://" in place else place
     if local is not None:
+        if os.path.isdir(local):
+            raise ValueError(
+                f"{place} is a folder: give a video file or uint8 frames (T, H, W, 3). Folders of videos go to "
+                "jobs/embed.py, and folders of numbered pictures through jobs/ingest.py --layout frames --fps first"
+            )
         if not os.path.isfile(local):
             raise ValueError(f"there is no video file {place}")
         yield str(local)
