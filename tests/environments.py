@@ -36,6 +36,17 @@ def requirements(roots: Iterable[str], *, extras: Iterable[str] = ()) -> set[str
     return set(found)
 
 
+def link(names: Iterable[str], packages: Path) -> None:
+    """Links the distributions of those names, as they are installed here, into a folder of packages."""
+    for name in names:
+        distribution = importlib.metadata.distribution(name)
+        root = Path(str(distribution.locate_file("")))
+        tops = {file.parts[0] for file in distribution.files or [] if file.parts[0] not in ("..", "__pycache__")}
+        for top in tops:
+            if not (packages / top).is_symlink():  # several distributions may share a folder
+                (packages / top).symlink_to(root / top)
+
+
 def light_environment(folder: Path, *roots: str, without: Iterable[str] = ()) -> Path:
     """Makes the environment; returns its Python.
 
@@ -49,13 +60,7 @@ def light_environment(folder: Path, *roots: str, without: Iterable[str] = ()) ->
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     packages = folder / "lib" / version / "site-packages"
-    for name in names:
-        distribution = importlib.metadata.distribution(name)
-        root = Path(str(distribution.locate_file("")))
-        tops = {file.parts[0] for file in distribution.files or [] if file.parts[0] not in ("..", "__pycache__")}
-        for top in tops:
-            if not (packages / top).is_symlink():  # several distributions may share a folder
-                (packages / top).symlink_to(root / top)
+    link(names, packages)
     return folder / "bin" / "python"
 
 
