@@ -22,12 +22,13 @@ from tests.store import BUCKET, Store
 from vmoco import storage
 from vmoco.data.annotations import list_annotated
 from vmoco.data.decoder import Decoder
+from vmoco.data.distribute import from_table, to_table
 from vmoco.data.ingest import list_inputs
-from vmoco.data.ingest_tasks import MadeShard, Probed, ProbeTask, make_shard, plan_shards, probe_videos
+from vmoco.data.ingest_tasks import MadeShard, Probed, ProbeTask, ShardPlan, Unit, make_shard, plan_shards, probe_videos
 from vmoco.data.listing import list_footage
 from vmoco.data.manifest import shard_uri
 from vmoco.data.ranged_file import RangedFile
-from vmoco.data.source import Listing, fetched, file_sha256, list_videos
+from vmoco.data.source import Found, Listing, Pictures, TarMember, fetched, file_sha256, list_videos
 from vmoco.data.tar_files import list_tars
 from vmoco.job_settings import IngestSettings
 
@@ -384,3 +385,16 @@ def test_tar_files_beside_videos_stay_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"a")
     assert list_footage(str(tmp_path)).videos == list_videos(str(tmp_path)).videos
     assert [found.video_id for found in list_footage(str(tmp_path), "tar").videos] == ["x.tar/b.mp4"]
+
+
+def test_places_go_to_the_tasks_and_back() -> None:
+    """Ray's tables keep the place in a tar file, the pictures of a folder, and neither."""
+    videos = (
+        Found("x.tar/a.mp4", 5, member=TarMember("x.tar", 512)),
+        Found("run/clip", 9, label="run", pictures=Pictures(29.97, "img_", "png")),
+        Found("b.mp4", 7),
+    )
+    assert from_table(to_table([ProbeTask(videos)], ProbeTask), ProbeTask) == [ProbeTask(videos)]
+    plan = ShardPlan("name", tuple(Unit(found, "hash") for found in videos))
+    assert from_table(to_table([plan], ShardPlan), ShardPlan) == [plan]
+    assert len({found.entry for found in videos}) == 3
