@@ -1,19 +1,22 @@
 """What each part of VideoMoCo is worth where only motion tells the class: `python -m tests.benchmarks.ablation`.
 
-Needs `.venv/bin/pip install -e '.[benchmarks]'`. Trains every arm for the same number of steps on clips of Freedoom's
-maps 1 to 16 (`tests/benchmarks/doom.py`), with the library's own loader, step and loop in fp32, from the same weights
-and in the same order of clips for each seed; then a linear probe and kNN on frozen features: training part maps 17
-to 24, test part maps 25 to 32. "Supervised" learns the classes of the pretraining clips instead: what this network
-can reach in so many steps.
+Needs `.venv/bin/pip install -e '.[benchmarks]'`. Three data sets: `doom`, an action that lasts for the whole clip;
+`moments`, the same maps and actions, but the action takes 4 to 8 of 16 frames and the player stands still otherwise
+(`tests/benchmarks/doom.py`); `camera`, a virtual camera over frames of real footage (`tests/benchmarks/camera.py`).
+Every arm trains for the same number of steps, with the library's own loader, step and loop in fp32, from the same
+weights and in the same order of clips for each seed. Then a linear probe and kNN are fitted on frozen features of other
+maps or videos. Settings are chosen by the validation part; the test part is for the report. "Supervised" learns the
+classes of the pretraining clips instead: what this network can reach in so many steps.
 
-Each run is a process of one thread whose result is kept in the folder the moment it is done; started again, the
-benchmark goes on with the runs that are missing. It ends by writing `results/ablation.{json,png}` beside this file and
-the table into README.md, and with one JSON line.
+Each run is a process of one thread. Its result, and the weights that it ends with, are kept in the folder the moment it
+is done; started again, the benchmark goes on with the runs that are missing. It ends by writing
+`results/ablation.{json,png}` beside this file and the table into README.md, and with one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -45,6 +49,7 @@ from vmoco.config import (
 from vmoco.data.augment import augment
 from vmoco.data.loader import Loader
 from vmoco.data.manifest import Manifest
+from vmoco.data.shard import Clip
 from vmoco.encoders.encoder import Encoder, Preprocessing
 from vmoco.evaluate.features import clip_features
 from vmoco.evaluate.knn import classify
@@ -55,9 +60,13 @@ from vmoco.train.loop import train
 from vmoco.train.optimizer import build_optimizer, learning_rate
 from vmoco.train.state import TrainState
 
-PRETRAIN_MAPS, FIT_MAPS, TEST_MAPS = range(1, 17), range(17, 25), range(25, 33)
-PLACES_PER_MAP, PROBE_PLACES_PER_MAP = 72, 60
-DOOM_SEED = 0
+# The probe is fitted on the maps of pretraining too, but at other places: labels are not used before.
+PRETRAIN_MAPS, FIT_MAPS, VALIDATION_MAPS, TEST_MAPS = range(1, 17), range(1, 23), range(23, 25), range(25, 33)
+PLACES_PER_MAP, FIT_PLACES_PER_MAP, TEST_PLACES_PER_MAP = 72, 60, 240
+PRETRAIN_SEED, PROBE_SEED = 0, 1
+CAMERA_CLIPS = {"pretrain": 1152, "fit": 1320, "validation": 480, "test": 1920}  # frames that are drawn, 2 clips each
+DATA_SETS = ("doom", "moments", "camera")
+PARTS = ("fit", "validation", "test")
 
 BASE = PretrainSettings(
     data=DataSettings(num_frames=16),
@@ -71,15 +80,15 @@ BASE = PretrainSettings(
     ),
     moco=MocoSettings(queue_size=2048, momentum=0.99, temperature=0.1, decay=1.0),
     train=TrainSettings(
-        steps=240,
+        steps=1000,
         global_batch=48,
         micro_batch=24,
         optimizer="adamw",
         learning_rate=0.002,
         schedule="cosine",
-        warmup_steps=20,
+        warmup_steps=50,
         log_every=40,
-        checkpoint_every=240,
+        checkpoint_every=1000,
     ),
 )
 # On the exponential and in keys, as `recommended`: the oldest of 2048 keys weighs 0.5.
@@ -94,45 +103,63 @@ ARMS: dict[str, PretrainSettings] = {
     "MoCo + random dropping": changed(BASE, generator=RANDOM),
     "MoCo + adversarial dropping": changed(BASE, generator=ADVERSARIAL),
     "MoCo + adversarial dropping, relative": changed(BASE, generator=RELATIVE),
+    "MoCo + two clips": changed(BASE, data={"positives": "two_clips"}),
     "MoCo + decay": changed(BASE, moco=DECAY),
     "VideoMoCo (both)": changed(BASE, generator=ADVERSARIAL, moco=DECAY),
     "supervised": BASE,
 }
 
 
-def make_data(folder: Path) -> None:
-    """Renders what is not there yet: `pretrain` and `probe`, whose test part is held out."""
+def make_data(folder: Path, name: str) -> None:
+    """Renders what is not there yet of a data set: its clips for pretraining, and the three parts of the probe."""
+    for part in ("pretrain", *PARTS):
+        place = folder / name / part
+        if not (place / "manifest.parquet").exists():
+            print(f"rendering {name}, {part}", flush=True)
+            write_data_set(place, render(name, part))
+
+
+def render(name: str, part: str) -> list[Clip]:
+    """The clips of a part of a data set."""
+    if name == "camera":
+        from tests.benchmarks import camera
+        from vmoco.data import footage
+
+        videos = {"pretrain": camera.PRETRAIN, "fit": camera.FIT, "validation": camera.FIT, "test": camera.TEST}[part]
+        seed = hash64("camera part", part) % 1000
+        return camera.render(footage.fetch(), videos=videos, number=CAMERA_CLIPS[part], seed=seed)
     try:
-        from tests.benchmarks.doom import render
+        from tests.benchmarks import doom
     except ModuleNotFoundError as error:
         raise SystemExit(f"{error.name} is not installed: .venv/bin/pip install -e '.[benchmarks]'") from None
-    if not (folder / "pretrain" / "manifest.parquet").exists():
-        print("rendering the clips for pretraining", flush=True)
-        write_data_set(folder / "pretrain", render(maps=PRETRAIN_MAPS, places_per_map=PLACES_PER_MAP, seed=DOOM_SEED))
-    if not (folder / "probe" / "manifest.parquet").exists():
-        print("rendering the clips of the probe", flush=True)
-        fit = render(maps=FIT_MAPS, places_per_map=PROBE_PLACES_PER_MAP, seed=DOOM_SEED)
-        test = render(maps=TEST_MAPS, places_per_map=PROBE_PLACES_PER_MAP, seed=DOOM_SEED, held_out=True)
-        write_data_set(folder / "probe", fit + test)
+    maps, places, seed = {
+        "pretrain": (PRETRAIN_MAPS, PLACES_PER_MAP, PRETRAIN_SEED),
+        "fit": (FIT_MAPS, FIT_PLACES_PER_MAP, PROBE_SEED),
+        "validation": (VALIDATION_MAPS, TEST_PLACES_PER_MAP, PROBE_SEED),
+        "test": (TEST_MAPS, TEST_PLACES_PER_MAP, PROBE_SEED),
+    }[part]
+    return doom.render(maps=maps, places_per_map=places, seed=seed, moments=name == "moments")
 
 
-def run_arm(arm: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Trains one arm and probes it."""
+def run_arm(data: str, arm: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Trains one arm on a data set and probes it; the weights that it ends with are kept too."""
     torch.set_num_threads(1)
-    settings = changed(ARMS[arm], run={"seed": seed})
-    manifest = Manifest.load(str(folder / "pretrain"))
+    settings = settings_of(arm, seed)
+    manifest = Manifest.load(str(folder / data / "pretrain"))
     state = TrainState(settings, manifest_hash=manifest.hash, device=CPU)
     backbone, host, started = state.moco.query.backbone, Notes(), time.process_time()
     if arm == "supervised":
         train_supervised(backbone, settings, manifest)
     elif arm != "random initialisation":
-        host.show = lambda line: print(f"{arm}, seed {seed}: {line}", flush=True)  # type: ignore[method-assign]
+        host.show = lambda line: print(f"{data}, {arm}, seed {seed}: {line}", flush=True)  # type: ignore[method-assign]
         assert train(settings, manifest, state, device=CPU, host=host)
-    result = {"arm": arm, "seed": seed, "cpu_seconds": round(time.process_time() - started)}
+    result = {"data": data, "arm": arm, "seed": seed, "cpu_seconds": round(time.process_time() - started)}
+    weights = result_path(folder, data, arm, seed).with_suffix(".safetensors")
+    storage.write_atomic(str(weights), safetensors.torch.save(backbone.state_dict()))
     documents = [json.loads(text) for name, text in sorted(host.documents.items()) if name.endswith(".json")]
     return (
         result
-        | probe(backbone, settings, Manifest.load(str(folder / "probe")))
+        | probe(backbone, settings, folder / data)
         | {"metrics": host.points.get(settings.train.steps, {}), "dropped": documents[-1] if documents else {}}
     )
 
@@ -156,60 +183,79 @@ def train_supervised(backbone: Backbone, settings: PretrainSettings, manifest: M
         optimizer.step()
 
 
-def probe(backbone: Backbone, settings: PretrainSettings, manifest: Manifest) -> dict[str, float]:
-    """Accuracy on the test maps of a linear probe and of kNN, in percent."""
+def probe(backbone: Backbone, settings: PretrainSettings, folder: Path) -> dict[str, float]:
+    """Accuracy of a linear probe and of kNN on the validation and the test part, in percent."""
+    manifests = {part: Manifest.load(str(folder / part)) for part in PARTS}
     preprocessing = Preprocessing(
         num_frames=settings.data.num_frames,
-        fps=float(manifest.table["fps"][0].as_py()),
+        fps=float(manifests["fit"].table["fps"][0].as_py()),
         size=settings.augment.size,
         standardise=settings.augment.standardise,
     )
     encoder = Encoder(backbone, preprocessing, {}).eval()
-    rows = manifest.table
-    names, labels = np.unique(rows["label"].to_pylist(), return_inverse=True)
-    test = rows["held_out"].to_numpy()
-    features = clip_features(encoder, manifest, rows, batch_size=48, colour=False)  # as it was trained
-    videos = np.asarray(rows["video_id"].to_pylist(), dtype=object)
-    linear = fit_probe(features[~test], labels[~test], video_ids=list(videos[~test]))
-    apart = features - features[~test].mean(axis=0)
-    apart /= np.maximum(np.linalg.norm(apart, axis=1, keepdims=True), 1e-9)
-    votes = classify(apart[test], [apart[~test]], labels[~test], k=20)
-    assert votes.shape[1] == len(names)
-    return {
-        "linear": round(100 * float((linear.predict(features[test]) == labels[test]).mean()), 2),
-        "knn": round(100 * float((votes.argmax(axis=1) == labels[test]).mean()), 2),
+    names = sorted(set(manifests["fit"].table["label"].to_pylist()))
+    features, labels = {}, {}
+    for part, manifest in manifests.items():
+        # Without colour, as it was trained.
+        features[part] = clip_features(encoder, manifest, manifest.table, batch_size=48, colour=False)
+        labels[part] = np.array([names.index(label) for label in manifest.table["label"].to_pylist()])
+    videos = manifests["fit"].table["video_id"].to_pylist()
+    linear = fit_probe(features["fit"], labels["fit"], video_ids=videos)
+    mean = features["fit"].mean(axis=0)
+    apart = {part: found - mean for part, found in features.items()}
+    apart = {
+        part: found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9) for part, found in apart.items()
     }
+    scores = {}
+    for part in ("validation", "test"):
+        votes = classify(apart[part], [apart["fit"]], labels["fit"], k=20)
+        assert votes.shape[1] == len(names)
+        scores[f"linear_{part}"] = round(100 * float((linear.predict(features[part]) == labels[part]).mean()), 2)
+        scores[f"knn_{part}"] = round(100 * float((votes.argmax(axis=1) == labels[part]).mean()), 2)
+    return scores
 
 
-def result_path(folder: Path, arm: str, seed: int) -> Path:
-    """A run's result; its name changes with its settings, so an old result never stands for a new run."""
-    settings = changed(ARMS[arm], run={"seed": seed})
-    return folder / "results" / f"{arm.replace(' ', '-')}-seed{seed}-{settings.content_hash()}.json"
+def settings_of(arm: str, seed: int) -> PretrainSettings:
+    """The settings of a run."""
+    return changed(ARMS[arm], run={"seed": seed})
+
+
+def result_path(folder: Path, data: str, arm: str, seed: int) -> Path:
+    """A run's result; its name changes with what its settings change, so an old result never stands for a new run.
+
+    A setting that is new in vmoco, with a default that changes nothing, keeps the name.
+    """
+    chosen = settings_of(arm, seed).model_dump(mode="json", exclude_defaults=True)
+    name = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:10]
+    return folder / data / "results" / f"{arm.replace(' ', '-')}-seed{seed}-{name}.json"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--folder", type=Path, default=Path(storage.home()) / "ablation", help="data and results")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--report", action="store_true", help="only write the table of the runs that are done")
-    parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help="one run alone, in this process")
+    parser.add_argument("--data", nargs="+", choices=DATA_SETS, default=list(DATA_SETS), help="data sets")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="arms")
+    parser.add_argument("--one", nargs=3, metavar=("DATA", "ARM", "SEED"), help="one run alone, in this process")
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
-    make_data(folder)
-    (folder / "results").mkdir(exist_ok=True)
     if arguments.one:
-        arm, seed = arguments.one[0], int(arguments.one[1])
-        path = result_path(folder, arm, seed)
-        storage.write_atomic(str(path), json.dumps(run_arm(arm, seed, folder), indent=1).encode())
+        data, arm, seed = arguments.one[0], arguments.one[1], int(arguments.one[2])
+        found = run_arm(data, arm, seed, folder)
+        storage.write_atomic(str(result_path(folder, data, arm, seed)), json.dumps(found, indent=1).encode())
         return
-    runs = [(arm, seed) for seed in arguments.seeds for arm in ARMS]
+    for data in arguments.data:
+        make_data(folder, data)
+    # Seed after seed, so that a benchmark that is stopped has all arms of some seeds.
+    runs = [(data, arm, seed) for seed in arguments.seeds for data in arguments.data for arm in arguments.arms]
     missing = [run for run in runs if not result_path(folder, *run).exists()]
-    print(f"{len(runs) - len(missing)} of {len(runs)} runs are done, results in {folder / 'results'}", flush=True)
+    print(f"{len(runs) - len(missing)} of {len(runs)} runs are done, results in {folder}", flush=True)
 
-    def start(run: tuple[str, int]) -> None:
-        arm, seed = run
-        command = [sys.executable, "-m", "tests.benchmarks.ablation", "--folder", str(folder), "--one", arm, str(seed)]
+    def start(run: tuple[str, str, int]) -> None:
+        words = ["--folder", str(folder), "--one", *map(str, run)]
+        command = [sys.executable, "-m", "tests.benchmarks.ablation", *words]
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     if not arguments.report:
