@@ -155,7 +155,8 @@ def run_arm(data: str, arm: str, seed: int, folder: Path) -> dict[str, Any]:
         assert train(settings, manifest, state, device=CPU, host=host)
     result = {"data": data, "arm": arm, "seed": seed, "cpu_seconds": round(time.process_time() - started)}
     weights = result_path(folder, data, arm, seed).with_suffix(".safetensors")
-    storage.write_atomic(str(weights), safetensors.torch.save(backbone.state_dict()))
+    tensors = {name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}
+    storage.write_atomic(str(weights), safetensors.torch.save(tensors))
     documents = [json.loads(text) for name, text in sorted(host.documents.items()) if name.endswith(".json")]
     return (
         result
