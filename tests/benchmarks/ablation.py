@@ -3,14 +3,19 @@
 Needs `.venv/bin/pip install -e '.[benchmarks]'`. Three data sets: `doom`, an action that lasts for the whole clip;
 `moments`, the same maps and actions, but the action takes 4 to 8 of 16 frames and the player stands still otherwise
 (`tests/benchmarks/doom.py`); `camera`, a virtual camera over frames of real footage (`tests/benchmarks/camera.py`).
-Every arm trains for the same number of steps, with the library's own loader, step and loop in fp32, from the same
-weights and in the same order of clips for each seed. Then a linear probe and kNN are fitted on frozen features of other
-maps or videos. Settings are chosen by the validation part; the test part is for the report. "Supervised" learns the
-classes of the pretraining clips instead: what this network can reach in so many steps.
+
+The design is forked, because runs from scratch differ more by their seed than by what is compared. A *trunk* is plain
+MoCo, trained for 700 steps from a seed's weights. Every arm starts from the trunk's query and key encoder, heads
+included, with an empty queue, and trains for 400 steps on a learning-rate cycle of its own, with the same clips in the
+same order. So arms are compared within a trunk, and the interval of a difference is over trunks. All of it is the
+library's own loader, step and loop, in fp32. Then a linear probe and kNN are fitted on frozen features of other maps or
+videos. Settings are chosen by the validation part; the test part is for the report. "Supervised" learns the classes of
+the pretraining clips, from the seed's weights and for as many steps as a trunk and an arm have together: what this
+network can reach.
 
 Each run is a process of one thread. Its result, and the weights that it ends with, are kept in the folder the moment it
 is done; started again, the benchmark goes on with the runs that are missing. It ends by writing
-`results/ablation.{json,png}` beside this file and the table into README.md, and with one JSON line.
+`results/ablation.{json,png}` beside this file and the table into vmoco/METHOD.md, and with one JSON line.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -68,6 +74,8 @@ CAMERA_CLIPS = {"pretrain": 1152, "fit": 1320, "validation": 480, "test": 1920} 
 DATA_SETS = ("doom", "moments", "camera")
 PARTS = ("fit", "validation", "test")
 
+TRUNK_STEPS, FORK_STEPS = 700, 400
+
 BASE = PretrainSettings(
     data=DataSettings(num_frames=16),
     # No flip: it exchanges left and right. Grey, and half of the clips blurred: colour and grain tell rooms apart.
@@ -76,19 +84,19 @@ BASE = PretrainSettings(
     ),
     model=ModelSettings(backbone="r3d_nano", head="mlp"),
     generator=GeneratorSettings(
-        drop_ratio=0.0, learning_rate=0.002, start_percent=30.0, before_start="random", frame_size=16
+        drop_ratio=0.0, learning_rate=0.002, start_percent=0.0, before_start="random", frame_size=16
     ),
     moco=MocoSettings(queue_size=2048, momentum=0.99, temperature=0.1, decay=1.0),
     train=TrainSettings(
-        steps=1000,
+        steps=FORK_STEPS,
         global_batch=48,
         micro_batch=24,
         optimizer="adamw",
         learning_rate=0.002,
         schedule="cosine",
-        warmup_steps=50,
+        warmup_steps=20,
         log_every=40,
-        checkpoint_every=1000,
+        checkpoint_every=FORK_STEPS,
     ),
 )
 # On the exponential and in keys, as `recommended`: the oldest of 2048 keys weighs 0.5.
@@ -97,17 +105,21 @@ RANDOM: dict[str, object] = {"drop_ratio": 0.25, "start_percent": 100.0}
 ADVERSARIAL: dict[str, object] = {"drop_ratio": 0.25}
 RELATIVE: dict[str, object] = {"drop_ratio": 0.25, "relative": True}
 
+TRUNK = "trunk: MoCo, 700 steps"
 ARMS: dict[str, PretrainSettings] = {
-    "random initialisation": BASE,
+    TRUNK: changed(BASE, train={"steps": TRUNK_STEPS, "warmup_steps": 50, "checkpoint_every": TRUNK_STEPS}),
     "MoCo": BASE,
     "MoCo + random dropping": changed(BASE, generator=RANDOM),
     "MoCo + adversarial dropping": changed(BASE, generator=ADVERSARIAL),
     "MoCo + adversarial dropping, relative": changed(BASE, generator=RELATIVE),
     "MoCo + two clips": changed(BASE, data={"positives": "two_clips"}),
+    "MoCo + two clips + random dropping": changed(BASE, data={"positives": "two_clips"}, generator=RANDOM),
     "MoCo + decay": changed(BASE, moco=DECAY),
-    "VideoMoCo (both)": changed(BASE, generator=ADVERSARIAL, moco=DECAY),
-    "supervised": BASE,
+    "VideoMoCo (adversarial dropping + decay)": changed(BASE, generator=ADVERSARIAL, moco=DECAY),
+    "random initialisation": BASE,
+    "supervised": changed(BASE, train={"steps": TRUNK_STEPS + FORK_STEPS, "warmup_steps": 50}),
 }
+_FROM_SCRATCH = (TRUNK, "random initialisation", "supervised")
 
 
 def make_data(folder: Path, name: str) -> None:
@@ -147,22 +159,37 @@ def run_arm(data: str, arm: str, seed: int, folder: Path) -> dict[str, Any]:
     settings = settings_of(arm, seed)
     manifest = Manifest.load(str(folder / data / "pretrain"))
     state = TrainState(settings, manifest_hash=manifest.hash, device=CPU)
-    backbone, host, started = state.moco.query.backbone, Notes(), time.process_time()
+    host, started = Notes(), time.process_time()
+    if arm not in _FROM_SCRATCH:
+        begin_from(result_path(folder, data, TRUNK, seed).with_suffix(".safetensors"), state)
     if arm == "supervised":
-        train_supervised(backbone, settings, manifest)
+        train_supervised(state.moco.query.backbone, settings, manifest)
     elif arm != "random initialisation":
         host.show = lambda line: print(f"{data}, {arm}, seed {seed}: {line}", flush=True)  # type: ignore[method-assign]
         assert train(settings, manifest, state, device=CPU, host=host)
     result = {"data": data, "arm": arm, "seed": seed, "cpu_seconds": round(time.process_time() - started)}
     weights = result_path(folder, data, arm, seed).with_suffix(".safetensors")
-    tensors = {name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}
+    # Of a trunk also the key encoder: its arms start from both.
+    modules = {"query": state.moco.query} | ({"key": state.moco.key} if arm == TRUNK else {})
+    tensors = {
+        f"{part}.{name}": tensor.contiguous()
+        for part, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
     storage.write_atomic(str(weights), safetensors.torch.save(tensors))
     documents = [json.loads(text) for name, text in sorted(host.documents.items()) if name.endswith(".json")]
     return (
         result
-        | probe(backbone, settings, folder / data)
+        | probe(state.moco.query.backbone, settings, folder / data)
         | {"metrics": host.points.get(settings.train.steps, {}), "dropped": documents[-1] if documents else {}}
     )
+
+
+def begin_from(weights: Path, state: TrainState) -> None:
+    """Gives a new state the query and key encoder of a trunk, with their heads; all else stays new."""
+    tensors = safetensors.torch.load_file(weights)
+    for part, module in {"query": state.moco.query, "key": state.moco.key}.items():
+        module.load_state_dict({n.removeprefix(f"{part}."): t for n, t in tensors.items() if n.startswith(f"{part}.")})
 
 
 def train_supervised(backbone: Backbone, settings: PretrainSettings, manifest: Manifest) -> None:
@@ -218,7 +245,8 @@ def probe(backbone: Backbone, settings: PretrainSettings, folder: Path) -> dict[
 
 def settings_of(arm: str, seed: int) -> PretrainSettings:
     """The settings of a run."""
-    return changed(ARMS[arm], run={"seed": seed})
+    # An arm sees its clips in another order than its trunk did.
+    return changed(ARMS[arm], run={"seed": seed if arm in _FROM_SCRATCH else seed + 1000})
 
 
 def result_path(folder: Path, data: str, arm: str, seed: int) -> Path:
@@ -228,13 +256,13 @@ def result_path(folder: Path, data: str, arm: str, seed: int) -> Path:
     """
     chosen = settings_of(arm, seed).model_dump(mode="json", exclude_defaults=True)
     name = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:10]
-    return folder / data / "results" / f"{arm.replace(' ', '-')}-seed{seed}-{name}.json"
+    return folder / data / "results" / f"{re.sub('[^a-z0-9]+', '-', arm.lower())}-seed{seed}-{name}.json"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--folder", type=Path, default=Path(storage.home()) / "ablation", help="data and results")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5], help="one trunk each")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--report", action="store_true", help="only write the table of the runs that are done")
     parser.add_argument("--data", nargs="+", choices=DATA_SETS, default=list(DATA_SETS), help="data sets")
@@ -260,8 +288,11 @@ def main() -> None:
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     if not arguments.report:
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(start, missing))
+        for seed in arguments.seeds:
+            for trunks in (True, False):  # an arm needs its trunk
+                wave = [run for run in missing if run[2] == seed and (run[1] == TRUNK) == trunks]
+                with ThreadPoolExecutor(arguments.jobs) as pool:
+                    list(pool.map(start, wave))
     done = [run for run in runs if result_path(folder, *run).exists()]
     results = [json.loads(result_path(folder, *run).read_text()) for run in done]
     print(json.dumps(write_report(results, settings=BASE)))
