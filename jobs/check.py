@@ -1,17 +1,20 @@
-"""Checks a data set or a cluster before a job runs on it for hours.
+"""Checks a data set or a cluster before a long job uses it.
 
-    python jobs/check.py data URI        a data set: every checksum, the counts, and that every clip can be decoded
+Check a data set, that is every checksum, the counts, and whether every clip can be decoded:
 
-It reads everything once and repairs nothing. Where something is wrong it prints what, and ends with exit code 1. Check
-a large data set of a store on a machine near the store:
+    python jobs/check.py data ~/.vmoco/data/mine
 
-    ray job submit --working-dir . -- python jobs/check.py data s3://bucket/set
+Check a large data set in an object store on a machine near the store:
 
-The check of a cluster runs on the cluster and takes the preset and flags of jobs/pretrain.py (`cluster PRESET --help`
-lists them). It takes less than a minute: versions, GPUs, clock, shared memory, storage and tracker of each node, and an
-estimate of how long the run takes.
+    ray job submit --working-dir . -- python jobs/check.py data s3://bucket/data
 
-    ray job submit --working-dir . -- python jobs/check.py cluster PRESET --run.storage URI --data.uri URI
+Check a cluster for a pretraining, with the preset and the flags of jobs/pretrain.py (`cluster PRESET --help` lists
+them). The check takes less than a minute. It compares the versions, GPUs, clock, shared memory, storage and tracker of
+all nodes, and estimates how long the run takes:
+
+    ray job submit --working-dir . -- python jobs/check.py cluster recommended --run.storage URI --data.uri URI
+
+The checks repair nothing. If something is wrong they print what, and end with exit code 1.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ def data(uri: Annotated[str, tyro.conf.Positional], /) -> None:
     if findings:
         raise ValueError(
             f"data set {uri} has {len(findings)} errors, listed above: restore its files, or remove its manifest and "
-            "run jobs/ingest.py again, which makes only the missing and damaged shards again"
+            "run jobs/ingest.py again, which repeats only the missing and damaged shards"
         )
     job.show(f"data set {uri} is complete")
 
@@ -60,12 +63,12 @@ def cluster(settings: Annotated[Preset, tyro.conf.arg(name="")]) -> None:
     for problem in problems:
         job.show(f"problem: {problem}")
     if problems:
-        raise ValueError(f"the cluster cannot carry this run: {len(problems)} problems, the first: {problems[0]}")
-    job.show("the cluster can carry this run")
+        raise ValueError(f"the cluster is not ready for this run: {len(problems)} problems, the first: {problems[0]}")
+    job.show("the cluster is ready for this run")
 
 
 def main() -> None:
-    """Parses which check is asked for, and runs it."""
+    """Parses the command line and runs the check."""
     app = tyro.extras.SubcommandApp()
     app.command(data)
     app.command(cluster)

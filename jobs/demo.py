@@ -3,7 +3,7 @@
     python jobs/demo.py
     python jobs/demo.py --videos FOLDER_OR_URI
 
-It starts a Ray cluster of its own, submits the other jobs to it, and stops it.
+It starts a Ray cluster on this machine, submits the other jobs to it, and stops it at the end.
 """
 
 from __future__ import annotations

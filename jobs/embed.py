@@ -1,6 +1,6 @@
-"""Embeds videos, or a data set, with a pretrained encoder: a Parquet table, and a gallery page.
+"""Embeds videos, or a data set, with a pretrained encoder. Writes a Parquet table and a gallery page.
 
-On a cluster (paths must be visible from every node):
+On a cluster (every node must reach the paths):
 
     ray job submit --working-dir . -- python jobs/embed.py models:/NAME@champion --videos URI --output URI
 
@@ -8,7 +8,7 @@ On this machine alone:
 
     python jobs/embed.py models:/NAME@champion --videos ~/videos --output ~/embeddings
 
-Run it again to continue after an interruption or to add new videos. `gallery.html` opens in any browser.
+Run the same command again to continue after an interruption or to add new videos. Open gallery.html in a browser.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def embed(
     """Embeds videos.
 
     Args:
-        encoder: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/encoder, or a folder.
-        settings: videos, output and resources.
+        encoder: Encoder to use: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/encoder, or a folder.
+        settings: See `EmbedSettings`.
     """
     from vmoco.encoders import package
     from vmoco.evaluate import embed as embedding

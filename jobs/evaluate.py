@@ -1,4 +1,4 @@
-"""Evaluates a pretrained encoder: label-free, by kNN, linear probe and retrieval, or by fine-tuning.
+"""Evaluates a pretrained encoder: without labels, by kNN, linear probe and retrieval, or by fine-tuning.
 
 On a cluster:
 
@@ -8,12 +8,14 @@ On this machine alone:
 
     python jobs/evaluate.py models:/NAME@candidate --data URI --reference
     python jobs/evaluate.py models:/NAME@candidate --data URI --protocols finetune --splits 1 2 3
+    python jobs/evaluate.py models:/NAME@candidate --data URI --protocols motion     # does it see motion; no labels
 
-The scores are recorded with the registered version; `jobs/registry.py promote` compares them.
+The scores are saved with the registered version. `jobs/registry.py promote` compares them.
 """
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -31,12 +33,14 @@ def evaluate(
     """Evaluates an encoder.
 
     Args:
-        encoder: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/encoder, or a folder.
-        settings: data set, protocols and resources.
+        encoder: Encoder to use: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/encoder, or a folder.
+        settings: See `EvaluateSettings`.
     """
+    from vmoco import storage
     from vmoco.encoders import foreign, package, promotion
     from vmoco.evaluate import evaluate as evaluation
 
+    output = storage.require_absolute(settings.scores, "--scores") if settings.scores else None
     planned = evaluation.plan(settings)
     for note in planned.notes:
         job.show(f"note: {note}")
@@ -57,6 +61,10 @@ def evaluate(
         job.show(f"\n{name}")
         for score in scores:
             job.show(f"    {score}; {score.beside}")
+    if output:
+        rows_of = {name: [score.row() for score in scores] for name, scores in found.items()}
+        storage.write_atomic(output, json.dumps(rows_of, indent=1).encode())
+        job.show(f"\nscores in {output}")
     if settings.record and encoder.startswith("models:/"):
         promotion.record(encoder, found[encoder])
         job.show(f"\nrecorded with {encoder}")

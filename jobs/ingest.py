@@ -1,6 +1,6 @@
-"""Turns a folder of videos into a data set: Arrow shards that training reads, a manifest, a ledger of rejected videos.
+"""Turns a folder of videos into a data set: Arrow shards, a manifest, and a ledger of rejected videos.
 
-On a cluster (paths must be visible from every node: a shared folder, s3://, gs://):
+On a cluster (every node must reach the paths: a shared folder, s3://, gs://):
 
     ray job submit --working-dir . -- python jobs/ingest.py --videos URI --output URI
 
@@ -9,6 +9,15 @@ On a laptop, without a cluster:
     python jobs/ingest.py --videos ~/videos --output ~/.vmoco/data/mine
 
 Run the same command again to continue after an interruption or to add new videos; finished work is not repeated.
+
+Lists of videos (--annotations), by --layout, each with an example line:
+
+    table      CSV, Parquet or JSON lines with columns    path,start_seconds,end_seconds,label,video_id,split,group
+    filelist   path, path label, path start end label     run/a.mp4 3          run/a.mp4,2.5,9,run         file;class
+    kinetics   Kinetics 400, 600, 700 as CSV or text      label,youtube_id,time_start,time_end,split
+    ssv2       JSON, with labels.json beside it           [{"id": "78687", "template": "Holding [something]"}]
+    ucf101     folder with trainlist01.txt and others     Archery/v_Archery_g01_c01.avi 3
+    hmdb51     folder with run_test_split1.txt and others clip.avi 1
 """
 
 from __future__ import annotations

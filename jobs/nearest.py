@@ -1,8 +1,8 @@
-"""Shows what an encoder has learned: for held-out clips, the nearest other clip. Needs no Ray.
+"""Prints, for some held-out clips, the clip that an encoder finds most similar. Needs no Ray.
 
     python jobs/nearest.py models:/videomoco-demo@candidate --data URI
 
-On a few videos this is an illustration and not a score: clips of one video share their colours.
+With few videos this is an illustration and not a score, because clips of one video share their colours.
 """
 
 from typing import Annotated
@@ -15,12 +15,12 @@ from vmoco.data.manifest import Manifest
 
 
 def nearest(encoder: Annotated[str, tyro.conf.Positional], /, *, data: str, queries: int = 20) -> None:
-    """Prints the nearest other clip of held-out clips.
+    """Prints the nearest other clip of some held-out clips.
 
     Args:
-        encoder: models:/NAME@ALIAS, models:/NAME/VERSION, or a folder.
-        data: data set made by jobs/ingest.py.
-        queries: clips to look up, such as 20.
+        encoder: Encoder to use: models:/NAME@ALIAS, models:/NAME/VERSION, or a folder.
+        data: Folder or URI of a data set made by jobs/ingest.py.
+        queries: Number of clips for which the nearest clip is printed, for example 20.
     """
     from rich.console import Console
     from rich.table import Table

@@ -8,7 +8,7 @@ On this machine alone, with a Ray cluster that starts and ends with the job:
 
     python jobs/pretrain.py demo --data.uri URI
 
-URI is a data set made by jobs/ingest.py. The first word is a preset; flags change its settings, for example
+URI is a data set made by jobs/ingest.py. The first argument is a preset. Flags change its settings, for example
 --moco.queue-size 16384. `python jobs/pretrain.py demo --help` lists all flags.
 
 Ctrl-C or `ray job stop` saves a checkpoint and ends the job. To resume a run, submit it again with its --run.name.
@@ -28,7 +28,7 @@ def main() -> None:
 
     prepared = run.prepare(settings)
     if prepared.finished:
-        print(f"run {prepared.settings.run.name} has ended before; its encoder is {prepared.finished}")
+        print(f"run {prepared.settings.run.name} has finished already; its encoder is {prepared.finished}")
         return
     dashboard_url = job.connect(worker_output=False)
     if command := job.stop_command(dashboard_url):
@@ -37,7 +37,7 @@ def main() -> None:
 
     outcome = launch.pretrain(prepared, show=job.show)
     if outcome.stopped_by:
-        print(f"kept {outcome.checkpoint}; the same command with --run.name {outcome.name} goes on", flush=True)
+        print(f"kept {outcome.checkpoint}; the same command with --run.name {outcome.name} continues", flush=True)
         raise SystemExit(128 + signal.Signals[outcome.stopped_by])
     print(f"last checkpoint {outcome.checkpoint}", flush=True)
     if outcome.registered:

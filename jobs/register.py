@@ -1,11 +1,19 @@
-"""Registers an encoder: of a run, of one of its kept checkpoints, or somebody else's weights from a local file.
+"""Registers the encoder of a run, or weights of another project, as a new version of a name in MLflow's registry.
 
-    python jobs/register.py RUN --name NAME                      # the last checkpoint of a run (its name or MLflow id)
-    python jobs/register.py RUN --name NAME --step 4000          # any checkpoint that was kept
-    python jobs/register.py r2plus1d_18-91a641e6.pth --name kinetics-r2plus1d     # torchvision's, or VideoMoCo's
+The last checkpoint of a run, which is given by its name or its MLflow id:
 
-The new version gets the alias "candidate". `jobs/registry.py promote` makes it the champion if it scores better. Needs
-no Ray.
+    python jobs/register.py RUN --name videomoco-kinetics
+
+Another checkpoint that the run has kept:
+
+    python jobs/register.py RUN --name videomoco-kinetics --step 4000
+
+A local file with weights of torchvision, or of the released VideoMoCo code:
+
+    python jobs/register.py r2plus1d_18-91a641e6.pth --name kinetics-r2plus1d
+
+The new version gets the alias candidate. `jobs/registry.py promote` makes it the champion if it scores better. This job
+needs no Ray.
 """
 
 from pathlib import Path
@@ -14,30 +22,30 @@ from typing import Annotated
 import tyro
 
 from vmoco import job
-from vmoco.job_settings import RegisterOptions
+from vmoco.job_settings import RegisterSettings
 
 
 def register(
     source: Annotated[str, tyro.conf.Positional],
     /,
-    options: Annotated[RegisterOptions, tyro.conf.arg(name="")],
+    settings: Annotated[RegisterSettings, tyro.conf.arg(name="")],
     step: int | None = None,
 ) -> None:
     """Registers an encoder.
 
     Args:
-        source: name or MLflow id of a run, or a local file of weights.
-        options: name, alias and description.
-        step: step of a checkpoint of the run, such as 4000; the last checkpoint when left out.
+        source: Name or MLflow id of a run, or a local file with weights.
+        settings: See `RegisterSettings`.
+        step: Step of the checkpoint to register, for example 4000. When left out: the last checkpoint of the run.
     """
     from vmoco.train.publish import publish_file, publish_run
 
     if Path(source).is_file():
         if step is not None:
             raise ValueError(f"--step {step} chooses a checkpoint of a run, and {source} is a file: leave out --step")
-        registered = publish_file(Path(source), options)
+        registered = publish_file(Path(source), settings)
     else:
-        registered = publish_run(source, options, step=step)
+        registered = publish_run(source, settings, step=step)
     print(f"registered version {registered.version} as {registered.uri}")
 
 

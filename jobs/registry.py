@@ -1,10 +1,12 @@
-"""Lists the registered encoders, chooses the champion, and finds those that saw a video. Needs no Ray.
+"""Lists the registered encoders, chooses which version of a name is the champion, and finds who was trained on a video.
 
-python jobs/registry.py list
-python jobs/registry.py promote NAME                 # the candidate becomes the champion, if it scores better
-python jobs/registry.py promote NAME --version 3 --force "the champion saw a withdrawn video"
-python jobs/registry.py rollback NAME                # restores the previous champion
-python jobs/registry.py saw VIDEO                    # which encoders were trained on it; for takedowns
+    python jobs/registry.py list                 # all versions with their aliases and scores
+    python jobs/registry.py promote NAME         # the candidate becomes the champion, if it scores better
+    python jobs/registry.py promote NAME --version 3 --force "the champion saw a withdrawn video"
+    python jobs/registry.py rollback NAME        # restores the previous champion
+    python jobs/registry.py saw cats/1.mp4       # encoders trained on a video, for example after it was withdrawn
+
+This job needs no Ray.
 """
 
 from collections.abc import Callable
@@ -14,7 +16,9 @@ import tyro
 
 from vmoco import job
 
-Word = Annotated[str, tyro.conf.Positional]
+Name = Annotated[
+    str, tyro.conf.Positional, tyro.conf.arg(help="Name of the registered encoder, for example videomoco-kinetics.")
+]
 
 
 def list_encoders() -> None:
@@ -30,14 +34,13 @@ def list_encoders() -> None:
         print("nothing is registered yet")
 
 
-def promote(name: Word, version: str | None = None, protocol: str = "label-free", force: str | None = None) -> None:
-    """Makes a version the champion if it scores better on the same evaluation set.
+def promote(name: Name, version: str | None = None, protocol: str = "label-free", force: str | None = None) -> None:
+    """Makes a version the champion, if it scores better than the champion on the same evaluation set.
 
     Args:
-        name: registered name.
-        version: its number, such as 3; the candidate when left out.
-        protocol: which score decides, such as label-free or knn.
-        force: why the scores do not decide; moves the alias without a better score and keeps this reason.
+        version: Number of the version, for example 3. When left out: the candidate.
+        protocol: Score to compare, for example label-free or knn.
+        force: Makes the version the champion without comparing scores. Give the reason, which is kept with the version.
     """
     from vmoco.encoders import promotion
 
@@ -45,7 +48,7 @@ def promote(name: Word, version: str | None = None, protocol: str = "label-free"
     print(f"models:/{name}@champion is version {move.version} ({move.reason})")
 
 
-def rollback(name: Word) -> None:
+def rollback(name: Name) -> None:
     """Restores the previous champion."""
     from vmoco.encoders import promotion
 
@@ -53,11 +56,11 @@ def rollback(name: Word) -> None:
     print(f"models:/{name}@champion is version {move.version} ({move.reason})")
 
 
-def saw(video: Word) -> None:
-    """Prints which registered encoders were trained on a video.
+def saw(video: Annotated[str, tyro.conf.Positional]) -> None:
+    """Prints the registered encoders that were trained on a video, and those whose data set held it out.
 
     Args:
-        video: its id in the manifest, which is its path below the ingested folder, such as cats/1.mp4.
+        video: Id of the video in the manifest: its path below the ingested folder, for example cats/1.mp4.
     """
     from vmoco.encoders import registry
 

@@ -1,4 +1,4 @@
-"""Tries settings of a pretraining, each in its own run, and registers the encoder that scores best without labels.
+"""Tries several settings of a pretraining, each in its own run, and registers the encoder with the best score.
 
 On a cluster, from the root of this repository:
 
@@ -8,10 +8,14 @@ On this machine alone:
 
     python jobs/sweep.py demo --data.uri URI --space space.yaml
 
-A space is a built-in name, or a YAML file with one line per axis: a list (`moco.decay: [0.99, 1.0]`), a range for
---search random or optuna (`moco.momentum: {low: 0.9, high: 0.999}`), or named choices of several fields
-(`decay: {none: {moco.decay: 1.0}}`). The same command goes on with a sweep that was stopped: trials that have ended are
-not repeated, others go on from their checkpoints, and trials that failed are tried again.
+A space is a built-in name, or a YAML file. Each line of the file is one of these:
+
+- a list of values: `moco.decay: [0.99, 1.0]`
+- a range, for --search random or optuna: `moco.momentum: {low: 0.9, high: 0.999}`
+- named choices that set several fields: `decay: {none: {moco.decay: 1.0}, slow: {moco.decay: 0.9999}}`
+
+To continue a sweep that was stopped, submit the same command again. Finished trials are not repeated, interrupted ones
+continue from their checkpoints, and failed ones are tried again.
 """
 
 import tyro
@@ -32,7 +36,7 @@ def main() -> None:
     from vmoco.train.lease import Lease
 
     if command := job.stop_command(dashboard_url):
-        job.show(f"to stop this job: {command}; the same command goes on")
+        job.show(f"to stop this job: {command}; to continue it later, submit it again")
     # Two drivers would overwrite each other's record.
     with Lease(prepared.sweep.folder, on_lost=job.show, show=job.show):
         status = "FAILED"

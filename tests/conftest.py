@@ -90,6 +90,20 @@ def ray_cluster(local_cluster: LocalCluster) -> Iterator[LocalCluster]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums of one thread have one order, so a run gives the same numbers on any number of cores.
+
+    Small networks are also several times as fast on one thread of a busy machine.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def vmoco_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty $VMOCO_HOME; the tracker is the database in it."""
     home = tmp_path / "home"

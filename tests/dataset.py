@@ -81,7 +81,7 @@ def write_data_set(folder: Path, clips: list[Clip], *, encoding: Encoding = "raw
             "entry": pa.array([""] * count),
             "range": pa.nulls(count, pa.string()),
             "video_bytes": pa.array([1000] * count),
-            "video_sha256": pa.array(["0" * 64] * count),
+            "video_sha256": pa.array([f"{names.index(name):064d}" for name in table["video_id"].to_pylist()]),
         }
         for name, column in columns.items():
             table = table.append_column(name, column)

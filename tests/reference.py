@@ -44,6 +44,9 @@ class Recipe:
     warmup_steps: int
     sgd_momentum: float
     weight_decay: float
+    objective: str = "difference"  # what G raises: |q - q_real| [V], or "contrast", the loss of D
+    sampled: bool = False  # frames are drawn in proportion to their importance, not the most important ones
+    every: int = 1  # G trains in every n-th step from its start on
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,23 @@ class Batch:
     video_ids: list[int]  # the video that each clip comes from
     key_order: torch.Tensor  # int64 (G,), the shuffled order in which keys are made
     random_importance: torch.Tensor | None  # (G, T), to drop random frames before G starts; None keeps all
+    noise: torch.Tensor | None = None  # (G, T) in (0, 1), to sample the frames that G drops
+    reversed_clips: frozenset[int] = frozenset()  # those whose key, played backwards, is one more negative of the query
 
 
 Key = tuple[torch.Tensor, int, int]  # in the queue: the vector (D,), its video, the step that made it
 
 
-def drop_frames(clips: torch.Tensor, importance: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """x~ = m * x + (1 - m) * fill, without the k most important frames: (B, 3, T, H, W), (B, T) -> (B, 3, T, H, W)."""
+def drop_frames(
+    clips: torch.Tensor, importance: torch.Tensor, recipe: Recipe, *, noise: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x~ = m * x + (1 - m) * fill, without the k most important frames: (B, 3, T, H, W), (B, T) -> (B, 3, T, H, W).
+
+    With noise (B, T) in (0, 1), the frames with the largest log p + Gumbel noise go instead.
+    """
     keep = torch.ones_like(importance)
-    for clip, frames in enumerate(importance.topk(recipe.num_dropped, dim=1).indices):
+    scores = importance if noise is None else importance.log() - torch.log(-torch.log(noise))
+    for clip, frames in enumerate(scores.topk(recipe.num_dropped, dim=1).indices):
         keep[clip, frames] = 0
     # Straight through the choice: the value of the mask is `keep`, its derivative by the importance is -1.
     mask = (keep - (importance - importance.detach()))[:, None, :, None, None]
@@ -72,12 +83,19 @@ def drop_frames(clips: torch.Tensor, importance: torch.Tensor, recipe: Recipe) -
 
 
 def contrast(
-    query: torch.Tensor, positive: torch.Tensor, queue: list[Key], *, video_id: int, step: int, recipe: Recipe
+    query: torch.Tensor,
+    positive: torch.Tensor,
+    queue: list[Key],
+    *,
+    video_id: int,
+    step: int,
+    recipe: Recipe,
+    backwards: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, bool]:
     """InfoNCE [M, equation 1] of one query with decayed negatives [V, section 3.3], and whether the positive wins.
 
     L_D = -log(e^(q.k+ / tau) / (e^(q.k+ / tau) + sum_i e^(t^a_i * q.k_i / tau))), where a_i is the age of key i. The
-    positive is not decayed. A key of the query's own video is not a negative.
+    positive is not decayed. A key of the query's own video is not a negative, but its key played backwards is.
     """
     right = torch.exp(query @ positive / recipe.temperature)
     wrong = []
@@ -90,6 +108,8 @@ def contrast(
             wrong.append(torch.exp(weight * similarity / recipe.temperature))
         else:
             wrong.append(weight * torch.exp(similarity / recipe.temperature))
+    if backwards is not None:
+        wrong.append(torch.exp(query @ backwards / recipe.temperature))
     return -torch.log(right / (right + sum(wrong))), all(right >= each for each in wrong)
 
 
@@ -119,6 +139,7 @@ class VideoMoco:
     def take_step(self, batch: Batch) -> dict[str, float]:
         """Takes one step; returns means over the G clips, and the norm of each gradient."""
         recipe, num_clips, generator_on = self.recipe, len(batch.clips), self.step >= self.recipe.generator_start
+        generator_trains = generator_on and (self.step - recipe.generator_start) % recipe.every == 0
         sums = dict.fromkeys(("loss", "accuracy", "positive_similarity", "generator_loss"), 0.0)
 
         # 1. The key encoder follows the query encoder: key = m * key + (1 - m) * query [M, equation 2].
@@ -128,20 +149,29 @@ class VideoMoco:
 
         # 2. Keys. A key is normalised beside other clips than its query: shuffle-BN [M, section 3.3].
         with torch.no_grad():
-            micro_batches = self._micro_batches(self.key, batch.key_order)
-            shuffled = torch.cat([F.normalize(self.key(batch.key_clips[places]), dim=1) for places in micro_batches])
-        keys = shuffled[torch.argsort(batch.key_order)]  # key i belongs to query i again
+            shuffled, backwards = [], {}
+            for places in self._micro_batches(self.key, batch.key_order):
+                # Those that are also played backwards are normalised beside the others.
+                chosen = [place for place in places.tolist() if place in batch.reversed_clips]
+                clips = torch.cat([batch.key_clips[places], batch.key_clips[chosen].flip(dims=[2])])
+                made = F.normalize(self.key(clips), dim=1)
+                shuffled.append(made[: len(places)])
+                backwards |= dict(zip(chosen, made[len(places) :], strict=True))
+        keys = torch.cat(shuffled)[torch.argsort(batch.key_order)]  # key i belongs to query i again
 
         # 3. Gradients of both losses. Those of micro-batches add up; every clip has the weight 1 / G.
         for places in self._micro_batches(self.query, torch.arange(num_clips)):
             clips = dropped = batch.clips[places]
             if generator_on:
-                dropped = drop_frames(clips, self.generator(clips), recipe)
+                noise = batch.noise[places] if recipe.sampled and batch.noise is not None else None
+                dropped = drop_frames(clips, self.generator(clips), recipe, noise=noise)
             elif batch.random_importance is not None:
                 dropped = drop_frames(clips, batch.random_importance[places], recipe)
             queries = F.normalize(self.query(dropped), dim=1)  # q = f(x~), the only query
 
-            if generator_on:  # L_G = -lambda * mean |q - q_real|. Only G follows it, and G follows nothing else.
+            if (
+                generator_trains and recipe.objective == "difference"
+            ):  # L_G = -lambda * mean |q - q_real|. Only G follows it, and G follows nothing else.
                 # q_real = f(x) is a constant. A copy of D computes it, because the running statistics follow x~ alone.
                 whole = F.normalize(copy.deepcopy(self.query)(clips), dim=1).detach()
                 loss = -recipe.strength * (queries - whole).abs().mean(dim=1).sum() / num_clips
@@ -149,10 +179,21 @@ class VideoMoco:
                 sums["generator_loss"] += loss.item()
 
             compared = [
-                contrast(query, keys[i], self.queue, video_id=batch.video_ids[i], step=self.step, recipe=recipe)
+                contrast(
+                    query,
+                    keys[i],
+                    self.queue,
+                    video_id=batch.video_ids[i],
+                    step=self.step,
+                    recipe=recipe,
+                    backwards=backwards.get(i),
+                )
                 for query, i in zip(queries, places.tolist(), strict=True)
             ]
-            loss = torch.stack([each for each, _ in compared]).sum() / num_clips  # L_D. Only D follows it.
+            loss = torch.stack([each for each, _ in compared]).sum() / num_clips  # L_D. Only D follows it,
+            if generator_trains and recipe.objective == "contrast":  # or G as well, against it: L_G = -L_D.
+                (-loss).backward(inputs=list(self.generator.parameters()), retain_graph=True)
+                sums["generator_loss"] -= loss.item()
             loss.backward(inputs=list(self.query.parameters()))
             sums["loss"] += loss.item()
             sums["accuracy"] += sum(wins for _, wins in compared) / num_clips
@@ -160,7 +201,7 @@ class VideoMoco:
 
         # 4. One step of each optimizer.
         sums["gradient_norm"] = self._descend(self.query, recipe.learning_rate)
-        if generator_on:
+        if generator_trains:
             sums["generator_gradient_norm"] = self._descend(self.generator, recipe.generator_learning_rate)
 
         # 5. The keys become negatives of later steps; the queue forgets the oldest [M, section 3.2].

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import tyro
 
+from tests.data.videos import images, write_video
 from vmoco import demo
+from vmoco.data.annotations import list_annotated
 from vmoco.job_settings import IngestSettings
 
 ROOT = Path(__file__).parents[1]
 
 
 class Cluster:
-    """In place of a LocalCluster: records what is submitted, and whether it was stopped."""
+    """Replaces a LocalCluster: records what is submitted, and whether it was stopped."""
 
     def __init__(self, codes: dict[str, int]) -> None:
         self.address = "http://127.0.0.1:1"
@@ -67,6 +69,7 @@ def test_a_failed_step_ends_the_demo(
     job: str, name: str, vmoco_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first job that fails is the last one submitted; its exit code is kept and the cluster is stopped."""
+    (tmp_path / "a.mp4").touch()
     cluster = Cluster({job: 7})
     monkeypatch.setattr(demo, "LocalCluster", lambda **_: cluster)
     with pytest.raises(demo.StepFailedError, match=f"step '{name}' with exit code 7") as failed:
@@ -74,6 +77,48 @@ def test_a_failed_step_ends_the_demo(
     assert failed.value.code == 7
     assert cluster.submitted[-1][1] == job
     assert cluster.stopped
+
+
+@pytest.mark.parametrize(
+    ("seconds", "parts"),
+    [
+        (5.9, [("", "")]),
+        (6.0, [(0, 3), (3, 6)]),
+        (10.0, [(0, 3), (3, 6), (6, 9)]),
+        (46.0, [(0, 3), (6, 9), (12, 15), (18, 21), (24, 27), (30, 33), (36, 39), (42, 45)]),
+    ],
+)
+def test_parts_of_a_video(seconds: float, parts: list[tuple[object, object]]) -> None:
+    """Parts of 3 s, at most 8, from the first to the last that fits; a video too short for two is not cut."""
+    assert demo.parts_of(seconds) == parts
+
+
+def test_few_long_videos_are_cut_into_parts(vmoco_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ingest reads the list: long videos in parts, the others as they are; what cannot be read keeps its reason."""
+    write_video(tmp_path / "long.mp4", images(160), fps=25)  # 6.4 s
+    write_video(tmp_path / "short.mp4", images(30), fps=25)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "lost.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    listed = tmp_path / "parts.csv"
+    listed.write_text(demo.list_parts(str(tmp_path)))
+    listing = list_annotated(str(tmp_path), str(listed), "table")
+    assert [found.video_id for found in listing.videos] == ["broken.mp4", "long.mp4#0-3", "long.mp4#3-6", "short.mp4"]
+    assert [found.source for found in listing.videos] == [None, "long.mp4#0-3", "long.mp4#3-6", None]
+    assert [row.reason for row in listing.rejected] == ["dangling-link"]
+    settings = demo.ingest_settings(str(tmp_path), listed.read_text())
+    assert settings.annotations == f"{settings.output}.csv"
+    assert tyro.cli(IngestSettings, args=demo.flags(settings)) == settings
+    assert settings.output != demo.ingest_settings(str(tmp_path)).output
+    monkeypatch.setattr(demo, "FEW_VIDEOS", 2)
+    assert demo.list_parts(str(tmp_path)) == ""
+
+
+def test_short_videos_and_lists_are_taken_as_they_are(tmp_path: Path) -> None:
+    """Nothing is cut if no video is long enough, or if the videos are given as a list."""
+    write_video(tmp_path / "short.mp4", images(30), fps=25)
+    (tmp_path / "list.csv").write_text("path\nshort.mp4\n")
+    for place in (str(tmp_path), str(tmp_path / "list.csv")):
+        assert demo.list_parts(place) == ""
 
 
 def test_videos_that_are_not_there(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ HOMES = {
         "vmoco.encoders.encoder_program",
         "vmoco.mlflow_internals",
     },
-    "av": {"vmoco.data.video"},
+    "av": {"vmoco.data.container", "vmoco.data.pixels", "vmoco.data.video"},
     "optuna": {"vmoco.sweep.space"},
     "plotly": {"vmoco.sweep.report"},
     "faiss": {"vmoco.evaluate.knn"},
@@ -52,6 +52,7 @@ PRIVATE = re.compile(r"\b(?:(?:ray|mlflow)(?:\.\w+)*\._\w+|ray\.experimental|mlf
 # packages that use it: it knows settings, storage, tracker and networks, and nothing of a training run.
 GROUND = {"vmoco", "vmoco.config", "vmoco.job_settings", "vmoco.presets", "vmoco.storage", "vmoco.seed"}
 GROUND |= {
+    "vmoco.settings",
     "vmoco.progress",
     "vmoco.spool",
     "vmoco.tracking",
@@ -59,6 +60,7 @@ GROUND |= {
     "vmoco.own_folder",
     "vmoco.mlflow_internals",
     "vmoco.ray_internals",
+    "vmoco.unused_settings",
 }
 PACKAGES = ("data", "model", "encoders", "cluster", "evaluate", "train", "sweep")
 
@@ -81,7 +83,7 @@ def layer(module: str) -> int:
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Every module that a file imports, wherever in it, and whether that happens at import time."""
+    """Every module that a file imports, anywhere in it, and whether that happens at import time."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -149,7 +151,7 @@ def test_no_file_is_named_after_nothing() -> None:
 
 
 def test_loading_an_encoder_imports_nothing_of_training() -> None:
-    """Whoever pulls an encoder loads no file of `vmoco.train`, `vmoco.evaluate` or `vmoco.sweep`."""
+    """A process that pulls an encoder loads no file of `vmoco.train`, `vmoco.evaluate` or `vmoco.sweep`."""
     code = (
         "import sys, vmoco.encoders.package; print(sorted(name for name in sys.modules if name.startswith('vmoco.')))"
     )

@@ -178,7 +178,7 @@ def test_a_signal_requests_a_stop_from_a_normal_thread() -> None:
         assert done.wait(5)
         assert stop.requested
         assert stop.signal_name == "SIGTERM"
-        os.kill(os.getpid(), signal.SIGTERM)  # impatience of a machine changes nothing
+        os.kill(os.getpid(), signal.SIGTERM)  # a machine that repeats the signal changes nothing
     assert called == ["stop-request"]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
@@ -230,7 +230,7 @@ def test_ctrl_c_in_a_direct_run_leaves_nothing() -> None:
 @pytest.mark.cluster
 @pytest.mark.parametrize("way", ["get(task)", "wait([task])"])
 def test_sigterm_while_waiting_for_ray_is_a_stop(local_cluster: LocalCluster, way: str) -> None:
-    """Ray makes another SystemExit, with the code 1, of one that is raised while it waits."""
+    """Ray replaces a SystemExit that is raised while it waits by another one, with code 1."""
     environment = os.environ | local_cluster.environment | {"RAY_ADDRESS": local_cluster.gcs_address}
     command = [sys.executable, "-c", WAITING_JOB.replace("WAY", way)]
     with subprocess.Popen(

@@ -23,6 +23,7 @@ except SystemExit as ended:
 SHOWN = {
     "check": "cluster",
     "check cluster paper": "--moco.queue-size",
+    "compare": "--page",
     "demo": "--dashboard-port",
     "embed": "--videos-per-part",
     "evaluate": "--finetune.batch-size",
@@ -77,7 +78,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("words", "message"), WRONG.items(), ids=list(WRONG))
 def test_a_wrong_value_is_answered_with_its_flag(words: str, message: str) -> None:
-    """One line with the flag as it is typed, whether the value is wrong alone or beside another, and nothing else."""
+    """The job prints only one line, with the flag as typed, if the value is wrong alone or beside another flag."""
     name, *flags = words.split()
     ended = run(f"jobs/{name}.py", *flags)
     assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", f"error: {message}\n")

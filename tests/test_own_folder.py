@@ -35,7 +35,7 @@ def test_the_folder_of_a_killed_process_is_removed_by_the_next(tmp_path: Path) -
 
 
 def test_the_token_is_private(tmp_path: Path) -> None:
-    """Only the user reads the folder and its token, and each folder has a token of its own."""
+    """Only the user can read the folder and its token, and each folder has its own token."""
     one, other = make_folder(tmp_path), make_folder(tmp_path)
     assert one.stat().st_mode & 0o777 == 0o700
     assert (one / "token").stat().st_mode & 0o777 == 0o600
@@ -63,7 +63,7 @@ def test_an_owner_is_gone_only_where_that_is_certain(tmp_path: Path, change: dic
 
 @pytest.mark.parametrize("content", [None, "", "{}", '{"pid": 1}'])
 def test_a_folder_that_names_no_owner_is_left_alone(tmp_path: Path, content: str | None) -> None:
-    """Also one whose file is empty or incomplete: its maker may be about to write it."""
+    """Also one whose file is empty or incomplete: its process may be about to write it."""
     folder = tmp_path / f"{PREFIX}somebody"
     folder.mkdir()
     if content is not None:
@@ -74,7 +74,7 @@ def test_a_folder_that_names_no_owner_is_left_alone(tmp_path: Path, content: str
 
 @pytest.mark.skipif(os.getuid() != 0 and not os.environ.get("CI"), reason="only root can give a folder to another user")
 def test_the_folders_of_other_users_are_left_alone(tmp_path: Path) -> None:
-    """Also where their owner is gone, and also for root, who could remove them."""
+    """Also if their owner is gone, and also for root, who could remove them."""
     folder = make_folder(tmp_path)
     owner = json.loads((folder / OWNER).read_text())
     (folder / OWNER).write_text(json.dumps(owner | {"started": "1"}))

@@ -1,4 +1,4 @@
-"""The whole path as a user goes it: real videos, submitted jobs, a real tracker, and an encoder pulled by name."""
+"""The complete path of a user: real videos, submitted jobs, a real tracker, and an encoder pulled by name."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Service:
         return rows
 
     def loss_steps(self, name: str) -> list[int]:
-        """Steps of the points of `loss`, in the order in which the tracker took them."""
+        """Steps of the points of `loss`, in the order in which the tracker received them."""
         run_id = json.loads((self.home / "runs" / name / "run.json").read_text())["run_id"]
         history = MlflowClient(f"sqlite:///{self.home}/mlflow.db").get_metric_history(run_id, "loss")
         return [point.step for point in history]
@@ -105,12 +105,12 @@ def finished(job: subprocess.Popen[str]) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(service: Service) -> str:
-    """What a run that nobody disturbed said; 48 steps, so three checkpoints."""
+    """Output of an undisturbed run; 48 steps, so three checkpoints."""
     return finished(service.pretrain("undisturbed", "--train.steps", "48", "--tracking.register-as", "tested"))
 
 
 def test_a_truncated_video_lands_in_the_ledger(service: Service) -> None:
-    """It is named with stage, reason and the decoder's words, and all others became clips."""
+    """The ledger has its stage, reason and the decoder's message, and all other videos became clips."""
     rows = [json.loads(line) for line in Path(service.data, "ledger.jsonl").read_text().splitlines()]
     assert [row["video_id"] for row in rows] == ["truncated.mp4"]
     assert rows[0]["stage"] in ("probe", "decode")
@@ -118,7 +118,7 @@ def test_a_truncated_video_lands_in_the_ledger(service: Service) -> None:
 
 
 def test_a_job_says_how_to_stop_it_then_how_far_it_is(undisturbed: str) -> None:
-    """Its own first line is the stop command; then progress lines with step, loss, speed and time left."""
+    """Its first line is the stop command; progress lines with step, loss, speed and time left follow."""
     own = undisturbed[undisturbed.index("Running entrypoint") :].splitlines()[1:]
     assert re.match(r"to stop this job .*: ray job stop \S+ --address http://127.0.0.1:\d+", own[0])
     assert re.search(r"step 40/48  loss \d+\.\d+  generator -\d.*clips/s  data wait \d+%  0:\d\d left", undisturbed)
@@ -238,7 +238,7 @@ def test_a_finished_run_is_not_run_again(service: Service, undisturbed: str) -> 
     )
     assert (result.returncode, result.stdout) == (
         0,
-        "run undisturbed has ended before; its encoder is models:/tested@candidate\n",
+        "run undisturbed has finished already; its encoder is models:/tested@candidate\n",
     ), result.stderr
     tracker = MlflowClient(f"sqlite:///{service.home}/mlflow.db")
     assert len(tracker.search_model_versions("name='tested'")) == 1
@@ -285,7 +285,7 @@ def test_a_stopped_job_keeps_its_state_and_goes_on(service: Service, undisturbed
     submission_id = stop.split("ray job stop ")[1].split()[0]
     JobServer(service.cluster.address, service.environment).ask("POST", f"/api/jobs/{submission_id}/stop")
     said, _ = job.communicate(timeout=100)
-    assert "the same command with --run.name stopped goes on" in said, said
+    assert "the same command with --run.name stopped continues" in said, said
     step = service.kept("stopped")[-1]["step"]
     assert 0 < step < 48
     assert f"from step {step}" in finished(service.pretrain("stopped", "--train.steps", "48"))
@@ -329,7 +329,7 @@ def test_ctrl_c_in_a_direct_run_keeps_the_state_and_leaves_nothing(service: Serv
     os.killpg(job.pid, signal.SIGINT)  # what a terminal does: every process of the group gets it
     said, _ = job.communicate(timeout=60)
     assert job.returncode == 130, said
-    assert "the same command with --run.name direct goes on" in said
+    assert "the same command with --run.name direct continues" in said
     assert said.strip().splitlines()[-1] == "stopped"
     assert service.kept("direct")[-1]["step"] >= 10
     assert processes.of_session(job.pid) == []

@@ -73,7 +73,7 @@ def test_ray_reads_the_name(name: str, path: str) -> None:
 
 
 def test_the_coordinator_takes_what_we_ask() -> None:
-    """Its actor has the methods, with the parameters that we pass."""
+    """The coordinator's actor has the methods, with the parameters that we pass."""
     from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import _AutoscalingCoordinatorActor
 
     wanted = {

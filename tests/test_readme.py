@@ -26,7 +26,7 @@ def text(page: str) -> str:
 
 
 def test_the_readme_is_a_front_page() -> None:
-    """Below 150 lines, and its pictures together below 400 KB."""
+    """It has fewer than 150 lines, and its pictures together less than 400 KB."""
     assert len(text("README.md").splitlines()) < 150
     pictures = [ROOT / path for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text("README.md"))]
     assert pictures
@@ -50,19 +50,19 @@ def test_links_lead_somewhere(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_are_named_exist(page: str) -> None:
-    """Each path below one of the top folders is there; a pattern matches something."""
+    """Each path below one of the top folders exists; a pattern matches at least one file."""
     for path in set(NAMED.findall(text(page))) - ELSEWHERE:
         assert any(ROOT.glob(path.rstrip("/"))), f"{page} names {path}"
 
 
 def test_the_method_names_functions_that_exist() -> None:
-    """In METHOD.md's table of formulas, each function and method is defined in the file beside it."""
+    """In METHOD.md's table of formulas, each function, method and class is defined in the file beside it."""
     rows = re.findall(r"^\|.*\]\(([\w/]+\.py)\): ((?:`[\w.]+`(?:, )?)+) \|$", text("vmoco/METHOD.md"), re.MULTILINE)
     assert len(rows) > 15
     for path, names in rows:
         defined = set()
         for node in ast.parse((ROOT / "vmoco" / path).read_text()).body:
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 defined.add(node.name)
             if isinstance(node, ast.ClassDef):
                 defined |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
@@ -71,7 +71,7 @@ def test_the_method_names_functions_that_exist() -> None:
 
 
 def commands() -> list[tuple[str, tuple[str, ...], frozenset[str]]]:
-    """Every command line of a job in the pages: its file, the subcommands, and its flags."""
+    """Every command line of a job in the pages: its file, its subcommands and its flags."""
     found = set()
     for page in PAGES:
         lines = [line for line in text(page).splitlines() if line.startswith("    ")]

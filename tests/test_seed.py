@@ -72,7 +72,7 @@ def test_hash_separates_types_and_parts() -> None:
 
 @given(length=st.integers(0, 200), seed=UINT64)
 def test_permutation_is_the_plain_one(length: int, seed: int) -> None:
-    """Every index once, in the order of the counters mixed twice in plain integers."""
+    """Every index appears once, in the order of the counters mixed twice in plain integers."""
     keys = [plain_mix(plain_mix(place, 0) ^ seed, seed) for place in range(length)]
     found = permutation(length, seed).tolist()
     assert sorted(found) == list(range(length))
@@ -80,7 +80,7 @@ def test_permutation_is_the_plain_one(length: int, seed: int) -> None:
 
 
 def test_permutations_of_different_seeds_have_little_in_common() -> None:
-    """Over 200 pairs of neighbouring seeds, 1 place in 100 agrees on average, as between random permutations."""
+    """For 200 pairs of adjacent seeds, 1 place in 100 agrees on average, as with random permutations."""
     agreeing = [(permutation(100, seed) == permutation(100, seed + 1)).sum() for seed in range(200)]
     assert 0.6 < np.mean(agreeing) < 1.4
 

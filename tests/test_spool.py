@@ -1,4 +1,4 @@
-"""A spool loses no point and doubles none, whatever the tracker and the process do, and never waits."""
+"""A spool loses no point and sends none twice, whatever the tracker and the process do, and never waits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vmoco.spool import Document, Points, RefusedError, Spool
 
 
 class Notebook:
-    """A tracker that writes down what it takes, and is down when told."""
+    """A tracker that records what it receives, and can be switched off."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, int, float, int]] = []
@@ -118,7 +118,7 @@ def test_a_tracker_that_is_down_costs_no_time(tmp_path: Path) -> None:
 
 
 def test_a_process_that_was_cut_off_sends_nothing(tmp_path: Path) -> None:
-    """Its points belong to a life of the run that another group of workers lives again."""
+    """Another group of workers repeats this part of the run, so the old points do not count."""
     tracker = Notebook()
 
     def cut_off() -> None:
@@ -143,7 +143,7 @@ class Strict(Notebook):
 
 
 def test_what_is_refused_for_good_blocks_nothing(tmp_path: Path) -> None:
-    """It is reported once and kept in a file of its own; everything beside it arrives, and `close` has nothing left."""
+    """It is reported once and kept in a separate file. All other points arrive, and `close` has nothing left."""
     tracker, warnings = Strict(), list[str]()
     spool = Spool(tracker, name="t", uri=str(tmp_path / "spool.json"), warn=warnings.append)
     spool.document("large.png", bytes(200))

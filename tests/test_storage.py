@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+from tests.names import names
 from vmoco import storage
 
 KILLED_WRITER = """
@@ -27,7 +34,7 @@ def below(folder: Path) -> list[str]:
 
 
 def test_reader_sees_one_whole_content_or_the_other(tmp_path: Path) -> None:
-    """While a writer replaces a file again and again, each read gives one of the two contents entire."""
+    """While a writer replaces a file again and again, each read gives one of the two complete contents."""
     path, contents = tmp_path / "file", [b"a" * 2**20, b"b" * 2**21]
     storage.write_atomic(str(path), contents[0])
     finished = threading.Event()
@@ -50,7 +57,7 @@ def test_reader_sees_one_whole_content_or_the_other(tmp_path: Path) -> None:
 
 
 def test_folder_is_created_and_content_replaced(tmp_path: Path) -> None:
-    """Missing folders appear with the file; a second write takes the place of the first, also if it is shorter."""
+    """Missing folders are created with the file; a second write replaces the first, also if it is shorter."""
     path = tmp_path / "new" / "folder" / "file"
     storage.write_atomic(str(path), b"long content")
     storage.write_atomic(str(path), memoryview(b"short"))
@@ -60,7 +67,7 @@ def test_folder_is_created_and_content_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["file/below", "file/far/below", "folder"])
 def test_failed_write_leaves_nothing(tmp_path: Path, place: str) -> None:
-    """Below a file, or in place of a folder: an error message with the place, and no temporary file."""
+    """A path below a file, or in place of a folder, gives an error with the path, and leaves no temporary file."""
     (tmp_path / "file").write_bytes(b"kept")
     (tmp_path / "folder").mkdir()
     uri = str(tmp_path / place)
@@ -73,7 +80,7 @@ def test_failed_write_leaves_nothing(tmp_path: Path, place: str) -> None:
 
 
 def write_half(path: Path) -> None:
-    """Breaks in the middle of writing."""
+    """Fails in the middle of writing."""
     with storage.open_atomic(str(path)) as file:
         file.write(b"half of")
         raise RuntimeError("broken")
@@ -100,7 +107,7 @@ def test_temporary_file_of_a_killed_writer_is_not_listed(tmp_path: Path) -> None
 
 
 def test_listing_is_sorted_and_relative(tmp_path: Path) -> None:
-    """All files below the folder, as names in it; the folder may end in a slash; one level where asked for."""
+    """Lists all files below the folder by relative name, or one level; the folder may end in a slash."""
     for name in ("b", "a/z", "a/b/c", "a.txt", "C"):
         storage.write_atomic(str(tmp_path / name), b"")
     (tmp_path / "empty").mkdir()
@@ -159,7 +166,7 @@ def test_empty_location_is_refused() -> None:
 
 @pytest.mark.parametrize("uri", ["/a/b", "s3://bucket/b", "~/b", "file:///a/b"])
 def test_submitted_job_takes_absolute_places(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
-    """In a submitted job a URI or an absolute path is taken as outside one."""
+    """In a submitted job, a URI or an absolute path is accepted as outside of one."""
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     outside = storage.require_absolute(uri, "data.uri")
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
@@ -182,6 +189,70 @@ def test_join_puts_one_slash_between(folder: str) -> None:
     assert storage.join(folder, "b", "c.txt") == folder.removesuffix("/") + "/b/c.txt"
 
 
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(name=names(), below=names())
+def test_any_name_is_written_and_read_back(name: str, below: str) -> None:
+    """Whatever characters a folder and a file have, up to 255 bytes: the file has that name, and no other is there."""
+    hypothesis.assume(not below.endswith(".tmp"))
+    with tempfile.TemporaryDirectory() as root:
+        uri = storage.join(f"file://{root}", name, below)
+        storage.write_atomic(uri, b"content")
+        assert os.listdir(f"{root}/{name}") == [below]
+        assert storage.read_bytes(uri) == b"content"
+        assert storage.exists(uri)
+        assert storage.list_files(storage.join(root, name)) == [below]
+        with storage.open_atomic(uri) as file:
+            file.write(b"another")
+        assert Path(root, name, below).read_bytes() == b"another"
+        storage.check_writable(storage.join(root, name))
+        storage.delete_file(uri)
+        storage.delete_leftovers(uri)
+        assert os.listdir(f"{root}/{name}") == []
+
+
+def test_only_file_uris_are_decoded() -> None:
+    """Once, and not in what is appended; the name of an object is taken as it is."""
+    assert storage.join("file:///a%20b", "c%20d") == "/a b/c%20d"
+    assert storage.local_path("file:///a%2520b") == Path("/a%20b")
+    assert storage.join("s3://bucket/a%20b", "c%20d") == "s3://bucket/a%20b/c%20d"
+
+
+def test_a_killed_writer_of_a_long_name_leaves_what_can_be_removed(tmp_path: Path) -> None:
+    """The temporary file of a name of 255 bytes has a valid name, and is found again."""
+    name = "é" * 127 + "x"
+    killed = subprocess.run([sys.executable, "-c", KILLED_WRITER, str(tmp_path / name)], check=False)
+    assert killed.returncode == -9
+    assert len(list(tmp_path.iterdir())) == 1
+    storage.delete_leftovers(str(tmp_path / name))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_final(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No space and no quota are raised at once; what may pass is tried again."""
+    waits: list[float] = []
+    monkeypatch.setattr(storage.time, "sleep", waits.append)
+
+    def fail(number: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(OSError, match=re.escape(os.strerror(code))):
+        storage.patiently(lambda: fail(code))
+    assert waits == []
+    with pytest.raises(OSError, match="Input/output error"):
+        storage.patiently(lambda: fail(errno.EIO))
+    assert len(waits) == 3
+
+
+def test_free_space_is_that_of_the_disk(tmp_path: Path) -> None:
+    """Also of a folder that does not exist yet; stores have no limit."""
+    free = storage.free_bytes(str(tmp_path / "not" / "yet"))
+    assert free == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
+    assert storage.free_bytes(f"file://{tmp_path}") == pytest.approx(free, rel=0.05)
+    assert storage.gigabytes(12.34e9) == "12.3 GB"
+    assert storage.gigabytes(4.5e6) == "4.5 MB"
+
+
 def test_unwritable_place_shows_before_the_work(tmp_path: Path) -> None:
     """`check_writable` leaves nothing in a good place, and refuses one below a file with its reason."""
     storage.check_writable(str(tmp_path / "good"))
@@ -196,7 +267,7 @@ def test_unwritable_place_shows_before_the_work(tmp_path: Path) -> None:
     ["s3://AKIAHIDDEN:hidden@bucket/data", "s3://bucket/data?access_key=hidden&secret_key=hidden", "gs://h:i@b/x"],
 )
 def test_a_uri_with_a_key_in_it_is_refused_without_repeating_it(uri: str) -> None:
-    """The sentence says where keys belong, and holds neither key nor URI."""
+    """The message says where keys belong, and contains neither key nor URI."""
     with pytest.raises(ValueError, match=r"carries a key, .*AWS_ACCESS_KEY_ID .*create a new key") as raised:
         storage.absolute_uri(uri)
     assert "hidden" not in str(raised.value).lower()

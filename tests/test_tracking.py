@@ -1,4 +1,4 @@
-"""A tracker takes every point, whenever it comes back, and never holds the run up."""
+"""A tracker receives every point, whenever it comes back, and never delays the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SETTINGS = PRESETS["tiny"][1]
 
 
 def test_points_and_documents_arrive(vmoco_home: Path) -> None:
-    """All points of a run with their steps, of a document its last content, and the settings as parameters."""
+    """All points of a run arrive with their steps; of a document the last content; settings arrive as parameters."""
     run_id = tracking.create_run(SETTINGS, tags={"vmoco.preset": "tiny"})
     tracker = tracking.spool(tracking.tracking_uri(), run_id)
     for step in range(1200):
@@ -171,8 +171,8 @@ def test_a_document_that_a_gateway_never_lets_through_is_set_aside(vmoco_home: P
 
 
 def test_a_deleted_experiment_says_how_to_bring_it_back(vmoco_home: Path) -> None:
-    """The message gives the command with the experiment's id, or suggests another name."""
-    tracking.create_run(SETTINGS, tags={})
+    """A new run and a run that resumes get the command with the experiment's id; a deleted run gets its own."""
+    run_id = tracking.create_run(SETTINGS, tags={})
     client = MlflowClient(tracking.tracking_uri())
     experiment = client.get_experiment_by_name(SETTINGS.tracking.experiment)
     assert experiment is not None
@@ -180,16 +180,33 @@ def test_a_deleted_experiment_says_how_to_bring_it_back(vmoco_home: Path) -> Non
     restore = f"restore --experiment-id {experiment.experiment_id}`, or choose another --tracking.experiment"
     with pytest.raises(ValueError, match=restore):
         tracking.create_run(SETTINGS, tags={})
+    restore = f"restore --experiment-id {experiment.experiment_id}`, or begin a new run with another --run.name and"
+    with pytest.raises(ValueError, match=restore):
+        tracking.resume_run(run_id)
+    client.restore_experiment(experiment.experiment_id)
+    client.delete_run(run_id)
+    with pytest.raises(ValueError, match=f"was deleted in the tracker .* `mlflow runs restore --run-id {run_id}`"):
+        tracking.resume_run(run_id)
+    client.restore_run(run_id)
+    assert tracking.resume_run(run_id) == ""
 
 
 def test_a_server_that_no_other_machine_can_use_is_refused(
     tmp_path: Path, vmoco_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Artifacts on the server's own disk, or a host name that it does not know: each says what to start it with."""
+    """Artifacts on the server's own disk, or a host name that it does not know: each says what to start it with.
+
+    Artifacts on its disk also stop a run that resumes.
+    """
     with TrackingServer(tmp_path, "--no-serve-artifacts", "--default-artifact-root", str(tmp_path / "own")) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
         with pytest.raises(ValueError, match=r"the server's own disk .*: start the server with --artifacts-"):
             tracking.create_run(SETTINGS, tags={})
+        experiment = MlflowClient(server.address).get_experiment_by_name(SETTINGS.tracking.experiment)
+        assert experiment is not None
+        begun = MlflowClient(server.address).create_run(experiment.experiment_id).info.run_id
+        with pytest.raises(ValueError, match=r"the server's own disk .*, and begin a new run with another --run\.name"):
+            tracking.resume_run(begun)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address.replace("127.0.0.1", "[::ffff:127.0.0.1]"))
         with pytest.raises(ValueError, match=r"does not know this host name: start it with --allowed-hosts \[::ffff"):
             tracking.create_run(SETTINGS, tags={})

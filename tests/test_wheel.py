@@ -1,4 +1,4 @@
-"""The wheel of this project: what is in it, and that an environment that has only the wheel loads an encoder."""
+"""The wheel of this project has the right files, and an environment with only the wheel loads an encoder."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def test_the_version_is_the_same_everywhere(wheel: Path) -> None:
 
 
 def test_the_wheel_holds_the_library_and_nothing_else(wheel: Path) -> None:
-    """Every module of vmoco and METHOD.md; no jobs, no tests, no pictures."""
+    """It has every module of vmoco and METHOD.md, but no jobs, tests or pictures."""
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == {str(path.relative_to(ROOT)) for path in ROOT.glob("vmoco/**/*.py")} | {"vmoco/METHOD.md"}
 
 
 def test_an_installed_wheel_loads_an_encoder(wheel: Path, tmp_path: Path) -> None:
-    """In a fresh environment that shares the test environment's packages, but not its vmoco: the same features."""
+    """A fresh environment, with the test environment's packages but not its vmoco, gives the same features."""
     manifest = make_data_set(tmp_path / "data")
     save_checkpoint(tmp_path / "checkpoint", manifest)
     publish.write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", manifest=manifest)

@@ -2,89 +2,18 @@
 
 A run is described by one `PretrainSettings`. Its canonical JSON is saved, the same bytes, in the checkpoint, in MLflow
 and with the encoder. Its content hash covers what decides the numbers of the run, and a resumed run must have the same
-one. A field decides numbers unless it is marked `Unhashed`, so a field that nobody thought about is part of the hash.
-`Settings` is the base of the other jobs' settings too (`vmoco/job_settings.py`).
+one. `vmoco/settings.py` says what a group of settings is and which fields are hashed.
 """
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
 import math
-import shlex
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-
-class Unhashed:
-    """Marks a field that decides no number: where things are, how often a job reports, how many workers it has."""
-
-
-class HashedIfSet:
-    """Marks a field that decides numbers only when it is given: hashes from before the field existed stay valid."""
-
-
-def flag(*path: str) -> str:
-    """The flag of a field as it is typed: `flag("moco", "queue_size")` is `--moco.queue-size`."""
-    return "--" + ".".join(part for part in path if part).replace("_", "-")
-
-
-class Settings(BaseModel):
-    """A frozen group of settings; a value that is not allowed raises a ValueError that names its flag."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-    group: ClassVar[str] = ""
-    """What stands before the dot in the flags of this class; empty where the flags have no dot."""
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ValueError("; ".join(map(self._message, error.errors()))) from None
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **options: Any) -> None:
-        for field in cls.model_fields.values():
-            if field.description:  # one line: the help has breaks of its own
-                field.description = " ".join(field.description.split())
-
-    @classmethod
-    def _message(cls, problem: Any) -> str:
-        if problem["type"] == "value_error":  # raised by a check of ours, here or in a group: complete already
-            return str(problem["ctx"]["error"])
-        path = [str(part) for part in problem["loc"] if isinstance(part, str)]
-        name = flag(cls.group, *path)
-        if problem["type"] == "missing":
-            return f"{name} is missing"
-        if problem["type"] == "extra_forbidden":
-            (nearest,) = difflib.get_close_matches(path[-1], cls.model_fields, n=1, cutoff=0)
-            return f"{name} does not exist: did you mean {flag(cls.group, nearest)}?"
-        allowed = problem["msg"][0].lower() + problem["msg"][1:]
-        allowed = allowed.replace("input should be", "it must be", 1)
-        return f"{name} {shlex.quote(str(problem['input']))} is not allowed: {allowed}"
-
-    def canonical_json(self) -> str:
-        """The settings as JSON with sorted keys: equal settings give equal bytes."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1)
-
-    def content(self) -> dict[str, Any]:
-        """The fields that decide numbers, as JSON values: all but those marked `Unhashed`."""
-        values = self.model_dump(mode="json")
-        found: dict[str, Any] = {}
-        for name, field in type(self).model_fields.items():
-            value = getattr(self, name)
-            if Unhashed in field.metadata or (HashedIfSet in field.metadata and not value):
-                continue
-            found[name] = value.content() if isinstance(value, Settings) else values[name]
-        return found
-
-    def content_hash(self) -> str:
-        """Hash of `content`, 16 hexadecimal digits."""
-        return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()[:16]
+from vmoco.settings import HashedIfSet, OmittedIfDefault, Settings, Unhashed
 
 
 class RunSettings(Settings):
@@ -98,7 +27,8 @@ class RunSettings(Settings):
     """Folder or URI for checkpoints, for example s3://bucket/runs. All nodes must reach it. When left out:
     $VMOCO_HOME/runs, or ~/.vmoco/runs."""
     fork: Annotated[str | None, HashedIfSet] = None
-    """Checkpoint of another run to continue from in a new run, at its step: a uri from that run's checkpoints.json."""
+    """Checkpoint of another run to continue from in a new run, at its step: a uri from that run's checkpoints.json. To
+    begin at step 0 with its networks, give it to --model.init."""
     seed: int = 0
     """Every random draw depends on this number. Change it to repeat a run with other draws."""
 
@@ -122,6 +52,9 @@ class DataSettings(Settings):
     positives: Positives = "same_clip"
     """What a query must match: another view of the same clip (paper), or another clip of the same video (rho-MoCo with
     rho = 2). The second learns less from texture."""
+    two_clips_from_percent: Annotated[float, OmittedIfDefault] = Field(0.0, ge=0, le=100)
+    """Percentage of the training steps after which positives come from two clips, if --data.positives is two_clips;
+    before it they come from the same clip. Set for example 50 if two_clips alone does not begin to learn."""
     batches_ahead: Annotated[int, Unhashed] = Field(3, ge=1)
     """Number of batches that the loader prepares ahead of the training step. Each takes memory on every worker."""
     cache: Annotated[str | None, Unhashed] = None
@@ -177,13 +110,15 @@ class ModelSettings(Settings):
     head: Literal["linear", "mlp"] = "linear"
     """Projection from feature to embedding: a linear layer (paper), or two layers with a ReLU between (MoCo v2)."""
     init: Annotated[str | None, tyro.conf.arg(aliases=["--init"])] = None
-    """Trained encoder whose backbone this run starts from: models:/NAME@ALIAS, or a folder. The head, the queue, the
-    optimizers and the step count start new."""
+    """Weights to start from, at step 0: a trained encoder (models:/NAME@ALIAS, or a folder), which gives its backbone,
+    or a checkpoint of another run, which gives both encoders with heads and the generator. All else is new."""
 
 
 Fill = Literal["mean", "zero"]
 Estimator = Literal["mask", "pixel_sum"]
 BeforeStart = Literal["whole", "random"]
+Select = Literal["top", "sample"]
+Objective = Literal["difference", "contrast"]
 
 
 class GeneratorSettings(Settings):
@@ -209,6 +144,15 @@ class GeneratorSettings(Settings):
     relative: bool = False
     """Compares each frame with the same position in the other clips of its micro-batch. Then the generator cannot
     choose by position alone."""
+    select: Annotated[Select, OmittedIfDefault] = "top"
+    """How frames are chosen by their importance: the most important ones (paper), or a random sample in which important
+    frames are more likely. Use sample if the generator drops the same frames of every clip."""
+    objective: Annotated[Objective, OmittedIfDefault] = "difference"
+    """What the generator raises: the difference that its drops make to the embedding (paper), or the contrastive loss
+    of the query. contrast makes a step nearly a third cheaper, and ignores --generator.strength."""
+    every: Annotated[int, OmittedIfDefault] = Field(1, ge=1)
+    """Trains the generator in every n-th step only, which makes the other steps cheaper. In those it still chooses the
+    frames. Example: 4."""
     hidden_channels: int = Field(16, ge=1)
     """Number of channels in the generator's recurrent state."""
     frame_size: int = Field(32, ge=8)
@@ -243,6 +187,9 @@ class MocoSettings(Settings):
     """What the age of a key counts: training steps since it entered the queue, or keys that entered after it."""
     decay_on: DecayOn = "logit"
     """What the weight multiplies: the similarity (paper), or its exponential. Only the second removes old keys."""
+    reversed_negatives_percent: Annotated[float, OmittedIfDefault] = Field(0.0, ge=0, le=100)
+    """Percentage of the clips that, played backwards, are one more negative of their own query, in each micro-batch.
+    Set for example 25 if the direction of time matters. Clips without motion look the same backwards."""
 
 
 Precision = Literal["auto", "bf16", "fp32"]
@@ -329,7 +276,8 @@ class EvaluationSettings(Settings):
     use_gpu: bool = False
     """Reserves a GPU for scoring. Otherwise checkpoints are scored on CPUs, which takes hours for a large network."""
     max_videos: int = Field(500, ge=2)
-    """Largest number of held-out videos used for a score, with up to 8 clips each. Lower it to score faster."""
+    """Largest number of held-out videos used for a score, with up to 8 clips each, and 4 of them also played
+    backwards. Lower it to score faster."""
 
 
 class TrackingSettings(Settings):
@@ -393,6 +341,11 @@ class PretrainSettings(Settings):
                 f"--generator.drop-ratio {self.generator.drop_ratio} of --data.num-frames {data.num_frames} drops "
                 f"{self.num_dropped} frames: it must drop at least one and keep at least one, or be 0"
             )
+        if moco.reversed_negatives_percent and not self.num_reversed:
+            raise ValueError(
+                f"--moco.reversed-negatives-percent {moco.reversed_negatives_percent} of --train.micro-batch "
+                f"{train.micro_batch} reverses 0 clips: raise one of them, or set the percentage to 0"
+            )
         # S3D halves time three times and space five times, without padding at the last.
         if self.model.backbone == "s3d" and (data.num_frames < 5 or self.augment.size < 17):
             raise ValueError(
@@ -408,6 +361,16 @@ class PretrainSettings(Settings):
             raise ValueError(
                 f"--run.fork {self.run.fork} and --model.init {self.model.init} both give the weights to start from: "
                 "leave one of them out"
+            )
+        if data.two_clips_from_percent and data.positives != "two_clips":
+            raise ValueError(
+                f"--data.two-clips-from-percent {data.two_clips_from_percent} needs --data.positives two_clips, not "
+                f"{data.positives}: set two_clips, or leave the percentage out"
+            )
+        if self.generator.objective == "contrast" and moco.decay_schedule == "adversarial":
+            raise ValueError(
+                "--generator.objective contrast does not measure the difference from which --moco.decay-schedule "
+                "adversarial takes the decay: set the objective to difference, or choose another schedule"
             )
         if train.warmup_steps >= train.steps:
             raise ValueError(
@@ -427,9 +390,21 @@ class PretrainSettings(Settings):
         return math.floor(self.generator.drop_ratio * self.data.num_frames + 0.5)
 
     @property
+    def num_reversed(self) -> int:
+        """Number of clips in each micro-batch whose key is also encoded backwards; halves round up."""
+        return math.floor(self.moco.reversed_negatives_percent / 100 * self.train.micro_batch + 0.5)
+
+    @property
     def num_micro_batches(self) -> int:
         """Number of micro-batches in one step, over all ranks."""
         return self.train.global_batch // self.train.micro_batch
+
+    @property
+    def two_clips_start(self) -> int:
+        """First step (counted from 0) whose positives come from two clips; train.steps if none do."""
+        if self.data.positives == "same_clip":
+            return self.train.steps
+        return math.ceil(self.train.steps * self.data.two_clips_from_percent / 100)
 
     @property
     def generator_start(self) -> int:
@@ -437,3 +412,7 @@ class PretrainSettings(Settings):
         if self.generator.drop_ratio == 0:
             return self.train.steps
         return math.ceil(self.train.steps * self.generator.start_percent / 100)
+
+    def trains_generator(self, step: int) -> bool:
+        """Whether the generator trains in a step (counted from 0): in its first one, and in every n-th after that."""
+        return step >= self.generator_start and (step - self.generator_start) % self.generator.every == 0

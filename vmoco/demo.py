@@ -1,12 +1,18 @@
 """The complete service on one machine, as `make demo` shows it: from videos to an encoder that is pulled by name.
 
-It does what a user would type, in the same order: it starts a Ray head, submits the jobs, stops the head, and uses the
-encoder in a new process without Ray. All that it keeps lies below $VMOCO_HOME.
+It does what a user would type, in the same order: it starts a Ray head, submits the jobs, stops the head, and compares
+the encoder with random weights in a new process without Ray. All that it keeps lies below $VMOCO_HOME.
+
+A few long videos are cut into parts of a few seconds, each of which counts as a video and as a source (column `group`
+of the list). Mean colour tells ten whole videos apart, so a score over them shows nothing; parts of one video share
+their colours. The score is then of films that were trained on: it compares encoders, and says nothing of other films.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
 import shlex
@@ -17,10 +23,20 @@ from pathlib import Path
 
 from vmoco import storage
 from vmoco.cluster.local import LocalCluster
+from vmoco.data import source
+from vmoco.data.clips import ClipPlan
+from vmoco.data.decoder import Decoder
+from vmoco.data.ledger import VideoError
 from vmoco.job_settings import IngestSettings
 from vmoco.mlflow_internals import JOB_EXECUTION
 
 ENCODER = "models:/videomoco-demo@candidate"
+PAGE = "before-after.html"
+FEW_VIDEOS = 20
+"""With at most so many videos, long ones are cut into parts."""
+PART_SECONDS, MAX_PARTS = 3, 8
+"""Length of a part, and most parts of one video."""
+_PROBE_SECONDS = 60.0
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -62,7 +78,12 @@ def run(*, videos: str | None = None, dashboard_port: int | None = None) -> None
     cluster = LocalCluster(num_cpus=max(2, len(os.sched_getaffinity(0))), dashboard_port=dashboard_port)
     announce = Announcer(6)
     announce("footage")
-    settings = ingest_settings(_footage(videos))
+    place = _footage(videos)
+    parts = list_parts(place)
+    settings = ingest_settings(place, parts)
+    if settings.annotations:
+        storage.write_atomic(settings.annotations, parts.encode())
+        print(f"long videos count as parts of {PART_SECONDS} s, listed in {settings.annotations}", flush=True)
     announce("a local Ray cluster")
     with cluster:
         print(f"job server and dashboard: {cluster.address}", flush=True)
@@ -70,28 +91,83 @@ def run(*, videos: str | None = None, dashboard_port: int | None = None) -> None
         _check("ingest", cluster.submit(["python", "jobs/ingest.py", *flags(settings)], _ROOT))
         announce(f"pretrain: two workers -> {ENCODER}")
         _check("pretrain", cluster.submit(["python", "jobs/pretrain.py", "demo", "--data.uri", settings.output], _ROOT))
-    announce("nearest clips: the encoder pulled by name, in a new process without Ray")
+    announce("before and after: random weights beside the encoder pulled by name, in a new process without Ray")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    nearest = [sys.executable, "jobs/nearest.py", ENCODER, "--data", settings.output]
-    _check("nearest clips", subprocess.run(nearest, env=environment, cwd=_ROOT, check=False).returncode)
+    page = Path(settings.output.removesuffix("/") + "-page") / PAGE
+    if storage.local_path(settings.output) is None:  # a browser opens it from this machine
+        page = Path.cwd() / PAGE
+    compare = [sys.executable, "jobs/compare.py", ENCODER, "--data", settings.output, "--page", str(page)]
+    _check("before and after", subprocess.run(compare, env=environment, cwd=_ROOT, check=False).returncode)
     announce("done; what to do next")
     print(next_commands())
 
 
-def ingest_settings(videos: str) -> IngestSettings:
-    """Small frames and few clips. The name of the data set's folder follows from what decides its content."""
+def ingest_settings(videos: str, parts: str = "") -> IngestSettings:
+    """Small frames and few clips. The name of the data set's folder follows from what decides its content.
+
+    Args:
+        videos: folder or URI.
+        parts: list of parts (CSV), or empty; it is written as `annotations`.
+    """
     settings = IngestSettings(
         videos=videos,
         output="-",
         height=80,
-        width=107,  # 4:3, for crops of 64
-        max_clips_per_video=24,
-        held_out_percent=20,
-        videos_per_shard=1,
+        width=107,  # 4:3, for square crops
+        max_clips_per_video=4 if parts else 24,  # as many as fit into a part
+        held_out_percent=30,
+        videos_per_shard=4 if parts else 1,
     )
-    content = json.dumps([videos, settings.content()], sort_keys=True)
+    content = json.dumps([videos, parts, settings.content()], sort_keys=True)
     name = f"demo-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
-    return IngestSettings(**settings.model_dump() | {"output": storage.join(storage.home(), "data", name)})
+    output = storage.join(storage.home(), "data", name)
+    made = {"output": output} | ({"annotations": f"{output}.csv"} if parts else {})
+    return IngestSettings(**settings.model_dump() | made)
+
+
+def list_parts(videos: str) -> str:
+    """A list of parts of the videos in a folder, as CSV; empty where nothing is to be cut.
+
+    Empty for a URI or a list, which are taken as they are, for more than `FEW_VIDEOS` videos, and where none is long
+    enough for two parts. A video that cannot be read stays on the list, so that ingest says why.
+    """
+    if not os.path.isdir(storage.local_path(videos) or ""):
+        return ""
+    listing = source.list_videos(videos)
+    names = [found.path for found in listing.videos]
+    if len(names) > FEW_VIDEOS:
+        return ""
+    rows: list[tuple[str, int | str, int | str]] = [(row.video_id, "", "") for row in listing.rejected]
+    decoder = Decoder()  # in a process of its own: a damaged video may crash it
+    try:
+        for name in names:
+            try:
+                path = str(Path(str(storage.local_path(videos)), name))
+                plan = ClipPlan(num_frames=16)
+                contents = decoder.probe(path, plan, part_seconds=_PROBE_SECONDS, seconds=_PROBE_SECONDS)
+                rows += [(name, *part) for part in parts_of(contents.duration)]
+            except VideoError:
+                rows.append((name, "", ""))
+    finally:
+        decoder.close()
+    if len(rows) == len(names) + len(listing.rejected):
+        return ""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(
+        [("path", "start_seconds", "end_seconds", "group")]
+        + [(name, start, end, "" if start == "" else f"{name}#{start}-{end}") for name, start, end in rows]
+    )
+    return text.getvalue()
+
+
+def parts_of(seconds: float) -> list[tuple[int | str, int | str]]:
+    """First and last second of the parts of a video, evenly spread; empty texts where it is too short for two."""
+    fit = int(seconds // PART_SECONDS)
+    if fit < 2:
+        return [("", "")]
+    count = min(fit, MAX_PARTS)
+    numbers = [round(place * (fit - 1) / (count - 1)) for place in range(count)]
+    return [(number * PART_SECONDS, (number + 1) * PART_SECONDS) for number in numbers]
 
 
 def flags(settings: IngestSettings) -> list[str]:

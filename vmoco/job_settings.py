@@ -1,7 +1,8 @@
 """The settings of ingest, embed, evaluate, register and sweep, and the errors of a job that reads settings.
 
-One class a job, one docstring per field, which `--help` shows. `vmoco/config.py` has the base class and the settings of
-pretraining; the settings of a sweep contain those, because each of its trials is a pretraining.
+One class a job, one docstring per field, which `--help` shows. `vmoco/settings.py` has the base class, and
+`vmoco/config.py` the settings of pretraining; the settings of a sweep contain those, because each of its trials is a
+pretraining.
 """
 
 from __future__ import annotations
@@ -14,35 +15,50 @@ import tyro
 from pydantic import Field
 from tyro.constructors import MISSING, ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-from vmoco.config import PretrainSettings, Settings, Unhashed
+from vmoco.config import PretrainSettings
 from vmoco.presets import PRESETS
+from vmoco.settings import OmittedIfDefault, Settings, Unhashed
 
 Encoding = Literal["raw", "jpeg"]
-Layout = Literal["table", "kinetics", "ucf101", "hmdb51"]
+ShortVideos = Literal["reject", "loop"]
+Hdr = Literal["tonemap", "reject", "keep"]
+Deinterlace = Literal["auto", "off"]
+Layout = Literal["auto", "table", "filelist", "kinetics", "ssv2", "ucf101", "hmdb51"]
 
 
 class IngestSettings(Settings):
     """Turns a folder of videos into a data set: Arrow shards, a manifest and a ledger of rejected videos."""
 
     videos: Annotated[str, Unhashed]
-    """Folder of the videos or URI prefix (file://, s3://, gs://), searched with its subfolders; or a pattern such as
-    '/data/**/a-*.mp4'; or a list (.csv, .parquet, .jsonl) of paths relative to its own folder."""
+    """Folder of the videos or URI prefix (file://, s3://, gs://); its subfolders are searched too. Or a pattern such as
+    '/data/**/a-*.mp4'. Or a list (.csv, .parquet, .jsonl, .txt, .tsv) of paths relative to its own folder."""
     output: Annotated[str, Unhashed]
-    """Folder or URI of the data set. It is created if it does not exist, and continued if the settings are the same."""
+    """Folder or URI of the data set, for example s3://bucket/data. It is created if it does not exist. If it exists, it
+    is continued; the settings must be the same."""
     annotations: Annotated[str | None, Unhashed] = None
-    """File with the videos to take, and optionally their labels and splits. When left out, all videos are taken."""
-    layout: Annotated[Layout, Unhashed] = "table"
-    """Format of --annotations: a table (CSV, Parquet, JSON lines) with the column path and optionally start_seconds,
-    end_seconds, label, video_id, split; or the official files of kinetics, ucf101 or hmdb51."""
+    """List of the videos to take, and optionally their labels, ranges of seconds and splits: a file, or a folder of
+    split files. Paths are relative to --videos. When left out, all videos are taken."""
+    layout: Annotated[Layout, Unhashed] = "auto"
+    """Format of --annotations, as listed above. auto recognises a list by its name and its first line, and the job
+    prints which format it is. A list that may be of two formats is refused."""
+    suffixes: Annotated[tuple[str, ...], Unhashed] = ()
+    """More endings of videos, for example .mod .tod; '' takes files without an ending. Ingest prints how many files of
+    which endings it does not look at."""
     num_frames: int = Field(16, ge=2)
     """Number of frames in a stored clip. Training may take shorter clips, never longer ones."""
     stride: int = Field(1, ge=1)
     """Distance between neighbouring frames of a clip, in frames of the video or of --fps. 2 takes every second one."""
     fps: float | None = Field(None, gt=0)
-    """Frames per second to take, by their time stamps, for example 12.5. Use it if videos differ in their rate. When
-    left out, every frame is taken."""
-    short_videos: Literal["reject", "loop"] = "reject"
+    """Frames per second to take, by their time stamps, for example 12.5. Use it if the videos have different rates.
+    When left out, every frame is taken."""
+    short_videos: ShortVideos = "reject"
     """What to do with a video that is shorter than one clip: reject it, or repeat its frames until the clip is full."""
+    hdr: Annotated[Hdr, OmittedIfDefault] = "tonemap"
+    """What to do with HDR video (PQ or HLG): convert it to the range of other videos, reject it, or keep its values,
+    which look washed out."""
+    deinterlace: Annotated[Deinterlace, OmittedIfDefault] = "auto"
+    """What to do with interlaced video: auto deinterlaces the frames that are marked as interlaced; off stores the two
+    fields of a frame as they are, interleaved."""
     short_side: Annotated[int | None, Unhashed] = Field(None, ge=16)
     """Sets the height of stored frames, in pixels; the width is 4/3 of it. Replaces --height and --width."""
     height: int = Field(128, ge=16)
@@ -57,18 +73,18 @@ class IngestSettings(Settings):
     max_clips_per_video: int = Field(32, ge=1)
     """Largest number of clips from one video. They are spread evenly over it."""
     held_out_percent: float = Field(10.0, ge=0, le=90)
-    """Percentage of videos kept out of training, for scores. A hash of the name chooses them, so adding videos changes
-    nothing for those that are there."""
+    """Percentage of sources kept out of training, for scores. A source is a file with all its ranges, a YouTube video,
+    or a group of a list. A hash of its name chooses it, so adding videos changes nothing."""
     max_rejected_percent: Annotated[float, Unhashed] = Field(50.0, ge=0, le=100)
     """Percentage of rejected videos above which the job fails."""
     duplicates: Annotated[Literal["reject", "keep"], Unhashed] = "reject"
-    """What to do with a file that has the same content as another one. Of duplicates, the first name is kept."""
+    """What to do with files that have the same content: reject all but the first by name, or keep all."""
     shard_megabytes: Annotated[int, Unhashed] = Field(256, ge=1)
     """Approximate size of a shard file, in MiB. One Ray task writes one shard."""
     videos_per_shard: Annotated[int, Unhashed] = Field(64, ge=1)
-    """Largest number of videos in one shard. Lower it if few videos should be spread over many workers."""
+    """Largest number of videos in one shard. Lower it to spread a few videos over many workers."""
     part_seconds: Annotated[float, Unhashed] = Field(600.0, ge=1)
-    """Length in seconds of the parts in which several tasks decode a video that lasts more than 1.5 times as long."""
+    """A video that lasts more than 1.5 times this many seconds is decoded in parts of this length, by several tasks."""
     seconds_per_video: Annotated[float, Unhashed] = Field(600.0, gt=0)
     """Time limit in seconds for decoding one video, or one part of a long one. A slower decoder is killed."""
 
@@ -110,10 +126,16 @@ class EmbedSettings(PoolSettings):
     videos: str
     """Folder or URI prefix of videos, or a data set made by jobs/ingest.py."""
     output: str
-    """Folder or URI of the table of embeddings. It is continued if it was made with the same encoder."""
+    """Folder or URI of the table of embeddings. It is created if it does not exist. If it exists, it is continued; the
+    encoder must be the same."""
+    suffixes: tuple[str, ...] = ()
+    """More endings of videos, for example .mod .tod; '' takes files without an ending. Has no effect on a data set."""
     max_clips_per_video: int = Field(32, ge=1)
     """Largest number of clips from one video, spread evenly over it. Has no effect on a data set, whose clips are
     fixed."""
+    short_videos: ShortVideos = "reject"
+    """What to do with a video that is shorter than one clip: reject it, or repeat its frames until the clip is full.
+    Has no effect on a data set."""
     videos_per_part: int = Field(8, ge=1)
     """Number of videos that one task decodes and embeds. An interrupted job repeats only its unfinished tasks."""
     seconds_per_video: float = Field(600.0, gt=0)
@@ -121,14 +143,14 @@ class EmbedSettings(PoolSettings):
     gallery: bool = True
     """Also writes gallery.html, a page with some clips, their nearest clips, and a map of all clips."""
     queries: int = Field(12, ge=1)
-    """Number of clips whose nearest clips the gallery shows."""
+    """Number of clips for which the gallery shows the nearest clips."""
 
 
-Protocol = Literal["label-free", "knn", "probe", "retrieval", "finetune"]
+Protocol = Literal["label-free", "knn", "probe", "retrieval", "finetune", "motion"]
 
 
 class FinetuneSettings(Settings):
-    """Fine-tuning of all weights, as usual for UCF101 and HMDB51."""
+    """Fine-tuning of all weights, the usual protocol for UCF101 and HMDB51."""
 
     group = "finetune"
 
@@ -157,11 +179,11 @@ class EvaluateSettings(PoolSettings):
     data: str
     """Folder or URI of a data set made by jobs/ingest.py."""
     protocols: tuple[Protocol, ...] = ()
-    """What to measure, for example knn probe. When left out: all that the labels of the data set allow, except
-    finetune."""
+    """What to measure, for example knn probe. label-free and motion need no labels. When left out: all that the labels
+    of the data set allow, except finetune and motion."""
     splits: tuple[Literal[1, 2, 3], ...] = ()
-    """Official splits to use, for example 1 2 3. When left out: all that the data set has, or else its held-out videos
-    as the test set."""
+    """Official splits to use, for example 1 2 3. When left out: all splits of the data set. If it has none, its
+    held-out videos are the test set."""
     reference: bool = False
     """Also evaluates two encoders of the same network for comparison: one with random weights, and torchvision's, which
     was trained with the labels of Kinetics."""
@@ -173,44 +195,49 @@ class EvaluateSettings(PoolSettings):
     """Largest number of training clips for the linear probe, spread evenly over all. Lower it if memory runs out."""
     finetune: FinetuneSettings = FinetuneSettings()
     features: str | None = None
-    """Folder or URI for tables of features, which all nodes must reach. When left out: $VMOCO_HOME/features."""
+    """Folder or URI for tables of features, for example s3://bucket/features. All nodes must reach it. When left out:
+    $VMOCO_HOME/features."""
     record: bool = True
-    """Saves the scores with the registered version, if the encoder is one."""
+    """Saves the scores with the registered version, if the encoder is a registered one (models:/...)."""
+    scores: str | None = None
+    """File or URI of a JSON file to write the scores to, for example scores.json."""
     seed: int = 0
     """Every random draw of fine-tuning and of random weights depends on this number."""
 
 
-class RegisterOptions(Settings):
-    """How an encoder is registered."""
+class RegisterSettings(Settings):
+    """Name, alias, description and checks of a registered encoder."""
 
     name: str
     """Name of the registered encoder, for example videomoco-kinetics."""
     alias: str = "candidate"
-    """Second alias of the new version, besides candidate, which it always gets."""
+    """One more alias of the new version, for example best-of-march. It always gets the alias candidate too."""
     onnx: bool = False
-    """Also writes encoder.onnx, and checks that it gives the same features as the encoder."""
+    """Also exports the encoder as encoder.onnx, and checks that this file gives the same features."""
     score: bool = True
-    """Scores the encoder of a run on the held-out videos of its data set, without labels."""
+    """Scores the encoder of a run on the held-out videos of its data set. Needs no labels. Set --no-score if these
+    videos are gone."""
     data_licence: str = ""
-    """Note on the owner and the licence of the videos, which is saved with the encoder. Example: 'CC BY 4.0, by us'."""
+    """Owner and licence of the videos, for example 'CC BY 4.0, by us'. This text is saved with the encoder."""
 
 
-Metric = Literal["retrieval", "effective_rank", "knn"]
+Metric = Literal["retrieval", "arrow", "effective_rank", "knn"]
 
 
 class SweepSettings(Settings):
     """A sweep over settings of pretraining."""
 
     space: str = "ratio-decay"
-    """What to try: ratio-decay (drop ratios x kinds of decay), or a YAML file with one field and its values a line, for
-    example 'moco.decay: [0.99, 1.0]'."""
+    """What to try: ratio-decay (drop ratios x kinds of decay), or a YAML file. Each line of the file is a field with
+    its values, for example 'moco.decay: [0.99, 1.0]'."""
     search: Literal["grid", "random", "optuna"] = "grid"
     """How to choose combinations: grid takes all of them; random and optuna take --samples of them. optuna learns from
     the scores of earlier trials."""
     samples: int = Field(16, ge=1)
     """Number of trials, if --search is not grid. Submit the sweep again with a larger number to add trials."""
     metric: Metric = "retrieval"
-    """Score that chooses the best trial; higher is better. knn needs labels."""
+    """Score that chooses the best trial; higher is better. arrow: a clip is nearer to another clip of its video
+    than to that clip played backwards, so the encoder sees motion. knn needs labels."""
     scheduler: Literal["none", "asha", "pbt"] = "none"
     """What happens to bad trials. none: nothing. asha: they stop at 1/3, 1/9, ... of their steps. pbt: --samples trials
     train together, and every --pbt-steps the worst copy the best and change their settings."""

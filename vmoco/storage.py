@@ -1,5 +1,8 @@
 """Reads and writes files at a URI: a local path, file://, s3://, gs://.
 
+A name is taken as it is: `%`, `?` and `#` in the name of an object are no syntax, as in the tools of the stores. Only
+file:// is decoded, once, because other programs write it quoted; names that are appended to it are not quoted.
+
 Everything that is published goes through `write_atomic` or `open_atomic`: under its final name a file is complete or
 absent. On a local file system that takes a temporary name, fsync and a rename; an object store shows an object only
 when its upload is complete.
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import glob
 import hashlib
 import io
@@ -28,9 +32,14 @@ _WAITS_SECONDS = (0.5, 2.0, 8.0)
 _IN_FLIGHT_BYTES = 10 * 2**20
 """Most bytes that wait to be sent to a store: one part of an S3 upload in Arrow."""
 _FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "Not Found", "OAuth2 access token")  # in the messages of object stores
 _GOOGLE_SECONDS = 30
 """For how long Arrow repeats a request to a Google store; its default is 15 minutes, without a message."""
+_ENVIRONMENT = ("AWS_", "CLOUD_STORAGE_", "GOOGLE_", "GCE_", "HOME")
+"""Beginnings of the variables that decide how Arrow opens a store."""
+_NAME_BYTES = 255
+"""Longest file name of Linux file systems."""
 Result = TypeVar("Result")
 
 
@@ -48,7 +57,7 @@ def patiently(action: Callable[[], Result]) -> Result:
         except _FINAL:
             raise
         except OSError as error:
-            if error.errno == errno.ENOSPC or any(sign in str(error) for sign in _REFUSED):
+            if error.errno in _FULL or any(sign in str(error) for sign in _REFUSED):
                 raise
             time.sleep(seconds)
     return action()
@@ -67,8 +76,9 @@ def absolute_uri(uri: str) -> str:
     scheme = uri.split("://", 1)[0]
     if scheme not in ("file", "s3", "gs", "gcs"):
         raise ValueError(f"{uri!r} has the scheme {scheme!r}: a path, file://, s3:// or gs:// is allowed")
-    parts = urllib.parse.urlsplit(uri)
-    if "@" in parts.netloc or {"access_key", "secret_key"} & urllib.parse.parse_qs(parts.query).keys():
+    rest = uri.split("://", 1)[1]
+    query = urllib.parse.parse_qs(rest.partition("?")[2])
+    if "@" in rest.partition("/")[0] or {"access_key", "secret_key"} & query.keys():
         # Without the URI itself: this message is kept in logs too.
         raise ValueError(
             f"a URI of scheme {scheme} carries a key, which would stay in logs, with the job and in the tracker: put "
@@ -79,7 +89,9 @@ def absolute_uri(uri: str) -> str:
 
 
 def join(uri: str, *names: str) -> str:
-    """Appends names to a path or URI."""
+    """Appends names, as they are, to a path or URI."""
+    if uri.startswith("file://"):
+        uri = urllib.parse.unquote(uri.removeprefix("file://"))
     return "/".join([uri.rstrip("/"), *names])
 
 
@@ -88,14 +100,18 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     uri = absolute_uri(uri)
     if "://" not in uri:
         return pafs.LocalFileSystem(use_mmap=True), uri
-    scheme, rest = uri.split("://", 1)
+    scheme, path = uri.split("://", 1)
     if scheme == "file":
-        return pafs.LocalFileSystem(use_mmap=True), urllib.parse.unquote(rest)
-    if scheme != "s3" and "retry_limit_seconds=" not in rest:
-        rest += f"{'&' if '?' in rest else '?'}retry_limit_seconds={_GOOGLE_SECONDS}"
-    # Object names may contain spaces and umlauts, which Arrow needs quoted; quoted characters stay as they are.
-    found, path = pafs.FileSystem.from_uri(f"{scheme}://{urllib.parse.quote(rest, safe='/%?&=@:+,;~')}")
-    return found, path
+        return pafs.LocalFileSystem(use_mmap=True), urllib.parse.unquote(path)
+    options = "" if scheme == "s3" else f"?retry_limit_seconds={_GOOGLE_SECONDS}"
+    environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith(_ENVIRONMENT)))
+    return _open_store(f"{scheme}://{path.partition('/')[0]}{options}", environment), path.rstrip("/")
+
+
+@functools.lru_cache(maxsize=16)
+def _open_store(root: str, environment: tuple[tuple[str, str], ...]) -> pafs.FileSystem:
+    """The file system of a bucket, opened once: opening one may ask the store for its region."""
+    return pafs.FileSystem.from_uri(root)[0]
 
 
 def local_path(uri: str) -> Path | None:
@@ -158,7 +174,7 @@ def _write_local(path: Path, content: bytes | memoryview) -> None:
 @contextlib.contextmanager
 def _open_local(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f"{_temporary_prefix(path)}{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -174,11 +190,18 @@ def _open_local(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def _temporary_prefix(path: Path) -> str:
+    """What the names of temporary files of a file begin with; a long name gives its hash, so they stay valid."""
+    name = os.fsencode(path.name)
+    fits = len(name) + len(f"..{uuid.uuid4().hex}.tmp") <= _NAME_BYTES
+    return f".{path.name if fits else hashlib.sha256(name).hexdigest()}."
+
+
 def delete_leftovers(uri: str) -> None:
     """Removes temporary files that killed writers of a file left beside it; no process may be writing it now."""
     path = local_path(uri)
     if path is not None:  # an object store shows nothing of an incomplete upload
-        for temporary in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}.tmp"):
+        for temporary in path.parent.glob(f"{glob.escape(_temporary_prefix(path))}{'[0-9a-f]' * 32}.tmp"):
             temporary.unlink(missing_ok=True)
 
 
@@ -200,7 +223,7 @@ def list_files(uri: str, *, recursive: bool = True) -> list[str]:
     found, path = filesystem(uri)
     path = path.rstrip("/") or "/"
     if found.get_file_info(path).type != pafs.FileType.Directory:
-        raise ValueError(f"{uri} is not a folder that can be read: check the path, or the rights to it")
+        raise ValueError(f"{uri} is not a folder that can be read: check the path and its permissions")
     entries = found.get_file_info(pafs.FileSelector(path, recursive=recursive))
     names = (entry.path[len(path) :].lstrip("/") for entry in entries if entry.type == pafs.FileType.File)
     return sorted(name for name in names if not name.endswith(".tmp"))
@@ -220,7 +243,26 @@ def check_writable(uri: str) -> None:
     except (OSError, ValueError) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         reason = getattr(cause, "strerror", None) or cause
-        raise ValueError(f"{uri} cannot be written ({reason}): check the path, or the rights to it") from error
+        raise ValueError(f"{uri} cannot be written ({reason}): check the path and its permissions") from error
+
+
+def free_bytes(uri: str) -> int | None:
+    """Free space for files at a path; None for object stores, and for file systems that do not tell.
+
+    A quota of the user is not part of it: only a write finds that.
+    """
+    place = local_path(uri)
+    if place is None:
+        return None
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    status = os.statvfs(place)
+    return status.f_bavail * status.f_frsize if status.f_blocks else None
+
+
+def gigabytes(num_bytes: float) -> str:
+    """A size for people: `12.3 GB`, or `4.5 MB` below a tenth of that unit."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def home() -> str:

@@ -211,21 +211,34 @@ def _experiment(tracker: Any, name: str) -> str:
         embedded = tracking_uri().startswith("sqlite:")
         location = storage.join(storage.home(), "mlartifacts") if embedded else None
         found = tracker.get_experiment(tracker.create_experiment(name, artifact_location=location))
+    _check_experiment(found, other="choose another --tracking.experiment")
+    return str(found.experiment_id)
+
+
+def _check_experiment(found: Any, *, other: str) -> None:
+    """Checks that an experiment can take a run's metrics and artifacts.
+
+    Args:
+        found: the experiment.
+        other: what to do to use another experiment, for the error message.
+
+    Raises:
+        ValueError: it was deleted, or its artifacts would lie on the disk of the server.
+    """
+    name, place = found.name, found.artifact_location
     if found.lifecycle_stage == "deleted":
         raise ValueError(
             f"the experiment {name!r} was deleted in the tracker {tracking_uri()}: restore it with `mlflow experiments "
-            f"restore --experiment-id {found.experiment_id}`, or choose another --tracking.experiment"
+            f"restore --experiment-id {found.experiment_id}`, or {other}"
         )
-    place = found.artifact_location
     # MLflow's clients write artifacts themselves, so the path would be one of this machine's disk.
     on_a_disk = place.startswith("file:") or ":/" not in place
     if tracking_uri().startswith(("http://", "https://")) and on_a_disk:
         raise ValueError(
             f"the tracker {tracking_uri()} keeps artifacts of experiment {name!r} in {place}, a path of the server's "
             f"own disk that other machines do not reach: start the server with --artifacts-destination {place} (and "
-            "without --default-artifact-root and --no-serve-artifacts), and choose a new --tracking.experiment"
+            f"without --default-artifact-root and --no-serve-artifacts), and {other}"
         )
-    return str(found.experiment_id)
 
 
 def _unusable(error: Exception) -> ValueError:
@@ -321,12 +334,22 @@ def resume_run(run_id: str) -> str:
         An error message; empty when the tracker has the change.
 
     Raises:
-        ValueError: the tracker answers and does not know the run.
+        ValueError: the tracker answers, and does not know the run, or cannot take its metrics and artifacts: the run
+            or its experiment was deleted, or its artifacts would lie on the disk of the server.
     """
     from mlflow.exceptions import MlflowException
 
+    other = "begin a new run with another --run.name and another --tracking.experiment"
     try:
-        client().update_run(run_id, "RUNNING")
+        tracker = client()
+        run = tracker.get_run(run_id)
+        _check_experiment(tracker.get_experiment(run.info.experiment_id), other=other)
+        if run.info.lifecycle_stage == "deleted":
+            raise ValueError(
+                f"run {run_id} was deleted in the tracker {tracking_uri()}: restore it with `mlflow runs restore "
+                f"--run-id {run_id}`, or begin a new run with another --run.name"
+            )
+        tracker.update_run(run_id, "RUNNING")
     except MlflowException as error:
         message = f"run {run_id} cannot be resumed in the tracker {tracking_uri()}: {error}"
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":

@@ -1,10 +1,10 @@
-"""Does a checkpoint hold training up? `python -m tests.benchmarks.checkpoint [--backbone r3d_18]`.
+"""Does a checkpoint delay training? `python -m tests.benchmarks.checkpoint [--backbone r3d_18]`.
 
-Real steps of one process, two threads, with the default queue of 65,536 keys; after every few steps a checkpoint, as
-the loop makes it: the ranks' fingerprints, the copy, the hand-over to the writer thread. The stall is the time of that
-in the training thread, and the extra time of the steps during which the writer works (they share the processor), over
-the time of a step without one; medians. Resuming is the time to find, check and load the newest checkpoint into a new
-state. Ends with one JSON line.
+One process with two threads runs real steps with the default queue of 65,536 keys. After every few steps it writes a
+checkpoint as the loop does: fingerprints of the ranks, a copy, and the hand-over to the writer thread. The stall is the
+time of this in the training thread, plus the extra time of the steps during which the writer works (they share the
+processor), divided by the time of a step without a checkpoint. Figures are medians. Resuming is the time to find, check
+and load the newest checkpoint into a new state. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--backbone", default="r3d_18")
     parser.add_argument("--checkpoints", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3, help="between two checkpoints")
+    parser.add_argument("--steps", type=int, default=3, help="number of steps between two checkpoints")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     state, step = state_and_step(arguments.backbone)

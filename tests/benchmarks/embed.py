@@ -1,11 +1,11 @@
-"""What does the way from shards to embeddings cost? `python -m tests.benchmarks.embed [--backbone r2plus1d_18]`.
+"""How much slower is embedding than the bare network? `python -m tests.benchmarks.embed [--backbone r2plus1d_18]`.
 
-The clips per second of `vmoco.evaluate.embed` over those of the bare forward of the same encoder: the same batch of
-prepared floats over and over, in one process per core, pinned to it, all at the same time. Embedding reads shards,
-cuts, scales, normalises and writes Parquet, in one Ray actor per core. Its rate is that of the steady state, from when
-a quarter of the parts are done to the last but one round (by the time stamps of the parts), so neither the start of Ray
-nor the tail, in which a core has nothing left to do, counts. The bare forward is measured before and after; the mean
-counts. Ends with one JSON line: the ratio, both rates, and the conditions.
+The result is the clips per second of `vmoco.evaluate.embed`, divided by those of the bare forward of the same encoder.
+The bare forward repeats one batch of prepared floats, in one pinned process per core, all at the same time. Embedding
+reads shards, crops, scales, normalises and writes Parquet, in one Ray actor per core. Its rate is measured in the
+steady state, from the time when a quarter of the parts are done to the last round but one (by the time stamps of the
+parts). So the start of Ray and the end, when a core has nothing left to do, do not count. The bare forward is measured
+before and after embedding; the mean counts. Ends with one JSON line: the ratio, both rates, and the conditions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ T, H, W = 16, 128, 171
 
 
 def data_set(folder: Path, num_clips: int) -> Manifest:
-    """Clips of noise: what they show costs nothing, where they lie does."""
+    """Clips of noise: their content does not change the cost; reading them does."""
     random = np.random.default_rng(0)
     clips = []
     for number in range(num_clips):
@@ -62,7 +62,7 @@ def bare_rate(backbone: str, batch: int, seconds: float, core: int) -> float:
 
 
 def bare(backbone: str, batch: int, seconds: float) -> float:
-    """The same on all cores at once, added up."""
+    """The sum of `bare_rate` over all cores, measured at the same time."""
     cores = sorted(os.sched_getaffinity(0))
     with ProcessPoolExecutor(len(cores), mp_context=get_context("spawn")) as pool:
         rates = [pool.submit(bare_rate, backbone, batch, seconds, core) for core in cores]
@@ -70,10 +70,10 @@ def bare(backbone: str, batch: int, seconds: float) -> float:
 
 
 def embed_rate(folder: Path, manifest: Manifest, backbone: str, batch: int, clips_per_part: int) -> float:
-    """Clips per second between a quarter of the parts and the last round."""
+    """Clips per second from the time when a quarter of the parts are done to the start of the last round."""
     encoder = encoder_of(backbone, num_frames=T, size=112)
     items = []
-    for item in shard_items(manifest):  # small parts, so that there are enough of them to see the rate
+    for item in shard_items(manifest):  # small parts: many are needed to measure the rate
         plan = json.loads(item["plan"])
         for first in range(0, len(plan["rows"]), clips_per_part):
             part = {**plan, "rows": plan["rows"][first : first + clips_per_part]}
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="r2plus1d_18")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--clips", type=int, default=192)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement of the bare forward")
+    parser.add_argument("--seconds", type=float, default=20.0, help="duration of each measurement of the bare forward")
     wanted = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         manifest = data_set(Path(folder, "data"), wanted.clips)

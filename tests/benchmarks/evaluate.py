@@ -1,9 +1,9 @@
 """Do kNN and probe agree with scikit-learn on the same features? `python -m tests.benchmarks.evaluate`.
 
-Features with as many classes and clips as a split of HMDB51, in parts as an evaluation reads them, one clip to a video.
-scikit-learn's kNN votes with the same weights by brute force; its logistic regression is fitted from scratch, to
-convergence, at the strength that the probe chose. Agreement is the share of test clips on which both are right or both
-wrong. Ends with one JSON line: agreements, accuracies, seconds.
+The features have as many classes and clips as a split of HMDB51, one clip of each video, in parts as an evaluation
+reads them. scikit-learn's kNN uses the same weights for its votes, by brute force. Its logistic regression is fitted
+from scratch until it converges, with the strength that the probe chose. Agreement is the share of test clips on which
+both are right or both are wrong. Ends with one JSON line: agreements, accuracies, seconds.
 """
 
 from __future__ import annotations

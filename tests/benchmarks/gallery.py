@@ -1,9 +1,9 @@
 """How much memory does an evaluation of a million clips take? `python -m tests.benchmarks.gallery [--clips 1000000]`.
 
-A table of unit features with as many classes as Kinetics, ten clips to a video, a hundredth of the videos for the test,
-is written in parts as an evaluation writes them; then each protocol runs on it in a process of its own. The features
-alone would be two gigabytes. Not the probe, which takes no more than `max_probe_clips` of them. Ends with one JSON
-line: of each protocol the peak of memory and the seconds.
+Writes a table of unit features in parts, as an evaluation does: as many classes as Kinetics, ten clips of each video,
+and 1 % of the videos for the test. Then each protocol runs on it in a separate process. The features alone would take
+two gigabytes. The probe is not measured, because it uses at most `max_probe_clips` clips. Ends with one JSON line: the
+peak memory and the seconds of each protocol.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def write(folder: str, num_clips: int, width: int) -> None:
 
 
 def measure(folder: str, protocol: str) -> dict[str, float]:
-    """One protocol; what this process took at its most."""
+    """Runs one protocol; returns its seconds and the peak memory of this process."""
     began = time.perf_counter()
     table = FeatureTable(folder)
     (split,) = find_splits(table.rows, protocol="knn")

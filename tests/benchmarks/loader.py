@@ -1,10 +1,14 @@
 """Does training ever wait for data? `python -m tests.benchmarks.loader [--rounds N]`.
 
-Bytes per second that the loader hands over, from the page cache and in its own thread, over those of one plain copy of
-the same clips, in memory, into a batch of the same layout that is there already. The two alternate, and the median of
-the ratios counts. Then: how much this process has grown from the end of the first epoch to the end of the tenth
-(memory of its own, without mapped files), and which share of the time training waits for data with the settings of the
-demo on the demo's videos, one worker, from the tenth step on.
+Three figures:
+
+- Bytes per second of the loader, from the page cache and in its own thread, divided by those of one plain copy of the
+  same clips from memory into an existing batch of the same layout. The two alternate; the median ratio counts.
+- How much the memory of this process, without mapped files, grows from the end of the first epoch to the end of the
+  tenth.
+- Share of the time for which training waits for data, from the tenth step on, with the demo's settings on the demo's
+  videos and one worker.
+
 Ends with one JSON line.
 """
 
@@ -48,7 +52,7 @@ def settings_for(steps: int) -> PretrainSettings:
 def loader_seconds(loader: Loader) -> float:
     """Seconds for BATCHES batches."""
     batches = iter(loader)
-    for _ in range(5):  # what was read ahead is gone before the clock starts
+    for _ in range(5):  # use up what was read ahead before the clock starts
         next(batches)
     started = time.perf_counter()
     for _ in itertools.islice(batches, BATCHES):
@@ -57,7 +61,7 @@ def loader_seconds(loader: Loader) -> float:
 
 
 def copy_seconds(loader: Loader, clips: dict[str, Frames]) -> float:
-    """Seconds to copy the same clips from memory, both views of BATCHES batches, into one batch that is there."""
+    """Seconds to copy the same clips from memory, both views of BATCHES batches, into one existing batch."""
     batches = [loader.batch(step) for step in range(5, 5 + BATCHES)]
     sources = []
     for batch in batches:
@@ -73,15 +77,15 @@ def copy_seconds(loader: Loader, clips: dict[str, Frames]) -> float:
 
 
 def own_mib() -> float:
-    """Memory of this process, without the files that it has mapped."""
+    """Memory of this process in MiB, without mapped files."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
     return int(line.split()[1]) / 1024
 
 
 def growth_mib(manifest: Manifest) -> float:
-    """From the end of epoch 1 to that of epoch 10."""
+    """Growth of memory from the end of epoch 1 to the end of epoch 10, in MiB."""
     loader = Loader(manifest, settings_for(10**6), rank=0, world_size=1)
-    steps = loader.plan.epoch_length // CLIPS + 5  # and what is read ahead
+    steps = loader.plan.epoch_length // CLIPS + 5  # and the batches that are read ahead
     batches = iter(loader)
     for _ in itertools.islice(batches, steps):
         pass
@@ -92,7 +96,7 @@ def growth_mib(manifest: Manifest) -> float:
 
 
 def data_wait(folder: Path, steps: int) -> float:
-    """Share of the time of a step of the demo, one worker with two threads, that goes into waiting for the batch."""
+    """Share of a step's time for which the demo, one worker with two threads, waits for the batch."""
     manifest = real_data_set(folder, footage.fetch(), num_frames=16, height=80, width=107, max_clips=8)
     settings = PRESETS["demo"][1]
     state = TrainState(settings, manifest_hash=manifest.hash, device=CPU)
@@ -120,7 +124,7 @@ def main() -> None:
         clips = dict(zip(manifest.table["clip_id"].to_pylist(), stored_clips(manifest), strict=True))
         whole = Loader(manifest, settings, rank=0, world_size=1)
         for step in range(3 * 64 // CLIPS):
-            whole.batch(step)  # each clip is checked once, when it is read first
+            whole.batch(step)  # each clip is checked once, on its first read
         for _ in range(arguments.rounds):
             ours, plain = loader_seconds(whole), copy_seconds(whole, clips)
             ratios.append(plain / ours)

@@ -1,9 +1,10 @@
-"""How long does a failure cost? `python -m tests.benchmarks.recovery [--rounds N]`.
+"""How much time does a failure cost? `python -m tests.benchmarks.recovery [--rounds N]`.
 
-Seconds from kill -9 of one of two workers, and of the raylet of one of two nodes (then on with one worker), to the next
-step that is completed, as the job's own lines say. Real Ray nodes on this machine, which notice a lost one after three
-checks of a second (Ray's own default is five of three seconds); a tiny network, so that it is Ray, the start of Python
-and the loading of the checkpoint that is measured. Medians. Ends with one JSON line.
+Measures the seconds from a kill -9 to the next completed step, by the job's own output. It kills one of two workers,
+and the raylet of one of two nodes (the run then continues with one worker). The Ray nodes are real nodes on this
+machine; they notice a lost node after three checks of one second (Ray's default is five of three seconds). The network
+is tiny, so the time is that of Ray, of Python's start and of loading the checkpoint. Figures are medians. Ends with one
+JSON line.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from tests.train.test_recovery import Runs
 
 
 def next_line(job: subprocess.Popen[str], text: str) -> None:
-    """Reads what the job says up to the next line that begins with the text."""
+    """Reads the job's output up to the next line that begins with the text."""
     assert job.stdout is not None
     for line in job.stdout:
         if line.startswith(text):
             return
-    raise AssertionError(f"the job has ended before it said {text!r}")
+    raise AssertionError(f"the job ended before it printed {text!r}")
 
 
 def seconds_to_recover(runs: Runs, name: str, kill: Callable[[], None], *flags: str) -> float:
-    """From the kill of what a running job needs to its next step."""
+    """Seconds from the kill of a process that a running job needs to the job's next step."""
     job = runs.start(name, "--train.steps", "100000", "--train.log-every", "1", *flags)
     try:
         next_line(job, "checkpoint of step 10 ")

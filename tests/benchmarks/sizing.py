@@ -1,10 +1,10 @@
-"""Sizes a service on paper: prints the tables of cluster/README.md, from rates measured on one core and from shapes.
+"""Calculates the size of a service: prints the tables of cluster/README.md, from rates of one core and from shapes.
 
     python -m tests.benchmarks.sizing
 
-What was measured: decoding and scaling 640x360 h264 to the stored size, 475 frames/s a core; a JPEG of quality 92 of a
-128x171 frame, 6,000 bytes; decoding one, 14,000 frames/s a core. What a step needs is counted by `vmoco.model.cost`.
-What a GPU reaches of its peak (MFU) was not measured here: the tables say the hours at several.
+Measured: decoding and scaling 640x360 h264 to the stored size, 475 frames/s per core; a JPEG of quality 92 of a 128x171
+frame, 6,000 bytes; decoding such JPEGs, 14,000 frames/s per core. `vmoco.model.cost` counts the operations of a step.
+Not measured: the share of its peak that a GPU reaches (MFU). The tables give the hours for several values of it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ JPEG_BYTES = 6_000
 RAW_BYTES = 128 * 171 * 3
 JPEG_FRAMES_PER_CORE = 14_000
 PEAK = 989e12
-"""bf16 operations per second that an H100 SXM promises."""
+"""Nominal bf16 operations per second of an H100 SXM."""
 DOLLARS_PER_GPU_HOUR = 2.5
 EPOCHS = 200
 LINK = 25e9 / 8
@@ -64,7 +64,7 @@ def sets() -> Iterator[str]:
 
 
 def scales() -> Iterator[str]:
-    """A row for what is met first at 8, 64 and 1,024 GPUs: `recommended` with 32 clips a GPU, at 20 % MFU."""
+    """A row for each limit at 8, 64 and 1,024 GPUs: `recommended` with 32 clips per GPU, at 20 % MFU."""
     sizes = (8, 64, 1024)
     yield "| | " + " | ".join(f"{size:,} GPUs" for size in sizes) + " |"
     yield "|---|---|---|---|"
@@ -101,7 +101,7 @@ def _row(name: str, cells: list[str]) -> str:
 
 
 def tables() -> dict[str, str]:
-    """Each table by the name that it has in the README."""
+    """The tables, by their names in the README."""
     return {"sets": "\n".join(sets()), "scales": "\n".join(scales())}
 
 

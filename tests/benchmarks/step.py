@@ -81,6 +81,7 @@ def state_and_step(backbone: str, dtype: torch.dtype | None = None) -> tuple[Tra
         clips_per_rank=[2],
         key_order=torch.arange(2),
         video_ids=torch.tensor([-2, -3]),
+        reversed_keys=torch.zeros(2, dtype=torch.bool),
     )
     return state, lambda: step(replace(batch, step=state.step))
 

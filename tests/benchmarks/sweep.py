@@ -1,16 +1,17 @@
-"""What a sweep costs and how well it chooses: `python -m tests.benchmarks.sweep`.
+"""What does a sweep cost, and how well does it choose? `python -m tests.benchmarks.sweep`.
 
 Needs `.venv/bin/pip install -e '.[benchmarks]'`. Trials differ in drop ratio, decay, learning rate and temperature, as
-`jobs/sweep.py --search random` draws them; two at once, one worker each. They train on clips of Freedoom's maps 1 to 16
-(`tests/benchmarks/doom.py`) and are scored without labels on those of maps 17 to 24. The truth is a linear probe on the
-labels of maps 17 to 24, tested on maps 25 to 32, which no trial and no score has seen.
+`jobs/sweep.py --search random` draws them. Two run at a time, with one worker each. They train on clips of Freedoom's
+maps 1 to 16 (`tests/benchmarks/doom.py`) and are scored without labels on clips of maps 17 to 24. The reference is a
+linear probe on the labels of maps 17 to 24, tested on maps 25 to 32, which no trial and no score has seen.
 
-- overhead_share: share of a trial's time, start to end, that is not its steps (median over trials); overhead_s.
-- rank_correlation: Spearman's, between score and probe of all trials.
-- asha_saving: share of the steps of the full sweep that the same sweep with ASHA did not train; same_best says whether
-  it chose the same trial.
+- overhead_share: share of a trial's time, from start to end, outside its steps (median over trials); overhead_s: the
+  same in seconds.
+- rank_correlation: Spearman's correlation between score and probe over all trials.
+- asha_saving: share of the full sweep's steps that the same sweep with ASHA did not train; same_best: whether it chose
+  the same trial.
 
-Kept in the folder, and gone on with when started again. Ends with one JSON line.
+Results are kept in the folder, and a second start continues from them. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ STEPS, EVERY, LOG_EVERY = 162, 18, 6  # ASHA decides at 18, 54 and 162
 
 
 def make_data(folder: Path) -> str:
-    """The trials' data set, of which maps 17 to 24 are held out; and that of the probe."""
+    """Makes the trials' data set, with maps 17 to 24 held out, and the probe's data set."""
     ablation.make_data(folder)
     place = folder / "sweep"
     if not (place / "manifest.parquet").exists():
@@ -57,7 +58,7 @@ def make_data(folder: Path) -> str:
 
 
 def run(name: str, uri: str, folder: Path, *, scheduler: str, samples: int) -> tuple[Sweep, float]:
-    """One sweep to its end; returns it and the seconds that it took here."""
+    """Runs one sweep to its end; returns it and its seconds in this process."""
     space = folder / "space.yaml"
     space.write_text(json.dumps(SPACE))
     pretrain = changed(
@@ -98,8 +99,8 @@ def probed(trial: Trial, folder: Path) -> float:
 
 
 def training_seconds(trial: Trial) -> float:
-    """What its steps alone took, by the times of its points; the first interval, start-up among it, as the others."""
-    assert trial.run_id is not None, "it has finished"
+    """Seconds of the steps alone, by the times of its points; the first interval, with the start, counts as others."""
+    assert trial.run_id is not None, "the trial has finished"
     points = tracking.client().get_metric_history(trial.run_id, "loss")
     times = sorted(point.timestamp for point in points)
     return (times[-1] - times[0]) / 1000 * len(times) / (len(times) - 1)

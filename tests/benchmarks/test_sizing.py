@@ -1,4 +1,4 @@
-"""The tables in cluster/README.md are what the program computes from today's presets."""
+"""The tables in cluster/README.md equal those that the program computes from today's presets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ README = Path(__file__).parents[2] / "cluster/README.md"
 
 @pytest.mark.parametrize("name", ["sets", "scales"])
 def test_the_readme_shows_what_is_computed(name: str) -> None:
-    """A change of a preset or of the method's cost changes the table, and the README with it."""
+    """If a preset or the method's cost changes, the table changes, and the README must change too."""
     shown = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end -->", README.read_text(), flags=re.DOTALL)
     assert shown is not None
-    assert shown[1] == tables()[name], "run `python -m tests.benchmarks.sizing` and put its tables there"
+    assert shown[1] == tables()[name], (
+        "run `python -m tests.benchmarks.sizing` and copy its tables into cluster/README.md"
+    )

@@ -32,7 +32,7 @@ def lacking(what: str) -> NoReturn:
 
 @pytest.fixture(scope="session")
 def service() -> Iterator[Service]:
-    """Head, two workers and all services, on hosts of their own; CI may not go without."""
+    """Head, two workers and all services, each on its own host; CI must not skip it."""
     need_hosts()
     if postgres_folder() is None:
         lacking("initdb of PostgreSQL")
@@ -42,7 +42,7 @@ def service() -> Iterator[Service]:
 
 @pytest.fixture(scope="session")
 def ingested(service: Service) -> str:
-    """What the job printed that made the data set s3://vmoco/data/first of twelve videos in the store."""
+    """Output of the job that made the data set s3://vmoco/data/first from twelve videos in the store."""
     outside = service.hosts["outside"]
     videos = outside.folder / "videos"
     videos.mkdir()
@@ -64,7 +64,7 @@ def ingested(service: Service) -> str:
 
 @pytest.fixture(scope="session")
 def survivor(service: Service, ingested: str) -> Survivor:
-    """A run that has lost a host, gone on, got another and ended."""
+    """A run that has lost a host, continued, got another host, and ended."""
     return survive(service, data="s3://vmoco/data/first")
 
 

@@ -15,7 +15,7 @@ from types import TracebackType
 
 
 class Host:
-    """One host; what is started on it ends with it.
+    """One host. Processes that are started on it end with it.
 
     Attributes:
         name: of the host.
@@ -46,7 +46,7 @@ class Host:
         return process
 
     def run(self, script: str, *, environment: Mapping[str, str] | None = None, timeout: float = 120) -> str:
-        """Runs a bash script to its end and returns what it printed, on either stream.
+        """Runs a bash script to its end and returns its output, of both streams.
 
         Raises:
             AssertionError: it failed.
@@ -58,7 +58,7 @@ class Host:
     def attempt(
         self, script: str, *, environment: Mapping[str, str] | None = None, timeout: float = 120
     ) -> tuple[int, str]:
-        """Exit code and output of a bash script, whichever way it ends."""
+        """Exit code and output of a bash script, also if it fails."""
         done = subprocess.run(
             [*self._enter(), "bash", "-euc", script],
             cwd=self.folder,
@@ -103,7 +103,7 @@ class Host:
 
 
 class Network:
-    """A bridge with hosts; a context manager that takes all of it away again.
+    """A bridge with hosts; a context manager that removes all of it at the end.
 
     Args:
         folder: hosts get folders of their own below it.
@@ -150,11 +150,11 @@ class Network:
         return host
 
     def cut(self, host: Host) -> None:
-        """Pulls the cable of a host: what runs on it goes on and reaches nobody."""
+        """Disconnects a host: its processes continue, but reach no other host."""
         _ip(f"-n {self._tag}-{host.name} link set eth0 down")
 
     def mend(self, host: Host) -> None:
-        """Puts the cable of a host back."""
+        """Connects a host again."""
         _ip(f"-n {self._tag}-{host.name} link set eth0 up")
 
     def host_of(self, pid: int) -> Host:
@@ -176,7 +176,7 @@ def wait_until(true: Callable[[], bool], *, what: str, seconds: float, blame: Ca
 
 
 def _clean(more: Mapping[str, str] | None) -> dict[str, str]:
-    """This process's environment without what would lead a host to other clusters, stores and trackers."""
+    """This process's environment without variables that name other clusters, stores and trackers."""
     foreign = ("RAY_", "MLFLOW_", "AWS_", "PG", "VMOCO_", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     return kept | dict(more or {})

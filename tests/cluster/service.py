@@ -29,7 +29,7 @@ PORTS = (
     "--min-worker-port=20000 --max-worker-port=20999 --object-store-memory=100000000"
 )
 
-# How fast a lost node is noticed, as the README has it for the head.
+# How fast a lost node is noticed: the README's values for the head.
 HEALTH = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
 
 # Users of the store: an administrator for the setup, and one for each policy. Prints name, key and secret.
@@ -52,7 +52,7 @@ for name in ("admin", "nodes", "tracker"):
 
 
 def postgres_folder() -> Path | None:
-    """Where PostgreSQL's server programs are; Debian keeps them off the path."""
+    """Folder of PostgreSQL's server programs, which Debian does not put on the PATH."""
     if found := shutil.which("initdb"):
         return Path(found).parent
     places = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
@@ -112,7 +112,7 @@ class Service:
         return host
 
     def start_node(self, host: Host, flags: str, *, before: str = "") -> None:
-        """`ray start`, with what lies in the host's own copy of the secrets; `disk` is each node's own."""
+        """`ray start` with the host's own copy of the secrets; each node has its own `disk`."""
         self.node_secrets(host)
         store = self.store_keys.get("nodes", {}) | {"GLOO_SOCKET_IFNAME": "eth0", "PATH": f"{BIN}:{os.environ['PATH']}"}
         host.start(
@@ -127,13 +127,13 @@ class Service:
             wait_until(ready.exists, what="the head is up", seconds=120, blame=lambda: host.said("ray.log"))
 
     def node_secrets(self, host: Host) -> Path:
-        """Gives a host what `ray start` needs; returns the folder with it."""
+        """Copies the files that `ray start` needs to a host; returns their folder."""
         for name in ("node.env", "token", "ca.crt", "ca.key"):
             shutil.copy2(self.secrets / name, host.folder)
         return host.folder
 
     def alive(self) -> list[str]:
-        """Addresses of the nodes that are alive, as the head knows them; empty where it does not answer."""
+        """Addresses of the live nodes, by the head; empty if it does not answer."""
         head = self.hosts["head"]
         ask = (
             "import ray; ray.init(address='auto', logging_level=50); "
@@ -144,7 +144,7 @@ class Service:
         return next((line.split()[1:] for line in said.splitlines() if line.startswith("alive ")), [])
 
     def wait_for_nodes(self, number: int) -> None:
-        """Waits until so many nodes are alive."""
+        """Waits until this number of nodes is alive."""
         head = self.hosts["head"]
         wait_until(
             lambda: len(self.alive()) == number,
@@ -154,7 +154,7 @@ class Service:
         )
 
     def submit(self, *entrypoint: str, timeout: float = 240) -> tuple[int, str]:
-        """Submits a job from outside, through the gateway, as a person would; exit code and output."""
+        """Submits a job from outside, through the gateway, as a user would; returns exit code and output."""
         return self.hosts["outside"].attempt(self.submission(*entrypoint), timeout=timeout)
 
     def submission(self, *entrypoint: str) -> str:
@@ -270,7 +270,7 @@ class Service:
 @contextmanager
 def running(*workers: str, only_ray: bool = False) -> Iterator[Service]:
     """A service with workers of these names; all of it is gone afterwards."""
-    # Short, because sockets lie below it, and open, because PostgreSQL runs as another user.
+    # Short, because it contains sockets, and readable, because PostgreSQL runs as another user.
     folder = Path(tempfile.mkdtemp(prefix="vmoco-", dir="/tmp"))
     folder.chmod(0o711)
     try:

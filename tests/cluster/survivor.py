@@ -1,4 +1,4 @@
-"""An elastic run that loses a host while it trains and gets another one: submitted from outside, to its end."""
+"""An elastic run that is submitted from outside, loses a host during training, gets another one, and ends."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ FLAGS = (
 
 @dataclass(frozen=True)
 class Survivor:
-    """What became of it."""
+    """The result of the run."""
 
     said: str
-    """All that the job printed."""
+    """Complete output of the job."""
     run_id: str
     cut: str
-    """Name of the host that was cut off; the first rank lived there."""
+    """Name of the host that was cut off; the first rank was there."""
     starts: list[tuple[int, int]]
     """Number of workers and first step of each group of workers."""
 
 
 def survive(service: Service, *, data: str) -> Survivor:
-    """Runs it; of what Ray and the store keep of it, everything is still there afterwards."""
+    """Runs it. Everything that Ray and the store keep of it stays there afterwards."""
     outside = service.hosts["outside"]
     log = outside.folder / "survivor.log"
 
@@ -52,7 +52,7 @@ def survive(service: Service, *, data: str) -> Survivor:
     cut = service.network.host_of(_writer(service)["pid"])
     service.network.cut(cut)
     wait(r"^1 workers on cpu", 1, seconds=150)
-    # The first rank of before lives on there, and now reaches store and tracker again.
+    # The old first rank is still alive there, and now reaches store and tracker again.
     service.network.mend(cut)
     service.add_worker("three")
     wait(r"^2 workers on cpu", 2, seconds=150)

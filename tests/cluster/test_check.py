@@ -41,7 +41,7 @@ def test_equal_nodes_have_no_problem() -> None:
 
 
 def test_a_slow_start_is_no_wrong_clock() -> None:
-    """Only what cannot be the time between question and answer is a clock that is ahead or behind."""
+    """A clock is wrong only if the time between question and answer cannot explain the difference."""
     slow = replace(OTHER, clock=1008.0, asked=1000.2, answered=1009.0)  # its worker took 8 s to start
     assert find_problems(PRESETS["tiny"][1], [GOOD, slow], tracker=SERVER) == []
     assert find_problems(PRESETS["tiny"][1], [slow, GOOD], tracker=SERVER) == []
@@ -63,7 +63,11 @@ def test_a_slow_start_is_no_wrong_clock() -> None:
             SERVER,
             "node 192.0.2.11 has vmoco bbbb, node 192.0.2.10 has aaaa",
         ),
-        ({"clock": 1090.0}, SERVER, "the clock of node 192.0.2.11 is +90 s off that of node 192.0.2.10: let chrony"),
+        (
+            {"clock": 1090.0},
+            SERVER,
+            "the clock of node 192.0.2.11 differs by +90 s from that of node 192.0.2.10: set both",
+        ),
         (
             {"shared_memory_bytes": 64 * 2**20},
             SERVER,
@@ -82,14 +86,14 @@ def test_a_slow_start_is_no_wrong_clock() -> None:
     ],
 )
 def test_what_is_wrong_with_a_node_is_one_message(node: dict[str, object], tracker: str, message: str) -> None:
-    """It has the node, the value, and what to do, on one line."""
+    """The message has the node, the value and what to do, on one line."""
     (problem,) = find_problems(PRESETS["tiny"][1], [GOOD, replace(OTHER, **node)], tracker=tracker)  # type: ignore[arg-type]
     assert message in problem
     assert "\n" not in problem
 
 
 def test_time_follows_the_measured_speed_and_memory_the_smallest_gpu() -> None:
-    """Twice the speed is half the time; a GPU that is too small is named with what to lower."""
+    """Twice the speed halves the time; for a GPU that is too small, the message names what to lower."""
     settings = PRESETS["paper"][1]
     slow, _ = estimate(settings, Speed(40e12, bf16=True), gpu_bytes=80 * 2**30)
     fast, _ = estimate(settings, Speed(80e12, bf16=True), gpu_bytes=80 * 2**30)
@@ -108,14 +112,14 @@ def test_time_follows_the_measured_speed_and_memory_the_smallest_gpu() -> None:
 def test_a_real_cluster_is_checked(
     local_cluster: LocalCluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """One node that can carry `tiny` says so, with a measured time; it leaves nothing in the storage."""
+    """The check passes for `tiny` on one node, shows a measured time, and leaves nothing in the storage."""
     place = tmp_path / "runs"
     flags = ["--run.storage", str(place), "--scaling.num-workers", "2"]
     assert local_cluster.submit(["python", "jobs/check.py", "cluster", "tiny", *flags], ROOT) == 0
     said = capfd.readouterr().out
     assert "storage and tracker reached" in said
     assert "time: about 0.0 hours for 20 steps on 2 workers" in said
-    assert "the cluster can carry this run" in said
+    assert "the cluster is ready for this run" in said
     assert list(place.iterdir()) == []
 
 

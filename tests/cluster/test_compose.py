@@ -67,7 +67,7 @@ def test_only_the_gateway_is_published_and_by_default_to_this_machine(services: 
 
 
 def test_every_service_has_a_health_check(services: dict[str, dict[str, Any]]) -> None:
-    """Each has its own check or the check of our image. Only `setup`, which ends, has none."""
+    """Each service has its own check or that of our image. Only `setup`, which ends, has none."""
     for name, service in services.items():
         if name == "setup":
             assert service["healthcheck"] == {"disable": True}

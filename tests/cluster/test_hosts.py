@@ -1,4 +1,4 @@
-"""Two hosts become one cluster that takes jobs from outside, and only from who has the token: the short form for CI."""
+"""Two hosts become one cluster that takes jobs from outside, but only with the token: the short form for CI."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_job_from_outside_runs_on_both_hosts(ray_hosts: Service) -> None:
     ids=["no token", "wrong token"],
 )
 def test_a_job_without_the_token_is_refused(ray_hosts: Service, change: str, said: str) -> None:
-    """Without the token or with a wrong one nothing is submitted, however well the certificate is known."""
+    """Without the token or with a wrong one nothing is submitted, even with the certificate."""
     command = f"source client.env; {change}; {BIN}/ray job submit --verify ca.crt -- true"
     code, printed = ray_hosts.hosts["outside"].attempt(command)
     assert code != 0
@@ -40,7 +40,7 @@ def test_a_job_without_the_token_is_refused(ray_hosts: Service, change: str, sai
 
 
 def test_a_host_without_the_secrets_does_not_join(ray_hosts: Service) -> None:
-    """With a wrong token, or without a certificate, a host is no node by when one that came later has become one."""
+    """A host with a wrong token, or without a certificate, does not join, although a later host does."""
     hosts, address = ray_hosts.hosts, ray_hosts.hosts["head"].address
     changes = {"outside": "unset RAY_AUTH_TOKEN_PATH; export RAY_AUTH_TOKEN=wrong", "services": "export RAY_USE_TLS=0"}
     for name, change in changes.items():

@@ -48,7 +48,7 @@ def test_the_dockerfile_is_clean() -> None:
 
 
 def test_the_context_is_small_and_holds_no_secret(tmp_path: Path) -> None:
-    """It is below 2 MB, contains every source of a COPY, and nothing that docker/secrets.sh writes."""
+    """The context is below 2 MB, contains every source of a COPY, and no file of docker/secrets.sh."""
     folder = context(tmp_path)
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 2_000_000

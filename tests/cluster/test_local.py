@@ -72,7 +72,7 @@ def test_a_head_that_dies_shows_its_last_lines() -> None:
 
 @pytest.mark.cluster
 def test_the_token_is_private_and_needed(local_cluster: LocalCluster) -> None:
-    """Only the owner may read the token, and the job server answers nobody without it."""
+    """Only the owner may read the token, and the job server answers no request without it."""
     import urllib.error
     import urllib.request
 

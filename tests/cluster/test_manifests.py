@@ -137,7 +137,7 @@ def test_no_manifest_holds_a_secret() -> None:
 
 
 def test_every_pod_has_a_policy_for_both_directions() -> None:
-    """One rule forbids everything; each kind of pod has rules, by its label, for what it may do."""
+    """One rule forbids all traffic; each kind of pod has rules, by its label, for the traffic that it needs."""
     policies = [document["spec"] for document in ALL if document["kind"] == "NetworkPolicy"]
     assert {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]} in policies
     selected = {tuple(policy["podSelector"].get("matchLabels", {}).values()) for policy in policies}

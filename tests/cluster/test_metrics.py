@@ -1,4 +1,4 @@
-"""The dashboard shows numbers that there are, and Prometheus finds the port that shows them."""
+"""The dashboard shows metrics that exist, and Prometheus finds the port that shows them."""
 
 from __future__ import annotations
 

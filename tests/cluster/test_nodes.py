@@ -1,4 +1,4 @@
-"""What nodes report about places and versions becomes one message each, and nothing where they agree."""
+"""Each problem that nodes report about places and versions becomes one message; if they agree there is none."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_builds_of_one_version_are_one_version() -> None:
 
 
 def test_a_database_file_is_for_one_machine() -> None:
-    """Nodes of one machine may share it, also several; machines may not."""
+    """Several nodes of one machine may share a database file; several machines may not."""
     assert tracker_problems("sqlite:////home/mlflow.db", {"192.0.2.10"}) == []
     assert tracker_problems("https://gateway:5443", {"192.0.2.10", "192.0.2.11"}) == []
     (problem,) = tracker_problems("sqlite:////home/mlflow.db", {"192.0.2.10", "192.0.2.11"})

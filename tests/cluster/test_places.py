@@ -33,7 +33,7 @@ def workers(service: Service) -> list[Host]:
 
 
 def test_checkpoints_on_a_disk_of_one_host(service: Service, ingested: str) -> None:
-    """With run.storage at a path that is another disk on each host, no run begins."""
+    """If the path of run.storage is another disk on each host, no run begins."""
     place = service.disk / "runs"
     line = refused(service, f"pretrain.py tiny --data.uri {DATA} --run.storage {place}")
     assert f"run.storage: this node does not see what the driver's node writes to {place}; {OWN_DISK}" in line
@@ -41,7 +41,7 @@ def test_checkpoints_on_a_disk_of_one_host(service: Service, ingested: str) -> N
 
 
 def test_data_on_a_disk_of_one_host(service: Service, ingested: str) -> None:
-    """With a data set that only the head has, no run begins."""
+    """If only the head has the data set, no run begins."""
     make_data_set(service.shared / "data")
     code, said = service.submit(f"cp -r {service.shared}/data {service.disk}/data")
     assert code == 0, said
@@ -56,7 +56,7 @@ def test_a_data_set_for_a_disk_of_one_host(service: Service, ingested: str) -> N
 
 
 def test_videos_on_a_disk_of_one_host(service: Service) -> None:
-    """Videos that only the head has would be missing one by one: an ingest of them, by pattern too, begins nothing."""
+    """Videos that only the head has would be missing one by one: their ingest, also by pattern, does not begin."""
     code, said = service.submit(f"mkdir -p {service.disk}/videos && touch {service.disk}/videos/a.mp4")
     assert code == 0, said
     line = refused(service, f"ingest.py --videos {service.disk}/videos/*.mp4 --output s3://vmoco/data/none")
@@ -76,7 +76,7 @@ def test_a_folder_that_all_hosts_share_works(service: Service) -> None:
 
 @pytest.fixture
 def walled_in(service: Service) -> Iterator[Host]:
-    """A worker's host from which the machine of the store is not reached."""
+    """A worker's host that cannot reach the machine of the store."""
     host = workers(service)[-1]
     route = f"unreachable {service.hosts['services'].address}/32"
     host.run(f"ip route add {route}")
@@ -85,14 +85,14 @@ def walled_in(service: Service) -> Iterator[Host]:
 
 
 def test_a_store_that_one_host_does_not_reach(service: Service, ingested: str, walled_in: Host) -> None:
-    """The host is named, with the place and what the store's client says."""
+    """The message has the host, the place, and the error of the store's client."""
     line = refused(service, f"pretrain.py tiny --data.uri {DATA} --run.storage s3://vmoco/runs")
     assert line.startswith(f"error: node {walled_in.address}: --run.storage: s3://vmoco/runs cannot be used: "), line
 
 
 @pytest.fixture
 def other(service: Service) -> Iterator[Host]:
-    """One more host, whose package av calls itself version 0.0.1."""
+    """An additional host whose package av has version 0.0.1."""
     before = len(service.alive())
     (file,) = [file for file in metadata.files("av") or () if file.name == "METADATA"]
     written = service.shared / "METADATA"

@@ -1,4 +1,4 @@
-"""A run that does not fit is refused before it begins, and what it has asked Ray for does not outlive it."""
+"""A run that does not fit is refused before it begins, and its requests to Ray end with it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SETTINGS = PRESETS["tiny"][1]
     ],
 )
 def test_a_run_fits_node_by_node(scaling: dict[str, Any], evaluation_cpus: int, nodes: list[int], fits: bool) -> None:
-    """Not by sums alone: a worker, and the evaluation, need all that they need on one node."""
+    """Sums do not decide: each worker, and the evaluation, needs one node that has everything it needs."""
     from vmoco.cluster.reservation import shortage
 
     settings = changed(SETTINGS, scaling=scaling, evaluation={"num_cpus": evaluation_cpus})
@@ -43,7 +43,7 @@ def test_a_run_fits_node_by_node(scaling: dict[str, Any], evaluation_cpus: int, 
 
 
 def test_the_message_says_what_does_not_fit() -> None:
-    """It has the workers and their needs, the evaluation, the nodes, and what to change."""
+    """The message has the workers and their needs, the evaluation, the nodes, and what to change."""
     from vmoco.cluster.reservation import shortage
 
     settings = changed(SETTINGS, scaling={"num_workers": 2, "cpus_per_worker": 3}, evaluation={"num_cpus": 1})
@@ -89,7 +89,7 @@ def reserved(requester: str) -> float:
 
 
 def test_the_request_of_a_dead_run_is_cancelled(ray_cluster: LocalCluster) -> None:
-    """It stays while its holder lives, whoever comes and goes; when the holder is dead the next run cancels it."""
+    """A request stays while its holder lives. When the holder is dead, the next run cancels the request."""
     import ray
 
     from vmoco.cluster.reservation import NAMESPACE, Reservation
@@ -111,7 +111,7 @@ def test_the_request_of_a_dead_run_is_cancelled(ray_cluster: LocalCluster) -> No
 
 
 def test_the_evaluation_is_counted_while_the_run_lasts(ray_cluster: LocalCluster) -> None:
-    """Its CPU is reserved in Ray's coordinator from entering to leaving, so no elastic run counts on it."""
+    """Ray's coordinator reserves its CPU while the context is open, so no elastic run plans with it."""
     from vmoco.cluster.reservation import Reservation
 
     with Reservation(changed(SETTINGS, evaluation={"num_cpus": 1})) as reservation:

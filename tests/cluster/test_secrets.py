@@ -1,4 +1,4 @@
-"""No secret of a service is in what it keeps: logs, jobs, tracker, store; looked for on every host, after real work."""
+"""No secret of a service is in its logs, jobs, tracker or store. The search runs on every host, after real work."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_no_secret_is_kept_anywhere(service: Service, survivor: Survivor, tmp_pa
 
 
 def test_the_search_finds_what_is_there(service: Service, survivor: Survivor, tmp_path: Path) -> None:
-    """One secret in each place, put there as a careless job would: the search names all of the places."""
+    """After one secret is put into each place, as a careless job would do, the search finds all of them."""
     outside = service.hosts["outside"]
     wrong = secrets_of(service)
     # Into the logs of the node and of the job, into the store, into a tag and an artifact, and into a job's metadata.
@@ -61,7 +61,7 @@ def find(service: Service, folder: Path) -> dict[str, set[str]]:
         files += host.folder.glob("*.log")
         files += [path for path in (host.folder / "ray").rglob("*") if path.is_file() and not path.is_symlink()]
     sought = {name: secret.encode() for name, secret in secrets_of(service).items()}
-    # Each kind of thing must have been looked at: an empty place is no proof.
+    # The search must have seen each kind of place: an empty one proves nothing.
     for needed in ("kept/jobs", "kept/logs/", "kept/database.sql", "kept/mlflow/", "kept/vmoco/", "/tracker.log"):
         assert any(needed in str(path) for path in files), needed
     for name in ("head", "one", "two", "three"):
@@ -76,7 +76,7 @@ def find(service: Service, folder: Path) -> dict[str, set[str]]:
 
 
 def collect(service: Service, folder: Path) -> None:
-    """Copies into a folder, as an administrator may, what jobs, tracker and store have kept."""
+    """Copies the kept data of jobs, tracker and store into a folder, with an administrator's rights."""
     outside = service.hosts["outside"]
     (folder / "logs").mkdir(parents=True)
     listing = outside.run(f'source client.env; {BIN}/python -c "{JOBS}"')
@@ -93,7 +93,7 @@ def collect(service: Service, folder: Path) -> None:
 
 
 def secrets_of(service: Service) -> dict[str, str]:
-    """Every secret that was drawn for the service, by name; of a private key a line from within."""
+    """Every generated secret of the service, by name; for a private key, one line of its middle."""
     lines = (service.secrets / "tracker.env").read_text()
     names = {
         "password of database": "PGPASSWORD",

@@ -1,4 +1,4 @@
-"""A new store gets its buckets, once; what cannot be reached is named."""
+"""A new store gets its buckets once; a place that cannot be reached is named."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 
 def test_it_goes_on_with_one_worker_and_then_with_two(survivor: Survivor) -> None:
-    """Cut off from its first rank's host it goes on with the other, from a checkpoint, and grows with a new host."""
+    """When its first rank's host is cut off, it continues on the other from a checkpoint, and grows with a new host."""
     assert [workers for workers, _ in survivor.starts] == [2, 1, 2]
     steps = [step for _, step in survivor.starts]
     assert steps[0] == 0
@@ -22,12 +22,12 @@ def test_it_goes_on_with_one_worker_and_then_with_two(survivor: Survivor) -> Non
 
 
 def test_every_point_is_in_the_tracker_once(service: Service, survivor: Survivor) -> None:
-    """In the tracker's database no point of the loss is missing or double, although a first rank was cut off."""
+    """In the tracker's database no point of the loss is missing or doubled, although a first rank was cut off."""
     assert points(service, survivor) == list(range(LOG_EVERY, STEPS + 1, LOG_EVERY))
 
 
 def test_its_encoder_is_pulled_from_outside(service: Service, survivor: Survivor) -> None:
-    """Whoever has the tracker's password and certificate pulls it, without a key to the store."""
+    """With the tracker's password and certificate, and without a key to the store, the encoder can be pulled."""
     outside = service.hosts["outside"]
     listed = outside.run(f"source client.env; cd {ROOT}; {BIN}/python jobs/registry.py list")
     assert f"models:/{NAME}/1  candidate" in listed
@@ -35,7 +35,7 @@ def test_its_encoder_is_pulled_from_outside(service: Service, survivor: Survivor
 
 
 def test_the_tracker_comes_back_from_its_backup(service: Service, survivor: Survivor) -> None:
-    """Database and artifacts lost, the README's own commands bring back runs, encoders, users and what they may do."""
+    """After database and artifacts are lost, the README's commands restore runs, encoders, users and their rights."""
     before = features(service)
     code, said = service.on_database("\n".join(commands("Backup")), environment=service.store_keys["tracker"])
     assert code == 0, said
@@ -60,7 +60,7 @@ def test_the_tracker_comes_back_from_its_backup(service: Service, survivor: Surv
 
 
 def commands(title: str) -> list[str]:
-    """The commands that the README has in the first block after a title."""
+    """The commands of the README in the first block after a title."""
     _, _, after = (ROOT / "cluster/README.md").read_text().partition(f"**{title}**")
     block = re.search(r"(?:^    \S.*\n)+", after, re.MULTILINE)
     assert block is not None, title
@@ -68,7 +68,7 @@ def commands(title: str) -> list[str]:
 
 
 def points(service: Service, survivor: Survivor) -> list[int]:
-    """Steps of the points of `loss`, in order, as they stand in the tracker's database."""
+    """Steps of the points of `loss`, in the order of the tracker's database."""
     query = f"select step from metrics where key = 'loss' and run_uuid = '{survivor.run_id}' order by step"
     code, said = service.on_database(f'psql -At -c "{query}" mlflow')
     assert code == 0, said
@@ -76,7 +76,7 @@ def points(service: Service, survivor: Survivor) -> list[int]:
 
 
 def features(service: Service) -> list[float]:
-    """What the encoder gives for one grey clip, where only the tracker's password and certificate are."""
+    """The encoder's features of one grey clip, on a host that has only the tracker's password and certificate."""
     use = (
         "import json, torch, vmoco; "
         f"encoder = vmoco.load_encoder('models:/{NAME}@candidate'); "

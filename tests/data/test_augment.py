@@ -152,6 +152,74 @@ def test_drawn_batch_equals_the_plain_version(settings: AugmentSettings) -> None
             np.testing.assert_allclose(result, plain_augment(clip.numpy(), numbers, size), rtol=0, atol=0.5 / 255)
 
 
+def exact_blur(image: Image, sigma: float) -> Image:
+    """Along rows, then columns: 13 weights of a Gaussian, or as many as mirroring once allows."""
+    for axis in (0, 1):
+        reach = min(6, image.shape[axis] - 1)
+        weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-reach, reach + 1)]
+        padding = [(reach, reach) if each == axis else (0, 0) for each in range(3)]
+        padded, length = np.pad(image, padding, mode="reflect"), image.shape[axis]
+        shifted = [np.take(padded, range(at, at + length), axis) for at in range(2 * reach + 1)]
+        image = sum(w * part for w, part in zip(weights, shifted, strict=True)) / sum(weights)
+    return image
+
+
+def exact_augment(clip: npt.NDArray[np.uint8], draws: torch.Tensor, size: int) -> Image:
+    """One clip in float64, one step after the other: (T, H, W, 3) -> (T, size, size, 3) in [0, 1]."""
+    names = ("GREY", "BRIGHTNESS", "CONTRAST", "SATURATION", "HUE", "BLUR")
+    grey, brightness, contrast, saturation, hue, sigma = (float(draws[getattr(under_test, name)]) for name in names)
+    images = np.stack([plain_crop(frame, draws, size) for frame in clip])
+    if grey:
+        images = np.repeat(luma(images)[..., None], 3, axis=-1)
+    images = np.clip(brightness * images, 0, 1)
+    images = np.clip(contrast * images + (1 - contrast) * luma(images).mean(), 0, 1)
+    images = np.clip(saturation * images + (1 - saturation) * luma(images)[..., None], 0, 1)
+    to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    y, i, q = np.moveaxis(images @ to_yiq.T, -1, 0)
+    sin, cos = math.sin(2 * math.pi * hue), math.cos(2 * math.pi * hue)
+    turned = np.stack([y, cos * i - sin * q, sin * i + cos * q], axis=-1)
+    images = np.clip(turned @ np.linalg.inv(to_yiq).T, 0, 1)
+    return np.stack([exact_blur(image, sigma) for image in images]) if sigma else images
+
+
+@pytest.mark.parametrize("by_clip", [False, True], ids=["kinetics", "by-clip"])
+@pytest.mark.parametrize("all_grey", [False, True], ids=["some-grey", "all-grey"])
+@pytest.mark.parametrize("settings", [SETTINGS, MOCO_V2], ids=["v1", "v2"])
+def test_result_equals_float64(settings: AugmentSettings, all_grey: bool, by_clip: bool) -> None:
+    """Within 1e-5 of the range of a pixel: mirrored or not, grey, jittered and blurred in all combinations drawn."""
+    settings = settings.model_copy(update={"grey_probability": 1.0 if all_grey else 0.5})
+    clips, size = random_clips(16, 2, 14, 18), 11
+    draws = torch.from_numpy(draw(seeds(16), settings, height=14, width=18))
+    blurs = settings.blur_probability > 0
+    found = augment(clips, draws, size=size, all_grey=all_grey, blurs=blurs, by_clip=by_clip)
+    for clip, numbers, result in zip(clips, draws, found.permute(0, 2, 3, 4, 1).double().numpy(), strict=True):
+        expected = exact_augment(clip.numpy(), numbers, size)
+        mean, std = (expected.mean(), expected.std()) if by_clip else (MEAN, STD)
+        np.testing.assert_allclose(result * std + mean, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("by_clip", [False, True], ids=["kinetics", "by-clip"])
+@pytest.mark.parametrize("all_grey", [False, True], ids=["some-grey", "all-grey"])
+@pytest.mark.parametrize("size", [7, 32])
+def test_result_does_not_depend_on_the_other_clips(size: int, all_grey: bool, by_clip: bool) -> None:
+    """On one CPU thread: alone, in a batch of 3, 8 or 24, and at another place in it, a clip has the same bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        settings = MOCO_V2.model_copy(update={"grey_probability": 1.0 if all_grey else 0.2})
+        clips = random_clips(24, 4, 40, 48)
+        draws = torch.from_numpy(draw(seeds(24), settings, height=40, width=48))
+        whole = augment(clips, draws, size=size, all_grey=all_grey, by_clip=by_clip)
+        for count in (1, 3, 8):
+            parts = zip(clips.split(count), draws.split(count), strict=True)
+            found = torch.cat([augment(c, d, size=size, all_grey=all_grey, by_clip=by_clip) for c, d in parts])
+            assert torch.equal(found, whole), f"in batches of {count}"
+        turned = augment(clips.roll(5, 0), draws.roll(5, 0), size=size, all_grey=all_grey, by_clip=by_clip)
+        assert torch.equal(turned.roll(-5, 0), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_blur_meets_its_own_clip_alone() -> None:
     """Beside blurred clips, one of deviation 0 keeps its bits; the others are as blurred as each would be alone.
 

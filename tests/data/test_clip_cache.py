@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,6 +60,27 @@ def test_several_processes_share_it(tmp_path: Path) -> None:
         most = pool.starmap(fill, [(str(tmp_path), seed) for seed in range(3)])
     assert max(most) <= 20_000
     assert not list(tmp_path.glob("??/.*.tmp"))
+
+
+def test_a_clip_that_another_process_removes_is_still_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removed just before the file is opened, it is fetched again; removed after that, its bytes stay readable."""
+    cache, content = ClipCache(tmp_path, max_bytes=10_000), content_of(1)
+    name = hashlib.sha256(content).hexdigest()
+    put(cache, 1)
+    mapped = cache.read(name, fetch=lambda: pytest.fail("it is there"))
+    touch = os.utime
+
+    def touch_and_remove(path: Path, *times: Any) -> None:
+        touch(path, *times)
+        if path.name == name:
+            cache.drop(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "utime", touch_and_remove)
+        assert put(cache, 1)
+    assert not put(cache, 1), "what was fetched again is kept"
+    cache.drop(name)
+    assert mapped == content
 
 
 def test_what_a_killed_process_left_is_counted(tmp_path: Path) -> None:

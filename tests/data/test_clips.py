@@ -184,3 +184,21 @@ def test_what_cannot_be_split_is_not() -> None:
     assert parts_of(times, times[:1], ClipPlan(16), 10) == []
     assert parts_of(times, times[25::25], ClipPlan(16), 10) == []
     assert parts_of(times, times[::25], ClipPlan(16), 70) == []
+
+
+def test_no_clip_crosses_a_seam() -> None:
+    """Each recording of a joined video is cut on its own; of too many clips those spread evenly are kept."""
+    times, seams = np.arange(50, dtype=np.int64), (20, 27)
+    for plan in (ClipPlan(6), ClipPlan(3, stride=2), ClipPlan(6, start_seconds=0.1), ClipPlan(6, fps=25)):
+        found = clip_indices(times, Fraction(1, 25), plan, seams=seams)
+        assert len(found) == 3 + 1 + 3 if plan.start_seconds is None and plan.stride == 1 else len(found) > 3
+        recording = np.searchsorted(seams, found, side="right")
+        assert (recording == recording[:, :1]).all()
+        first = clip_indices(times[:20], Fraction(1, 25), plan)
+        assert np.array_equal(found[: len(first)], first)
+    few = clip_indices(times, Fraction(1, 25), ClipPlan(6, max_clips=2), seams=seams)
+    assert few[:, 0].tolist() == [
+        clip_indices(times, Fraction(1, 25), ClipPlan(6), seams=seams)[at, 0] for at in (1, 5)
+    ]
+    looped = clip_indices(times, Fraction(1, 25), ClipPlan(30, short="loop"), seams=seams)
+    assert looped.tolist() == [[*range(27, 50), *range(27, 34)]]

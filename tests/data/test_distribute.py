@@ -31,7 +31,16 @@ rejections = st.builds(Rejection, text, stages, text, text, st.booleans(), text,
 units = st.builds(Unit, found, text, st.none() | parts, int64, int64, numbers)
 PLANS: dict[type[Any], st.SearchStrategy[Any]] = {
     ProbeTask: st.builds(ProbeTask, st.lists(found, max_size=3).map(tuple)),
-    Probed: st.builds(Probed, found, text, int64, st.lists(parts).map(tuple), numbers, st.none() | rejections),
+    Probed: st.builds(
+        Probed,
+        found,
+        text,
+        int64,
+        st.lists(parts).map(tuple),
+        numbers,
+        st.lists(text).map(tuple),
+        st.none() | rejections,
+    ),
     ShardPlan: st.builds(ShardPlan, text, st.lists(units, max_size=3).map(tuple)),
     MadeShard: st.builds(
         MadeShard,

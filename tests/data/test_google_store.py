@@ -14,6 +14,7 @@ import pytest
 
 from tests.data import videos
 from tests.google_store import BUCKET, GoogleStore
+from tests.names import FOLDER, NAMES
 from vmoco import storage
 from vmoco.data.check import check
 from vmoco.data.manifest import Manifest
@@ -21,6 +22,7 @@ from vmoco.data.shard_reader import ClipReader
 
 ROOT = Path(__file__).parents[2]
 HOME = f"gs://{BUCKET}"
+OUT = f"out {FOLDER}"
 
 
 @pytest.fixture(scope="module")
@@ -54,30 +56,35 @@ def test_storage_reads_and_writes(tmp_path: Path) -> None:
 
 
 def test_ingest_from_a_bucket_into_it(store: GoogleStore, tmp_path: Path) -> None:
-    """The job, Ray and all: shards as from disk to disk, each clip readable by its range, nothing half done."""
-    for number in range(3):
-        path = videos.write_video(tmp_path / "in" / f"{number}.mp4", videos.images(20 + number))
-        storage.write_atomic(f"{HOME}/in/{number}.mp4", path.read_bytes())
+    """The job, Ray and all, with any names: shards as from disk to disk, each clip readable, nothing half done."""
+    for number, name in enumerate(NAMES):
+        path = videos.write_video(tmp_path / FOLDER / name, videos.images(20 + number))
+        storage.write_atomic(f"{HOME}/{FOLDER}/{name}", path.read_bytes())
     manifests = []
     for place in (str(tmp_path), HOME):
-        command = [sys.executable, "jobs/ingest.py", "--videos", f"{place}/in", "--output", f"{place}/out"]
+        command = [sys.executable, "jobs/ingest.py", "--videos", f"{place}/{FOLDER}", "--output", f"{place}/{OUT}"]
         command += ["--num-frames", "4", "--height", "24", "--width", "32", "--held-out-percent", "0"]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         done = subprocess.run(
             command, env=environment | store.environment, cwd=ROOT, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
-        assert check(f"{place}/out", lambda line: None) == []
-        manifests.append(Manifest.load(f"{place}/out"))
+        assert check(f"{place}/{OUT}", lambda line: None) == []
+        manifests.append(Manifest.load(f"{place}/{OUT}"))
     here, there = manifests
-    assert here.counts == {"videos": 3, "clips": 15, "rejected": 0, "held_out": 0}
+    assert here.counts == {
+        "videos": len(NAMES),
+        "clips": sum((20 + number) // 4 for number in range(len(NAMES))),
+        "rejected": 0,
+        "held_out": 0,
+    }
     assert there.hash == here.hash
     assert there.shards == here.shards
     first, second = (ClipReader.of(manifest).frames(7) for manifest in manifests)  # a clip of the second video
     assert first.tolist() == second.tolist()
-    names = storage.list_files(f"{HOME}/out")
+    names = storage.list_files(f"{HOME}/{OUT}")
     assert "contact_sheet.png" in names
-    filesystem, path = storage.filesystem(f"{HOME}/out")
+    filesystem, path = storage.filesystem(f"{HOME}/{OUT}")
     listed = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
     assert not [entry.path for entry in listed if entry.path.endswith(".tmp") or "probes" in entry.path]
 

@@ -7,6 +7,8 @@ import re
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -16,8 +18,9 @@ from tests.dataset import stored_frames
 from vmoco import storage
 from vmoco.data import contact_sheet, ledger
 from vmoco.data.decoder import Decoder
+from vmoco.data.held_out import is_held_out
 from vmoco.data.ingest import ingest
-from vmoco.data.ingest_tasks import is_held_out, make_shard, plan_shards
+from vmoco.data.ingest_tasks import make_shard, plan_shards
 from vmoco.data.manifest import NAME, Manifest
 from vmoco.job_settings import IngestSettings
 
@@ -69,7 +72,8 @@ def test_every_video_is_in_the_manifest_or_in_the_ledger(tmp_path: Path, ray_clu
         frames = stored_frames(manifest.shard_uri(row["shard"]))[row["row"]]
         first = round(row["start_seconds"] * 25)
         assert [videos.number_of(frame) for frame in frames] == list(range(first, first + 4))
-    assert re.fullmatch(r"ingest  looked at 5/5 videos  rejected 2  clips 9  [\d.]+ clips/s  0:00 left", lines[-3])
+    assert re.fullmatch(r"ingest  looked at 5/5 videos  rejected 2  clips 9  [\d.]+ clips/s  0:00 left", lines[-4])
+    assert re.fullmatch(r"ingest  writes 9 clips in raw encoding, 0\.1 MB, to .*/out, which has .* free", lines[-3])
     assert re.fullmatch(r"ingest  cut 3/3 videos  rejected 0  clips 9  [\d.]+ clips/s  0:00 left", lines[-2])
     assert lines[-1] == (f"ingest  rejected 3: cannot-open 1, empty 1, not-a-file 1; see {tmp_path}/out/ledger.jsonl")
     assert Image.open(tmp_path / "out" / contact_sheet.NAME).size[0] > 400
@@ -106,6 +110,20 @@ def test_running_again_does_nothing_and_adding_appends(tmp_path: Path, ray_clust
     assert {path: before[path] for path in old} == {path: path.stat().st_mtime_ns for path in old}
     assert second.hash != first.hash
     assert second.table.filter([name != "a.mp4" for name in second.table["video_id"].to_pylist()]) == first.table
+
+
+def test_a_data_set_that_no_encoder_can_be_scored_on_is_named(tmp_path: Path, ray_cluster: object) -> None:
+    """The last line says it, also when nothing is new; the percentage that it names is enough."""
+    make_videos(tmp_path / "in", "a.mp4", "b.mp4", "c.mp4")
+    said: list[str] = []
+    for _ in range(2):
+        ingest(settings(tmp_path, held_out_percent=10), progress=said.append)
+        assert said[-1].startswith("warning: an encoder cannot be scored on this data set: 0 of 0 held-out videos have")
+    found = re.search(r"with --held-out-percent (\d+), which holds out (\d+) such videos$", said[-1])
+    assert found is not None
+    enough = settings(tmp_path, held_out_percent=int(found[1]), output=str(tmp_path / "enough"))
+    assert ingest(enough, progress=said.append).counts["held_out"] == int(found[2]) == 2
+    assert "warning" not in said[-1]
 
 
 def test_a_changed_video_replaces_its_clips(tmp_path: Path, ray_cluster: object) -> None:
@@ -184,6 +202,8 @@ def test_other_settings_are_refused(tmp_path: Path, ray_cluster: object) -> None
     videos.write_video(tmp_path / "in/b.mp4", videos.images(25))
     with pytest.raises(ValueError, match=r"was made with --num-frames 4, not 8: use --num-frames 4 to continue it"):
         ingest(settings(tmp_path, num_frames=8), progress=quiet)
+    with pytest.raises(ValueError, match=r"was made with --hdr tonemap, not keep: use --hdr tonemap to continue it"):
+        ingest(settings(tmp_path, hdr="keep"), progress=quiet)
     assert Manifest.load(str(tmp_path / "out")).counts["videos"] == 1
     assert ingest(settings(tmp_path, seconds_per_video=9.0), progress=quiet).counts["videos"] == 2
 
@@ -229,3 +249,39 @@ def test_a_relative_path_is_refused_in_a_job(monkeypatch: pytest.MonkeyPatch) ->
     assert storage.require_absolute("s3://bucket/data", "--output") == "s3://bucket/data"
     with pytest.raises(ValueError, match=r"--output 'data' is a relative path, and a submitted job does not run in"):
         storage.require_absolute("data", "--output")
+
+
+def test_a_data_set_of_an_earlier_version_keeps_its_split(tmp_path: Path, ray_cluster: object) -> None:
+    """New ranges are held out one by one there, and by file in a new one; missing videos cost nothing on a rerun."""
+    videos.write_video(tmp_path / "in/a.mp4", videos.images(40))
+    ranges = [f"{0.16 * part:.2f},{0.16 * part + 0.16:.2f}" for part in range(10)]
+
+    def run(output: str, count: int) -> tuple[Manifest, list[str]]:
+        lines: list[str] = []
+        text = "path,start_seconds,end_seconds\n" + "".join(f"a.mp4,{span}\n" for span in ranges[:count])
+        (tmp_path / "list.csv").write_text(text + "gone.mp4,,\n")
+        chosen = settings(
+            tmp_path, output=output, annotations=str(tmp_path / "list.csv"), held_out_percent=50, videos_per_shard=1
+        )
+        return ingest(chosen, progress=lines.append), lines
+
+    def held_out(manifest: Manifest) -> dict[str, bool]:
+        return dict(zip(manifest.table["video_id"].to_pylist(), manifest.table["held_out"].to_pylist(), strict=True))
+
+    new, _ = run(str(tmp_path / "new"), 10)
+    assert set(held_out(new).values()) == {is_held_out("a.mp4", 50)}
+    again, lines = run(str(tmp_path / "new"), 10)
+    assert again == new
+    assert f"ingest  nothing new: all 10 videos are in {tmp_path}/new or its ledger" in lines
+
+    before, _ = run(str(tmp_path / "old"), 5)
+    path = tmp_path / "old" / NAME
+    table = pq.read_table(path)
+    by_entry = pa.array([is_held_out(name, 50) for name in table["video_id"].to_pylist()])
+    place = table.column_names.index("held_out")
+    pq.write_table(table.drop_columns(["source"]).set_column(place, table.schema.field(place), by_entry), path)
+    continued, lines = run(str(tmp_path / "old"), 10)
+    assert any("holds out each range by itself, as earlier versions did" in line for line in lines)
+    assert held_out(continued) == {name: is_held_out(name, 50) for name in held_out(new)}
+    assert len(set(held_out(continued).values())) == 2
+    assert before.counts["videos"] == 5

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import hypothesis
 import pytest
+from hypothesis import strategies
 
 from tests.data import videos
+from tests.data.test_ledger import STRANGE as UNUSUAL
 from tests.dataset import stored_frames
-from vmoco.data import source
-from vmoco.data.decoder import Decoder
+from tests.names import FOLDER, names
+from vmoco.data import ledger, source
+from vmoco.data.annotations import list_annotated
+from vmoco.data.decoder import Contents, Decoder, StoredClips
 from vmoco.data.distribute import from_table, to_table
+from vmoco.data.held_out import is_held_out
 from vmoco.data.ingest_tasks import (
     MadeShard,
     Probed,
     ProbeTask,
     ShardPlan,
-    is_held_out,
     make_shard,
     plan_shards,
     probe_videos,
@@ -102,6 +109,27 @@ def test_a_shard_that_is_there_is_reused(root: Path, monkeypatch: pytest.MonkeyP
         assert path.read_bytes() == whole
     monkeypatch.setattr(decoder, "cut", None)
     assert make(settings(root), decoder) == dataclasses.replace(first, reused=True)
+
+
+def test_what_is_unusual_is_noted(root: Path, decoder: Decoder) -> None:
+    """What probing found and what was done to the pixels stands in each row of the video, also where it is reused."""
+    videos.write_video(root / "in/mirrored.mkv", videos.images(40), flips=(True, False))
+    content = bytearray((root / "in/mirrored.mkv").read_bytes())
+    at = content.index(b"\x44\x89\x88") + 3  # the length in the header
+    content[at : at + 8] = b"\x41\x4b" + bytes(6)  # 3.5e6
+    (root / "in/mirrored.mkv").write_bytes(content)
+    (root / "in/b.mp4").unlink()
+    chosen = settings(root)
+    (plan,) = plan_shards(probed(chosen, decoder), chosen)
+    made, again = (
+        make_shard(plan, root=chosen.videos, output=chosen.output, settings=chosen, decoder=decoder) for _ in range(2)
+    )
+    notes = {row["video_id"]: row["notes"] for row in made.rows}
+    says = "header-says-more: it ends at 1.60 s, and the header promises 3538.94 s"
+    assert notes.pop("mirrored.mkv") == f"{says}; mirrored: its display matrix mirrors the picture"
+    assert set(notes.values()) == {None}
+    assert again.reused
+    assert again.rows == made.rows
 
 
 def hurry(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, action: str) -> None:
@@ -217,15 +245,6 @@ def test_results_of_a_first_look_are_kept(root: Path, decoder: Decoder, monkeypa
     assert probed(settings(root), decoder) == first
 
 
-def test_the_held_out_share_is_right() -> None:
-    """About the given percentage is held out, and a larger percentage holds out the same videos and more."""
-    names = [f"folder/{number}.mp4" for number in range(20_000)]
-    ten, thirty = ({name for name in names if is_held_out(name, percent)} for percent in (10.0, 30.0))
-    assert abs(len(ten) - 2000) < 5 * np.sqrt(2000)
-    assert ten < thirty
-    assert not any(is_held_out(name, 0.0) for name in names)
-
-
 def test_rows_read_back_are_those_returned(root: Path, decoder: Decoder) -> None:
     """What goes into the manifest is what the shard says of itself."""
     made = make(settings(root), decoder)
@@ -257,6 +276,22 @@ STRANGE = [
     AssertionError(),
     MemoryError(),
 ]
+
+
+class Reader:
+    """A decoder that takes any file for a video of one clip."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = open(scratch, "w+b")  # noqa: SIM115 -- lives as long as this object
+
+    def probe(self, path: str, *_: Any, **__: Any) -> Contents:
+        assert Path(path).read_bytes()
+        return Contents(1, (), 1.0)
+
+    def cut(self, path: str, *_: Any, offset: int, **__: Any) -> StoredClips:
+        size = 4 * 24 * 32 * 3
+        os.pwrite(self.scratch.fileno(), Path(path).read_bytes()[:1] * size, offset)
+        return StoredClips([0], [0.0], 25.0, [size])
 
 
 @pytest.mark.parametrize("error", STRANGE, ids=lambda error: type(error).__name__)
@@ -291,6 +326,78 @@ def test_every_error_of_a_video_is_its_ledger_row(
     rejection.message.encode()  # so it can be written to the ledger
 
 
+def raised() -> strategies.SearchStrategy[BaseException]:
+    """Errors of every built-in type, with any message; none that means the end of the process."""
+
+    def types(base: type[BaseException]) -> Iterator[type[BaseException]]:
+        for each in base.__subclasses__():
+            if each.__module__ == "builtins" and each not in (KeyboardInterrupt, SystemExit, GeneratorExit):
+                yield each
+                yield from types(each)
+
+    plain = sorted(
+        {each for each in types(BaseException) if not issubclass(each, BaseExceptionGroup | UnicodeError)}, key=str
+    )
+    text = strategies.text(max_size=20)
+    errors: list[strategies.SearchStrategy[BaseException]] = [
+        strategies.builds(lambda kind, message: kind(message), strategies.sampled_from(plain), text),
+        strategies.builds(
+            lambda kind, message: OSError(kind, message), strategies.sampled_from(list(errno.errorcode)), text
+        ),
+        strategies.builds(lambda message: UnicodeDecodeError("utf-8", b"\xff", 0, 1, message), text),
+        strategies.builds(lambda message: BaseExceptionGroup("all", [ValueError(message), MemoryError()]), text),
+        strategies.sampled_from(UNUSUAL),
+        strategies.builds(lambda text: VideoError("read", "read-error", text, transient=True), text),
+    ]
+    return strategies.one_of(errors)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    found=strategies.lists(names(suffix=".mp4"), min_size=1, max_size=4, unique=True),
+    error=raised(),
+    data=strategies.data(),
+)
+def test_no_name_and_no_error_of_a_reader_ends_a_task(
+    found: list[str], error: BaseException, data: strategies.DataObject
+) -> None:
+    """For any names and any error of one video: it has a ledger row, the others are cut, all is written and read."""
+    place = data.draw(strategies.sampled_from(["copy", "hash", "probe", "cut"]))
+    broken = data.draw(strategies.sampled_from(found))
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        root = Path(folder, FOLDER)
+        chosen = settings(root)
+        (root / "in").mkdir(parents=True)
+        for name in found:
+            (root / "in" / name).write_bytes(name.encode())
+        reader = Reader(scratch=Path(folder, "scratch"))
+        failing = {"copy": (source, "local_copy"), "hash": (source, "file_sha256")}.get(place, (reader, place))
+        honest = getattr(*failing)
+
+        def strange(*positional: Any, **named: Any) -> Any:
+            if any(
+                str(getattr(value, "path", value)).endswith(f"/in/{broken}") or getattr(value, "path", "") == broken
+                for value in positional
+            ):
+                raise error
+            return honest(*positional, **named)
+
+        patch.setattr(*failing, strange)
+        results = probed(chosen, reader)  # type: ignore[arg-type]
+        rejections = [each.rejection for each in results if each.rejection]
+        made = [
+            make_shard(plan, root=chosen.videos, output=chosen.output, settings=chosen, decoder=reader)  # type: ignore[arg-type]
+            for plan in plan_shards([each for each in results if not each.rejection], chosen)
+        ]
+        rejections += [row for each in made for row in each.rejected]
+        assert [row.video_id for row in rejections] == [broken]
+        assert sorted(row["video_id"] for each in made for row in each.rows) == sorted(set(found) - {broken})
+        ledger.write(chosen.output, rejections)
+        assert ledger.read(chosen.output)[0].video_id == broken
+        for each in made:
+            stored_frames(shard_uri(chosen.output, each.name))
+
+
 def test_a_full_scratch_disk_ends_the_job(root: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that takes no pixels is no video's fault: the error says so, and no shard is written."""
     with open("/dev/full", "r+b") as full:
@@ -315,3 +422,36 @@ def test_results_of_another_format_are_probed_again(root: Path, decoder: Decoder
     (path,) = (root / "out/probes").glob("*.json")
     path.write_text(content)
     assert probed(settings(root), decoder) == second
+
+
+def test_whole_sources_are_held_out(tmp_path: Path, decoder: Decoder) -> None:
+    """All ranges of a file, all entries of a group, and all clips of a YouTube video stand on one side."""
+    names = [f"{number}.mp4" for number in range(4)]
+    video = videos.write_video(tmp_path / "in/0.mp4", videos.images(24))
+    for name in names[1:]:
+        (tmp_path / "in" / name).write_bytes(video.read_bytes())
+    by_file = ["path,start_seconds,end_seconds,video_id,group"]
+    by_file += [f"{name},{0.2 * part:.1f},{0.2 * part + 0.2:.1f},," for name in names for part in range(4)]
+    by_group = [line.replace(",,", ",,patient 7") for line in by_file]
+    for lines, sources in ((by_file, names), (by_group, ["patient 7"])):
+        listed = tmp_path / "list.csv"
+        listed.write_text("\n".join(lines) + "\n")
+        found = list_annotated(str(tmp_path / "in"), str(listed), "table").videos
+        assert len(found) == 16
+        chosen = settings(tmp_path, output=str(tmp_path / sources[0]), held_out_percent=50)
+        (plan,) = plan_shards([Probed(each, "hash") for each in found], chosen)
+        made = make_shard(plan, root=chosen.videos, output=chosen.output, settings=chosen, decoder=decoder)
+        assert len(made.rows) == 16
+        assert {(row["source"], row["held_out"]) for row in made.rows} == {
+            (source, is_held_out(source, 50)) for source in sources
+        }
+    # The rule decides a column of the shard, so a shard that an earlier version left behind has another name.
+    earlier = [Probed(dataclasses.replace(each, source=None), "hash") for each in found]
+    assert plan_shards(earlier, chosen)[0].name != plan.name
+
+
+def test_the_shards_of_complete_files_stay_the_same(root: Path, decoder: Decoder) -> None:
+    """Their metadata do not name a source, so old and new versions write equal bytes and find each other's shards."""
+    made = make(settings(root), decoder)
+    assert b'"source"' not in Path(shard_uri(str(root / "out"), made.name)).read_bytes()
+    assert [row["source"] for row in made.rows] == [None] * len(made.rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vmoco.data import ledger
-from vmoco.data.ledger import Rejection
+from vmoco.data.ledger import Rejection, ScratchError, VideoError, attributed
 
 ROWS = [
     Rejection('b\nquote" 🎞.mp4', "decode", "decode-error", "Invalid data", entry="07", shard="00"),
@@ -36,6 +36,34 @@ def test_a_damaged_ledger_says_which_line(tmp_path: Path) -> None:
         file.write('{"video_id": "x"}\n')
     with pytest.raises(ValueError, match=r"line 2 of .*ledger.jsonl is not a ledger row .*: remove the file"):
         ledger.read(str(tmp_path))
+
+
+class PanicException(BaseException):
+    pass
+
+
+class Wordless(Exception):  # noqa: N818
+    def __str__(self) -> str:
+        raise RuntimeError("no message either")
+
+
+STRANGE = [PanicException("Rust"), Wordless(), ExceptionGroup("two", [ValueError("a"), KeyError("b")]), StopIteration()]
+
+
+@pytest.mark.parametrize("error", STRANGE, ids=lambda error: type(error).__name__)
+def test_every_type_of_error_is_attributed(error: BaseException) -> None:
+    """What is no Exception, or gives no message, becomes a VideoError as well."""
+    with pytest.raises(VideoError) as caught, attributed("decode"):
+        raise error
+    assert caught.value.reason == "unexpected-error"
+    assert caught.value.message.startswith(f"{type(error).__name__}: ")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), ScratchError("full")], ids=repr)
+def test_what_ends_the_job_is_not_attributed(error: BaseException) -> None:
+    """Ctrl-C, an exit and a full disk are no fault of the video."""
+    with pytest.raises(type(error)), attributed("decode"):
+        raise error
 
 
 def test_totals() -> None:

@@ -160,6 +160,23 @@ def test_key_of_two_clips_shows_another_clip_of_the_video(manifest: Manifest) ->
     assert set(places) == {(query, key) for query in range(3) for key in range(3)}, "windows are independent"
 
 
+def test_two_clips_begin_at_their_step(manifest: Manifest) -> None:
+    """Before the step a batch is that of same_clip, from it on that of two_clips, bit for bit; also read alone.
+
+    The keys that measure staleness (`first_keys`) are those of the batch, on both sides of the step.
+    """
+    settings = settings_with(data={"positives": "two_clips", "two_clips_from_percent": 40})
+    start = settings.two_clips_start
+    assert 0 < start < NUM_STEPS
+    loaders = {kind: Loader(manifest, kind, rank=1, world_size=2) for kind in (settings, SETTINGS, TWO_CLIPS)}
+    for step in range(NUM_STEPS):
+        batch = loaders[settings].batch(step)
+        assert equal(batch, loaders[SETTINGS if step < start else TWO_CLIPS].batch(step))
+        assert not equal(batch, loaders[TWO_CLIPS if step < start else SETTINGS].batch(step))
+        first, _ = loaders[settings].first_keys(step)
+        assert torch.equal(first.frames, batch.key.frames[: len(first.frames)])
+
+
 def test_video_of_one_clip_gives_a_second_window(tmp_path: Path) -> None:
     """The key shows the same stored clip, often elsewhere."""
     manifest = make_data_set(tmp_path, clips_per_video=1)

@@ -53,6 +53,20 @@ def test_what_is_written_is_loaded(tmp_path: Path) -> None:
     assert loaded.encoding == "jpeg"
 
 
+def test_notes_are_kept_and_counted(tmp_path: Path) -> None:
+    """Each kind of note counts its videos, not its clips; a manifest without notes is that of earlier versions."""
+    plain = write(tmp_path / "plain")
+    assert "notes" not in pq.read_table(tmp_path / "plain" / NAME).column_names
+    assert plain.table["notes"].null_count == 3
+    notes = [None, "joined: 2 recordings; mirrored: yes", "joined: 2 recordings; mirrored: yes"]
+    noted = write(tmp_path / "noted", rows().drop_columns("notes").append_column("notes", pa.array(notes)))
+    assert noted.counts == {**plain.counts, "joined": 1, "mirrored": 1}
+    assert noted.hash == plain.hash
+    loaded = Manifest.load(str(tmp_path / "noted"))
+    assert loaded == noted
+    assert loaded.table["notes"].to_pylist() == [notes[1], notes[1], None]
+
+
 def test_rows_are_sorted(tmp_path: Path) -> None:
     """Rows stand by video, then by time, in whatever order they came."""
     assert write(tmp_path).table["clip_id"].to_pylist() == ["02", "01", "03"]
@@ -106,3 +120,15 @@ def test_any_parquet_reader_finds_the_facts(tmp_path: Path) -> None:
     """The JSON under the key `vmoco` lies in Parquet's own key-value metadata, not only in Arrow's."""
     write(tmp_path)
     assert b'"counts"' in pq.read_metadata(tmp_path / NAME).metadata[b"vmoco"]
+
+
+def test_sources_are_a_column_only_where_there_are_some(tmp_path: Path) -> None:
+    """A data set of complete files has the columns of earlier versions; when loaded, every row has the field."""
+    names = [field.name for field in FIELDS]
+    for source, left_out in ((None, {"notes", "source"}), ("camera 1", {"notes"})):
+        about: dict[str, Any] = {"settings": SETTINGS, "frame_shape": (4, 8, 8, 3), "encoding": "raw", "shards": {}}
+        made = write_manifest(str(tmp_path), rows(source=source), num_rejected=0, **about)
+        assert pq.read_schema(tmp_path / NAME).names == [name for name in names if name not in left_out]
+        loaded = Manifest.load(str(tmp_path))
+        assert loaded == made
+        assert loaded.table["source"].to_pylist() == [source] * 3

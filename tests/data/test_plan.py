@@ -152,6 +152,33 @@ def test_key_is_normalised_beside_other_clips_than_its_query() -> None:
     assert len({tuple(plan.key_order(step)) for step in range(50)}) == 50
 
 
+@given(counts=COUNTS, micro=st.integers(1, 6), step=st.integers(0, 30), data=st.data())
+def test_as_many_keys_of_each_micro_batch_are_reversed(
+    counts: list[int], micro: int, step: int, data: st.DataObject
+) -> None:
+    """In each micro-batch of the shuffled copy exactly so many; those of fewer are among those of more."""
+    number = data.draw(st.integers(0, micro))
+    plan = make_plan(counts, micro_batch=micro)
+    chosen = plan.reversed_keys(step, num_clips=number)
+    assert chosen.reshape(3, micro).sum(axis=1).tolist() == [number] * 3
+    assert not (plan.reversed_keys(step, num_clips=max(number - 1, 0)) & ~chosen).any()
+
+
+def test_every_key_is_reversed_as_often() -> None:
+    """One of each 4 keys: over 400 steps each of 24 videos about 100 times, whatever place the shuffle gives it."""
+    plan = make_plan([1] * 24, draws_per_video=1, micro_batch=4, num_micro=6)
+    counts: Counter[int] = Counter()
+    places: Counter[int] = Counter()
+    for step in range(400):
+        chosen = plan.reversed_keys(step, num_clips=1)
+        counts.update(plan.batch(step).video[plan.key_order(step)][chosen].tolist())
+        places.update((np.flatnonzero(chosen) % 4).tolist())
+    deviation = (400 * 0.25 * 0.75) ** 0.5
+    assert len(counts) == 24
+    assert all(abs(count - 100) < 5 * deviation for count in counts.values())
+    assert all(abs(count - 600) < 5 * (2400 * 0.25 * 0.75) ** 0.5 for count in places.values())
+
+
 @given(counts=COUNTS, micro=st.integers(1, 4), step=st.integers(0, 30))
 def test_second_clip_is_another_of_the_video(counts: list[int], micro: int, step: int) -> None:
     """Of the same video and not the same clip, where it has more than one; of any part of a batch, the same."""

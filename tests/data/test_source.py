@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
+import urllib.parse
 from pathlib import Path
+from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import strategies
 
+from tests.names import FOLDER, names
 from vmoco.data.ledger import VideoError
-from vmoco.data.source import Found, RangedFile, file_sha256, list_videos, local_copy
+from vmoco.data.source import Found, RangedFile, file_sha256, list_videos, local_copy, ranged
 
 
 def make(root: Path, *names: str) -> None:
@@ -77,6 +83,41 @@ def test_no_videos_is_an_error(tmp_path: Path) -> None:
             list_videos(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("place", ["", "file://"])
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(found=strategies.lists(names(suffix=".mp4"), min_size=1, max_size=5, unique=True))
+def test_any_name_is_listed_and_read(place: str, found: list[str]) -> None:
+    """Whatever characters a file and its folder have: listed under that name, and its own content is read."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = f"{folder}/{FOLDER}"
+        Path(root).mkdir()
+        for name in found:
+            Path(root, name).write_bytes(name.encode())
+        uri = place + (urllib.parse.quote(root) if place else root)
+        listing = list_videos(uri)
+        assert [video.video_id for video in listing.videos] == sorted(found)
+        for video in listing.videos:
+            with local_copy(uri, video) as path:
+                assert Path(path).read_bytes() == video.video_id.encode()
+            assert Path(str(ranged(uri, video))).read_bytes() == video.video_id.encode()
+
+
+def test_a_folder_that_goes_while_it_is_listed_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder removed between two looks at it is in the ledger; the other videos are listed."""
+    make(tmp_path, "a.mp4", "b/c.mp4")
+    stat = os.stat
+
+    def late(path: str, *positional: Any, **named: Any) -> os.stat_result:
+        if path == str(tmp_path / "b"):
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return stat(path, *positional, **named)
+
+    monkeypatch.setattr(os, "stat", late)
+    listing = list_videos(str(tmp_path))
+    assert [found.video_id for found in listing.videos] == ["a.mp4"]
+    assert [(row.video_id, row.reason) for row in listing.rejected] == [("b", "unreadable-folder")]
+
+
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_pattern_chooses(tmp_path: Path, scheme: str) -> None:
     """`*` stays in its folder, `**` goes through any number; names count from the last fixed folder.
@@ -90,12 +131,13 @@ def test_a_pattern_chooses(tmp_path: Path, scheme: str) -> None:
         "**/x*.mp4": ["[old]/x-5.mp4", "a/b/x-2.mp4", "a/x-1.mp4", "x-4.mp4"],
         "*/x-?.m*": ["[old]/x-5.mp4", "a/x-1.mp4", "c/x-3.mkv"],
         "a/**": ["b/x-2.mp4", "x-1.mp4", "y-1.mp4"],
+        "[old]/x*.mp4": ["x-5.mp4"],
     }
     for pattern, expected in cases.items():
         names = [found.video_id for found in list_videos(f"{root}/{pattern}").videos]
         assert names == expected, pattern
     assert [found.video_id for found in list_videos(f"{root}/[old]").videos] == ["x-5.mp4"]
-    with pytest.raises(ValueError, match=rf"no videos that match z\*.mp4 found in {root}: looked for"):
+    with pytest.raises(ValueError, match=rf"no videos that match z\*.mp4 found in {tmp_path}: looked for"):
         list_videos(f"{root}/z*.mp4")
 
 

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from tests.data import videos
 from tests.data.test_ingest_tasks import settings
+from tests.made import encoder_of
+from tests.names import FOLDER, NAMES
 from tests.store import BUCKET, Fault, Store
 from vmoco import storage
 from vmoco.data.check import check
 from vmoco.data.clips import ClipPlan
 from vmoco.data.decoder import Decoder
+from vmoco.data.ingest_tasks import ProbeTask, make_shard, plan_shards, probe_videos
 from vmoco.data.ledger import ScratchError, VideoError
-from vmoco.data.manifest import Manifest
-from vmoco.data.source import Found, list_videos, local_copy, ranged
+from vmoco.data.manifest import FIELDS, Manifest, write_manifest
+from vmoco.data.source import Found, list_videos, local_copy, ranged, readable
+from vmoco.evaluate.embed import EmbedTask, Work
+from vmoco.evaluate.features import Window
+from vmoco.evaluate.table import part_rejected
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,6 +67,72 @@ def test_what_goes_on_failing_is_told(store: Store) -> None:
     with pytest.raises(ValueError, match=rf"cannot write s3://{BUCKET}/out/file: .*(ACCESS_DENIED|403)"):
         storage.write_atomic(f"s3://{BUCKET}/out/file", b"x" * 2**23)
     assert store.names("out") == []
+
+
+def test_any_name_gives_what_it_gives_in_a_folder(store: Store, tmp_path: Path) -> None:
+    """Videos with characters that URIs and patterns use, read from S3 and cut to S3: the clips of a local folder.
+
+    The data set, in a folder with such a name, is checked and read back; each video is embedded too.
+    """
+    root = f"s3://{BUCKET}/{FOLDER}"
+    for number, name in enumerate(NAMES):
+        path = videos.write_video(tmp_path / FOLDER / "in" / name, videos.images(9 + number))
+        store.client.put_object(Bucket=BUCKET, Key=f"{FOLDER}/in/{name}", Body=path.read_bytes())
+    decoder, tables = Decoder(), []
+    for place in (str(tmp_path / FOLDER), root):
+        chosen = settings(tmp_path, videos=f"{place}/in", output=f"{place}/out")
+        found = list_videos(chosen.videos).videos
+        assert [video.video_id for video in found] == sorted(NAMES)
+        (plan,) = plan_shards(
+            probe_videos(ProbeTask(found), root=chosen.videos, output=chosen.output, settings=chosen, decoder=decoder),
+            chosen,
+        )
+        made = make_shard(plan, root=chosen.videos, output=chosen.output, settings=chosen, decoder=decoder)
+        assert made.rejected == ()
+        write_manifest(
+            chosen.output,
+            pa.Table.from_pylist(made.rows, schema=pa.schema(FIELDS)),
+            settings=chosen.content(),
+            frame_shape=chosen.frame_shape,
+            encoding=chosen.encoding,
+            shards={made.name: made.file},
+            num_rejected=0,
+        )
+        assert check(chosen.output, lambda line: None) == []
+        tables.append(Manifest.load(chosen.output).table)
+        task = EmbedTask(encoder_of(num_frames=4), Work(output=f"{place}/table", window=Window(4, 1), batch_size=4))
+        files = [(video.video_id, video.num_bytes) for video in found]
+        plan_of_table = json.dumps({"folder": chosen.videos, "videos": files})
+        assert task({"part": "part", "plan": plan_of_table})["error"] == ""
+        assert part_rejected(f"{place}/table", "part") == []
+    decoder.close()
+    assert tables[0] == tables[1]
+    assert f"{FOLDER}/table/parts/part.parquet" in store.names(FOLDER)
+    named = ranged(f"{root}/in", found[-1])
+    assert readable(named).read() == Path(tmp_path, FOLDER, "in", found[-1].path).read_bytes()  # type: ignore[union-attr]
+    # One video of the folder can be chosen by a pattern, and one folder by its name.
+    assert len(list_videos(f"{root}/in/[[]g].m*").videos) == 1
+
+
+def test_a_name_that_is_no_path_is_a_row(store: Store, tmp_path: Path) -> None:
+    """An object whose name has an empty part, `.` or `..` is in the ledger and ends no job; the others are listed."""
+    for name in ("a.mp4", "x//b.mp4", "x/./c.mp4", "x/../d.mp4"):
+        store.client.put_object(Bucket=BUCKET, Key=f"in/{name}", Body=b"content")
+    listing = list_videos(f"s3://{BUCKET}/in")
+    assert [found.video_id for found in listing.videos] == ["a.mp4"]
+    assert {(row.video_id, row.reason) for row in listing.rejected} == {
+        (name, "name-not-a-path") for name in ("x//b.mp4", "x/./c.mp4", "x/../d.mp4")
+    }
+
+
+def test_a_store_is_opened_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All names of a bucket share one connection; another address in the environment is another store."""
+    filesystem, path = storage.filesystem(f"s3://{BUCKET}/a%20b?c#d/")
+    assert path == f"{BUCKET}/a%20b?c#d"
+    assert storage.filesystem(f"s3://{BUCKET}/x")[0] is filesystem
+    assert storage.free_bytes(f"s3://{BUCKET}/x") is None
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    assert storage.filesystem(f"s3://{BUCKET}/x")[0] is not filesystem
 
 
 class FullDisk(io.FileIO):

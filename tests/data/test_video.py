@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from tests.data import videos
-from vmoco.data import video
+from vmoco.data import pixels, video
 from vmoco.data.clips import ClipPlan, clip_indices, split, start_indices
 from vmoco.data.ledger import VideoError
+from vmoco.data.timeline import Timeline
 from vmoco.data.video import probe
 
 SETTINGS: dict[str, Any] = {"num_frames": 8, "stride": 2, "height": 48, "width": 64, "max_clips": 3}
@@ -31,6 +32,7 @@ class Decoded:
     start_times: list[int]
     start_seconds: list[float]
     fps: float
+    notes: tuple[str, ...]
 
 
 def cut_clips(source: Any, *, height: int, width: int, **plan: Any) -> Decoded:
@@ -123,6 +125,91 @@ def test_rotation_is_honoured(tmp_path: Path, rotation: int) -> None:
     assert numbers(cut) == [[2 + 2 * place for place in range(8)]]
 
 
+# What FFmpeg's program does for a rotation (counter-clockwise, before the flips) and flips left-right and top-bottom.
+ORIENTATIONS: dict[tuple[int, bool, bool], list[tuple[str, str]]] = {
+    (0, False, False): [],
+    (0, True, False): [("hflip", "")],
+    (0, False, True): [("vflip", "")],
+    (90, False, False): [("transpose", "cclock")],
+    (90, True, False): [("transpose", "cclock"), ("hflip", "")],
+    (90, False, True): [("transpose", "cclock"), ("vflip", "")],
+    (180, False, False): [("hflip", ""), ("vflip", "")],
+    (180, True, False): [("vflip", "")],
+    (270, False, False): [("transpose", "clock")],
+    (270, True, False): [("transpose", "clock"), ("hflip", "")],
+    (270, True, True): [("transpose", "clock"), ("hflip", ""), ("vflip", "")],
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv"])
+def test_orientations_are_those_of_ffmpeg(tmp_path: Path, name: str, orientation: tuple[int, bool, bool]) -> None:
+    """Turned, mirrored or both, the frames equal FFmpeg's filters, byte for byte; what is mirrored has a note."""
+    rotation, *flips = orientation
+    corner = np.full((72, 96, 3), 128, np.uint8)
+    corner[:20, :30] = (250, 60, 60)
+    frames = [np.roll(corner, 2 * step, axis=1) for step in range(10)]
+    options: Any = {"pix_fmt": "yuv444p", "rotation": rotation, "flips": tuple(flips)}
+    path = videos.write_video(tmp_path / name, frames, **options)
+    expected = np.stack(videos.filtered(path, *ORIENTATIONS[orientation]))
+    height, width = expected.shape[1:3]
+    sink = videos.Kept()
+    cut = video.cut_clips(str(path), ClipPlan(10), height=height, width=width, sink=sink)
+    np.testing.assert_array_equal(sink.clips[0], expected)
+    assert [note.partition(":")[0] for note in cut.notes] == ["mirrored"] * (sum(flips) % 2)
+
+
+def two_streams(path: Path, first: dict[str, Any], second: dict[str, Any]) -> Path:
+    """A file with two video streams: each has a codec, a size, frames, and perhaps a disposition."""
+    with av.open(str(path), "w") as container:
+        streams = []
+        for each in (first, second):
+            stream = container.add_stream(each["codec"], rate=25)
+            stream.height, stream.width = each["frames"][0].shape[:2]
+            stream.pix_fmt = each.get("pix_fmt", "yuv420p")
+            stream.disposition = each.get("disposition", av.stream.Disposition(0))
+            streams.append(stream)
+        for stream, each in zip(streams, (first, second), strict=True):
+            for number, image in enumerate(each["frames"]):
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+                frame.pts, frame.time_base = number, Fraction(1, 25)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    return path
+
+
+DEFAULT = av.stream.Disposition.default
+STILL = {"codec": "mjpeg", "pix_fmt": "yuvj420p", "disposition": DEFAULT}
+FILM = {"codec": "libx264", "frames": videos.images(20)}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ({**STILL, "frames": videos.images(1, height=36, width=48)}, FILM, 1),
+        ({**STILL, "frames": videos.images(1, height=360, width=480)}, FILM, 1),
+        (FILM, {**STILL, "frames": videos.images(1, height=360, width=480)}, 0),
+        ({**FILM, "frames": videos.images(20, height=36, width=48)}, FILM, 1),
+        ({**FILM, "frames": videos.images(20, height=36, width=48), "disposition": DEFAULT}, FILM, 0),
+        (FILM, FILM, 0),
+        ({**STILL, "frames": videos.images(1)}, {**STILL, "frames": videos.images(1, height=36, width=48)}, 0),
+    ],
+    ids=["small-still", "large-still", "still-last", "largest", "default", "equal", "two-stills"],
+)
+@pytest.mark.parametrize("name", ["a.mkv", "a.mov"])
+def test_the_film_is_chosen(tmp_path: Path, name: str, first: Any, second: Any, expected: int) -> None:
+    """Of two streams the one that moves, then the larger or default one; the choice is noted, its frames are cut."""
+    if name == "a.mov" and "disposition" not in {**first, **second}:
+        expected = 0  # the muxer marks the first one as the default
+    path = two_streams(tmp_path / name, first, second)
+    line = probe(str(path))
+    chosen = [stream["frames"] for stream in (first, second)][expected]
+    assert (line.stream, len(line.times)) == (expected, len(chosen))
+    assert line.notes == (f"stream-chosen: stream {expected} of 2 video streams is the film",)
+    if len(chosen) > 1:
+        assert numbers(cut_clips(str(path), **{**SETTINGS, "stride": 1, "num_frames": 20})) == [list(range(20))]
+
+
 def test_the_shape_of_pixels_is_honoured(tmp_path: Path) -> None:
     """A video with pixels twice as wide as high is stored as it is shown."""
     wide = videos.images(20, height=72, width=192)
@@ -147,8 +234,8 @@ def test_a_wrong_count_is_corrected(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     honest = video._probe
     for wrong in (0, 50, 61, 200):
 
-        def lying(container: Any, wrong: int = wrong) -> video.Timeline:
-            return dataclasses.replace(honest(container), times=np.arange(wrong) * 512)
+        def lying(*arguments: Any, wrong: int = wrong) -> Timeline:
+            return dataclasses.replace(honest(*arguments), times=np.arange(wrong) * 512)
 
         monkeypatch.setattr(video, "_probe", lying)
         cut = cut_clips(path, **SETTINGS)
@@ -197,6 +284,134 @@ def test_a_range_of_a_video(tmp_path: Path) -> None:
     assert numbers(cut) == [list(range(10, 18)), list(range(18, 26))]
     with pytest.raises(VideoError, match="60 frames in the range that was asked for, and a clip spans 8"):
         cut_clips(str(path), **{**SETTINGS, "stride": 1, "start_seconds": 2.3})
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4", "a.ts", "a.mpg"])
+@pytest.mark.parametrize("late", [0, 30])
+def test_seconds_count_on_the_clock_of_the_container(tmp_path: Path, name: str, late: int) -> None:
+    """Sound first, and pictures from second 1.2 on: a range means what a player shows in it; so without sound."""
+    path = tmp_path / name
+    mpeg = name == "a.mpg"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg2video" if mpeg else "libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 72, 96, "yuv420p"
+        sound = container.add_stream("mp2", rate=48000, layout="mono") if late else None
+        for number in range(40 if sound else 0):
+            tone = av.AudioFrame.from_ndarray(np.zeros((1, 1152), np.int16), format="s16", layout="mono")
+            tone.sample_rate, tone.pts, tone.time_base = 48000, 1152 * number, Fraction(1, 48000)
+            container.mux(sound.encode(tone) if sound else [])
+        for number, image in enumerate(videos.images(60)):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = number + late, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    start = 20 / 25 + late / 25 - 0.02
+    cut = cut_clips(str(path), **{**SETTINGS, "stride": 1, "start_seconds": start, "end_seconds": start + 0.32})
+    assert numbers(cut) == [list(range(20, 28))]
+
+
+def joined(path: Path, *lengths: int, **options: Any) -> Path:
+    """Recordings one after the other, byte by byte; their frames are numbered on."""
+    content, first = b"", 0
+    for length in lengths:
+        frames = videos.images(first + length)[first:]
+        content += videos.write_video(path.with_name(f"part-{path.name}"), frames, **options).read_bytes()
+        first += length
+    path.write_bytes(content)
+    return path
+
+
+JOINED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "two.ts": ((40, 60), {"options": {"bf": "2"}}),
+    "three.ts": ((30, 19, 45), {}),
+    "short.ts": ((5, 40), {}),
+    "hevc.ts": (
+        (40, 40),
+        {"codec": "libx265", "options": {"x265-params": "log-level=none:pools=1:frame-threads=1"}},
+    ),
+    "mpeg2.ts": ((40, 30), {"codec": "mpeg2video", "options": {"bf": "2"}}),
+    "mpeg2.mpg": ((40, 30), {"codec": "mpeg2video"}),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_joined_recordings(tmp_path: Path, name: str) -> None:
+    """Each recording gives its own clips, none crosses a seam, and times go on from one to the next."""
+    lengths, options = JOINED[name]
+    path = joined(tmp_path / name, *lengths, **options)
+    line = probe(str(path))
+    starts = np.cumsum([0, *lengths])
+    assert line.seams == tuple(starts[1:-1])
+    assert line.notes == (f"joined: {len(lengths)} recordings, one after the other",)
+    cut = cut_clips(str(path), **{**SETTINGS, "stride": 1, "max_clips": 99})
+    expected = []
+    for first, length in zip(starts, lengths, strict=False):
+        doubtful = [number - first for number in line.doubtful if first <= number < first + length]
+        whole = min(doubtful, default=length)
+        assert whole >= length - 4
+        own = start_indices(whole, num_frames=8, stride=1, max_clips=99)
+        expected += [list(range(first + start, first + start + 8)) for start in own]
+    assert numbers(cut) == expected
+    assert np.diff(cut.start_seconds) == pytest.approx(np.diff([clip[0] for clip in expected]) / 25, abs=0.002)
+
+
+def test_the_end_of_a_joined_recording_may_be_incomplete(tmp_path: Path) -> None:
+    """MPEG-TS counts its packets, and the count jumps at a seam: the frames there may be cut off, and are left out."""
+    path = joined(tmp_path / "a.ts", 40, 40)
+    assert probe(str(path)).doubtful == (38, 39)
+    cut = cut_clips(str(path), **{**SETTINGS, "stride": 1, "num_frames": 39})
+    assert numbers(cut) == [list(range(40, 79))]
+
+
+def test_time_stamps_that_wrap(tmp_path: Path) -> None:
+    """MPEG-TS counts to 2**33 (26.5 hours) and starts again: the video goes on as if nothing had happened."""
+    wrapping = 2**33 * 25 // 90_000 - 20 - 35  # FFmpeg's muxer adds 1.4 s
+    path = videos.write_video(tmp_path / "a.ts", videos.images(60), pts=[wrapping + number for number in range(60)])
+    cut = cut_clips(str(path), **{**SETTINGS, "stride": 1, "max_clips": 99})
+    assert numbers(cut) == [
+        list(range(start, start + 8)) for start in start_indices(60, num_frames=8, stride=1, max_clips=99)
+    ]
+    assert np.diff(cut.start_seconds) == pytest.approx(np.diff([clip[0] for clip in numbers(cut)]) / 25, abs=0.002)
+
+
+def promising(path: Path, *, share: float = 1.0, **options: Any) -> Path:
+    """A Matroska file whose header promises an hour, cut to a share of its bytes."""
+    content = bytearray(videos.write_video(path, videos.images(60), **options).read_bytes())
+    at = content.index(b"\x44\x89\x88") + 3
+    content[at : at + 8] = np.array(3.6e6, ">f8").tobytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.webm"])
+def test_a_header_that_promises_more_is_noted(tmp_path: Path, name: str) -> None:
+    """Where the file is whole, all its frames are taken; where its end is missing too, it is truncated."""
+    options = {"codec": "libvpx"} if name == "a.webm" else {}
+    path = promising(tmp_path / name, **options)
+    assert probe(str(path)).notes == ("header-says-more: it ends at 2.40 s, and the header promises 3600.00 s",)
+    assert len(cut_clips(str(path), **{**SETTINGS, "max_clips": 99}).frames) == 4
+    with pytest.raises(VideoError, match="truncated: it ends at"):
+        probe(str(promising(tmp_path / name, share=0.7, **options)))
+
+
+@pytest.mark.parametrize("frames", ["2", "16"])
+def test_frames_that_avi_counts_and_does_not_hold(tmp_path: Path, frames: str) -> None:
+    """The muxer counts the empty places of reordered frames: the video is whole, and its frames are in order."""
+    path = videos.write_video(tmp_path / "a.avi", videos.images(60), options={"bf": frames, "b-adapt": "0"})
+    cut = cut_clips(str(path), **{**SETTINGS, "stride": 1, "max_clips": 99})
+    assert numbers(cut) == [
+        list(range(start, start + 8))
+        for start in start_indices(len(probe(str(path)).times), num_frames=8, stride=1, max_clips=99)
+    ]
+    assert (np.diff(cut.start_seconds) > 0).all()
+
+
+def test_a_bare_stream_has_seconds(tmp_path: Path) -> None:
+    """Its frames have no stamps, and are counted at the rate that the stream states."""
+    path = videos.write_video(tmp_path / "a.h264", videos.images(60))
+    cut = cut_clips(str(path), **{**SETTINGS, "stride": 1, "fps": 12.5, "start_seconds": 0.4})
+    assert numbers(cut) == [list(range(start, start + 16, 2)) for start in (10, 26, 42)]
+    assert cut.start_seconds == pytest.approx([0.4, 1.04, 1.68])
 
 
 PARTED = {
@@ -317,7 +532,7 @@ def test_a_huge_frame_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(VideoError, match=r"probe: frame-too-large: 96 x 72") as caught:
         cut_clips(str(path), **SETTINGS)
     monkeypatch.undo()
-    monkeypatch.setattr(video, "MAX_PIXELS", 100_000)
+    monkeypatch.setattr(pixels, "MAX_PIXELS", 100_000)
     with pytest.raises(VideoError, match=r"decode: frame-too-large: 96 x 72 would be 1067 x 800 scaled") as caught:
         cut_clips(str(path), **{**SETTINGS, "height": 800, "width": 64})
     assert not caught.value.transient

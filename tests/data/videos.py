@@ -6,6 +6,7 @@ frames were taken without decoding by the code under test.
 
 from __future__ import annotations
 
+import contextlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -61,12 +62,16 @@ def write_video(
     pix_fmt: str = "yuv420p",
     fps: int = 25,
     rotation: int = 0,
+    flips: tuple[bool, bool] = (False, False),
     sample_aspect: Fraction | None = None,
     options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
     pts: list[int] | None = None,
 ) -> Path:
-    """Encodes the frames; the container follows from the suffix. `pts` counts in units of 1/fps."""
+    """Encodes the frames; the container follows from the suffix. `pts` counts in units of 1/fps.
+
+    `rotation` and `flips` (left-right, top-bottom) make the display matrix.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=fps, options=options or {})
@@ -75,8 +80,8 @@ def write_video(
         stream.codec_context.thread_count = 1
         if sample_aspect is not None:
             stream.codec_context.sample_aspect_ratio = sample_aspect
-        if rotation:
-            stream.set_display_rotation(rotation)
+        if rotation or any(flips):
+            stream.set_display_rotation(rotation, hflip=flips[0], vflip=flips[1])
         for number, image in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts = pts[number] if pts else number
@@ -84,6 +89,22 @@ def write_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+def filtered(path: Path, *filters: tuple[str, str], stream: int = 0) -> list[Image]:
+    """The frames of a video through FFmpeg's own filters, each a name and its arguments: RGB (H, W, 3)."""
+    graph = av.filter.Graph()
+    frames: list[Image] = []
+    with av.open(str(path)) as container:
+        nodes = [graph.add_buffer(template=container.streams.video[stream])]
+        nodes += [graph.add(name, arguments) for name, arguments in (*filters, ("format", "rgb24"))]
+        graph.link_nodes(*nodes, graph.add("buffersink")).configure()
+        for frame in (*container.decode(video=stream), None):
+            graph.push(frame)
+            with contextlib.suppress(av.error.BlockingIOError, av.error.EOFError):
+                while True:
+                    frames.append(graph.pull().to_ndarray())
+    return frames
 
 
 def write_audio(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The loader that travels with an encoder opens nothing that is not what was recorded, and refuses other clips."""
+"""The program that is stored with an encoder opens only files with the recorded hash, and refuses other clips."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def never(*_: object, **__: object) -> None:
 
 
 def test_raw_clips_give_the_encoders_features(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit, with frames of any size, read-only ones too, and a record that fits."""
+    """Features are equal bit for bit, for frames of any size, read-only frames, and a record that matches."""
     recorded(folder, monkeypatch, file_sha256(str(folder / CARD)))
     program = encoder_program._load_pyfunc(str(folder))
     locked = clips(height=70, width=40).numpy()
@@ -58,13 +58,15 @@ def test_raw_clips_give_the_encoders_features(folder: Path, monkeypatch: pytest.
 )
 def test_other_clips_are_refused(folder: Path, wrong: np.ndarray) -> None:
     """The message names the shape that came and the one that is needed."""
-    with pytest.raises(ValueError, match=r"clips are .*: uint8 \(clips, 8 frames, height, width, 3\), RGB, is needed"):
+    with pytest.raises(
+        ValueError, match=r"clips are .*: give uint8 RGB, of shape \(clips, 8 frames, height, width, 3\)"
+    ):
         encoder_program.EncoderProgram(folder).predict(wrong)
 
 
 @pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
 def test_a_changed_program_is_not_opened(folder: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """One bit, half of it, none of it: torch.export.load is never called."""
+    """With one changed bit, half of the file or an empty file, torch.export.load is never called."""
     content = bytearray((folder / PROGRAM).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / PROGRAM).write_bytes(content if how == "flipped" else content[: len(content) // 2])

@@ -13,7 +13,7 @@ import torch
 from tests.dataset import make_data_set
 from tests.made import TINY, clips, save_checkpoint
 from vmoco.data.manifest import Manifest
-from vmoco.encoders import package
+from vmoco.encoders import model_card, package
 from vmoco.storage import file_sha256
 from vmoco.train import publish
 from vmoco.train.state import TrainState
@@ -40,7 +40,7 @@ def folder(written: tuple[Path, TrainState], tmp_path: Path) -> Path:
 
 
 def test_features_are_those_of_the_query_encoder(written: tuple[Path, TrainState]) -> None:
-    """Bit for bit, at the same preprocessing: weights and running statistics are the query encoder's."""
+    """Bit for bit, with the same preprocessing: weights and running statistics are those of the query encoder."""
     encoder = package.load_encoder(str(written[0]))
     backbone = written[1].moco.query.backbone.eval()
     with torch.inference_mode():
@@ -62,7 +62,7 @@ def test_the_normalisation_of_the_run_travels_with_it(manifest: Manifest, tmp_pa
 
 
 def test_the_card_says_where_it_comes_from(written: tuple[Path, TrainState], manifest: Manifest) -> None:
-    """Data set with hash, counts and licence, run, step, preprocessing with frame rate, versions, commit, hashes."""
+    """It has data set with hash, counts and licence; run, step, frame rate, versions, commit and hashes."""
     card = json.loads((written[0] / package.CARD).read_text())
     assert card["data"] == {
         "manifest_hash": manifest.hash,
@@ -79,8 +79,26 @@ def test_the_card_says_where_it_comes_from(written: tuple[Path, TrainState], man
     assert others == {"encoder.safetensors", "settings.json", "videos.parquet", "program.pt2"}
 
 
+def test_the_card_says_which_weights_the_run_began_with(
+    written: tuple[Path, TrainState], manifest: Manifest, tmp_path: Path
+) -> None:
+    """They are in encoder.json and in the model card; after random weights neither mentions any."""
+    model = TINY.model.model_copy(update={"init": "/runs/trunk/step-00000700"})
+    state = TrainState(
+        TINY.model_copy(update={"model": model}), manifest_hash=manifest.hash, device=torch.device("cpu")
+    )
+    (tmp_path / "checkpoint").mkdir()
+    state.save(tmp_path / "checkpoint")
+    card = publish.write_encoder(tmp_path / "checkpoint", tmp_path, manifest=manifest)
+    assert card["began_from"] == "/runs/trunk/step-00000700"
+    model_card.write(tmp_path, card, histories={})
+    text = (tmp_path / model_card.README).read_text()
+    assert "began with the weights of `/runs/trunk/step-00000700`" in text
+    assert "began_from" not in json.loads((written[0] / package.CARD).read_text())
+
+
 def test_the_commit_is_that_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    """40 hex digits, with a mark if files were changed; VMOCO_COMMIT overrides it."""
+    """The commit has 40 hex digits, and a mark if files were changed; VMOCO_COMMIT overrides it."""
     commit = package.git_commit()
     if commit is not None:  # else the sources are not a checkout
         assert len(commit.removesuffix("+changes")) == 40
@@ -89,7 +107,7 @@ def test_the_commit_is_that_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_videos_travel_with_it(written: tuple[Path, TrainState], manifest: Manifest) -> None:
-    """One row per video, sorted, with whether it was held out."""
+    """The list has one row per video, sorted, with whether the video was held out."""
     table = pq.read_table(written[0] / package.VIDEOS)
     assert table["video_id"].to_pylist() == [f"video-{video:03d}" for video in range(12)]
     assert table["held_out"].to_pylist() == [False] * 9 + [True] * 3
@@ -97,7 +115,7 @@ def test_the_videos_travel_with_it(written: tuple[Path, TrainState], manifest: M
 
 @pytest.mark.parametrize("how", ["flipped", "truncated", "empty"])
 def test_changed_weights_are_refused(folder: Path, how: str) -> None:
-    """One bit, half of the file, all of it."""
+    """Weights with one changed bit, half of the file, or an empty file are refused."""
     path = folder / package.WEIGHTS
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -115,8 +133,8 @@ def test_what_is_no_encoder_is_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no encoder.safetensors"):
         package.load_encoder(str(folder))
     (folder / package.CARD).write_text('{"version": 1}')
-    with pytest.raises(ValueError, match=r"is of version 1, this vmoco reads version 2"):
+    with pytest.raises(ValueError, match=r"has format version 1, and this vmoco reads version 2: use the vmoco"):
         package.load_encoder(str(folder))
     (folder / package.CARD).write_text('{"version": ')
-    with pytest.raises(ValueError, match=r"its encoder.json is no JSON"):
+    with pytest.raises(ValueError, match=r"its encoder.json is not JSON"):
         package.load_encoder(str(folder))

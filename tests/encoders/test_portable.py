@@ -14,7 +14,7 @@ from vmoco.encoders import portable
 
 @pytest.mark.parametrize(("name", "size"), [("r3d_nano", 32), pytest.param("s3d", 40, marks=pytest.mark.slow)])
 def test_torch_export_is_bitwise_the_encoder(tmp_path: Path, name: str, size: int) -> None:
-    """Also for one clip, for frames of exactly the size, larger and smaller ones: difference 0."""
+    """The difference is 0, also for one clip and for frames of the exact size, larger and smaller ones."""
     encoder = encoder_of(name, size=size)
     archive = torch.export.load(str(portable.write_program(encoder, tmp_path))).module()
     for count, side in ((1, size), (3, 2 * size), (2, size // 2)):
@@ -31,7 +31,7 @@ def test_a_program_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_onnx_is_numerically_the_encoder(tmp_path: Path) -> None:
-    """By ONNX Runtime, for other batches and sizes than those of the export, within 1e-4."""
+    """ONNX Runtime agrees within 1e-4, for other batches and sizes than those of the export."""
     import onnxruntime
 
     encoder = encoder_of("r2plus1d_nano")

@@ -1,4 +1,4 @@
-"""The champion moves only to what is better on the same clips, or for a reason, and can go back."""
+"""The champion changes only to a better version on the same clips, or for a given reason, and can be restored."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_better_score_on_the_same_set_moves_it(name: str) -> None:
     with pytest.raises(ValueError, match=r"version 1 has no label-free score: run jobs/evaluate.py models:/tested/1"):
         promote(name, version="1")
     record("models:/tested/1", [score(0.50)])
-    assert promote(name, version="1").reason.startswith("the first: label-free 50.0%")
+    assert promote(name, version="1").reason.startswith("the first champion: label-free 50.0%")
     assert champion() == "1"
     record("models:/tested/2", [score(0.55)])
     with pytest.raises(ValueError, match=r"not better than the champion, version 1: label-free 55.0% .*50.0%"):
@@ -50,7 +50,7 @@ def test_a_better_score_on_the_same_set_moves_it(name: str) -> None:
 
 
 def test_with_several_common_sets_it_must_win_on_each(name: str) -> None:
-    """Better on one and worse on another is not better."""
+    """A version that is better on one set and worse on another is not better."""
     record("models:/tested/1", [score(0.5, "set-a"), score(0.5, "set-b")])
     promote(name, version="1")
     record("models:/tested/2", [score(0.9, "set-a"), score(0.4, "set-b")])

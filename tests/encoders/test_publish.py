@@ -1,4 +1,4 @@
-"""Runs, their kept checkpoints and files of others become registered encoders; which of them saw a video is known."""
+"""Runs, kept checkpoints and foreign weights become registered encoders; it is known which of them saw a video."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vmoco.data.manifest import Manifest
 from vmoco.encoders import promotion, registry
 from vmoco.encoders.package import load_encoder
 from vmoco.evaluate.score import scored_clips
-from vmoco.job_settings import RegisterOptions
+from vmoco.job_settings import RegisterSettings
 from vmoco.train.publish import publish_file, publish_run
 
 ROOT = Path(__file__).parents[2]
@@ -42,11 +42,11 @@ def job(name: str, *words: str) -> subprocess.CompletedProcess[str]:
 def test_any_kept_checkpoint_of_a_run_becomes_an_encoder(
     manifest: Manifest, tracker_home: Path, tmp_path: Path
 ) -> None:
-    """By name and step, scored on the held-out videos; the last one without a step. What is not there is listed."""
+    """By run name and step, or the last one; it is scored on held-out videos. A wrong step lists the kept ones."""
     run_id = tracked_run(tmp_path, manifest, steps=(10, 20))
     said: list[str] = []
-    first = publish_run("a-run", RegisterOptions(name="tested"), step=10, show=said.append)
-    last = publish_run(run_id, RegisterOptions(name="tested", score=False))
+    first = publish_run("a-run", RegisterSettings(name="tested"), step=10, show=said.append)
+    last = publish_run(run_id, RegisterSettings(name="tested", score=False))
     encoders = [load_encoder(f"models:/tested/{registered.version}") for registered in (first, last)]
     assert [encoder.card["step"] for encoder in encoders] == [10, 20]
     assert not torch.equal(encoders[0].embed(clips()), encoders[1].embed(clips()))
@@ -58,9 +58,9 @@ def test_any_kept_checkpoint_of_a_run_becomes_an_encoder(
     card = Path(scored.source, "README.md").read_text()
     assert f"| label-free | {score.value:.1%} |" in card
     with pytest.raises(ValueError, match=r"has no checkpoint of step 15: it has kept those of step 10, 20"):
-        publish_run("a-run", RegisterOptions(name="tested"), step=15)
+        publish_run("a-run", RegisterSettings(name="tested"), step=15)
     with pytest.raises(ValueError, match=r"run 'none' is not in .*the newest there are a-run"):
-        publish_run("none", RegisterOptions(name="tested"))
+        publish_run("none", RegisterSettings(name="tested"))
 
 
 def test_a_score_of_training_is_not_measured_again(manifest: Manifest, tracker_home: Path, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_score_of_training_is_not_measured_again(manifest: Manifest, tracker_h
     tracked_run(tmp_path, manifest, steps=(10, 20), scores={10: known})
     said: list[str] = []
     for step in (10, 20):
-        publish_run("a-run", RegisterOptions(name="tested"), step=step, show=said.append)
+        publish_run("a-run", RegisterSettings(name="tested"), step=step, show=said.append)
     versions = [registry.find_version(f"models:/tested/{number}") for number in (1, 2)]
     (first,), (second,) = map(promotion.scores_of, versions)
     assert first == known
@@ -79,29 +79,29 @@ def test_a_score_of_training_is_not_measured_again(manifest: Manifest, tracker_h
 
 
 def test_a_checkpoint_that_is_gone_or_changed_is_said(manifest: Manifest, tracker_home: Path, tmp_path: Path) -> None:
-    """One whose files were replaced since they were tracked, and one whose files are gone; nothing is registered."""
+    """Replaced files and missing files give a message, and nothing is registered."""
     tracked_run(tmp_path, manifest, steps=(10, 20))
     record = tmp_path / "a-run" / "step-00000010" / "state.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"sha256": "0" * 64}))
     with pytest.raises(ValueError, match="is not the one that the run tracked"):
-        publish_run("a-run", RegisterOptions(name="tested"), step=10)
+        publish_run("a-run", RegisterSettings(name="tested"), step=10)
     (tmp_path / "a-run" / "step-00000020" / "state.safetensors").unlink()
     with pytest.raises(
         ValueError, match=r"step-00000020 has no state.safetensors, although the run lists it: .* also kept 10"
     ):
-        publish_run("a-run", RegisterOptions(name="tested"))
+        publish_run("a-run", RegisterSettings(name="tested"))
     assert registry.versions() == []
 
 
 def test_which_encoders_saw_a_video(
     manifest: Manifest, other_manifest: Manifest, tracker_home: Path, tmp_path: Path
 ) -> None:
-    """With two data sets and an import: trained on it, held it out, and unknown."""
+    """With two data sets and an import, the answers are: trained on it, held it out, and unknown."""
     for name, data in (("one", manifest), ("two", other_manifest)):
         tracked_run(tmp_path, data, name=name)
-        publish_run(name, RegisterOptions(name=name, score=False))
+        publish_run(name, RegisterSettings(name=name, score=False))
     torch.save(torchvision_video.r3d_18().state_dict(), tmp_path / "theirs.pth")
-    publish_file(tmp_path / "theirs.pth", RegisterOptions(name="theirs"))
+    publish_file(tmp_path / "theirs.pth", RegisterSettings(name="theirs"))
     found = registry.encoders_that_saw("video-002")
     assert [(each.uri, each.held_out) for each in found.sightings] == [
         ("models:/one/1", False),
@@ -124,7 +124,7 @@ def features_of(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def test_weights_of_torchvision_by_one_command(tracker_home: Path, tmp_path: Path) -> None:
-    """From a file with torchvision's exact keys: its features, at its own preprocessing, by the job."""
+    """A file with torchvision's exact keys gives torchvision's features, with its preprocessing."""
     theirs = torchvision_video.r3d_18()
     torch.save(theirs.state_dict(), tmp_path / "r3d_18-b3b3357e.pth")
     ended = job("register", str(tmp_path / "r3d_18-b3b3357e.pth"), "--name", "kinetics")
@@ -137,13 +137,13 @@ def test_weights_of_torchvision_by_one_command(tracker_home: Path, tmp_path: Pat
 
 
 def test_weights_of_the_released_code(tracker_home: Path, tmp_path: Path) -> None:
-    """From a checkpoint with the released code's exact keys: the query encoder, normalised by ImageNet's mean."""
+    """A checkpoint with the released code's exact keys gives the query encoder, normalised as for ImageNet."""
     query, key = (torchvision_video.r3d_18(num_classes=16) for _ in range(2))
     tensors = {"module.queue": torch.randn(16, 32), "module.queue_ptr": torch.zeros(1)}
     for side, encoder in (("encoder_q", query), ("encoder_k", key)):
         tensors |= {f"module.{side}.{name}": value for name, value in encoder.state_dict().items()}
     torch.save({"epoch": 200, "arch": "r3d_18", "state_dict": tensors}, tmp_path / "checkpoint.pth.tar")
-    publish_file(tmp_path / "checkpoint.pth.tar", RegisterOptions(name="released", data_licence="ask them"))
+    publish_file(tmp_path / "checkpoint.pth.tar", RegisterSettings(name="released", data_licence="ask them"))
     pulled = load_encoder("models:/released@candidate")
     frames = clips(num_frames=4, height=112, width=112)
     assert torch.equal(pulled.embed(frames), features_of(query, pulled.preprocess(frames)))
@@ -155,7 +155,7 @@ def test_a_file_that_is_no_such_weights_is_said(tracker_home: Path, tmp_path: Pa
     """Weights of another network, or a flag that does not apply: an error of one line, and nothing is registered."""
     torch.save(torchvision_video.mvit_v1_b().state_dict(), tmp_path / "mvit.pth")
     with pytest.raises(ValueError, match=r"of no network that is known, their first keys are .*torchvision's r3d_18"):
-        publish_file(tmp_path / "mvit.pth", RegisterOptions(name="other"))
+        publish_file(tmp_path / "mvit.pth", RegisterSettings(name="other"))
     ended = job("register", str(tmp_path / "mvit.pth"), "--name", "other", "--step", "3")
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].startswith("error: --step 3 chooses a checkpoint of a run")

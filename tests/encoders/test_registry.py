@@ -44,7 +44,7 @@ def register(folder: Path, manifest: Manifest, name: str = "tested") -> tuple[st
 
 
 def stored(name: str = "tested") -> Path:
-    """Where MLflow keeps the files of the candidate."""
+    """Folder in which MLflow keeps the files of the candidate."""
     client = tracking.client()
     return Path(client.get_model_version_by_alias(name, "candidate").source)
 
@@ -83,7 +83,7 @@ def test_the_champion_is_not_given_away(folder: Path, manifest: Manifest, tracke
 
 
 def test_a_changed_registered_encoder_is_refused(folder: Path, manifest: Manifest, tracker_home: Path) -> None:
-    """Also when weights and card were changed together, because the registry's database records the card's hash."""
+    """Also if weights and card were changed together, because the registry's database records the card's hash."""
     register(folder, manifest)
     place = stored()
     (place / package.WEIGHTS).write_bytes(b"other weights")
@@ -100,7 +100,7 @@ def test_a_changed_registered_encoder_is_refused(folder: Path, manifest: Manifes
 def test_lists_are_read_page_by_page(
     folder: Path, manifest: Manifest, tracker_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With two entries a page it finds all five names, all four versions of one, and each encoder that saw a video."""
+    """With two entries a page, it finds all five names, all four versions, and each encoder that saw a video."""
     monkeypatch.setattr(registry, "_PAGE", 2)
     run_id, _ = register(folder, manifest, "a")
     for name in ("a", "a", "a", "b", "c", "d", "e"):
@@ -168,7 +168,7 @@ def test_pulled_encoders_are_cached(
 
 
 def test_a_version_holds_a_model_card_with_plots(folder: Path, manifest: Manifest, tracker_home: Path) -> None:
-    """Markdown with origin, use, data and licence, and a picture of each tracked metric."""
+    """The card is Markdown with origin, use, data and licence, and has a plot of each tracked metric."""
     run_id = tracking.create_run(settings_for(manifest), tags={})
     spool = tracking.spool(tracking.tracking_uri(), run_id)
     for step in range(4):
@@ -201,7 +201,7 @@ except Exception as error:
 def test_mlflow_alone_gives_the_same_features(
     folder: Path, manifest: Manifest, tracker_home: Path, tmp_path: Path
 ) -> None:
-    """With torch and MLflow, but without vmoco and Ray, raw clips give the same bits."""
+    """With torch and MLflow, but without vmoco and Ray, raw clips give the same features bit for bit."""
     register(folder, manifest)
     python = light_environment(tmp_path / "environment", "torch", "mlflow", without=("ray", "vmoco", "torchvision"))
     frames = clips()

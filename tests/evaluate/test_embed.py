@@ -1,4 +1,4 @@
-"""On a Ray cluster: embedding is complete and resumable, evaluation is distributed and says what it measured."""
+"""On a Ray cluster, embedding is complete and resumable, and evaluation is distributed and reports what it measured."""
 
 from __future__ import annotations
 
@@ -23,24 +23,27 @@ from tests.embeddings import embedded, labelled_data_set
 from tests.made import encoder_of, save_checkpoint, settings_for
 from vmoco import tracking
 from vmoco.cluster.local import LocalCluster
-from vmoco.data import ledger
+from vmoco.data import ledger, source
+from vmoco.data import video as video_files
+from vmoco.data.manifest import write_manifest
 from vmoco.encoders import foreign, promotion, registry
 from vmoco.evaluate import evaluate as evaluation
 from vmoco.evaluate.embed import EmbedTask, Work, embed, shard_items
-from vmoco.evaluate.features import clip_features, window
+from vmoco.evaluate.features import Window, clip_features, window
 from vmoco.evaluate.knn import classify
-from vmoco.evaluate.score import score_encoder
+from vmoco.evaluate.score import label_free_score, score_encoder
+from vmoco.evaluate.table import part_rejected
 from vmoco.job_settings import EmbedSettings, EvaluateSettings, FinetuneSettings
 from vmoco.train.publish import write_encoder
 
 
 def quiet(_: str) -> None:
-    """Takes a line and shows it to nobody."""
+    """Ignores a line."""
 
 
 @pytest.mark.cluster
 def test_videos_are_embedded_once_and_none_disappears(ray_cluster: LocalCluster, tmp_path: Path) -> None:
-    """Every clip of every good video, each bad one in the ledger; what is there is kept, what is lost made again."""
+    """Each good video gives all clips, each bad one is in the ledger; only missing parts are made again."""
     for name in range(5):
         write_video(tmp_path / "videos" / f"{name}.mp4", images(20 + 8 * name))
     truncate(write_video(tmp_path / "videos" / "cut.mp4", images(40)), 0.5)
@@ -79,8 +82,16 @@ def test_videos_are_embedded_once_and_none_disappears(ray_cluster: LocalCluster,
 @pytest.mark.cluster
 @pytest.mark.timeout(400)
 def test_an_encoder_is_evaluated_by_every_protocol(ray_cluster: LocalCluster, tmp_path: Path) -> None:
-    """Scores equal those of the plain functions in this process; two splits count together."""
+    """Scores equal those of the plain functions in this process; two splits count together. Videos 0 and 3, which are
+    held out, are ranges of one file.
+    """
     manifest = labelled_data_set(tmp_path / "data", num_videos=48)
+    files = manifest.table["video_sha256"].to_pylist()
+    shared = pa.array([file if int(file) != 3 else f"{0:064d}" for file in files])
+    place = manifest.table.column_names.index("video_sha256")
+    table = manifest.table.set_column(place, manifest.table.schema.field(place), shared)
+    kept = {name: getattr(manifest, name) for name in ("settings", "frame_shape", "encoding", "shards")}
+    manifest = write_manifest(manifest.uri, table, num_rejected=0, **kept)
     encoder = encoder_of()
     settings = EvaluateSettings(
         data=manifest.uri,
@@ -101,6 +112,8 @@ def test_an_encoder_is_evaluated_by_every_protocol(ray_cluster: LocalCluster, tm
     ]
     alone = score_encoder(encoder, manifest)
     assert scores["label-free"].value == pytest.approx(alone.retrieval.value)
+    # Chance depends on what shares a source.
+    assert scores["label-free"].beside == label_free_score(dataclasses.replace(alone, arrow=None)).beside
     assert scores["label-free"].evaluation_set == alone.evaluation_set
     features, right = clip_features(encoder, manifest, manifest.table), []
     for split in planned.splits:
@@ -135,6 +148,46 @@ def test_a_damaged_clip_is_not_embedded(tmp_path: Path) -> None:
     assert len(list((tmp_path / "table" / "parts").iterdir())) == 1
 
 
+def three_videos(folder: Path) -> dict[str, Any]:
+    """An item of three videos, for `EmbedTask`."""
+    paths = [write_video(folder / f"{name}.mp4", images(24)) for name in "abc"]
+    plan = {"folder": str(folder), "videos": [[path.name, path.stat().st_size] for path in paths]}
+    return {"part": "all", "plan": json.dumps(plan)}
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("no rate"), ValueError("strange"), PermissionError(13, "locked")])
+@pytest.mark.parametrize("place", [(video_files, "probe"), (source, "file_sha256")], ids=["decode", "read"])
+def test_any_error_of_one_video_is_a_row_of_the_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[Any, str], error: Exception
+) -> None:
+    """Whatever error one video raises, the others are embedded, and the next run tries this video again."""
+    item, real = three_videos(tmp_path / "videos"), getattr(*place)
+
+    def broken(path: str) -> Any:
+        if path.endswith("b.mp4"):
+            raise error
+        return real(path)
+
+    monkeypatch.setattr(*place, broken)
+    task = EmbedTask(encoder_of(), Work(str(tmp_path / "table"), Window(8, 1), batch_size=4))
+    assert task(item) == {"clips": 6, "error": ""}
+    (row,) = part_rejected(str(tmp_path / "table"), "all") or []
+    stage = "decode" if place[1] == "probe" else "read"
+    assert (row.video_id, row.stage, row.reason, row.transient) == ("b.mp4", stage, "unexpected-error", True)
+    assert row.message == f"{type(error).__name__}: {error}"
+
+
+def test_a_full_scratch_disk_rejects_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault is the machine's: the task returns the error message and writes no part."""
+    item = three_videos(tmp_path / "videos")
+    task = EmbedTask(encoder_of(), Work(str(tmp_path / "table"), Window(8, 1), batch_size=4))
+    with open("/dev/full", "r+b") as full:
+        monkeypatch.setattr(task._decoder, "scratch", full)
+        assert re.search(r"cannot write pixels to /.*; free space there", task(item)["error"])
+        task._decoder.close()
+    assert not (tmp_path / "table").exists()
+
+
 def test_a_remote_data_set_is_embedded_clip_by_clip(tmp_path: Path, store: Any) -> None:
     """The rows and features of a local data set; of a shard, only the chosen clips are fetched."""
     manifest = make_data_set(tmp_path / "data", encoding="jpeg")
@@ -166,7 +219,7 @@ class CountedTable:
 
 
 def test_the_table_is_read_once_for_all_shards(tmp_path: Path) -> None:
-    """Planning uses it as often for 200 shards as for one; each part has the clips of its shard, in their order."""
+    """Planning uses the table equally often for 200 shards and for one; each part has its shard's clips, in order."""
     manifest = make_data_set(tmp_path)
     row, uses = manifest.table.slice(0, 1).to_pylist()[0], []
     for num_shards in (1, 200):
@@ -182,7 +235,7 @@ def test_the_table_is_read_once_for_all_shards(tmp_path: Path) -> None:
 
 
 def test_what_the_data_set_allows_is_planned(tmp_path: Path) -> None:
-    """Without labels the label-free score alone; a protocol that needs them is refused by name."""
+    """Without labels there is only the label-free score; a protocol that needs labels is refused by name."""
     labelled = labelled_data_set(tmp_path / "labelled")
     assert evaluation.plan(EvaluateSettings(data=labelled.uri)).protocols == ("label-free", "knn", "probe", "retrieval")
     bare = make_data_set(tmp_path / "bare", num_held_out=4)
@@ -196,7 +249,7 @@ def test_what_the_data_set_allows_is_planned(tmp_path: Path) -> None:
 
 
 def test_torchvisions_supervised_weights_are_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From torch's own folder of downloads, at torchvision's preprocessing; where there are none, that is said."""
+    """They come from torch's download folder, with torchvision's preprocessing; if missing, a message says so."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
@@ -205,7 +258,7 @@ def test_torchvisions_supervised_weights_are_a_reference(tmp_path: Path, monkeyp
     found = foreign.supervised("r3d_18")
     assert torch.equal(found.backbone.trunk.stem[0].weight, theirs.stem[0].weight)
     assert (found.preprocessing.num_frames, found.preprocessing.fps) == (16, 15.0)
-    with pytest.raises(ValueError, match="torchvision has no weights of r3d_nano, only of r3d_18"):
+    with pytest.raises(ValueError, match="torchvision has no weights of r3d_nano: choose one of r3d_18"):
         foreign.supervised("r3d_nano")
 
 
@@ -214,7 +267,7 @@ def test_torchvisions_supervised_weights_are_a_reference(tmp_path: Path, monkeyp
 def test_the_jobs_evaluate_note_and_embed_a_registered_encoder(
     ray_cluster: LocalCluster, tracker_home: Path, tmp_path: Path
 ) -> None:
-    """From the command line: scores are printed beside those of the references, noted with the version, promoted by.
+    """The commands print scores and those of references, record them with the version, and promote by them.
 
     Then a data set becomes a table and a page.
     """
@@ -232,12 +285,16 @@ def test_the_jobs_evaluate_note_and_embed_a_registered_encoder(
         command = [sys.executable, f"jobs/{name}.py", uri, *words]
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180, check=False)
 
-    evaluated = job("evaluate", "--data", manifest.uri, "--reference", "--k", "3")
+    written = tmp_path / "scores.json"
+    evaluated = job("evaluate", "--data", manifest.uri, "--reference", "--k", "3", "--scores", str(written))
     assert evaluated.returncode == 0, evaluated.stderr
     noted = {score.protocol: score for score in promotion.scores_of(registry.find_version(uri))}
     assert {"label-free", "knn", "probe", "retrieval-R@1"} <= set(noted)
     assert all(str(score) in evaluated.stdout for score in noted.values())
     assert "\nrandom initialisation\n" in evaluated.stdout
+    listed = json.loads(written.read_text())
+    assert {row["protocol"]: row["value"] for row in listed[uri]} == {name: each.value for name, each in noted.items()}
+    assert set(listed) == {uri, "random initialisation"}
     assert "no supervised reference: torchvision has no weights of r3d_nano" in evaluated.stdout
     assert promotion.promote("tested").version == "1"
 

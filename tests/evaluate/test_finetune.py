@@ -1,4 +1,4 @@
-"""Fine-tuning learns what frozen features do not tell, is repeatable, and leaves the encoder as it was."""
+"""Fine-tuning learns what frozen features do not show, is repeatable, and does not change the encoder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_it_learns_directions_of_motion(tmp_path: Path) -> None:
 
 
 def test_a_seed_decides_everything(tmp_path: Path) -> None:
-    """Twice the same losses; another seed, others."""
+    """The same seed gives the same losses; another seed gives other losses."""
     manifest = labelled_data_set(tmp_path, num_videos=12)
     split = find_splits(manifest.table, (1,), protocol="finetune")[0]
     settings = SETTINGS.model_copy(update={"epochs": 2, "batch_size": 4})
@@ -54,7 +54,7 @@ def test_a_seed_decides_everything(tmp_path: Path) -> None:
 
 
 def test_a_divergence_is_said(tmp_path: Path) -> None:
-    """With the setting to lower."""
+    """The message has the setting to lower."""
     manifest = labelled_data_set(tmp_path, num_videos=12)
     split = find_splits(manifest.table, (1,), protocol="finetune")[0]
     settings = SETTINGS.model_copy(update={"learning_rate": 1e12, "epochs": 4, "batch_size": 4})
@@ -64,7 +64,7 @@ def test_a_divergence_is_said(tmp_path: Path) -> None:
 
 
 def test_a_damaged_clip_is_refused(tmp_path: Path) -> None:
-    """In the training part and in the test part: its shard and what to do are named."""
+    """In the training part and in the test part, the message names its shard and what to do."""
     settings = SETTINGS.model_copy(update={"epochs": 2, "batch_size": 4})
     for part in ("train", "test"):
         manifest = labelled_data_set(tmp_path / part, num_videos=6, clips_per_video=1)

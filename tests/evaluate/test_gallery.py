@@ -32,7 +32,7 @@ PROBE = """<script>addEventListener("load", () => {
 
 
 def test_a_browser_shows_every_thumbnail_and_point(tmp_path: Path) -> None:
-    """All pictures decode, each clip is a point of the map, the page fits the window; nothing is fetched."""
+    """All pictures decode, each clip is a point of the map, the page fits the window, and it loads no other file."""
     manifest = labelled_data_set(tmp_path / "data")
     encoder = encoder_of()
     table = embedded(encoder, manifest, tmp_path / "table")
@@ -71,7 +71,7 @@ def test_clips_that_have_left_the_data_set_are_named(tmp_path: Path) -> None:
 
 
 def test_a_remote_data_set_is_shown_clip_by_clip(tmp_path: Path, store: Any) -> None:
-    """The page is that of the local data set, and no shard is fetched as a whole."""
+    """The page equals that of the local data set, and no complete shard is fetched."""
     manifest = labelled_data_set(tmp_path / "data", num_videos=4)
     far = upload(manifest, "s3://bucket/set")
     encoder = encoder_of()
@@ -84,7 +84,7 @@ def test_a_remote_data_set_is_shown_clip_by_clip(tmp_path: Path, store: Any) -> 
 
 
 def test_the_pictures_move_and_are_of_the_clips_they_name(tmp_path: Path) -> None:
-    """Of a folder of videos: the first picture of a row is the query's own frames; in each, frames differ."""
+    """In a folder of videos: the first picture of a row shows the query's own frames; each picture moves."""
     for name in range(4):
         numbered = [np.full_like(image, 60 * name) // 2 + image // 2 for image in images(24)]
         write_video(tmp_path / "videos" / f"{name}.mp4", numbered)
@@ -109,7 +109,7 @@ def test_the_pictures_move_and_are_of_the_clips_they_name(tmp_path: Path) -> Non
 
 
 def test_nearest_are_nearest_and_never_the_clip_itself(tmp_path: Path) -> None:
-    """Against all cosines by numpy, with a clip that is there twice."""
+    """The result equals that of all cosines in numpy, also if one clip appears twice."""
     from tests.embeddings import table_of
     from vmoco.evaluate.gallery import _nearest
 
@@ -129,7 +129,7 @@ def test_nearest_are_nearest_and_never_the_clip_itself(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 5, 40])
 def test_a_map_of_any_number_of_clips_fits_the_page(count: int) -> None:
-    """Finite places inside the frame; groups that are far apart stay apart."""
+    """All points are finite and inside the frame; groups that are far apart stay apart."""
     features = np.random.default_rng(0).normal(size=(count, 8)).astype(np.float32)
     features[: count // 2] += 20
     at = flatten(features)

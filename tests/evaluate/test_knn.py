@@ -1,4 +1,4 @@
-"""Nearest neighbours are scikit-learn's, however the gallery is cut into blocks, and votes are those of the paper."""
+"""Nearest neighbours equal scikit-learn's for any division of the gallery into blocks; votes follow the paper."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_gallery_smaller_than_k_says_so() -> None:
 
 
 def test_votes_are_the_papers() -> None:
-    """Against scikit-learn with the weights exp(cosine / 0.07), class by class."""
+    """They equal scikit-learn's with the weights exp(cosine / 0.07), class by class."""
     gallery, queries = unit(500, 3), unit(60, 4)
     labels = np.random.default_rng(5).integers(0, 7, 500)
     reference = KNeighborsClassifier(

@@ -15,7 +15,7 @@ CLASSES = 4
 def labelled(
     num_videos: int, seed: int, *, width: int = 200, clips: int = 3
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Few samples of many features, of which three carry the class: here regularisation matters."""
+    """Few samples with many features, of which three depend on the class: here regularisation matters."""
     random = np.random.default_rng(seed)
     classes = np.arange(num_videos) % CLASSES
     centres = np.random.default_rng(99).normal(size=(CLASSES, 3)) * 2
@@ -51,7 +51,7 @@ def test_the_sweep_matters_and_validates_on_other_videos() -> None:
 
 
 def test_of_equal_strengths_the_simplest_is_taken() -> None:
-    """Where all are right, the strongest penalty."""
+    """If all strengths are equally good, the strongest penalty is chosen."""
     features, labels, videos = labelled(40, 2, width=3)
     features[:, :] = np.eye(CLASSES)[labels][:, :3] * 100
     probe = fit_probe(features, labels, video_ids=videos, strengths=[0.1, 1, 10])
@@ -60,7 +60,7 @@ def test_of_equal_strengths_the_simplest_is_taken() -> None:
 
 
 def test_labels_that_cannot_be_probed_are_refused() -> None:
-    """One class, or no class with a video to spare."""
+    """One class, or no class with two videos, is refused."""
     features, labels, videos = labelled(8, 3)
     with pytest.raises(ValueError, match="has one class"):
         fit_probe(features, np.zeros_like(labels), video_ids=videos)

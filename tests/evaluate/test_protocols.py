@@ -1,4 +1,4 @@
-"""The protocols on a table in parts answer as scikit-learn does on the same features, video by video."""
+"""The protocols on a table in parts give scikit-learn's answers on the same features, video by video."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def labelled(tmp_path: Path) -> tuple[FeatureTable, Split, np.ndarray]:
 
 
 def test_knn_is_scikit_learns(labelled: tuple[FeatureTable, Split, np.ndarray]) -> None:
-    """Right and wrong on the same videos."""
+    """It is right and wrong on the same videos as scikit-learn's."""
     table, split, features = labelled
     (found,) = measure_knn(table, split, SETTINGS)
     model = KNeighborsClassifier(9, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
@@ -43,7 +43,7 @@ def test_knn_is_scikit_learns(labelled: tuple[FeatureTable, Split, np.ndarray]) 
 
 
 def test_the_probe_is_scikit_learns(labelled: tuple[FeatureTable, Split, np.ndarray]) -> None:
-    """At the strength that it says it chose."""
+    """It equals scikit-learn's at the strength that it reports."""
     table, split, features = labelled
     (found,) = measure_probe(table, split, SETTINGS)
     scaled = StandardScaler().fit(features[split.train])
@@ -68,7 +68,7 @@ def test_recall_is_by_the_plain_definition(labelled: tuple[FeatureTable, Split, 
 
 
 def test_a_video_is_answered_by_the_mean_of_its_clips() -> None:
-    """Two clips that lean one way are outvoted by one that is sure."""
+    """One clip that is certain outweighs two clips that are not."""
     videos = np.array(["b", "a", "b", "b"], dtype=object)
     split = Split("s", np.zeros(4, bool), np.ones(4, bool), np.array([1, 0, 1, 1]), ("x", "y"), videos)
     shares = np.array([[0.6, 0.4], [0.9, 0.1], [0.6, 0.4], [0.0, 1.0]])
@@ -77,7 +77,7 @@ def test_a_video_is_answered_by_the_mean_of_its_clips() -> None:
 
 
 def test_a_large_training_part_is_thinned_evenly(labelled: tuple[FeatureTable, Split, np.ndarray]) -> None:
-    """With a bound on the clips in memory the probe still answers every test video."""
+    """With a limit on the clips in memory, the probe still classifies every test video."""
     table, split, _ = labelled
     (found,) = measure_probe(table, split, SETTINGS.model_copy(update={"max_probe_clips": 40}))
     assert len(found.right) == split.test.sum()
@@ -101,7 +101,7 @@ def rows(labels: list[str | None], **columns: list[object]) -> pa.Table:
 
 
 def test_official_splits_are_followed() -> None:
-    """Train and test as written; validation clips, and clips without a label, are in neither."""
+    """Train and test follow the files; validation clips and clips without a label are in neither part."""
     table = rows(
         ["b", "a", None, "b", "a"],
         split_1=["train", "test", "train", "validate", "train"],
@@ -117,7 +117,7 @@ def test_official_splits_are_followed() -> None:
 
 
 def test_without_official_splits_the_held_out_videos_test() -> None:
-    """All the others train."""
+    """All other videos train."""
     (split,) = find_splits(rows(["a", "b", "a"], held_out=[False, True, False]), protocol="knn")
     assert (split.name, split.train.tolist(), split.test.tolist()) == (
         "held out",

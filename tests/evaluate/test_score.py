@@ -1,26 +1,38 @@
-"""The label-free score knows an encoder that has learned something from one that sees colours, guesses or collapsed."""
+"""The label-free score tells an encoder that has learned something from one that sees colours, guesses or collapsed."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from tests.dataset import make_data_set, write_data_set
 from vmoco.data.shard import Clip
 from vmoco.encoders.package import Encoder, Preprocessing
-from vmoco.evaluate.score import LabelFreeScore, choose_pairs, effective_rank, estimate, score, score_encoder
+from vmoco.evaluate.score import (
+    LabelFreeScore,
+    choose_pairs,
+    effective_rank,
+    estimate,
+    score,
+    score_encoder,
+    scored_clips,
+)
 from vmoco.model.backbone import build_backbone
 
 VIDEOS, CLIPS = 60, 6
 
 
 def scored(features: np.ndarray, colours: np.ndarray | None = None) -> LabelFreeScore:
+    videos = [f"v{video:03d}" for video in range(VIDEOS) for _ in range(CLIPS)]
     return score(
         features.astype(np.float32),
-        video_ids=[f"v{video:03d}" for video in range(VIDEOS) for _ in range(CLIPS)],
+        video_ids=videos,
+        sources=videos,
         start_seconds=np.tile(np.arange(CLIPS) * 0.64, VIDEOS),
         clip_seconds=0.64,
         colours=np.zeros((VIDEOS * CLIPS, 3), np.float32) if colours is None else colours.astype(np.float32),
@@ -36,7 +48,7 @@ def of_the_video(seed: int, width: int = 32) -> np.ndarray:
 
 
 def test_it_rises_with_what_features_know_of_the_video() -> None:
-    """Chance without, in order in between, 100 % with no noise; a large common part and the scale do not matter."""
+    """Chance without signal, 100 % without noise, in order between; a large common part and the scale do not matter."""
     shares = [scored(of_the_video(0) * known + noise(1)).retrieval.value for known in (0, 0.3, 0.6, 5)]
     assert shares == sorted(shares)
     assert shares[0] < 0.06
@@ -45,7 +57,7 @@ def test_it_rises_with_what_features_know_of_the_video() -> None:
 
 
 def test_chance_is_what_guessing_reaches() -> None:
-    """Over 20 sets of random features the mean is one over the number of videos, and the interval contains it."""
+    """Over 20 sets of random features, the interval contains one over the number of videos."""
     found = [scored(noise(seed)) for seed in range(20)]
     assert found[0].chance == 1 / VIDEOS
     assert np.mean([one.retrieval.value for one in found]) == pytest.approx(1 / VIDEOS, abs=0.004)
@@ -53,14 +65,14 @@ def test_chance_is_what_guessing_reaches() -> None:
 
 
 def test_a_collapsed_encoder_reaches_chance() -> None:
-    """Equal features share the hit among all; one direction is left."""
+    """Equal features share the match equally, and only one direction is left."""
     found = scored(np.ones((VIDEOS * CLIPS, 8)))
     assert found.retrieval.value == pytest.approx(1 / VIDEOS, abs=1e-6)
     assert found.effective_rank == 1
 
 
 def test_colour_alone_is_said_beside() -> None:
-    """Colours that tell the videos apart stand beside features that do not."""
+    """The score of colours is reported too: it finds the videos, and the features do not."""
     colours = of_the_video(2, 3) * 40 + 128 + noise(3, 3)
     found = scored(noise(4), colours)
     assert found.by_colour > 0.8
@@ -70,7 +82,7 @@ def test_colour_alone_is_said_beside() -> None:
 
 @pytest.mark.parametrize("shape", [(40, 100), (300, 16)])
 def test_effective_rank_is_that_of_the_singular_values(shape: tuple[int, int]) -> None:
-    """By the definition, from NumPy's singular value decomposition; k equal directions count as k."""
+    """By its definition, from NumPy's singular value decomposition; k equal directions count as k."""
     features = np.random.default_rng(0).normal(size=shape) * np.linspace(0.1, 2, shape[1])
     values = np.linalg.svd(features - features.mean(axis=0), compute_uv=False)
     shares = values[values > 1e-6 * values.max()] / values.sum()
@@ -79,33 +91,43 @@ def test_effective_rank_is_that_of_the_singular_values(shape: tuple[int, int]) -
 
 
 def test_pairs_are_of_one_video_and_disjoint_in_time() -> None:
-    """Every pair lies half a video apart; clips that overlap, and videos of one clip, take no part."""
+    """The clips of each pair are half a video apart; clips that overlap, and videos of one clip, are left out."""
     videos = ["a"] * 7 + ["b"] * 2 + ["overlapping"] * 3 + ["single"]
     starts = np.array([0, 1, 2, 3, 4, 5, 6, 0, 1, 0, 0.3, 0.6, 0], float)
-    pairs = choose_pairs(videos, start_seconds=starts, clip_seconds=1.0, rounds=3)
+    pairs = choose_pairs(videos, start_seconds=starts, clip_seconds=1.0, sources=videos, rounds=3)
     assert pairs.shape == (3, 2, 2)
     assert {tuple(pair) for pair in pairs[:, 0]} == {(0, 4), (1, 5), (2, 6)}
     assert {tuple(pair) for pair in pairs[:, 1]} == {(7, 8)}
 
 
 def test_a_large_set_is_bounded_by_a_fixed_draw() -> None:
-    """At most so many videos, the same ones each time, and rows of no others are read."""
+    """At most the given number of videos take part, always the same ones, and no rows of others are read."""
     videos = [f"v{video:05d}" for video in range(3000) for _ in range(2)]
     starts = np.tile([0.0, 1.0], 3000)
-    pairs = choose_pairs(videos, start_seconds=starts, clip_seconds=1.0, max_videos=50)
+    pairs = choose_pairs(videos, start_seconds=starts, clip_seconds=1.0, sources=videos, max_videos=50)
     assert pairs.shape == (1, 50, 2)
-    assert np.array_equal(pairs, choose_pairs(videos, start_seconds=starts, clip_seconds=1.0, max_videos=50))
+    assert np.array_equal(
+        pairs, choose_pairs(videos, start_seconds=starts, clip_seconds=1.0, sources=videos, max_videos=50)
+    )
     features = np.full((6000, 4), np.nan, np.float32)
     features[pairs.ravel()] = np.random.default_rng(0).normal(size=(pairs.size, 4))
     colours = np.zeros((6000, 3), np.float32)
-    found = score(features, video_ids=videos, start_seconds=starts, clip_seconds=1.0, colours=colours, max_videos=50)
+    found = score(
+        features,
+        video_ids=videos,
+        start_seconds=starts,
+        clip_seconds=1.0,
+        colours=colours,
+        sources=videos,
+        max_videos=50,
+    )
     assert found.num_videos == 50
 
 
 def test_what_cannot_be_scored_is_said() -> None:
-    """Too few videos, with what to change; a feature that is not a number."""
+    """Too few videos are refused with what to change, and so is a feature that is not a number."""
     with pytest.raises(ValueError, match=r"1 of 2 held-out videos have two clips .*--held-out-percent"):
-        choose_pairs(["a", "a", "b"], start_seconds=[0.0, 1.0, 0.0], clip_seconds=1.0)
+        choose_pairs(["a", "a", "b"], start_seconds=[0.0, 1.0, 0.0], clip_seconds=1.0, sources=["a", "a", "b"])
     with pytest.raises(ValueError, match="a feature is not finite"):
         scored(np.full((VIDEOS * CLIPS, 2), np.nan))
 
@@ -116,7 +138,7 @@ def encoder() -> Encoder:
 
 
 def test_an_encoder_cannot_win_by_colour(tmp_path: Path) -> None:
-    """Videos that differ in nothing but a tint: mean colour finds them all, the encoder is at chance."""
+    """Videos that differ only in a tint: mean colour finds them all, and the encoder is at chance."""
     random = np.random.default_rng(0)
     clips = []
     for video in range(16):
@@ -142,7 +164,7 @@ def test_an_encoder_is_scored_on_held_out_videos_only(tmp_path: Path) -> None:
 
 
 def test_it_covers_the_truth_as_often_as_it_says() -> None:
-    """Of 200 samples of 60 videos, about 95 % of the intervals hold the true mean; between 90 and 99 is let pass."""
+    """Of 200 samples of 60 videos, 95 % of the intervals should contain the true mean; 90 to 99 % is accepted."""
     random = np.random.default_rng(0)
     covered = 0
     for trial in range(200):
@@ -163,6 +185,54 @@ def test_copies_of_a_clip_make_no_score_surer() -> None:
 
 
 def test_nothing_measured_is_an_error() -> None:
-    """A sentence, no division by zero."""
+    """An error message, and no division by zero."""
     with pytest.raises(ValueError, match="no clip was measured"):
         estimate([], [])
+
+
+def test_a_clip_of_the_same_source_is_never_wrong() -> None:
+    """Features that know the film but not its range find everything; chance counts only videos of other films."""
+    films = 12
+    film = np.arange(VIDEOS) % films
+    features = np.repeat(np.random.default_rng(0).normal(size=(films, 32))[film], CLIPS, axis=0)
+    features = features + 0.01 * noise(1)
+    arguments = {
+        "video_ids": [f"v{video:03d}" for video in range(VIDEOS) for _ in range(CLIPS)],
+        "start_seconds": np.tile(np.arange(CLIPS) * 0.64, VIDEOS),
+        "clip_seconds": 0.64,
+        "colours": features[:, :3],
+    }
+    by_video = score(features, sources=arguments["video_ids"], **arguments)
+    by_film = score(features, sources=[f"film {film[row // CLIPS]}" for row in range(len(features))], **arguments)
+    assert by_video.retrieval.value < 0.5
+    assert by_film.retrieval.value == by_film.by_colour == 1
+    assert by_film.chance == pytest.approx(1 / (VIDEOS - VIDEOS // films + 1))
+    guessed = [
+        score(noise(seed), sources=[f"film {film[row // CLIPS]}" for row in range(len(features))], **arguments)
+        for seed in range(20)
+    ]
+    assert np.mean([found.retrieval.value for found in guessed]) == pytest.approx(by_film.chance, abs=0.005)
+
+
+def test_the_draw_of_a_large_set_has_two_sources() -> None:
+    """Where nearly all videos are of one film, a small draw takes one of another film too."""
+    videos = [f"v{video:05d}" for video in range(400) for _ in range(2)]
+    sources = ["film"] * 798 + ["other"] * 2
+    pairs = choose_pairs(
+        videos, start_seconds=np.tile([0.0, 1.0], 400), clip_seconds=1.0, sources=sources, max_videos=5
+    )
+    assert {sources[row] for row in pairs[0, :, 0]} == {"film", "other"}
+    assert pairs.shape == (1, 5, 2)
+
+
+def test_sources_are_part_of_the_evaluation_set(tmp_path: Path) -> None:
+    """Scores with and without shared sources do not compare; complete files keep the hash of earlier versions."""
+    manifest = make_data_set(tmp_path, num_held_out=4)
+    place = manifest.table.column_names.index("source")
+    hashes = []
+    for sources in ([None] * 4, ["a", "b", "c", "d"], ["a", "a", "b", "b"]):
+        names = sorted({row["video_id"] for row in manifest.table.to_pylist() if row["held_out"]})
+        of = dict(zip(names, sources, strict=True))
+        column = pa.array([of.get(name) for name in manifest.table["video_id"].to_pylist()], pa.string())
+        hashes.append(scored_clips(replace(manifest, table=manifest.table.set_column(place, "source", column)))[1])
+    assert hashes[0] == hashes[1] != hashes[2]

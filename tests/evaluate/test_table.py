@@ -1,4 +1,4 @@
-"""A table in many parts reads as one, block by block, and parts account for what was rejected."""
+"""A table in many parts reads as one, block by block, and its parts record which videos were rejected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vmoco.evaluate.table import FeatureTable, part_bytes, part_rejected, part_u
 
 
 def test_blocks_are_the_chosen_rows_in_order(tmp_path: Path) -> None:
-    """Whatever is chosen, and again on the second pass; a block is never longer than a part."""
+    """For any choice of rows, and again on the second pass; a block is never longer than a part."""
     features = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
     table = table_of(tmp_path, features, ["a"] * 40)
     chosen = np.random.default_rng(1).random(40) < 0.4
@@ -43,7 +43,7 @@ def test_any_reader_of_parquet_reads_it(tmp_path: Path) -> None:
 
 
 def test_a_part_without_clips_accounts_for_its_videos(tmp_path: Path) -> None:
-    """It reads back with its rejections, and adds nothing to the table."""
+    """It reads back with its rejections, and adds no rows to the table."""
     lost = Rejection("x.mp4", "probe", "truncated", "half of it", entry="an entry")
     content = part_bytes([], np.zeros((0, 5), np.float32), rejected=[lost])
     storage.write_atomic(part_uri(str(tmp_path), "empty"), content)
@@ -58,7 +58,7 @@ def test_a_part_without_clips_accounts_for_its_videos(tmp_path: Path) -> None:
 def test_what_describes_the_clips_is_read_without_their_features(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a part of 4 MB, also of a remote one: the footer for the rejections, the small columns for the rows."""
+    """Of a part of 4 MB, local or remote, it reads only the footer for rejections and the small columns for rows."""
     table_of(tmp_path, np.random.default_rng(0).normal(size=(500, 2048)).astype(np.float32), ["a"] * 500, block=500)
     (path,) = (tmp_path / "parts").glob("*.parquet")
     size, counted = path.stat().st_size, [0]
@@ -87,7 +87,7 @@ def test_what_describes_the_clips_is_read_without_their_features(
 
 
 def test_no_table_is_said(tmp_path: Path) -> None:
-    """With the job that makes one."""
+    """The message names the job that makes a table."""
     with pytest.raises(ValueError, match=r"there is no table of embeddings in .*jobs/embed.py"):
         FeatureTable(str(tmp_path))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vmoco.model.moco import adversarial_loss, contrast
+from vmoco.model.moco import ReversedKeys, adversarial_loss, contrast
 
 TEMPERATURE = 0.07
 
@@ -52,6 +52,39 @@ def test_loss_equals_the_plain_version(decay_on: str) -> None:
         for i in range(5)
     ]
     np.testing.assert_allclose(compared.loss.numpy(), expected, rtol=1e-5)
+
+
+def test_a_reversed_key_is_one_more_negative_of_its_own_query() -> None:
+    """Not decayed, and absent where a clip has none; the positive wins only if it beats the reversed key as well."""
+    generator = torch.Generator().manual_seed(2)
+    queries, positives, backwards = (F.normalize(torch.randn(3, 8, generator=generator), dim=1) for _ in range(3))
+    negatives = F.normalize(torch.randn(4, 8, generator=generator), dim=1)
+    backwards[1] = queries[1]  # more similar than the positive can be
+    exists = torch.tensor([True, True, False])
+    weights, allowed = torch.full((4,), 0.5), torch.ones(3, 4, dtype=torch.bool)
+    compared = contrast(
+        queries,
+        positives,
+        negatives=negatives,
+        weights=weights,
+        allowed=allowed,
+        temperature=TEMPERATURE,
+        decay_on="exp",
+        reversed_keys=ReversedKeys(backwards, exists),
+    )
+    expected = [
+        plain_loss(
+            queries[i].double().numpy(),
+            positives[i].double().numpy(),
+            torch.cat([negatives, backwards[i : i + 1]])[: 4 + int(exists[i])].double().numpy(),
+            [0.5] * 4 + [1.0] * int(exists[i]),
+            [True] * (4 + int(exists[i])),
+            "exp",
+        )
+        for i in range(3)
+    ]
+    np.testing.assert_allclose(compared.loss.numpy(), expected, rtol=1e-5)
+    assert compared.correct[1] == 0
 
 
 def test_no_negatives_is_no_loss() -> None:

@@ -1,4 +1,4 @@
-"""A sweep before Ray starts: what cannot work is refused, and what was done before is found."""
+"""Before Ray starts, a sweep refuses what cannot work, and finds what was done before."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import pytest
 
 from tests.dataset import make_data_set
 from tests.train.test_step import CPU, changed
+from vmoco.config import PretrainSettings
 from vmoco.job_settings import SweepSettings
 from vmoco.presets import PRESETS
 from vmoco.sweep.prepare import PreparedSweep, prepare
 from vmoco.train.run import close_run, open_run
 from vmoco.train.run_folder import RunFolder
 from vmoco.train.state import TrainState
+from vmoco.unused_settings import unused_settings
 
 SPACE = {"moco.decay": {"low": 0.9, "high": 1.0}}
 
 
 @pytest.fixture
 def population(tmp_path: Path, tracker_home: Path) -> SweepSettings:
-    """Three members of `tiny` that are selected from at step 10 of 20."""
+    """A population of three members of `tiny` with a selection at step 10 of 20."""
     make_data_set(tmp_path / "data", clips_per_video=4, num_held_out=4)
     (tmp_path / "space.yaml").write_text(json.dumps(SPACE))
     pretrain = changed(PRESETS["tiny"][1], data={"uri": str(tmp_path / "data")}, run={"name": "tested"})
@@ -44,7 +46,7 @@ def end(prepared: PreparedSweep, place: int, score: float) -> None:
 
 
 def test_a_generation_goes_on_from_the_best_and_is_found_again(population: SweepSettings) -> None:
-    """One failed: it copies the best, and is not tried again in its old generation; the reason stays."""
+    """A failed member copies the best; it is not tried again in its old generation, and its reason is kept."""
     prepared = prepare(population)
     assert [trial.steps for trial in prepared.sweep.trials] == [10, 10, 10]
     end(prepared, 0, 0.5)
@@ -60,8 +62,24 @@ def test_a_generation_goes_on_from_the_best_and_is_found_again(population: Sweep
     assert Path(again.runs[5].settings.run.fork or "").parent.name == "tested-001"
 
 
+def test_a_population_starts_from_a_checkpoint_once(population: SweepSettings, tmp_path: Path) -> None:
+    """The first generation starts from the networks of --model.init; the next one only continues its donors."""
+    trunk = tmp_path / "step-00000000"
+    trunk.mkdir()
+    TrainState(population.pretrain, manifest_hash="data of the trunk", device=CPU).save(trunk)
+    pretrain = changed(population.pretrain, model={"init": str(trunk)})
+    prepared = prepare(population.model_copy(update={"pretrain": pretrain}))
+    for place in range(3):
+        end(prepared, place, 0.5)
+    assert prepared.next_generation()
+    began = [(run.settings.model.init, bool(run.settings.run.fork)) for run in prepared.runs]
+    assert began == [(str(trunk), False)] * 3 + [(None, True)] * 3
+    for run in prepared.runs:
+        PretrainSettings.model_validate_json(run.settings.canonical_json())  # as a worker reads them
+
+
 def test_a_generation_whose_donors_are_gone_ends_the_sweep_with_a_reason(population: SweepSettings) -> None:
-    """Where no donor has a checkpoint there is no next generation, and the reasons are kept."""
+    """If no donor has a checkpoint, there is no next generation, and the reasons are kept."""
     prepared = prepare(population)
     for trial in prepared.sweep.trials:
         trial.status, trial.scores = "finished", {"score/retrieval": 0.5}
@@ -99,7 +117,7 @@ def test_bad_flags_are_refused_with_a_message(
 
 
 def test_a_population_cannot_change_its_tensors(population: SweepSettings, tmp_path: Path) -> None:
-    """Its members go on from each other's state, so the queue has one length."""
+    """Members continue from the state of others, so all need the same length of the queue."""
     (tmp_path / "space.yaml").write_text(json.dumps({"moco.queue-size": [64, 128]}))
     with pytest.raises(ValueError, match=r"names moco\.queue_size, which cannot change within a run"):
         prepare(population)
@@ -111,3 +129,11 @@ def test_the_name_of_a_sweep_belongs_to_its_space(population: SweepSettings, tmp
     (tmp_path / "space.yaml").write_text(json.dumps({"moco.decay": [0.9, 1.0]}))
     with pytest.raises(ValueError, match="belongs to a sweep with another space"):
         prepare(population)
+
+
+def test_a_trial_reports_no_setting_that_the_sweep_uses(population: SweepSettings) -> None:
+    """A trial registers nothing, and does not say that the alias for the best encoder has no effect."""
+    named = changed(population.pretrain, tracking={"register_as": "mine", "alias": "best-of-march"})
+    prepared = prepare(population.model_copy(update={"pretrain": named}))
+    assert prepared.runs[0].settings.tracking.register_as is None
+    assert unused_settings(prepared.runs[0].settings) == []

@@ -90,7 +90,7 @@ def runs_of(client: MlflowClient, parent: str) -> dict[str, tuple[str, list[int]
 
 @pytest.fixture(scope="module")
 def sweeps(local_cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Sweeps:
-    """On two CPUs."""
+    """Sweeps on a cluster with two CPUs."""
     return Sweeps(
         tmp_path_factory.mktemp("home"), local_cluster.environment | {"RAY_ADDRESS": local_cluster.gcs_address}
     )

@@ -22,7 +22,7 @@ PROBE = """<script>addEventListener("load", () => setTimeout(() => {
 
 @pytest.fixture
 def sweep() -> Sweep:
-    """Six trials over ratio and decay: four finished, one stopped, one failed whose reason has markup."""
+    """Six trials over ratio and decay: four finished, one stopped, and one failed with markup in its reason."""
     found = Sweep("night", "/nowhere", "c", "retrieval", "abc")
     for place, (ratio, decay) in enumerate([(r, d) for r in (0.0, 0.25, 0.5) for d in ("none", "linear")]):
         trial = Trial(f"night-{place:03d}", {"generator.drop_ratio": ratio, "decay": decay}, 20, "finished", 20)
@@ -75,7 +75,7 @@ def test_a_population_shows_the_schedule_that_it_found(sweep: Sweep) -> None:
 
 
 def test_a_sweep_that_begins_from_a_checkpoint_has_a_report(sweep: Sweep) -> None:
-    """With --run.fork each trial begins from a checkpoint of another run, and descends from no trial."""
+    """With --run.fork each trial begins from a checkpoint of another run and descends from no trial."""
     for trial in sweep.trials:
         trial.fork = "/runs/before/step-00000010"
     best = sweep.best()

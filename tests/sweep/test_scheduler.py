@@ -1,4 +1,4 @@
-"""ASHA, as a sweep sets it up, stops the worse of trials by scores of the same step, and waits for a score."""
+"""ASHA, as a sweep configures it, stops the worse trials by scores of the same step, and waits for a score."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Named:
 
 
 def test_asha_stops_those_below_the_best_third_of_a_step() -> None:
-    """Of three scored at step 10 the two worse ones stop; a report without a score, or of the last step, stops none."""
+    """Of three trials scored at step 10, two stop; a report without a score, or of the last step, stops none."""
     from vmoco.sweep.sweep import _scheduler
 
     pretrain = changed(PRESETS["tiny"][1], train={"steps": 90})

@@ -1,4 +1,4 @@
-"""The trials of a sweep are known and checked before the first starts, and follow from the seed."""
+"""The trials of a sweep are known and checked before the first one starts, and depend only on the seed."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def members(scores: list[float | None]) -> list[Trial]:
 
 
 def test_the_worst_quarter_copies_the_best_and_changes() -> None:
-    """Of eight, two descend from the two best with other values; six go on as they are."""
+    """Of eight members, two descend from the two best, with other values; six continue unchanged."""
     before = members([0.1, 0.9, 0.5, 0.4, 0.3, 0.8, 0.6, 0.2])
     found = next_generation(POPULATION, before, score=SCORE)
     assert [member.donor.name for place, member in enumerate(found) if place not in (0, 7)] == [
@@ -150,7 +150,7 @@ def test_the_worst_quarter_copies_the_best_and_changes() -> None:
 
 
 def test_one_that_failed_is_always_replaced_and_never_copied() -> None:
-    """However many failed, all descend from those that finished; where none did, there is no next generation."""
+    """All members descend from finished ones, however many failed; if none finished, there is no next generation."""
     before = members([None, 0.3, None, None])
     found = next_generation(POPULATION, before, score=SCORE)
     assert [member.donor for member in found] == [before[1]] * 4
@@ -159,7 +159,7 @@ def test_one_that_failed_is_always_replaced_and_never_copied() -> None:
 
 
 def test_changed_values_are_near() -> None:
-    """Over many generations, a number moves by a fifth of its range or is drawn anew; a choice goes to a neighbour."""
+    """Over many generations, a number moves by a fifth of its range or is drawn anew; a choice moves to a neighbour."""
     moves, choices = [], set()
     for generation in range(100):
         before = members([0.9, 0.1])

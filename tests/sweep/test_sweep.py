@@ -1,4 +1,4 @@
-"""Sweeps as a user starts them: submitted jobs on a real cluster with two CPUs, a real tracker."""
+"""Sweeps as a user starts them: submitted jobs, a real cluster with two CPUs, and a real tracker."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_bad_input_is_refused_before_any_trial(service: Service) -> None:
 
 @pytest.mark.slow
 def test_a_population_finds_a_schedule(service: Service) -> None:
-    """Two generations of two: the second begins from the best of the first, at its step, and its best is registered."""
+    """Two generations of two: the second begins from the best of the first, at its step. Its best is registered."""
     space = {"moco.decay": {"low": 0.9, "high": 1.0}, "train.learning_rate": {"low": 0.001, "high": 0.1, "log": True}}
     flags = ["--search", "random", "--samples", "2", "--scheduler", "pbt", "--pbt-steps", "6"]
     said = finished(sweep(service, "population", space, *flags))
@@ -150,7 +150,7 @@ def test_a_population_finds_a_schedule(service: Service) -> None:
 
 @pytest.mark.slow
 def test_optuna_and_asha_on_two_trials_at_once(service: Service) -> None:
-    """Five trials of one worker, two at once, chosen one by one and stopped where others are better; all end."""
+    """Five trials of one worker, two at a time, are chosen one by one and stopped if others are better; all end."""
     space = {"train.learning_rate": {"low": 1e-5, "high": 0.1, "log": True}, "generator.drop_ratio": [0.0, 0.5]}
     flags = ["--scaling.num-workers", "1", "--search", "optuna", "--samples", "5", "--scheduler", "asha"]
     flags += ["--train.steps", "36", "--train.checkpoint-every", "4", "--asha-grace-steps", "4"]

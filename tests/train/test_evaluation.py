@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
-from tests.dataset import make_data_set
+from tests.dataset import make_data_set, upload
 from tests.train.test_checkpoint_writer import Tracker
 from tests.train.test_step import CPU, changed
 from tests.waiting import wait_until
 from vmoco.cluster.local import LocalCluster
 from vmoco.evaluate.score import scored_clips
+from vmoco.job_settings import Metric
 from vmoco.presets import PRESETS
 from vmoco.spool import Spool
 from vmoco.train.run_folder import CHECKPOINTS, Checkpoint, RunFolder, checkpoints_from_json
@@ -100,12 +102,40 @@ def test_a_score_computes_where_it_is_told_to(tmp_path: Path, monkeypatch: pytes
 
     manifest = make_data_set(tmp_path / "data", num_videos=16, clips_per_video=3, num_held_out=6)
     made = checkpoint(RunFolder(str(tmp_path / "run")), 1, manifest.hash)
+    data = changed(SETTINGS, data={"uri": manifest.uri}).data
     # This PyTorch has no GPU: whatever moves there, because there seems to be one, fails.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    score, _ = score_checkpoint(made.uri, str(tmp_path / "data"), max_videos=6, device="cpu")
+    score, numbers = score_checkpoint(made.uri, data, max_videos=6, device="cpu")
     assert 0 <= score.value <= 1
+    assert {f"score/{metric}" for metric in get_args(Metric)} - set(numbers) == {"score/knn"}, (
+        "a sweep can choose by all"
+    )
     hidden = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
     assert task_options(changed(SETTINGS, evaluation={"num_cpus": 2}), None)["runtime_env"] == hidden
     with_gpu = task_options(changed(SETTINGS, evaluation={"use_gpu": True}), None)
     assert with_gpu["num_gpus"] == 1
     assert "runtime_env" not in with_gpu
+
+
+def test_a_score_reads_through_the_cache_of_the_run(tmp_path: Path, store: Any, vmoco_home: Path) -> None:
+    """--data.cache and --data.cache-gib hold for the clips that are scored; the default cache is not made."""
+    from vmoco.train.evaluation import score_checkpoint
+
+    manifest = make_data_set(
+        tmp_path / "data", num_videos=16, clips_per_video=3, num_held_out=6, labels=("a", "b"), encoding="jpeg"
+    )
+    far = upload(manifest, "s3://bucket/set")
+    made = checkpoint(RunFolder(str(tmp_path / "run")), 1, manifest.hash)
+    cache = tmp_path / "cache"
+    data = changed(SETTINGS, data={"uri": far.uri, "cache": str(cache)}).data
+    score, _ = score_checkpoint(made.uri, data, max_videos=6, device="cpu")
+    assert (
+        score
+        == score_checkpoint(made.uri, changed(SETTINGS, data={"uri": manifest.uri}).data, max_videos=6, device="cpu")[0]
+    )
+    scored = scored_clips(manifest, max_videos=6)[0]["sha256"].to_pylist()
+    assert {path.name for path in cache.glob("clips/??/*")} >= set(scored)
+    assert not (vmoco_home / "cache").exists()
+    small = data.model_copy(update={"cache": str(tmp_path / "small"), "cache_gib": 1e-6})
+    with pytest.raises(ValueError, match=r"--data\.cache .*small/clips may hold 0\.000 GiB, .*: raise its bound"):
+        score_checkpoint(made.uri, small, max_videos=6, device="cpu")

@@ -145,7 +145,7 @@ def test_a_second_job_of_a_run_is_refused(two: Runs, undisturbed: str) -> None:
     second = two.start("both")
     said, _ = second.communicate(timeout=120)
     assert second.returncode == 1
-    assert said.strip().splitlines()[-1].startswith("error: this run.name is being trained by process")
+    assert said.strip().splitlines()[-1].startswith("error: this --run.name is being trained by process")
     end(job)
     assert two.kept("both")[-1]["sha256"] == undisturbed
 

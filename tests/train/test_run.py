@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.dataset import make_data_set
-from tests.train.test_step import changed
+from tests.train.test_loop import Notes
+from tests.train.test_step import CPU, changed
+from vmoco import tracking
 from vmoco.config import PretrainSettings
+from vmoco.data.loader import Loader
 from vmoco.presets import PRESETS
-from vmoco.train.run import close_run, open_run, prepare
+from vmoco.train.loop import train
+from vmoco.train.run import Run, close_run, introduce, open_run, prepare
+from vmoco.train.run_folder import RunFolder
+from vmoco.train.state import STATE_TENSORS, TrainState, checkpoint_bytes
+from vmoco.train.step import TrainStep
 
 
 @pytest.fixture
@@ -56,6 +66,44 @@ def test_name_of_a_run_belongs_to_its_architecture_and_data(settings: PretrainSe
     assert prepare(settings).finished == "models:/tested/1"
 
 
+def test_checkpoints_that_do_not_fit_are_refused(settings: PretrainSettings) -> None:
+    """Before the run begins: the message has what is free, what is needed, and the flags to lower."""
+    many = changed(settings, train={"keep_checkpoints": 10**12})
+    said = (
+        r"--run\.storage .* has [\d.]+ [GM]B free, .* needs [\d.]+ GB more: .* --train\.keep-checkpoints 1000000000000 "
+    )
+    with pytest.raises(ValueError, match=said):
+        prepare(many)
+    lines = introduce(open_run(prepare(settings)))
+    assert [
+        line for line in lines if re.fullmatch(r"checkpoints: 4 checkpoints at most, [\d.]+ MB each; .* are free", line)
+    ]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_size_of_a_checkpoint_is_known_before(settings: PretrainSettings, tmp_path: Path, optimizer: str) -> None:
+    """It is that of the file after a step of both optimizers, up to its header."""
+    chosen = changed(settings, train={"optimizer": optimizer}, generator={"start_percent": 0})
+    manifest = prepare(chosen).manifest
+    state = TrainState(chosen, manifest_hash=manifest.hash, device=CPU)
+    TrainStep(chosen, state, CPU)(Loader(manifest, chosen, rank=0, world_size=1).batch(0))
+    state.save(tmp_path)
+    real = (tmp_path / STATE_TENSORS).stat().st_size
+    assert 0.97 * real < checkpoint_bytes(chosen) <= real
+
+
+def test_a_run_of_another_version_is_named_in_plain_words(settings: PretrainSettings, vmoco_home: Path) -> None:
+    """The message has the run, the flag and what to do, without pydantic's words around it."""
+    folder = RunFolder(str(vmoco_home / "runs" / "tested"))
+    folder.write_run({"settings": {"moco": {"queue_length": 64}}})
+    with pytest.raises(
+        ValueError, match=r"settings of run 'tested': --moco\.queue-length does not exist: did"
+    ) as raised:
+        prepare(settings)
+    assert "Value error" not in str(raised.value)
+    assert str(raised.value).endswith("or give another --run.name")
+
+
 def test_a_run_that_ended_where_it_was_told_to_goes_on_when_told_to_end_later(settings: PretrainSettings) -> None:
     """Ended at step 10 of 20: with the same end nothing is left to do; with a later one, or none, there is."""
     half = changed(settings, train={"stop_after": 10})
@@ -64,3 +112,114 @@ def test_a_run_that_ended_where_it_was_told_to_goes_on_when_told_to_end_later(se
     assert prepare(changed(settings, train={"stop_after": 5})).finished
     assert prepare(changed(settings, train={"stop_after": 15})).finished is None
     assert prepare(settings).finished is None
+
+
+def new_state(run: Run) -> TrainState:
+    return TrainState(run.settings, manifest_hash=run.manifest.hash, device=CPU)
+
+
+@pytest.fixture
+def trunk(settings: PretrainSettings, tmp_path: Path) -> Path:
+    """A checkpoint after 3 steps of `tiny` on the data set of `settings`."""
+    short = changed(settings, train={"stop_after": 3})
+    prepared = prepare(short)
+    state = TrainState(prepared.settings, manifest_hash=prepared.manifest.hash, device=CPU)
+    train(prepared.settings, prepared.manifest, state, device=CPU, host=Notes())
+    place = tmp_path / "trunk" / "step-00000003"
+    place.mkdir(parents=True)
+    state.save(place, run_id="run of the trunk")
+    return place
+
+
+def test_a_new_cycle_outlives_its_trunk_and_a_kill(settings: PretrainSettings, trunk: Path, tmp_path: Path) -> None:
+    """On other data, with the trunk deleted once the run is open: restarted before its first checkpoint, and resumed
+    from one, it ends with the bits of the run that was not interrupted. Tags and log say where it began.
+    """
+    make_data_set(tmp_path / "other", num_videos=14)
+    settings = changed(
+        settings,
+        run={"name": "cycle"},
+        data={"uri": str(tmp_path / "other")},
+        model={"init": str(trunk)},
+        train={"steps": 6, "optimizer": "adamw", "learning_rate": 0.001},
+    )
+    run = open_run(prepare(settings))
+    shutil.rmtree(trunk)
+    tags = tracking.client().get_run(run.run_id).data.tags
+    assert (tags["vmoco.init"], tags["vmoco.init_step"]) == (str(trunk), "3")
+    assert (tags["vmoco.init_run_id"], len(tags["vmoco.init_sha256"])) == ("run of the trunk", 64)
+    line = f"starts from the checkpoint {trunk}, step 3: keeps both encoders with their heads, and the generator; new"
+    assert any(found.startswith(line) for found in introduce(run))
+
+    folder, straight = RunFolder(run.folder), new_state(run)
+    folder.restore(straight)
+    assert straight.step == 0
+    assert train(run.settings, run.manifest, straight, device=CPU, host=Notes())
+
+    again = open_run(prepare(settings))
+    assert (again.is_new, again.run_id) == (False, run.run_id)
+    assert any(found.startswith(line) for found in introduce(again))
+    killed = new_state(again)
+    folder.restore(killed)
+    assert not train(run.settings, run.manifest, killed, device=CPU, host=Notes(stop_after=3))
+    place = Path(folder.checkpoint_uri(killed.step))
+    place.mkdir()
+    killed.save(place)
+    resumed = new_state(again)
+    folder.restore(resumed)
+    assert resumed.step == 4
+    assert train(run.settings, run.manifest, resumed, device=CPU, host=Notes())
+    expected, found = straight.tensors(), resumed.tensors()
+    assert set(expected) == set(found)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"backbone": "r2plus1d_nano"}, r"--model\.backbone r3d_nano -> r2plus1d_nano\): set these as they were"),
+        ({"head": "mlp"}, r"--model\.init \S+ has other encoders \(--model\.head linear -> mlp\)"),
+        (
+            {"init": "/nowhere"},
+            r"--model\.init /nowhere is neither an encoder nor a checkpoint: it has no encoder\.json",
+        ),
+    ],
+)
+def test_a_new_cycle_that_does_not_fit_is_refused_before_any_work(
+    settings: PretrainSettings, trunk: Path, vmoco_home: Path, fields: dict[str, Any], said: str
+) -> None:
+    """Other encoders than those of the checkpoint, or nothing there."""
+    with pytest.raises(ValueError, match=said):
+        prepare(changed(settings, run={"name": "cycle"}, model={"init": str(trunk)} | fields))
+    assert not [path for path in vmoco_home.rglob("*") if path.is_file()]
+
+
+def test_a_run_whose_checkpoints_cannot_be_scored_says_so_at_its_start(
+    settings: PretrainSettings, tmp_path: Path
+) -> None:
+    """In place of how long a score takes; without evaluation nothing is said, and with enough videos the time."""
+    warning = "warning: no checkpoint gets a score: 0 of 0 held-out videos have two clips that do not overlap in time"
+    lines = introduce(open_run(prepare(settings)))
+    (line,) = [line for line in lines if line.startswith(warning)]
+    assert "--held-out-percent" in line
+    assert not any(line.startswith("each checkpoint is scored") for line in lines)
+    without = changed(settings, run={"name": "without"}, evaluation={"enabled": False})
+    assert not any("score" in line for line in introduce(open_run(prepare(without))))
+    enough = make_data_set(tmp_path / "enough", num_held_out=3)
+    scored = changed(settings, run={"name": "scored"}, data={"uri": enough.uri})
+    lines = introduce(open_run(prepare(scored)))
+    assert any(line.startswith("each checkpoint is scored on 3 held-out videos") for line in lines)
+    assert not any(line.startswith(warning) for line in lines)
+
+
+def test_a_setting_without_effect_is_reported_at_the_start_and_the_run_resumes(settings: PretrainSettings) -> None:
+    """One warning for each, with the setting that makes it so; the same when the run is resumed."""
+    unused = changed(settings, moco={"decay_end": 0.5}, train={"optimizer": "adamw", "sgd_momentum": 0.5})
+    expected = [
+        "warning: --moco.decay-end 0.5 has no effect, because --moco.decay-schedule is constant",
+        "warning: --train.sgd-momentum 0.5 has no effect, because --train.optimizer is adamw",
+    ]
+    for is_new in (True, False):
+        run = open_run(prepare(unused))
+        assert run.is_new == is_new
+        assert [line for line in introduce(run) if "has no effect" in line] == expected

@@ -1,4 +1,4 @@
-"""The folder of a run: the newest complete checkpoint is found, the list survives a kill, and another run can fork."""
+"""The folder of a run: the newest complete checkpoint is found, the list survives a kill, runs can start from it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from tests.dataset import make_data_set
 from tests.train.test_checkpoint_writer import SETTINGS as WRITTEN
@@ -13,10 +15,14 @@ from tests.train.test_checkpoint_writer import Run, fresh, scored
 from tests.train.test_loop import SETTINGS, Notes
 from tests.train.test_step import CPU, changed
 from vmoco.config import PretrainSettings
+from vmoco.data.augment import augment
+from vmoco.data.loader import Loader, View
 from vmoco.data.manifest import Manifest
+from vmoco.model.moco import MocoEncoder
 from vmoco.train.loop import train
-from vmoco.train.run_folder import CHECKPOINTS, DAMAGED, RunFolder, check_fork, fork
-from vmoco.train.state import STATE_RECORD, STATE_TENSORS, TrainState
+from vmoco.train.run_folder import CHECKPOINTS, DAMAGED, RunFolder, begin_from, check_fork, fork
+from vmoco.train.state import STATE_RECORD, STATE_SETTINGS, STATE_TENSORS, TrainState
+from vmoco.train.step import TrainStep
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "no tensors", "no record", "half a record"])
@@ -172,9 +178,124 @@ def test_a_fork_that_does_not_fit_is_refused(donor: tuple[Manifest, str], tmp_pa
     ]:
         with pytest.raises(ValueError, match=message):
             check_fork(settings, hash_)
+    Path(uri, STATE_SETTINGS).write_text('{"moco": {"queue_size": 0}}')
+    with pytest.raises(
+        ValueError, match=r"settings of checkpoint .*donor: --moco\.queue-size 0 is not allowed"
+    ) as raised:
+        check_fork(forked, manifest.hash)
+    assert "Value error" not in str(raised.value)
 
 
 def test_a_run_with_another_fork_is_another_run() -> None:
     """The hash of a run covers its fork; a run without a fork has the hash of before forks existed."""
     assert changed(SETTINGS, run={"fork": "/a"}).content_hash() != SETTINGS.content_hash()
     assert SETTINGS.content()["run"] == {"seed": 0}
+
+
+# Another optimizer, queue, method, seed and length of the run than those of the donor.
+NEW_CYCLE = changed(
+    SETTINGS,
+    run={"seed": 5},
+    data={"positives": "two_clips"},
+    generator={"drop_ratio": 0.5},
+    moco={"queue_size": 24, "decay": 0.9},
+    train={"steps": 9, "optimizer": "adamw", "learning_rate": 0.001, "schedule": "cosine", "warmup_steps": 4},
+)
+
+
+def test_a_new_cycle_keeps_the_networks_and_starts_all_else(donor: tuple[Manifest, str]) -> None:
+    """Encoders, heads, batch-norm statistics and generator are those of the checkpoint; the rest is as in a new run.
+
+    The learning rate of the first step is the first of a warm-up of 4 steps: 0.001 * 8 / 32 / 4.
+    """
+    manifest, uri = donor
+    state, new = new_state(NEW_CYCLE, manifest), new_state(NEW_CYCLE, manifest)
+    begin_from(uri, state)
+    trunk = load_file(Path(uri, STATE_TENSORS))
+    found, fresh_tensors = state.tensors(), new.tensors()
+    assert set(found) == set(fresh_tensors)
+    for name, tensor in found.items():
+        kept = name.startswith(("query.", "key.", "generator."))
+        assert torch.equal(tensor, (trunk if kept else fresh_tensors)[name]), name
+    assert not torch.equal(found["query.head.weight"], found["key.head.weight"])
+    assert (state.step, state.moco.queue.num_filled, float(state.difference)) == (0, 0, 0.0)
+    TrainStep(NEW_CYCLE, state, CPU)(Loader(manifest, NEW_CYCLE, rank=0, world_size=1).batch(0))
+    assert state.query_optimizer.param_groups[0]["lr"] == pytest.approx(0.001 * 8 / 32 / 4)
+
+
+def test_the_first_losses_of_a_new_cycle_are_those_of_the_networks_that_it_keeps(donor: tuple[Manifest, str]) -> None:
+    """Computed from the checkpoint's tensors alone, with a learning rate too small to change them: steps 1 and 2.
+
+    The queue is empty at step 1, so its loss is log 1; at step 2 it has the 8 keys of step 1.
+    """
+    manifest, uri = donor
+    settings = changed(
+        NEW_CYCLE,
+        moco={"decay": 1.0},
+        generator={"start_percent": 100.0},
+        train={"learning_rate": 1e-12},
+        augment={"blur_probability": 0.0},
+    )
+    state = new_state(settings, manifest)
+    begin_from(uri, state)
+    step, loader = TrainStep(settings, state, CPU), Loader(manifest, settings, rank=0, world_size=1)
+    trunk, encoders = load_file(Path(uri, STATE_TENSORS)), {}
+    for part in ("query", "key"):
+        encoders[part] = MocoEncoder("r3d_nano", embedding_dim=32, head="linear").train()
+        encoders[part].load_state_dict(
+            {name.removeprefix(f"{part}."): value for name, value in trunk.items() if name.startswith(f"{part}.")}
+        )
+
+    def embeddings(part: str, view: View) -> torch.Tensor:
+        clips = augment(view.frames, view.draws, size=32)
+        return torch.cat([encoders[part](clips[:4]), encoders[part](clips[4:])])
+
+    queue, videos = torch.zeros(0, 32), torch.zeros(0, dtype=torch.int64)
+    for number in (0, 1):
+        batch = loader.batch(number)
+        with torch.no_grad():
+            pairs = zip(encoders["key"].parameters(), encoders["query"].parameters(), strict=True)
+            for slow, fast in pairs:
+                slow.copy_(settings.moco.momentum * slow + (1 - settings.moco.momentum) * fast)
+            queries, keys = embeddings("query", batch.query), torch.empty(8, 32)
+            keys[batch.key_order] = embeddings("key", batch.key)
+            similarities = queries @ queue.T
+            similarities[batch.video_ids[:, None] == videos[None, :]] = -torch.inf
+            logits = torch.cat([(queries * keys).sum(dim=1, keepdim=True), similarities], dim=1) / 0.07
+            expected = F.cross_entropy(logits, torch.zeros(8, dtype=torch.int64))
+            positive = (queries * keys).sum(dim=1).mean()
+        numbers = step(batch).numbers()
+        assert numbers["positive_similarity"] == pytest.approx(float(positive), rel=1e-4)
+        assert numbers["loss"] == pytest.approx(float(expected), rel=1e-4)
+        assert (numbers["loss"] > 0.1) == (number == 1)
+        queue, videos = torch.cat([queue, keys]), torch.cat([videos, batch.video_ids])
+
+
+def test_a_new_cycle_has_a_new_generator_where_its_size_is_another(donor: tuple[Manifest, str]) -> None:
+    """9 channels in place of 8: it is that of a new run with the same seed."""
+    manifest, uri = donor
+    settings = changed(NEW_CYCLE, generator={"hidden_channels": 9})
+    state = new_state(settings, manifest)
+    begin_from(uri, state)
+    expected = new_state(settings, manifest).moco.generator.state_dict()
+    assert all(torch.equal(expected[name], value) for name, value in state.moco.generator.state_dict().items())
+
+
+def test_a_new_cycle_of_other_encoders_is_refused(donor: tuple[Manifest, str], tmp_path: Path) -> None:
+    """Another head or width, a damaged checkpoint, or none: one error message each, and the state is unchanged."""
+    manifest, uri = donor
+    for fields, message in [
+        ({"head": "mlp"}, r"other encoders \(--model\.head linear -> mlp\): set these as they were"),
+        ({"embedding_dim": 16}, r"other encoders \(--model\.embedding-dim 32 -> 16\): set these"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            begin_from(uri, new_state(changed(SETTINGS, model=fields), manifest))
+    state = new_state(SETTINGS, manifest)
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    with pytest.raises(ValueError, match="is not a checkpoint of vmoco"):
+        begin_from(str(tmp_path), state)
+    path = Path(uri, STATE_TENSORS)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"state\.safetensors is damaged"):
+        begin_from(uri, state)
+    assert all(torch.equal(before[name], tensor) for name, tensor in state.tensors().items())

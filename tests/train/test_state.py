@@ -19,7 +19,14 @@ from vmoco.data.loader import Loader
 from vmoco.data.manifest import Manifest
 from vmoco.presets import PRESETS
 from vmoco.train import distributed
-from vmoco.train.state import STATE_RECORD, STATE_TENSORS, TrainState
+from vmoco.train.state import (
+    STATE_RECORD,
+    STATE_SETTINGS,
+    STATE_TENSORS,
+    DamagedCheckpointError,
+    TrainState,
+    read_settings,
+)
 from vmoco.train.step import TrainStep
 
 # 12 videos, batches of 16 on 4 ranks: step 5 lies in the middle of an epoch, and the generator starts at step 4.
@@ -31,6 +38,7 @@ ADVERSARIAL_DECAY = changed(SETTINGS, moco={"decay_schedule": "adversarial"})
 ADAMW = changed(
     SETTINGS, train={"optimizer": "adamw", "learning_rate": 1e-3}, data={"positives": "two_clips", "num_frames": 8}
 )
+REVERSED = changed(SETTINGS, moco={"reversed_negatives_percent": 50.0})
 
 
 def advance(folder: str, settings: PretrainSettings, until: int, resume: str | None, keep: str | None) -> str:
@@ -57,8 +65,14 @@ def advance(folder: str, settings: PretrainSettings, until: int, resume: str | N
 
 @pytest.mark.parametrize(
     ("num_ranks", "settings"),
-    [(1, SETTINGS), (4, SETTINGS), (1, ADVERSARIAL_DECAY), (2, ADVERSARIAL_DECAY), (1, ADAMW), (2, ADAMW)],
-    ids=["1", "4", "1-adversarial-decay", "2-adversarial-decay", "1-adamw-two-clips", "2-adamw-two-clips"],
+    [
+        *((1, SETTINGS), (4, SETTINGS), (1, ADVERSARIAL_DECAY), (2, ADVERSARIAL_DECAY), (1, ADAMW), (2, ADAMW)),
+        (2, REVERSED),
+    ],
+    ids=[
+        *("1", "4", "1-adversarial-decay", "2-adversarial-decay", "1-adamw-two-clips", "2-adamw-two-clips"),
+        "2-reversed",
+    ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, num_ranks: int, settings: PretrainSettings) -> None:
     """Stopped mid-epoch after 5 of 8 steps and resumed in new processes: every tensor has the same bits everywhere.
@@ -199,6 +213,22 @@ def test_other_settings_are_named(kept: Path) -> None:
     with pytest.raises(ValueError, match=r"moco.temperature 0.07 -> 0.2"):
         fresh(kept, changed(SETTINGS, moco={"temperature": 0.2})).load(kept)
     fresh(kept, changed(SETTINGS, scaling={"num_workers": 2})).load(kept)
+
+
+def test_settings_of_another_version_are_named_in_plain_words(kept: Path) -> None:
+    """The message has the checkpoint and the flag, without pydantic's words around it; a damaged file is named too."""
+    fields = json.loads((kept / STATE_SETTINGS).read_bytes())
+    fields["moco"]["queue_length"] = 64
+    (kept / STATE_SETTINGS).write_text(json.dumps(fields))
+    with pytest.raises(
+        ValueError, match=r"cannot read the settings of checkpoint .*: --moco\.queue-length does"
+    ) as raised:
+        read_settings(kept)
+    assert "Value error" not in str(raised.value)
+    assert str(raised.value).endswith("does not exist: did you mean --moco.queue-size?")
+    (kept / STATE_SETTINGS).write_text("{")
+    with pytest.raises(DamagedCheckpointError, match=r"settings\.json of checkpoint .* is damaged"):
+        read_settings(kept)
 
 
 def test_other_data_are_refused(kept: Path) -> None:

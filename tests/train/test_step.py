@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.dataset import make_data_set
 from tests.ranks import run_on_ranks
 from vmoco.config import PretrainSettings
 from vmoco.data.loader import Loader, View
 from vmoco.data.manifest import Manifest
+from vmoco.model.generator import drop_frames, keep_mask
+from vmoco.model.moco import Contrast
 from vmoco.presets import PRESETS
 from vmoco.train import distributed
+from vmoco.train.metrics import StepMetrics
 from vmoco.train.state import TrainState
 from vmoco.train.step import NonFiniteError, TrainStep
 
@@ -63,13 +68,13 @@ def exact_state(settings: PretrainSettings, manifest: Manifest) -> TrainState:
     return state
 
 
-def gradients_of_one_step(folder: str) -> dict[str, torch.Tensor]:
+def gradients_of_one_step(folder: str, settings: PretrainSettings) -> dict[str, torch.Tensor]:
     """Gradients, divided by nothing: change of each parameter in one step of plain SGD, over the learning rate."""
     manifest = Manifest.load(folder)
-    state = exact_state(ADVERSARIAL, manifest)
+    state = exact_state(settings, manifest)
     before = {name: tensor.clone() for name, tensor in state.tensors().items()}
-    loader = Loader(manifest, ADVERSARIAL, rank=distributed.rank(), world_size=distributed.world_size())
-    ExactStep(ADVERSARIAL, state, CPU)(loader.batch(0))
+    loader = Loader(manifest, settings, rank=distributed.rank(), world_size=distributed.world_size())
+    ExactStep(settings, state, CPU)(loader.batch(0))
     lr = {
         "query": state.query_optimizer.param_groups[0]["lr"],
         "generator": state.generator_optimizer.param_groups[0]["lr"],
@@ -80,16 +85,26 @@ def gradients_of_one_step(folder: str) -> dict[str, torch.Tensor]:
     return {name: (before[name] - after[name]) / lr[name.split(".")[0]] for name in sorted(names)}
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_gradients_on_ranks_equal_those_of_one_process(tmp_path: Path, num_ranks: int) -> None:
+SAMPLED = changed(ADVERSARIAL, generator={"select": "sample", "relative": True})
+CONTRAST = changed(ADVERSARIAL, generator={"objective": "contrast"})
+REVERSED = changed(ADVERSARIAL, moco={"reversed_negatives_percent": 50.0})
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "settings"),
+    [(2, ADVERSARIAL), (3, ADVERSARIAL), (2, SAMPLED), (2, CONTRAST), (2, REVERSED), (3, REVERSED)],
+)
+def test_gradients_on_ranks_equal_those_of_one_process(
+    tmp_path: Path, num_ranks: int, settings: PretrainSettings
+) -> None:
     """Both losses: every parameter of D and of G moves as in one process on the joined batch (float64, 1e-9).
 
     Batch normalisation is frozen. On 2 ranks one has 1 micro-batch and the other 2: gradients add up before they are
     averaged.
     """
     make_data_set(tmp_path)
-    alone = gradients_of_one_step(str(tmp_path))
-    together = run_on_ranks(num_ranks, gradients_of_one_step, str(tmp_path))
+    alone = gradients_of_one_step(str(tmp_path), settings)
+    together = run_on_ranks(num_ranks, gradients_of_one_step, str(tmp_path), settings)
     for name, expected in alone.items():
         assert expected.abs().max() > 0, f"{name} receives no gradient"
         for rank, found in enumerate(together):
@@ -158,6 +173,79 @@ def test_generator_sees_its_own_loss_alone(tmp_path: Path) -> None:
     assert norms[1e-12]["gradient_norm"] == pytest.approx(norms[100.0]["gradient_norm"])
 
 
+def test_reversed_negatives_change_the_loss_of_their_own_clips_alone(tmp_path: Path) -> None:
+    """With half of them, 2 of each 4 clips have one more negative, which is the key encoder's view of x' backwards.
+
+    Batch normalisation is frozen, so each clip is encoded by itself here. The queue gets the keys that it gets without
+    the option.
+    """
+    manifest = make_data_set(tmp_path)
+    batch = Loader(manifest, REVERSED, rank=0, world_size=1).batch(0)
+    chosen = sorted(batch.key_order[batch.reversed_keys].tolist())
+    assert len(chosen) == 6
+    found: dict[PretrainSettings, tuple[torch.Tensor, torch.Tensor]] = {}
+    for settings in (ADVERSARIAL, REVERSED):
+        state = exact_state(settings, manifest)
+        losses: list[Contrast] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(StepMetrics, "add", lambda _, compared, losses=losses: losses.append(compared))
+            ExactStep(settings, state, CPU)(Loader(manifest, settings, rank=0, world_size=1).batch(0))
+        found[settings] = torch.cat([each.loss for each in losses]).detach(), state.moco.queue.keys
+    (plain, keys), (loss, keys_with) = found[ADVERSARIAL], found[REVERSED]
+    torch.testing.assert_close(keys_with, keys, rtol=0, atol=1e-12)
+    differing = [clip for clip in range(12) if abs(loss[clip] - plain[clip]) > 1e-9]
+    assert differing == chosen
+
+    # e^loss = 1 + sum of negatives over the positive: a reversed key adds e^((q.r - q.k) / tau).
+    state = exact_state(REVERSED, manifest)
+    step, moco = ExactStep(REVERSED, state, CPU), state.moco
+    views = step._augmented(batch.key, slice(None))[torch.argsort(batch.key_order)]
+    queries = step._augmented(batch.query, slice(None))
+    with torch.no_grad():
+        for clip in chosen:
+            mask = keep_mask(moco.generator(queries[clip : clip + 1]), REVERSED.num_dropped)
+            fill = queries[clip : clip + 1].mean(dim=(3, 4), keepdim=True)
+            query = moco.query(drop_frames(queries[clip : clip + 1], mask, fill))
+            backwards = views[clip : clip + 1][:, :, list(reversed(range(8)))]
+            gap = float((query * (moco.key(backwards) - moco.key(views[clip : clip + 1]))).sum())
+            more = math.exp(gap / REVERSED.moco.temperature)
+            assert math.exp(loss[clip]) - math.exp(plain[clip]) == pytest.approx(more, rel=1e-6)
+
+
+class StemGradients(TorchDispatchMode):
+    """Counts how often a loss is differentiated by the pixels of clips."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default:
+            clips, wanted = args[1], args[-1]
+            self.count += int(clips.dim() == 5 and clips.shape[1] == 3 and wanted[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_pixels_are_differentiated_once(tmp_path: Path) -> None:
+    """Once per micro-batch, for G alone: of the small network that gradient costs as much as a whole backward."""
+    manifest = make_data_set(tmp_path)
+    step = TrainStep(ADVERSARIAL, TrainState(ADVERSARIAL, manifest_hash=manifest.hash, device=CPU), CPU)
+    with StemGradients() as counter:
+        step(Loader(manifest, ADVERSARIAL, rank=0, world_size=1).batch(0))
+    assert counter.count == ADVERSARIAL.num_micro_batches
+
+
+def test_clips_that_are_always_grey_are_augmented_as_one_channel(tmp_path: Path) -> None:
+    """With grey_probability 1 the three channels have the same bits; they do not where a clip may have colours."""
+    manifest = make_data_set(tmp_path)
+    equal = {}
+    for probability in (0.5, 1.0):
+        settings = changed(ADVERSARIAL, augment={"grey_probability": probability, "standardise": True})
+        step = TrainStep(settings, TrainState(settings, manifest_hash=manifest.hash, device=CPU), CPU)
+        clips = step._augmented(Loader(manifest, settings, rank=0, world_size=1).batch(0).query, slice(None))
+        equal[probability] = torch.equal(clips, clips[:, :1].expand_as(clips))
+        assert clips.is_contiguous(memory_format=torch.channels_last_3d)
+    assert equal == {0.5: False, 1.0: True}
+
+
 def test_running_statistics_follow_the_query_alone(tmp_path: Path) -> None:
     """q_real leaves the running statistics alone: each layer counts one batch per micro-batch, and not two."""
     make_data_set(tmp_path)
@@ -193,6 +281,91 @@ def test_a_nan_on_one_rank_stops_all_before_the_optimizer(tmp_path: Path) -> Non
     assert "rank 0" not in first
     assert first_same
     assert second_same
+
+
+def test_a_generator_that_does_not_train_still_chooses(tmp_path: Path) -> None:
+    """With every 3, G changes in the steps 0 and 3 alone, drops 2 of 8 frames in all, and leaves D its own gradient.
+
+    D of the first two steps is the same as with every 1, because G's first choice is the same; q_real is encoded in
+    the steps in which G trains.
+    """
+    manifest = make_data_set(tmp_path)
+    settings = changed(ADVERSARIAL, generator={"every": 3})
+    state = TrainState(settings, manifest_hash=manifest.hash, device=CPU)
+    step, loader = TrainStep(settings, state, CPU), Loader(manifest, settings, rank=0, world_size=1)
+    encoded = 0
+
+    def count(*_: object) -> None:
+        nonlocal encoded
+        encoded += 1
+
+    state.moco.query.register_forward_hook(count)
+    changes, forwards = [], []
+    for number in range(5):
+        before, encoded = state.moco.generator.score.weight.detach().clone(), 0
+        metrics = step(loader.batch(number))
+        changes.append(not torch.equal(before, state.moco.generator.score.weight))
+        forwards.append(encoded // settings.num_micro_batches)
+        assert float(metrics.dropped().sum()) == 2 * 12
+        assert ("generator_loss" in metrics.numbers()) == metrics.generator_trained == changes[-1]
+    assert changes == [True, False, False, True, False]
+    assert forwards == [2, 1, 1, 2, 1]
+
+
+def test_contrast_encodes_the_query_once(tmp_path: Path) -> None:
+    """L_G is -L_D, q_real is not encoded, the difference stays unknown, and D moves as under the other objective."""
+    manifest = make_data_set(tmp_path)
+    outcomes = {}
+    for settings in (ADVERSARIAL, CONTRAST):
+        state = TrainState(settings, manifest_hash=manifest.hash, device=CPU)
+        forwards: list[int] = []
+        state.moco.query.register_forward_hook(lambda *_, forwards=forwards: forwards.append(1))
+        numbers = TrainStep(settings, state, CPU)(Loader(manifest, settings, rank=0, world_size=1).batch(0)).numbers()
+        outcomes[settings] = numbers, state, len(forwards) // settings.num_micro_batches
+    numbers, state, forwards_of_contrast = outcomes[CONTRAST]
+    assert (forwards_of_contrast, outcomes[ADVERSARIAL][2]) == (1, 2)
+    assert numbers["generator_loss"] == pytest.approx(-numbers["loss"])
+    assert float(state.difference) == 0
+    for name, weight in state.moco.query.named_parameters():
+        torch.testing.assert_close(weight, outcomes[ADVERSARIAL][1].moco.query.get_parameter(name))
+
+
+def test_hardness_compares_the_generators_frames_with_random_ones(tmp_path: Path) -> None:
+    """(1 - cosine) of each clip with the complete one, in evaluation mode: clip by clip, one encoder call each.
+
+    G that finds all frames equally important, and samples, drops what random dropping does: exactly 1. Looking changes
+    no tensor, no mode and no random state. Before G starts there is nothing to measure.
+    """
+    manifest = make_data_set(tmp_path)
+    state = TrainState(SAMPLED, manifest_hash=manifest.hash, device=CPU)
+    step, batch = TrainStep(SAMPLED, state, CPU), Loader(manifest, SAMPLED, rank=0, world_size=1).batch(0)
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    random = torch.get_rng_state()
+    found = step.adversary_hardness(batch)
+    assert all(torch.equal(before[name], tensor) for name, tensor in state.tensors().items())
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(module.training for module in state.moco.query.modules())
+
+    moco, size = state.moco, SAMPLED.train.micro_batch
+    clips = step._augmented(batch.query, slice(0, size))
+    noise = batch.random_importance[:size]
+    sums = [0.0, 0.0]
+    moco.query.eval()
+    with torch.no_grad():
+        scores = moco.generator(clips).log() - torch.log(-torch.log(noise))
+        for clip in range(size):
+            whole = moco.query(clips[clip : clip + 1])
+            for place, order in enumerate((scores[clip], noise[clip])):
+                less = clips[clip : clip + 1].clone()
+                for frame in order.topk(2).indices.tolist():
+                    less[:, :, frame] = less[:, :, frame].mean(dim=(2, 3), keepdim=True)
+                sums[place] += 1 - float((moco.query(less) * whole).sum())
+        moco.query.train()
+        assert found == pytest.approx(sums[0] / sums[1], rel=1e-3)
+        moco.generator.score.weight.zero_()
+    assert step.adversary_hardness(batch) == 1
+    late = changed(SAMPLED, generator={"start_percent": 50.0})
+    assert TrainStep(late, state, CPU).adversary_hardness(batch) is None
 
 
 @pytest.mark.slow  # a minute of a C++ compiler

@@ -96,18 +96,24 @@ def test_the_peak_is_measured() -> None:
     assert 1e8 < system_metrics._peak_flops(CPU, torch.float32) < 1e14
 
 
-@pytest.mark.parametrize("positives", ["same_clip", "two_clips"])
-@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    ("steps", "positives", "percent"),
+    [
+        *((steps, positives, 0.0) for steps in (1, 2, 3, 7) for positives in ("same_clip", "two_clips")),
+        (3, "same_clip", 50.0),
+    ],
+)
 def test_keys_of_an_encoder_that_stands_still_are_their_own_encodings(
-    tmp_path: Path, steps: int, positives: str
+    tmp_path: Path, steps: int, positives: str, percent: float
 ) -> None:
     """To the last digits, wherever in the ring of 20 slots the oldest whole batch of 8 is; another clip would show.
 
-    An encoder that has moved since gives less, and looking changes no tensor of the state.
+    Also where some clips are encoded backwards beside them. An encoder that has moved since gives less, and looking
+    changes no tensor of the state.
     """
     settings = changed(
         PRESETS["tiny"][1],
-        moco={"queue_size": 20, "momentum": 0.0},
+        moco={"queue_size": 20, "momentum": 0.0, "reversed_negatives_percent": percent},
         train={"learning_rate": 1e-20, "weight_decay": 0.0},
         generator={"learning_rate": 1e-20},
         data={"positives": positives},

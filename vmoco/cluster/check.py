@@ -1,10 +1,10 @@
 """Checks whether the nodes of a cluster agree and reach what a job needs, before the job begins.
 
-`check_nodes` runs before each run and ingest: what lies on one machine's own disk, or cannot be reached from one, would
-fail far later with a message that says less. `check_cluster` is the complete check of `jobs/check.py cluster`, with the
-speed and the memory of a run. Both ask all nodes at once, by tasks that are pinned to them and need no CPU, so a busy
-cluster answers too. Each question gets a value or a message, so that one broken node does not hide the others. Only the
-measurement of speed waits for free CPUs or a GPU, and not for long.
+`check_nodes` runs before each run and ingest. Without it, a path that is on one machine's own disk, or that one machine
+cannot reach, would fail much later with a less clear message. `check_cluster` is the complete check of `jobs/check.py
+cluster`, which also estimates the time and the memory of a run. Both ask all nodes at once, by tasks that are pinned to
+them and need no CPU, so a busy cluster answers too. Each question gets a value or a message, so that one broken node
+does not hide the others. Only the speed measurement waits for free CPUs or a GPU, and not for long.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class NodeReport:
     num_cpus: int
     memory_bytes: int
     gpus: tuple[tuple[str, int], ...]
-    """Name of each, and its memory in bytes."""
+    """Name of each GPU, and its memory in bytes."""
     clock: float
     """Seconds since 1970 by the clock of this node."""
     asked: float
@@ -58,26 +58,26 @@ class NodeReport:
     shared_memory_bytes: int
     """Size of /dev/shm, where Ray keeps its objects."""
     problems: dict[str, str] = field(default_factory=dict)
-    """What did not work: messages by the setting that was tried."""
+    """Error messages, by the setting that did not work."""
     unseen: frozenset[str] = frozenset()
-    """Settings whose place is a path on a local disk that this node does not have."""
+    """Settings whose value is a local path that this node does not have."""
 
 
 def skew(one: NodeReport, other: NodeReport) -> float:
-    """The least seconds by which the clock of one node is ahead of another's: 0 where they may agree."""
+    """Fewest seconds by which the clock of one node must be ahead of another's; 0 if they may agree."""
     ahead = (one.clock - one.answered) - (other.clock - other.asked)
     behind = (one.clock - one.asked) - (other.clock - other.answered)
     return max(ahead, 0.0) + min(behind, 0.0)
 
 
 def ask_places(address: str, *, places: dict[str, str], writes: str, mark: str) -> NodeReport:
-    """On a node: what takes no time, which is the versions and whether this node reaches places.
+    """Runs on a node: reads the versions, and checks whether this node reaches places. Takes little time.
 
     Args:
         address: of this node.
         places: URIs, by the setting that names each.
         writes: setting of the place that is written to.
-        mark: URI of a file in that place. The driver has written it and this node must see it. May be empty.
+        mark: URI of a file in that place. The driver has written it, and this node must see it. May be empty.
     """
     clock = time.time()
     problems, unseen = {}, set()
@@ -109,7 +109,7 @@ def ask_places(address: str, *, places: dict[str, str], writes: str, mark: str) 
 
 
 def ask_all(address: str, *, places: dict[str, str], writes: str, mark: str, tracker: str) -> NodeReport:
-    """On a node: what `ask_places` finds, its GPUs, and whether it reaches the tracker.
+    """Runs on a node: as `ask_places`, and also finds its GPUs and whether it reaches the tracker.
 
     Args:
         address: of this node.
@@ -143,7 +143,7 @@ def _gpus() -> tuple[tuple[str, int], ...]:
 def _tracker_problem(uri: str) -> str:
     try:
         tracking.client(uri).search_experiments(max_results=1)
-    except Exception as error:  # whatever it is, a run would meet it too
+    except Exception as error:  # of any kind: a run would meet it too
         return f"the tracker {uri} cannot be used: {' '.join(str(error).split())[:300]}"
     return ""
 
@@ -186,7 +186,7 @@ def ask_nodes(
         places: URIs, by the setting that names each.
         writes: setting of the place that is written to.
         seconds: how long to wait for answers.
-        more: further arguments of the question.
+        more: further arguments for `question`.
 
     Raises:
         ValueError: no node answers.
@@ -229,7 +229,7 @@ def ask_nodes(
 
 
 def place_problems(reports: Sequence[NodeReport]) -> list[str]:
-    """What nodes do not reach, one message each."""
+    """One message for each place that a node does not reach."""
     own = len({each.address for each in reports}) > 1
     return [
         f"node {each.address}: {what}: {problem}" + (f"; {_OWN_DISK}" if own and what in each.unseen else "")
@@ -239,7 +239,7 @@ def place_problems(reports: Sequence[NodeReport]) -> list[str]:
 
 
 def version_problems(reports: Sequence[NodeReport]) -> list[str]:
-    """In what nodes differ from the first, one message each."""
+    """One message for each version in which a node differs from the first node."""
     first, problems = reports[0], []
     for each in reports:
         for package, version in each.versions.items():
@@ -263,7 +263,7 @@ def tracker_problems(tracker: str | None, machines: set[str]) -> list[str]:
 
 
 def _attempt(action: Callable[[], object]) -> str:
-    """Why it failed; empty where it did not."""
+    """Runs an action; returns the error message if it failed, or an empty text."""
     try:
         action()
     except (ValueError, OSError) as error:
@@ -275,7 +275,7 @@ def check_cluster(settings: PretrainSettings, *, show: Callable[[str], None] = p
     """Asks every node, prints what was found, and returns the problems, one message each. `ray.init` has been called.
 
     Args:
-        settings: of the run that the cluster is to carry; `data.uri` may be empty.
+        settings: of the planned run; `data.uri` may be empty.
         show: prints a line.
     """
     place = storage.require_absolute(settings.run.storage or storage.join(storage.home(), "runs"), "--run.storage")
@@ -308,7 +308,7 @@ def check_cluster(settings: PretrainSettings, *, show: Callable[[str], None] = p
 
 
 def find_problems(settings: PretrainSettings, reports: list[NodeReport], *, tracker: str) -> list[str]:
-    """What is wrong with the nodes, or between them, one message each.
+    """One message for each problem of a node, or between nodes.
 
     Args:
         settings: of the run.
@@ -319,8 +319,8 @@ def find_problems(settings: PretrainSettings, reports: list[NodeReport], *, trac
     for each in reports:
         if abs(ahead := skew(each, first)) > _MOST_SKEW_SECONDS:
             problems.append(
-                f"the clock of node {each.address} is {ahead:+.0f} s off that of node {first.address}: let chrony or "
-                "systemd-timesyncd set both; S3 refuses requests whose time is 15 minutes off"
+                f"the clock of node {each.address} differs by {ahead:+.0f} s from that of node {first.address}: set "
+                "both by chrony or systemd-timesyncd; S3 refuses requests whose time is 15 minutes off"
             )
         if each.shared_memory_bytes < _LEAST_SHARED_MEMORY:
             problems.append(
@@ -353,7 +353,7 @@ def estimate(settings: PretrainSettings, speed: Speed | None, *, gpu_bytes: int)
         )
     if speed is None:
         lines.append(
-            "time: not measured, because no node had a worker's share free: try again when the cluster is idle"
+            "time: not measured, because no node had enough free for one worker: try again when the cluster is idle"
         )
         return lines, problems
     lines.append(_time_line(settings, cost, speed))

@@ -1,11 +1,11 @@
 """A Ray cluster of one machine with its job server, for the demo and the tests.
 
-The head is `ray start` in a session of its own: Ctrl-C in the terminal does not reach it, so that its owner can stop
-the job first. Ray's own ports (GCS, raylet, object manager, metrics) listen on ALL interfaces, whatever node address
-they are given; only the job server stays on 127.0.0.1. So every request needs a token, and each cluster draws its own.
+The head is `ray start` in its own session. Ctrl-C in the terminal does not reach it, so its owner can stop the job
+first. Ray's own ports (GCS, raylet, object manager, metrics) listen on ALL interfaces, whatever node address they are
+given; only the job server stays on 127.0.0.1. So every request needs a token, and each cluster has its own random one.
 
-A job is submitted and followed by the command `ray job submit`, which is what a user would type. The state of a job is
-asked, and a job is stopped, by Ray's Jobs REST API: it answers at once, and the command takes seconds to start.
+The command `ray job submit` submits and follows a job, as a user would. To read the state of a job and to stop it, this
+file uses Ray's Jobs REST API, because it answers at once while the command takes seconds to start.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vmoco import ray_internals
 from vmoco.own_folder import make_folder
 
 STOP_JOB_SECONDS = 60
-"""How long a stopped job has to write its checkpoint. The head gets it in its environment."""
+"""Time that a stopped job has to write its checkpoint. The head reads it from its environment."""
 
 _LAST_STATES = ("SUCCEEDED", "FAILED", "STOPPED")
 
@@ -54,17 +54,17 @@ class JobServer:
         return self.ask("GET", "/api/version") is not None
 
     def submit(self, entrypoint: Sequence[str], working_dir: str | Path) -> int:
-        """Runs a job by `ray job submit`, its output passed through live, and returns its exit code.
+        """Runs a job by `ray job submit`, shows its output live, and returns its exit code.
 
-        On Ctrl-C or SIGTERM it stops the job, which has a minute to checkpoint while its output still passes through,
-        and raises the interrupt again. A job that was stopped from elsewhere returns 130.
+        On Ctrl-C or SIGTERM it stops the job and raises the interrupt again. The job has a minute to write a
+        checkpoint, and its output is still shown. The exit code of a job that somebody else stopped is 130.
         """
         job = f"vmoco-{uuid.uuid4().hex[:12]}"
         color = "true" if sys.stdout.isatty() else "false"
         command = [str(Path(sys.executable).parent / "ray"), "--logging-level=error", "job", "submit"]
         command += ["--log-style=pretty", f"--log-color={color}", f"--address={self._address}"]
         command += [f"--submission-id={job}", f"--working-dir={working_dir}", "--", *entrypoint]
-        # A session of its own: Ctrl-C must not cut the output off before the last lines of the job.
+        # Its own session: Ctrl-C must not end the output before the last lines of the job.
         client = subprocess.Popen(command, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True)
         try:
             code = client.wait()
@@ -79,7 +79,7 @@ class JobServer:
 
     def _stop(self, job: str, client: subprocess.Popen[bytes]) -> None:
         if self.ask("POST", f"/api/jobs/{job}/stop") is None:
-            client.kill()  # interrupted while it was submitting: now the job has arrived, or never will
+            client.kill()  # interrupted during submission: now the job has arrived, or it never will
             client.wait()
             self.ask("POST", f"/api/jobs/{job}/stop")
         deadline = time.monotonic() + STOP_JOB_SECONDS + 10
@@ -92,7 +92,7 @@ class JobServer:
             client.wait(timeout=10)  # it still prints the last lines of the job
 
     def ask(self, method: str, path: str) -> dict[str, Any] | None:
-        """The server's answer; None where it does not answer, or refuses."""
+        """The server's answer; None if it does not answer or refuses."""
         headers = {"Authorization": "Bearer " + Path(self._environment["RAY_AUTH_TOKEN_PATH"]).read_text()}
         request = urllib.request.Request(self._address + path, method=method, headers=headers)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot reach the loopback
@@ -119,7 +119,7 @@ _PORT_FLAGS = (
     "--ray-client-server-port",
 )
 
-# It becomes the head. The kernel ends it (PR_SET_PDEATHSIG = 1) when its owner dies, even by kill -9.
+# This process becomes the head. The kernel ends it (PR_SET_PDEATHSIG = 1) when its owner dies, even by kill -9.
 _HEAD = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)
@@ -216,7 +216,7 @@ class LocalCluster:
         self._wait_until_up()
 
     def stop(self) -> None:
-        """Ends every process of this cluster, and nothing else, and removes its folder. May be called twice."""
+        """Ends every process of this cluster and no other process, and removes its folder. May be called twice."""
         if self._folder is None:
             return
         with _no_interrupt():
@@ -238,7 +238,7 @@ class LocalCluster:
             self._folder = self._head = None
 
     def submit(self, entrypoint: Sequence[str], working_dir: str | Path) -> int:
-        """Runs a job to its end, as `JobServer.submit` says."""
+        """Runs a job to its end, as `JobServer.submit` does."""
         return JobServer(self.address, self.environment).submit(entrypoint, working_dir)
 
     def _make_environment(self, token: Path) -> dict[str, str]:
@@ -275,9 +275,9 @@ class LocalCluster:
             time.sleep(0.1)
 
     def _processes(self) -> list[int]:
-        """Every live process of this cluster: of the head's session, or with our folder in its environment.
+        """Every live process of this cluster: in the head's session, or with our folder in its environment.
 
-        Ray's daemons and workers stay in the head's session; a job's driver has one of its own, but inherits the
+        Ray's daemons and workers stay in the head's session; a job's driver has its own session, but inherits the
         environment.
         """
         mark = os.fsencode(f"RAY_AUTH_TOKEN_PATH={self._folder}/token")
@@ -294,7 +294,7 @@ class LocalCluster:
 
 @contextlib.contextmanager
 def _no_interrupt() -> Iterator[None]:
-    """Ignores Ctrl-C meanwhile: a second one must not interrupt the stopping, which ends soon in any case."""
+    """Ignores Ctrl-C during a stop: a second one must not interrupt it. The stop ends soon in any case."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,11 +1,14 @@
-"""What a run reserves in the cluster: checked before the run begins, and kept right in Ray's coordinator while it runs.
+"""What a run reserves in the cluster: checked before the run begins, and kept up to date in Ray's coordinator.
 
-Ray's autoscaling coordinator keeps what each run of Ray Train has asked for, and an elastic run gets as many workers as
-fit beside the earlier requests. Two things would go wrong. The coordinator keeps the request of a killed run for three
-minutes, so an elastic run on the same nodes gets no workers until then: the next run cancels the request. And it does
-not know of the evaluation, so a run that has lost a node would wait without end for workers that do not fit beside the
-evaluation: this file asks for the evaluation too. (A run of a fixed size does not ask: Ray starts its workers as soon
-as they fit.)
+Ray's autoscaling coordinator keeps the request of each run of Ray Train. An elastic run gets as many workers as fit
+beside the earlier requests. Two things would go wrong without this file:
+
+- The coordinator keeps the request of a killed run for three minutes. Until then, an elastic run on the same nodes
+  would get no workers. So the next run cancels the request.
+- The coordinator does not know the evaluation. A run that has lost a node would wait for ever for workers that do not
+  fit beside the evaluation. So this file requests the evaluation's resources too.
+
+A run of a fixed size sends no request: Ray starts its workers as soon as they fit.
 """
 
 from __future__ import annotations
@@ -29,19 +32,19 @@ NAMESPACE = "vmoco"
 _REQUEST_SECONDS = 60.0  # the coordinator forgets a request after this time
 _RENEW_SECONDS = 15.0
 _ANSWER_SECONDS = 5.0
-# `check_capacity` has counted the evaluation's resources, so they are free within this time or never.
+# `check_capacity` has counted the evaluation's resources: they become free within this time or never.
 _RESERVE_SECONDS = 60.0
-_NODES_SECONDS = 3600.0  # where an autoscaler has to add the node first
+_NODES_SECONDS = 3600.0  # if an autoscaler has to add the node first
 
 
 def resources(settings: EvaluationSettings) -> dict[str, float]:
-    """What the evaluation needs of the cluster; empty where it shares the resources of the workers."""
+    """Resources that the evaluation needs; empty if it shares those of the workers."""
     wanted = {"CPU": float(settings.num_cpus), "GPU": float(settings.use_gpu)}
     return {name: number for name, number in wanted.items() if number and settings.enabled}
 
 
 def reserve(settings: EvaluationSettings, *, timeout: float) -> PlacementGroup | None:
-    """Reserves the evaluation's resources for the run's lifetime, so that workers, also elastic ones, never take them.
+    """Reserves the evaluation's resources for the run's lifetime, so that no worker, also no elastic one, takes them.
 
     Raises:
         ValueError: no node has them free within `timeout` seconds.
@@ -61,14 +64,14 @@ def reserve(settings: EvaluationSettings, *, timeout: float) -> PlacementGroup |
 
 
 class Reservation:
-    """What a run holds and has asked for in the cluster; a context manager, which gives it back.
+    """The resources that a run holds and requests in the cluster; a context manager that releases them.
 
     Args:
         settings: of the run.
 
     Attributes:
         holder: name, in `NAMESPACE`, of an actor that must live as long as the run does.
-        evaluation: resources reserved for the evaluation, from entering on; None where it shares those of the workers.
+        evaluation: resources reserved for the evaluation, from entering on; None if it shares those of the workers.
 
     Raises:
         ValueError: on entering: no node has the evaluation's resources free.
@@ -104,7 +107,7 @@ class Reservation:
             ray.util.remove_placement_group(self.evaluation)
 
     def record(self, requester: str) -> None:
-        """Records, where a later run finds it, the name by which this run asks the coordinator."""
+        """Records the name under which this run sends requests to the coordinator, so that a later run finds it."""
         self._recorded.append(requester)
         ray_internals.put_record(requester, self.holder, namespace=NAMESPACE)
 
@@ -114,12 +117,12 @@ class Reservation:
 
     def _renew(self) -> None:
         while not self._ended.wait(_RENEW_SECONDS):
-            with contextlib.suppress(ray.exceptions.RayError):  # the head does not answer now: the next time counts
+            with contextlib.suppress(ray.exceptions.RayError):  # the head does not answer: try again next time
                 self._ask()
 
     def _ask(self) -> None:
-        """Asks for what the evaluation already has, so that no elastic run counts on it."""
-        assert self.evaluation is not None, "there is none without"
+        """Requests what the evaluation already has, so that the coordinator gives it to no elastic run."""
+        assert self.evaluation is not None, "the evaluation has its own resources"
         bundle = self.evaluation.bundle_specs[0] | _node_of(self.evaluation)
         ray_internals.request_resources(self._evaluation_name, bundle, seconds=_REQUEST_SECONDS)
 
@@ -135,12 +138,12 @@ def cancel_dead() -> None:
 def _cancel(requester: str) -> None:
     with contextlib.suppress(ray.exceptions.RayError):  # then the coordinator forgets the request after its own time
         ray_internals.cancel_request(requester, timeout=_ANSWER_SECONDS)
-        # Afterwards: where this process dies in between, the next run still finds the record.
+        # After the request: if this process dies in between, the next run still finds the record.
         ray_internals.delete_record(requester, namespace=NAMESPACE)
 
 
 def _node_of(group: PlacementGroup) -> dict[str, float]:
-    """A little of the resource that only the group's node has: without it Ray would count on the largest node."""
+    """A little of the resource that only the group's node has: without it, Ray would assume the largest node."""
     place = placement_group_table(group)["bundles_to_node_id"].get(0)
     found = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] == place]
     return {f"node:{node['NodeManagerAddress']}": 0.001 for node in found}
@@ -150,7 +153,7 @@ def check_capacity(settings: PretrainSettings) -> None:
     """Checks that the cluster can hold the workers and the evaluation, because Ray would wait for them without end.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the cluster cannot hold them.
     """
     if settings.scaling.wait_for_nodes:
         return
@@ -159,7 +162,7 @@ def check_capacity(settings: PretrainSettings) -> None:
 
 
 def shortage(settings: PretrainSettings, nodes: Sequence[Mapping[str, float]]) -> str | None:
-    """Why empty nodes cannot hold the fewest workers that a run goes on with, and its evaluation; None if they can.
+    """Why empty nodes cannot hold a run's fewest workers and its evaluation, as an error message; None if they can.
 
     Args:
         settings: of the run.
@@ -182,14 +185,14 @@ def shortage(settings: PretrainSettings, nodes: Sequence[Mapping[str, float]]) -
 def trials_at_once(settings: Sequence[PretrainSettings], nodes: Sequence[Mapping[str, float]]) -> int:
     """How many trials the nodes hold at once, counting the largest trial with all its workers; at least one.
 
-    Ray would wait without end for the workers of one trial more.
+    With one trial more, Ray would wait for ever for its workers.
 
     Args:
         settings: of the trials.
         nodes: resources of each node.
 
     Raises:
-        ValueError: they do not hold one, and it does not wait for more nodes.
+        ValueError: the nodes cannot hold one trial, and it does not wait for more nodes.
     """
     for each in settings:
         if not each.scaling.wait_for_nodes and (problem := shortage(each, nodes)):
@@ -205,7 +208,7 @@ def _worker(settings: PretrainSettings) -> dict[str, float]:
 def _most_workers(
     nodes: Sequence[Mapping[str, float]], worker: Mapping[str, float], beside: Mapping[str, float]
 ) -> int:
-    """The most workers that fit where the evaluation has the best node for it; -1 where it fits on no node."""
+    """Most workers that fit if the evaluation gets the best node for it; -1 if the evaluation fits on no node."""
     counts = [_count(node, worker) for node in nodes]
     if not beside:
         return sum(counts)

@@ -8,12 +8,15 @@ frames may lie in the next part, and both tasks decode them then.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from fractions import Fraction
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from vmoco.job_settings import Deinterlace, Hdr
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -32,20 +35,28 @@ class ClipPlan:
     """Take frames at this rate, by their time stamps; None takes every frame."""
     short: Literal["reject", "loop"] = "reject"
     """A video that is shorter than a clip gives no clip, or one clip that repeats its frames."""
+    hdr: Hdr = "tonemap"
+    """What to do with HDR frames, as in `IngestSettings`."""
+    deinterlace: Deinterlace = "auto"
+    """What to do with interlaced frames, as in `IngestSettings`."""
     start_seconds: float | None = None
-    """Take only frames from this time on, counted from the first frame; None starts with the first frame."""
+    """Take only frames from this time on; None starts with the first frame. `clip_indices` counts from the first frame,
+    `video.plan_clips` on the container's clock."""
     end_seconds: float | None = None
     """Take only frames before this time; None ends with the last frame."""
 
 
-def clip_indices(times: Int64Array, time_base: Fraction, plan: ClipPlan) -> Int64Array:
+def clip_indices(times: Int64Array, time_base: Fraction, plan: ClipPlan, *, seams: tuple[int, ...] = ()) -> Int64Array:
     """The frames of each clip: int64 (N, T), numbers of frames in the video; N is 0 if there is no clip.
 
     Args:
         times: int64 (F,), time stamp of each frame in units of `time_base`, in display order.
         time_base: Seconds of one unit.
         plan: How to cut.
+        seams: Numbers of the frames at which another recording begins; no clip holds frames of two.
     """
+    if seams:
+        return _clips_between(times, time_base, plan, seams)
     frames = _in_range(times, time_base, plan)
     if plan.fps is not None and len(frames):
         frames = frames[resample(times[frames], time_base, Fraction(str(plan.fps)))]
@@ -54,6 +65,21 @@ def clip_indices(times: Int64Array, time_base: Fraction, plan: ClipPlan) -> Int6
     if not starts and plan.short == "loop" and len(frames):
         return frames[steps % len(frames)][None]
     return frames[np.array(starts, np.int64).reshape(-1, 1) + steps]
+
+
+def _clips_between(times: Int64Array, time_base: Fraction, plan: ClipPlan, seams: tuple[int, ...]) -> Int64Array:
+    """The clips of each recording of a joined video; of too many those that are spread evenly."""
+    inside = _in_range(times, time_base, plan)
+    borders = np.searchsorted(inside, (0, *seams, len(times))).tolist()
+    recordings = [inside[low:high] for low, high in itertools.pairwise(borders)]
+    unlimited = dataclasses.replace(plan, max_clips=10**9, short="reject", start_seconds=None, end_seconds=None)
+    clips = [each[clip_indices(times[each], time_base, unlimited)] for each in recordings]
+    found = np.concatenate(clips)
+    if not len(found) and plan.short == "loop":
+        longest = max(recordings, key=len)
+        return longest[clip_indices(times[longest], time_base, dataclasses.replace(unlimited, short="loop"))]
+    count = min(plan.max_clips, len(found))
+    return found[[(2 * at + 1) * len(found) // (2 * count) for at in range(count)]]
 
 
 def resample(times: Int64Array, time_base: Fraction, fps: Fraction) -> Int64Array:
@@ -132,6 +158,8 @@ class Part:
     """Times of the frames of each clip, T each."""
     fps: float
     """Frames per second of the whole video, the mean."""
+    stream: int = 0
+    """Index of the video stream in the container."""
 
 
 def split(

@@ -23,15 +23,16 @@ import sys
 import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
 from vmoco.data import frames
-from vmoco.data.clips import ClipPlan, Part, clip_indices, split
+from vmoco.data.clips import ClipPlan, Part, split
 from vmoco.data.frames import Encoding
 from vmoco.data.ledger import ScratchError, Stage, VideoError, attributed
 from vmoco.data.source import Source, readable
+from vmoco.data.timeline import on_clock
 
 MEMORY_BYTES = 768 * 2**20
 # Signals by which a decoder ends itself. Another one may not come again: the kernel kills when memory is short.
@@ -48,6 +49,8 @@ class Contents:
     """Parts of a long video; empty where it is decoded in one go."""
     duration: float
     """Seconds from the first frame to the last."""
+    notes: tuple[str, ...] = ()
+    """What is unusual about it, as in `Timeline.notes`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,8 @@ class StoredClips:
     """Frames per second of the video."""
     sizes: list[int]
     """Bytes of the stored clip."""
+    notes: tuple[str, ...] = ()
+    """What was done to the frames beyond scaling, as in `Timeline.notes`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +253,9 @@ def _probe(request: _Probe) -> Contents:
 
     plan = request.plan
     line = video.probe(readable(request.source))
-    indices = clip_indices(line.times, line.time_base, plan)
+    indices = video.plan_clips(line, plan)
+    if len(line.times):  # as `split` counts
+        plan = on_clock(plan, first=int(line.times[0]), time_base=line.time_base, origin=line.origin)
     parts = split(
         line.times,
         line.keyframes,
@@ -259,7 +266,8 @@ def _probe(request: _Probe) -> Contents:
         fps=line.fps,
     )
     duration = float((line.times[-1] - line.times[0]) * line.time_base) if len(line.times) else 0.0
-    return Contents(len(indices), tuple(parts), duration)
+    parts = [dataclasses.replace(part, stream=line.stream) for part in parts]
+    return Contents(len(indices), tuple(parts), duration, line.notes)
 
 
 def _cut(request: _Cut, scratch: int) -> StoredClips:
@@ -268,10 +276,11 @@ def _cut(request: _Cut, scratch: int) -> StoredClips:
     sink, (height, width) = _ScratchSink(scratch, request), request.size
     source = readable(request.source)
     if request.part:
-        cut = video.cut_part(source, request.part, height=height, width=width, sink=sink)
+        policy: Any = {"hdr": request.plan.hdr, "deinterlace": request.plan.deinterlace}
+        cut = video.cut_part(source, request.part, height=height, width=width, sink=sink, **policy)
     else:
         cut = video.cut_clips(source, request.plan, height=height, width=width, sink=sink)
-    return StoredClips(cut.start_times, cut.start_seconds, cut.fps, sink.sizes)
+    return StoredClips(cut.start_times, cut.start_seconds, cut.fps, sink.sizes, notes=cut.notes)
 
 
 def _answer(request: _Request, scratch: int) -> _Answer:

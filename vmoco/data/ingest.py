@@ -17,12 +17,14 @@ import pyarrow as pa
 
 from vmoco import storage
 from vmoco.data import contact_sheet, ingest_tasks, ledger
-from vmoco.data.annotations import TABLES, list_annotated
+from vmoco.data.annotations import LISTS, list_annotated
 from vmoco.data.decoder import Decoder
+from vmoco.data.disk_space import check_space
 from vmoco.data.distribute import run_tasks
+from vmoco.data.held_out import is_by_entry, scoring_problem
 from vmoco.data.ingest_tasks import MadeShard, Probed, ProbeTask, ShardPlan, make_shard, plan_shards, probe_videos
 from vmoco.data.ledger import Rejection
-from vmoco.data.manifest import FIELDS, NAME, SHARDS, Manifest, write_manifest
+from vmoco.data.manifest import FIELDS, NAME, SHARDS, Manifest, note_counts, write_manifest
 from vmoco.data.shard import ShardFile
 from vmoco.data.source import Found, Listing, list_videos, split_pattern
 from vmoco.job_settings import IngestSettings
@@ -50,17 +52,25 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
     """
     root, listing = list_inputs(settings)
     output = storage.require_absolute(settings.output, "--output")
+    for note in listing.notes:
+        progress(f"ingest  {note}")
     previous = _previous(output, settings)
     old_ledger = _old_ledger(output, previous)
     new, num_changed = _new_videos(listing, previous, old_ledger)
     if listing.num_hidden:
         progress(f"ingest  {listing.num_hidden} hidden videos are skipped")
+    if listing.left_out:
+        progress(f"ingest  {listing.left_out}")
     if previous and not new:
         progress(f"ingest  nothing new: all {len(listing.videos)} videos are in {output} or its ledger")
         _check_rejected(previous.counts["videos"], ledger.read(output), output, settings)
+        _warn_of_held_out(previous, settings, progress)
         return previous
     if num_changed:
         progress(f"ingest  {num_changed} videos changed since they were ingested: their clips are replaced")
+    if previous and is_by_entry(previous.table):
+        progress("ingest  this data set holds out each range by itself, as earlier versions did, and goes on so")
+        new = [dataclasses.replace(found, source=found.group) for found in new]
     storage.check_writable(output)
 
     replaced = {found.video_id for found in new}
@@ -70,6 +80,9 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
         kept = previous.table.filter(pa.array(stays, pa.bool_()))
     probed = _probe_all(new, root=root, output=output, settings=settings, progress=progress)
     good, rejected = _select(probed, kept, settings)
+    if good:
+        continues = previous is not None
+        progress(f"ingest  {check_space(good, output=output, settings=settings, continues=continues)}")
     made = _cut_all(good, root=root, output=output, settings=settings, progress=progress)
 
     table = pa.concat_tables([kept, pa.Table.from_pylist(made.rows, schema=pa.schema(FIELDS))])
@@ -91,6 +104,9 @@ def ingest(settings: IngestSettings, progress: Callable[[str], None] = print) ->
     if rejections:
         progress(f"ingest  rejected {len(rejections)}: {ledger.totals(rejections)}; see {output}/{ledger.NAME}")
     _check_rejected(manifest.counts["videos"] if table.num_rows else 0, rejections, output, settings)
+    if table.num_rows and (noted := note_counts(table)):
+        progress("ingest  " + ", ".join(f"{kind} {count}" for kind, count in noted.items()) + ": see the column notes")
+    _warn_of_held_out(manifest, settings, progress)
     return manifest
 
 
@@ -103,11 +119,11 @@ def list_inputs(settings: IngestSettings) -> tuple[str, Listing]:
     videos = storage.require_absolute(settings.videos, "--videos")
     if settings.annotations is not None:
         annotations = storage.require_absolute(settings.annotations, "--annotations")
-        return videos, list_annotated(videos, annotations, settings.layout)
-    if videos.lower().endswith(TABLES):
+        return split_pattern(videos)[0], list_annotated(videos, annotations, settings.layout, settings.suffixes)
+    if videos.lower().endswith(LISTS):
         folder = videos.rpartition("/")[0]
-        return folder, list_annotated(folder, videos, "table")
-    return split_pattern(videos)[0], list_videos(videos)
+        return folder, list_annotated(folder, videos, settings.layout, settings.suffixes)
+    return split_pattern(videos)[0], list_videos(videos, settings.suffixes)
 
 
 def _new_videos(listing: Listing, previous: Manifest | None, old_ledger: list[Rejection]) -> tuple[list[Found], int]:
@@ -256,8 +272,12 @@ def _previous(output: str, settings: IngestSettings) -> Manifest | None:
     if not storage.exists(storage.join(output, NAME)):
         return None
     manifest = Manifest.load(output)
-    for name, value in settings.content().items():
-        was = manifest.settings.get(name)
+    given = settings.content()
+    # An option that came later is written only where it is used.
+    fields = type(settings).model_fields
+    for name in given | manifest.settings:
+        default = fields[name].default if name in fields else None
+        value, was = given.get(name, default), manifest.settings.get(name, default)
         if was != value:
             option = "--" + name.replace("_", "-")
             raise ValueError(
@@ -285,3 +305,9 @@ def _check_rejected(num_accepted: int, rejected: list[Rejection], output: str, s
     if num_accepted:
         todo += f"; the clips of the others are kept, and --max-rejected-percent {percent:.0f} would accept this"
     raise ValueError(f"{len(rejected)} of {total} videos were rejected ({ledger.totals(rejected)}): {todo}")
+
+
+def _warn_of_held_out(manifest: Manifest, settings: IngestSettings, progress: Callable[[str], None]) -> None:
+    """Warns where an encoder cannot be scored on the held-out videos, unless none are wanted."""
+    if settings.held_out_percent and (problem := scoring_problem(manifest)):
+        progress(f"warning: an encoder cannot be scored on this data set: {problem}")

@@ -25,6 +25,7 @@ from vmoco import storage
 from vmoco.data import shard, source
 from vmoco.data.clips import ClipPlan, Part
 from vmoco.data.decoder import Decoder, StoredClips
+from vmoco.data.held_out import is_held_out
 from vmoco.data.ledger import Rejection, VideoError, attributed
 from vmoco.data.manifest import FIELDS, shard_uri
 from vmoco.data.shard import VERSION, ShardFile, ShardMetadata, Video
@@ -58,6 +59,8 @@ class Probed:
     """Parts of a long video; empty where it is decoded in one go."""
     duration: float = 0.0
     """Seconds."""
+    notes: tuple[str, ...] = ()
+    """What is unusual about it, as in `Timeline.notes`."""
     rejection: Rejection | None = None
 
 
@@ -72,6 +75,8 @@ def clip_plan(settings: IngestSettings, found: Found) -> ClipPlan:
         max_clips=settings.max_clips_per_video,
         fps=settings.fps,
         short=settings.short_videos,
+        hdr=settings.hdr,
+        deinterlace=settings.deinterlace,
         start_seconds=found.start_seconds,
         end_seconds=found.end_seconds,
     )
@@ -124,13 +129,13 @@ def _probe(found: Found, *, root: str, settings: IngestSettings, decoder: Decode
                 part_seconds=settings.part_seconds,
                 seconds=settings.seconds_per_video,
             )
-        return Probed(found, sha256, contents.num_clips, contents.parts, contents.duration)
+        return Probed(found, sha256, contents.num_clips, contents.parts, contents.duration, contents.notes)
     except VideoError as error:
         return Probed(found, sha256, rejection=rejected(found, error))
 
 
 # Size of a JPEG at quality 92 over that of its raw frame, roughly: only the size of shards depends on it.
-_JPEG_SHARE = 0.1
+JPEG_SHARE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +150,8 @@ class Unit:
     num_parts: int = 1
     duration: float = 0.0
     """Seconds of a video that is decoded in one go."""
+    notes: tuple[str, ...] = ()
+    """What probing found unusual."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +187,7 @@ def plan_shards(probed: Sequence[Probed], settings: IngestSettings, *, whole: bo
         whole: Decode long videos in one go too.
     """
     shape = settings.frame_shape
-    clip_bytes = shape[0] * shape[1] * shape[2] * shape[3] * (1.0 if settings.encoding == "raw" else _JPEG_SHARE)
+    clip_bytes = shape[0] * shape[1] * shape[2] * shape[3] * (1.0 if settings.encoding == "raw" else JPEG_SHARE)
     groups: list[list[Unit]] = []
     size = 0.0
     for each in probed:
@@ -196,21 +203,21 @@ def plan_shards(probed: Sequence[Probed], settings: IngestSettings, *, whole: bo
 
 def _units(each: Probed, *, whole: bool) -> Iterator[tuple[Unit, int]]:
     if whole or not each.parts:
-        yield Unit(each.found, each.sha256, duration=each.duration), each.num_clips
+        yield Unit(each.found, each.sha256, duration=each.duration, notes=each.notes), each.num_clips
         return
     for number, part in enumerate(each.parts):
-        yield Unit(each.found, each.sha256, part, number, len(each.parts)), len(part.clips)
+        yield Unit(each.found, each.sha256, part, number, len(each.parts), notes=each.notes), len(part.clips)
 
 
 def _name(group: list[Unit], settings: IngestSettings) -> str:
-    units = [[unit.found.entry, unit.sha256, unit.part and [unit.part.start, unit.part.end]] for unit in group]
+    units: list[list[Any]] = [
+        [unit.found.entry, unit.sha256, unit.part and [unit.part.start, unit.part.end]] for unit in group
+    ]
+    for unit, named_so in zip(group, units, strict=True):
+        if unit.found.source is not None:  # it decides what is held out, which is a column of the shard
+            named_so.append(unit.found.source)
     named = json.dumps([VERSION, settings.content(), units], sort_keys=True)
     return hashlib.sha256(named.encode()).hexdigest()[:16]
-
-
-def is_held_out(video_id: str, percent: float) -> bool:
-    """Whether a video is kept from training: a hash of its name, so the split is stable when videos are added."""
-    return hash64("held-out", video_id) % 10_000 < percent * 100
 
 
 def make_shard(plan: ShardPlan, *, root: str, output: str, settings: IngestSettings, decoder: Decoder) -> MadeShard:
@@ -227,14 +234,16 @@ def make_shard(plan: ShardPlan, *, root: str, output: str, settings: IngestSetti
         return reused
     cuts: list[tuple[Unit, int, StoredClips]] = []
     rejections: list[Rejection] = []
+    notes = [unit.notes for unit in plan.units]
     offset = 0  # overwrites the clips of the shard before: new pages of the file would cost more than the copy
-    for unit in plan.units:
+    for number, unit in enumerate(plan.units):
         try:
             cut = _cut(unit, root=root, settings=settings, decoder=decoder, offset=offset)
         except VideoError as error:
             rejections.append(rejected(unit.found, error))
         else:
             cuts.append((unit, offset, cut))
+            notes[number] += cut.notes
             offset += sum(cut.sizes)
     videos = [
         Video(
@@ -243,10 +252,12 @@ def make_shard(plan: ShardPlan, *, root: str, output: str, settings: IngestSetti
             sha256=unit.sha256,
             entry=unit.found.entry,
             range=unit.found.range,
+            source=unit.found.source,
             part=unit.number,
             num_parts=unit.num_parts,
+            notes=own,
         )
-        for unit in plan.units
+        for unit, own in zip(plan.units, notes, strict=True)
     ]
     metadata = ShardMetadata(
         settings.content(), settings.frame_shape, tuple(videos), tuple(rejections), encoding=settings.encoding
@@ -307,7 +318,7 @@ def _clips(
                 video_id=found.video_id,
                 start_seconds=seconds,
                 fps=rate / settings.stride,
-                held_out=is_held_out(found.video_id, settings.held_out_percent),
+                held_out=is_held_out(found.source or found.video_id, settings.held_out_percent),
                 stored=stored[place : place + size],
                 label=found.label,
                 splits=found.splits,
@@ -322,6 +333,7 @@ def _made(
     for number, row in enumerate(rows):
         read = videos[row["video_id"]]
         row |= {"shard": plan.name, "row": number, "entry": read.entry, "range": read.range}
-        row |= {"video_bytes": read.num_bytes, "video_sha256": read.sha256}
+        row |= {"video_bytes": read.num_bytes, "video_sha256": read.sha256, "source": read.source}
+        row |= {"notes": "; ".join(read.notes) or None}
     rejections = tuple(dataclasses.replace(rejection, shard=plan.name) for rejection in metadata.rejected)
     return MadeShard(plan.name, file, rows, rejections, reused)

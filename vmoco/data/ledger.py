@@ -70,14 +70,25 @@ def attributed(stage: Stage) -> Iterator[None]:
 
     Raises:
         VideoError: the block failed.
-        ScratchError: as it is.
+        ScratchError: as it is; so is what ends the process.
     """
     try:
         yield
-    except (VideoError, ScratchError):
+    except (VideoError, ScratchError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:
-        raise VideoError(stage, UNEXPECTED, f"{type(error).__name__}: {error}", transient=True) from error
+    except BaseException as error:  # also the panic of a library in Rust, which is no Exception
+        raise VideoError(stage, UNEXPECTED, f"{type(error).__name__}: {_text(error)}", transient=True) from error
+
+
+_MESSAGE_CHARACTERS = 1000
+
+
+def _text(error: BaseException) -> str:
+    """The message of an error, shortened; its type may be unable to give one."""
+    try:
+        return str(error)[:_MESSAGE_CHARACTERS]
+    except Exception as another:
+        return f"without a message ({type(another).__name__})"
 
 
 def write(uri: str, rejections: Iterable[Rejection]) -> None:

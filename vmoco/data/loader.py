@@ -91,6 +91,8 @@ class RankBatch:
     """int64 (G,): the place in the global batch of each key of the shuffled copy."""
     video_ids: torch.Tensor
     """int64 (G,): video of each clip of the global batch, in plan order."""
+    reversed_keys: torch.Tensor
+    """bool (G,): which keys of the shuffled copy are also encoded backwards."""
 
 
 class Loader:
@@ -197,22 +199,27 @@ class Loader:
         return RankBatch(
             step=step,
             query=self._view("query", queries, clips=queries.clip, window_seeds=queries.seed),
-            key=self._key_view(keys),
+            key=self._key_view(keys, step=step),
             random_importance=torch.from_numpy(importance.astype(np.float32)),
             clip_ids=[self.clip_ids[clip] for clip in queries.clip],
             share=self._share,
             clips_per_rank=self._clips_per_rank,
             key_order=torch.from_numpy(key_order),
             video_ids=torch.from_numpy(self._video_ids[draws.video]),
+            reversed_keys=self.reversed_keys(step),
         )
+
+    def reversed_keys(self, step: int) -> torch.Tensor:
+        """Which keys of the shuffled copy of a step are also encoded backwards: bool (G,)."""
+        return torch.from_numpy(self.plan.reversed_keys(step, num_clips=self._settings.num_reversed))
 
     def first_keys(self, step: int) -> tuple[View, Int64Array]:
         """The first micro-batch of this rank's keys of a step, read now, and their places in the global batch."""
         places = self.plan.key_order(step)[self._share][: self._settings.train.micro_batch]
-        return self._key_view(self.plan.batch(step)[places]), places
+        return self._key_view(self.plan.batch(step)[places], step=step), places
 
-    def _key_view(self, draws: Draws) -> View:
-        if self._settings.data.positives == "same_clip":  # both views of a draw show the same frames (paper)
+    def _key_view(self, draws: Draws, *, step: int) -> View:
+        if step < self._settings.two_clips_start:  # both views of a draw show the same frames (paper)
             return self._view("key", draws, clips=draws.clip, window_seeds=draws.seed)
         # A window of its own as well: of a video with one clip it is all that differs.
         window_seeds = mix64(draws.seed, hash64("second window"))

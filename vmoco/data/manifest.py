@@ -11,10 +11,12 @@ import dataclasses
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vmoco import storage
@@ -33,7 +35,13 @@ FIELDS = [
     pa.field("range", pa.string()),  # seconds of the file that were asked for, as `0.5-3`; null where all of it was
     pa.field("video_bytes", pa.int64(), nullable=False),
     pa.field("video_sha256", pa.string(), nullable=False),  # of the video file
+    # What is unusual about the video and what was done to it: `kind: sentence; kind: sentence`; null where nothing is.
+    pa.field("notes", pa.string()),
+    # What the video is cut from; null where it is a complete file (held_out.sources_of).
+    pa.field("source", pa.string()),
 ]
+_LATER = ("notes", "source")
+"""Fields that came later: a manifest without any value of one has no such column, as in earlier versions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +61,8 @@ class Manifest:
     encoding: Encoding
     """How the frames of every clip are stored."""
     counts: dict[str, int]
-    """Accepted `videos`, their `clips`, `rejected` videos, and those `held_out` of the accepted videos."""
+    """Accepted `videos`, their `clips`, `rejected` videos, and those `held_out` of the accepted videos; then the
+    accepted videos with a note, by its kind."""
     shards: dict[str, ShardFile]
     """All shards, by name; a shard whose videos were all rejected has no row."""
 
@@ -89,7 +98,7 @@ class Manifest:
         _check_shards(uri, about["shards"])
         return cls(
             uri=uri,
-            table=table.replace_schema_metadata(None),
+            table=_with_all_fields(table.replace_schema_metadata(None)),
             settings=about["settings"],
             hash=about["hash"],
             frame_shape=tuple(about["frame_shape"]),
@@ -110,6 +119,24 @@ def content_hash(table: pa.Table) -> str:
     return hashlib.sha256("".join(f"{clip} {pixels}\n" for clip, pixels in pairs).encode()).hexdigest()[:16]
 
 
+def note_counts(table: pa.Table) -> dict[str, int]:
+    """How many videos have a note of each kind, by kind."""
+    columns = table.filter(pc.is_valid(table["notes"])).select(["video_id", "notes"]).to_pydict()
+    noted = {
+        (video, note.partition(":")[0])
+        for video, notes in zip(columns["video_id"], columns["notes"], strict=True)
+        for note in notes.split("; ")
+    }
+    return dict(sorted(Counter(kind for _, kind in noted).items()))
+
+
+def _with_all_fields(table: pa.Table) -> pa.Table:
+    for name in _LATER:
+        if name not in table.column_names:
+            table = table.append_column(pa.field(name, pa.string()), pa.nulls(table.num_rows, pa.string()))
+    return table.select([field.name for field in FIELDS])
+
+
 def write_manifest(
     uri: str,
     table: pa.Table,
@@ -127,7 +154,7 @@ def write_manifest(
     Raises:
         ValueError: the place cannot be written.
     """
-    table = table.select([field.name for field in FIELDS]).cast(pa.schema(FIELDS))
+    table = _with_all_fields(table).cast(pa.schema(FIELDS))
     table = table.sort_by([("video_id", "ascending"), ("start_seconds", "ascending"), ("clip_id", "ascending")])
     ids = table["clip_id"].to_pylist()
     assert len(set(ids)) == len(ids), "two clips have one clip_id"
@@ -144,6 +171,7 @@ def write_manifest(
             "clips": table.num_rows,
             "rejected": num_rejected,
             "held_out": len(held_out["video_id"].unique()),
+            **note_counts(table),
         },
         shards=dict(sorted(shards.items())),
     )
@@ -156,6 +184,7 @@ def write_manifest(
         "counts": manifest.counts,
         "shards": {name: dataclasses.asdict(file) for name, file in manifest.shards.items()},
     }
+    table = table.drop_columns([name for name in _LATER if table[name].null_count == table.num_rows])
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(about, sort_keys=True)}), sink)
     storage.write_atomic(storage.join(manifest.uri, NAME), memoryview(sink.getvalue()))

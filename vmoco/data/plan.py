@@ -106,6 +106,22 @@ class Plan:
         """Order in which the keys of a step are loaded: place i of the shuffled copy holds draw key_order[i]."""
         return permutation(self.global_batch, hash64("key-order", self._seed, step))
 
+    def reversed_keys(self, step: int, *, num_clips: int) -> npt.NDArray[np.bool_]:
+        """Which places of the shuffled copy are also encoded backwards: in each micro-batch those with the least draws.
+
+        Args:
+            step: counted from 0.
+            num_clips: in each micro-batch, so that all micro-batches have one shape.
+        """
+        if num_clips == 0:
+            return np.zeros(self.global_batch, np.bool_)
+        seeds = self.batch(step).seed[self.key_order(step)]
+        draws = uniform(seeds, hash64("reversed")).reshape(-1, self.micro_batch)
+        least = np.argsort(draws, axis=1, kind="stable")[:, :num_clips]
+        chosen = np.zeros(draws.shape, np.bool_)
+        np.put_along_axis(chosen, least, True, axis=1)
+        return chosen.reshape(-1)
+
     def share(self, rank: int, world_size: int) -> slice:
         """The part of a global batch that a rank takes: whole micro-batches, as even as they divide.
 

@@ -48,6 +48,10 @@ class Video:
     part: int = 0
     num_parts: int = 1
     """A long video is cut in parts, which may be in different shards."""
+    notes: tuple[str, ...] = ()
+    """What is unusual about it and what was done to its frames, as in `Timeline.notes`; not written where empty."""
+    source: str | None = None
+    """`Found.source`; not written where there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +70,13 @@ class ShardMetadata:
 
     def to_json(self) -> str:
         """Canonical JSON: equal metadata give equal bytes."""
-        return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, sort_keys=True)
+        values = dataclasses.asdict(self)
+        for video in values["videos"]:
+            if not video["notes"]:  # so the shards of videos without notes have the bytes of earlier versions
+                del video["notes"]
+            if video["source"] is None:  # likewise of complete files
+                del video["source"]
+        return json.dumps({"version": VERSION, **values}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str | bytes, *, uri: str) -> ShardMetadata:
@@ -85,7 +95,7 @@ class ShardMetadata:
         return cls(
             settings=values["settings"],
             frame_shape=tuple(values["frame_shape"]),
-            videos=tuple(Video(**video) for video in values["videos"]),
+            videos=tuple(Video(**video | {"notes": tuple(video.get("notes", ()))}) for video in values["videos"]),
             rejected=tuple(Rejection(**rejection) for rejection in values["rejected"]),
             encoding=values["encoding"],
         )

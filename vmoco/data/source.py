@@ -17,22 +17,19 @@ import io
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import pyarrow.fs as pafs
 
 from vmoco import storage
+from vmoco.data.endings import Wanted, begins_as_a_video, left_out
 from vmoco.data.ledger import Rejection, ScratchError, VideoError
 from vmoco.seed import hash64
 
-# fmt: off
-EXTENSIONS = (
-    ".3gp", ".asf", ".avi", ".flv", ".gif", ".ivf", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
-    ".nut", ".ogv", ".ts", ".vob", ".webm", ".wmv",
-)
-# fmt: on
 _PIECE_BYTES = 2**22
+_SNIFF_THREADS = 16
 
 Splits = tuple[str | None, str | None, str | None]
 
@@ -52,6 +49,11 @@ class Found:
     label: str | None = None
     splits: Splits = (None, None, None)
     """`train`, `test` or `validate` in each official split; None where it is in no part of it."""
+    group: str | None = None
+    """Column `group` of a list: entries of one group come from one source, such as a camera, a patient or a match."""
+    source: str | None = None
+    """Recording that it is cut from: its group, the id of a YouTube video, or the path of the file. None for a complete
+    file that is a source of its own."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -66,8 +68,13 @@ class Found:
 
     @property
     def entry(self) -> str:
-        """16 hex digits over all fields: if one of them changes, it counts as another video."""
-        return f"{hash64(*(str(value) for value in dataclasses.astuple(self))):016x}"
+        """16 hex digits over all fields: if one of them changes, it counts as another video.
+
+        Without the source, which follows from the others. A group counts where there is one, so that the entries of
+        data sets from before groups stay the same.
+        """
+        fields = dataclasses.astuple(self)[: -2 if self.group is None else -1]
+        return f"{hash64(*(str(value) for value in fields)):016x}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,40 +87,62 @@ class Listing:
     """Files with a video's extension that cannot be read, and folders that cannot be read."""
     num_hidden: int
     """Number of videos that are skipped because their name, or a folder's, starts with a dot."""
+    others: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Numbers of files that are not looked at, by ending; hidden ones are not counted."""
+
+    @property
+    def left_out(self) -> str:
+        """What is not looked at, such as `3 files are not looked at: .txt 2, without ending 1`; empty for nothing."""
+        return left_out(self.others)
+
+    notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    """Sentences for the user: how a list was read, and which of its names are not exactly those of the files."""
 
 
-def list_videos(uri: str) -> Listing:
+def list_videos(uri: str, suffixes: Sequence[str] = ()) -> Listing:
     """Lists the videos below a folder or URI prefix, or those that match a pattern such as `/data/*/part-?.mp4`.
 
+    Args:
+        uri: Folder, prefix or pattern.
+        suffixes: More endings of videos than EXTENSIONS, such as `.mod`.
+
     Raises:
-        ValueError: the folder cannot be read, or it holds no video.
+        ValueError: the folder cannot be read, or it holds no video; a suffix is not an ending.
     """
     root, pattern = split_pattern(uri)
+    wanted = Wanted(suffixes, chosen=lambda name: not pattern or matches(name, pattern))
     local = storage.local_path(root)
-    listing = _list_remote(root) if local is None else _list_local(str(local))
+    listing = _list_remote(root, wanted) if local is None else _list_local(str(local), wanted)
     if pattern:
-        listing = Listing(
-            tuple(found for found in listing.videos if matches(found.path, pattern)),
-            tuple(row for row in listing.rejected if matches(row.video_id, pattern)),
-            listing.num_hidden,
-        )
+        rejected = tuple(row for row in listing.rejected if matches(row.video_id, pattern))
+        listing = dataclasses.replace(listing, rejected=rejected)
     if not listing.videos and not listing.rejected:
         hidden = f" ({listing.num_hidden} hidden ones are skipped)" if listing.num_hidden else ""
         where = f"that match {pattern} " if pattern else ""
+        others = f"; {listing.left_out}" if listing.left_out else ""
+        looked_for = " ".join(sorted(wanted.endings))
         raise ValueError(
-            f"no videos {where}found in {root}{hidden}: looked for {' '.join(EXTENSIONS)} in it and its folders"
+            f"no videos {where}found in {root}{hidden}: looked for {looked_for} in it and its folders{others}"
         )
     return listing
 
 
 def split_pattern(uri: str) -> tuple[str, str]:
     """The folder of a pattern, and the pattern below it; the pattern is empty if `uri` is a folder."""
-    parts = uri.split("/")
-    wild = [number for number, part in enumerate(parts) if any(sign in part for sign in "*?[")]
-    local = storage.local_path(uri)
-    if not wild or (local is not None and local.exists()):  # a folder's name may be `[old]`
-        return uri, ""
-    return "/".join(parts[: wild[0]]) or "/", "/".join(parts[wild[0] :])
+    parts = (str(storage.local_path(uri)) if uri.startswith("file://") else uri).split("/")
+    for number, part in enumerate(parts):
+        # The name of a folder may be `[old]`.
+        if any(sign in part for sign in "*?[") and not _is_folder("/".join(parts[: number + 1])):
+            return "/".join(parts[:number]) or "/", "/".join(parts[number:])
+    return uri, ""
+
+
+def _is_folder(uri: str) -> bool:
+    filesystem, path = storage.filesystem(uri)
+    try:
+        return bool(filesystem.get_file_info(path).type == pafs.FileType.Directory)
+    except OSError:  # listing it says why
+        return False
 
 
 def matches(path: str, pattern: str) -> bool:
@@ -129,30 +158,40 @@ def _match(parts: list[str], patterns: list[str]) -> bool:
     return fnmatch.fnmatchcase(parts[0], patterns[0]) and _match(parts[1:], patterns[1:])
 
 
-def _is_video(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
-def _list_remote(uri: str) -> Listing:
+def _list_remote(uri: str, wanted: Wanted) -> Listing:
     filesystem, path = storage.filesystem(uri)
     root = path.rstrip("/")
     try:
         entries = storage.patiently(lambda: filesystem.get_file_info(pafs.FileSelector(root, recursive=True)))
     except OSError as error:
         raise ValueError(f"{uri} cannot be listed ({error}): check the address and its permissions") from error
-    videos, num_hidden = [], 0
+    videos: list[Found] = []
+    doubtful: list[Found] = []
+    rejected, num_hidden = [], 0
     for entry in entries:
-        name = entry.path[len(root) :].lstrip("/")
-        if entry.type != pafs.FileType.File or not _is_video(name):
+        name = entry.path[len(root) + 1 :]
+        if entry.type != pafs.FileType.File:
             continue
-        if any(part.startswith(".") for part in name.split("/")):
-            num_hidden += 1
-        else:
-            videos.append(Found(name, entry.size))
-    return Listing(tuple(sorted(videos, key=lambda found: found.video_id)), (), num_hidden)
+        if {"", ".", ".."} & set(name.split("/")):
+            if wanted.takes(name):
+                message = "a part of its name is empty, . or .., which is no path: rename the object"
+                rejected.append(_rejection(name, "name-not-a-path", message))
+        elif any(part.startswith(".") for part in name.split("/")):
+            num_hidden += wanted.is_video(name)
+        elif wanted.takes(name):
+            (doubtful if wanted.is_doubtful(name) else videos).append(Found(name, entry.size))
+    with ThreadPoolExecutor(_SNIFF_THREADS) as pool:  # each waits for the store
+        begin = pool.map(lambda found: begins_as_a_video(storage.join(uri, found.path)), doubtful)
+        for found, good in zip(doubtful, begin, strict=True):
+            if good:
+                videos.append(found)
+            else:
+                wanted.reject(found.path)
+    ordered = sorted(videos, key=lambda found: found.video_id)
+    return Listing(tuple(ordered), tuple(rejected), num_hidden, wanted.others)
 
 
-def _list_local(root: str) -> Listing:
+def _list_local(root: str, wanted: Wanted) -> Listing:
     if not os.path.isdir(root):
         raise ValueError(f"{root} is not a folder that can be read: check the path and its permissions")
     videos: list[Found] = []
@@ -165,19 +204,32 @@ def _list_local(root: str) -> Listing:
         rejected.append(_rejection(name, "unreadable-folder", error.strerror or "", transient=True))
 
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable):
-        status = os.stat(folder)
+        try:
+            status = os.stat(folder)
+        except OSError as error:  # it was removed just now
+            subfolders.clear()
+            unreadable(error)
+            continue
         if (status.st_dev, status.st_ino) in seen:
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        num_hidden += sum(_is_video(name) for name in names if name.startswith("."))
+        num_hidden += sum(wanted.is_video(name) for name in names if name.startswith("."))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
-            if not name.startswith(".") and _is_video(name):
-                path = os.path.join(folder, name)
-                found = _found(path, os.path.relpath(path, root).replace(os.sep, "/"))
-                (videos if isinstance(found, Found) else rejected).append(found)  # type: ignore[arg-type]
-    return Listing(tuple(sorted(videos, key=lambda found: found.video_id)), tuple(rejected), num_hidden)
+            path = os.path.join(folder, name)
+            relative = os.path.relpath(path, root).replace(os.sep, "/")
+            if name.startswith(".") or not wanted.takes(relative):
+                continue
+            found = _found(path, relative)
+            if isinstance(found, Rejection):
+                rejected.append(found)
+            elif wanted.is_doubtful(name) and not begins_as_a_video(path):
+                wanted.reject(name)
+            else:
+                videos.append(found)
+    ordered = sorted(videos, key=lambda found: found.video_id)
+    return Listing(tuple(ordered), tuple(rejected), num_hidden, wanted.others)
 
 
 def _found(path: str, name: str) -> Found | Rejection:
@@ -228,7 +280,8 @@ def local_copy(root: str, found: Found) -> Iterator[str]:
                 size = os.stat(path).st_size
             else:
                 suffix = os.path.splitext(found.path)[1]
-                copy: Any = stack.enter_context(tempfile.NamedTemporaryFile(prefix="vmoco-video-", suffix=suffix))
+                with _scratch_errors():
+                    copy: Any = stack.enter_context(tempfile.NamedTemporaryFile(prefix="vmoco-video-", suffix=suffix))
                 path, size = copy.name, _copy(place, copy)
         if not size:
             raise VideoError("read", "empty", "the file has no bytes")

@@ -17,15 +17,18 @@ from typing import Any, BinaryIO, Protocol
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
 
 from vmoco.data.clips import ClipPlan, Int64Array, Part, clip_indices, clip_span
+from vmoco.data.container import choose_stream, ends_whole, film_streams
 from vmoco.data.frames import Frames
 from vmoco.data.ledger import NOT_SEEKABLE, Stage, VideoError
+from vmoco.data.pixels import MAX_PIXELS, Deinterlacer, Scaler, is_interlaced
+from vmoco.data.timeline import Timeline, find_seams, in_display_order, lay_out, on_clock
+from vmoco.job_settings import Deinterlace, Hdr
 
 # Formats that consist of one file. Playlists (hls, concat, dash) are not allowed: a user's file could make FFmpeg open
 # other files or addresses.
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,h264,hevc,m4v,nut,gif,ivf"
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,h264,hevc,m4v,nut,gif,ivf,dhav"
 
 Source = str | BinaryIO
 """Path of a local file, or a file that is open for reading and has a name."""
@@ -63,15 +66,9 @@ def errors(stage: Stage, reason: str) -> Iterator[None]:
         av.logging.set_level(level)
 
 
-def video_stream(container: Any) -> Any:
-    """The first stream of moving pictures, set to decode the same way everywhere; VideoError if there is none."""
-    cover = av.stream.Disposition.attached_pic
-    streams = [stream for stream in container.streams.video if not stream.disposition & cover]
-    if not streams:
-        raise VideoError(
-            "probe", "no-video-stream", f"it holds {len(container.streams)} streams, and no moving picture"
-        )
-    stream = streams[0]
+def video_stream(container: Any, index: int) -> Any:
+    """The stream of that index, set to decode the same way everywhere."""
+    stream = container.streams[index]
     if stream.codec_context is None:
         raise VideoError("probe", "no-decoder", "FFmpeg has no decoder for its codec")
     # Frame threads can deadlock when decoding stops early, and a task has one core anyway.
@@ -93,71 +90,12 @@ def decoded(container: Any, stream: Any) -> Iterator[Any]:
             raise
 
 
-MAX_PIXELS = 8192 * 4352
-"""Pixels of the largest frame, decoded or scaled: a damaged header may state any size, and memory must hold it."""
-
-# swscale's bilinear filter widens when it shrinks a frame, so it is antialiased: with chroma at full width it is within
-# 52 to 58 dB of torch's antialiased resize of the RGB frame (area: 38 to 53 dB, 20 % faster; decoding takes 2 to 5
-# times as long as either). With the last two flags it gives the same bytes on every CPU.
-SCALING = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
-
-
-class Scaler:
-    """Scales the frames of one video to cover height x width."""
-
-    def __init__(self, *, height: int, width: int) -> None:
-        self._height, self._width = height, width
-        self.pixel_aspect: Fraction | None = None
-        self._reformatter = VideoReformatter()  # keeps swscale's tables from frame to frame
-        self._covers: dict[tuple[int, int, int], tuple[int, int]] = {}
-
-    def scale(self, frame: Any) -> Frames:
-        """The frame as it is stored, turned upright and cropped in the middle: uint8 (H, W, 3), RGB."""
-        turns = round(frame.rotation / 90) % 4  # counter-clockwise
-        height, width = (self._width, self._height) if turns % 2 else (self._height, self._width)
-        shape = (frame.width, frame.height, turns % 2)
-        tall, wide = self._covers.get(shape) or self._covers.setdefault(shape, self._cover(frame, height, width))
-        # One pass from the codec's colours at full size to RGB at the small size; one thread, as for decoding.
-        scaled = self._reformatter.reformat(
-            frame, width=wide, height=tall, format="rgb24", interpolation=SCALING, threads=1
-        )
-        plane = scaled.planes[0]
-        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[:tall, : wide * 3]
-        top, left = (tall - height) // 2, (wide - width) // 2
-        return np.rot90(rows.reshape(tall, wide, 3)[top : top + height, left : left + width], turns)
-
-    def _cover(self, frame: Any, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the scaled frame before it is cropped."""
-        # Width of a pixel over its height; extreme values come from damaged headers.
-        aspect = self.pixel_aspect
-        shown = frame.width * (aspect if aspect and Fraction(1, 8) <= aspect <= 8 else Fraction(1))
-        factor = max(Fraction(height) / frame.height, Fraction(width) / shown)
-        tall, wide = max(height, round(frame.height * factor)), max(width, round(shown * factor))
-        if tall * wide > MAX_PIXELS:
-            raise VideoError(
-                "decode", "frame-too-large", f"{frame.width} x {frame.height} would be {wide} x {tall} scaled"
-            )
-        return tall, wide
-
-
 # Formats that store the time of each frame. In others FFmpeg guesses it, and its guess after a seek is another one.
 _SEEKABLE = {"mov", "matroska"}
+# Formats whose stamps may start again: they are made to be joined.
+_RESTARTING = {"mpegts", "mpeg"}
 # Formats whose header states the length of the video; in others FFmpeg estimates it from the packets in the file.
 _DURATION_IN_HEADER = {"mov", "matroska", "flv", "asf"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Timeline:
-    """The frames of a video, found without decoding it: a good estimate, which decoding may correct."""
-
-    times: Int64Array
-    """int64 (F,): time stamps of the frames in display order, in units of `time_base`."""
-    keyframes: Int64Array
-    """Time stamps of frames at which decoding can begin; empty if the format does not tell."""
-    time_base: Fraction
-    """Seconds."""
-    fps: float
-    """Frames per second, the mean over the video."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +108,8 @@ class Cut:
     """The same in seconds."""
     fps: float
     """Frames per second of the video."""
+    notes: tuple[str, ...] = ()
+    """What was done to the frames beyond scaling, as in `Timeline.notes`."""
 
 
 class Sink(Protocol):
@@ -188,8 +128,16 @@ def probe(source: Source) -> Timeline:
     Raises:
         VideoError: it is no video, or it is truncated.
     """
-    with errors("probe", "cannot-open"), open_video(source) as container:
-        return _probe(container)
+    with errors("probe", "cannot-open"):
+        with open_video(source) as container:
+            streams = film_streams(container)
+            if len(streams) == 1:
+                return _probe(container, streams[0].index, source)
+            index = choose_stream(container, streams)
+        with open_video(source) as container:
+            line = _probe(container, index, source)
+    note = f"stream-chosen: stream {index} of {len(streams)} video streams is the film"
+    return dataclasses.replace(line, notes=(note, *line.notes))
 
 
 def cut_clips(source: Source, plan: ClipPlan, *, height: int, width: int, sink: Sink) -> Cut:
@@ -199,20 +147,21 @@ def cut_clips(source: Source, plan: ClipPlan, *, height: int, width: int, sink: 
         VideoError: the video is damaged or too short.
     """
     timeline = probe(source)
-    indices = clip_indices(timeline.times, timeline.time_base, plan)
+    indices = plan_clips(timeline, plan)
     # A codec may hold back or hide frames, so the estimate can be wrong; the second round uses the decoder's own times.
     # If they differ again, decoding is not repeatable.
     for _ in range(3):
         sink.restart()
-        collector = _Collector(indices, sink, height=height, width=width)
+        collector = _Collector(indices, sink, height=height, width=width, hdr=plan.hdr, deinterlace=plan.deinterlace)
         with errors("decode", "decode-error"), open_video(source) as container:
-            times, time_base = _decode(container, collector)
-        found = clip_indices(times, time_base, plan)
-        if np.array_equal(found, indices):
+            found = _decode(container, collector, timeline)
+            collector.finish()
+        indices, before = plan_clips(found, plan), indices
+        if np.array_equal(indices, before):
             break
-        indices = found
     else:
-        raise VideoError("decode", "decode-error", f"the frames change between two readings: {len(times)}")
+        raise VideoError("decode", "decode-error", f"the frames change between two readings: {len(found.times)}")
+    times, time_base = found.times, found.time_base
     if not len(indices):
         ranged = "" if plan.start_seconds is None and plan.end_seconds is None else " in the range that was asked for"
         span = clip_span(num_frames=plan.num_frames, stride=plan.stride)
@@ -221,10 +170,28 @@ def cut_clips(source: Source, plan: ClipPlan, *, height: int, width: int, sink: 
     firsts, starts = indices[:, 0], times[indices[:, 0]]
     if ((np.diff(starts) < 0) | ((np.diff(starts) == 0) & (np.diff(firsts) > 0))).any():
         raise VideoError("clip", "bad-timestamps", "time stamps do not increase from clip to clip")
-    return Cut(starts.tolist(), [float(at * time_base) for at in starts.tolist()], timeline.fps)
+    seconds = [float(at * time_base) for at in starts.tolist()]
+    return Cut(starts.tolist(), seconds, timeline.fps, collector.notes)
 
 
-def cut_part(source: Source, part: Part, *, height: int, width: int, sink: Sink) -> Cut:
+def plan_clips(line: Timeline, plan: ClipPlan) -> Int64Array:
+    """The frames of each clip, as `clip_indices`; the plan's seconds count on the container's clock."""
+    if len(line.times):
+        plan = on_clock(plan, first=int(line.times[0]), time_base=line.time_base, origin=line.origin)
+    borders = {*line.seams, *line.doubtful, *(number + 1 for number in line.doubtful)}
+    return clip_indices(line.times, line.time_base, plan, seams=tuple(sorted(borders - {len(line.times)})))
+
+
+def cut_part(
+    source: Source,
+    part: Part,
+    *,
+    height: int,
+    width: int,
+    sink: Sink,
+    hdr: Hdr = "tonemap",
+    deinterlace: Deinterlace = "auto",
+) -> Cut:
     """Decodes the clips of a part of a long video: the same pixels as `cut_clips` gives.
 
     Raises:
@@ -232,75 +199,115 @@ def cut_part(source: Source, part: Part, *, height: int, width: int, sink: Sink)
     """
     try:
         with errors("decode", NOT_SEEKABLE), open_video(source) as container:
-            return _decode_part(container, part, sink, height=height, width=width)
+            wanted = np.array(part.clips or np.empty((0, 0)), np.int64)
+            collector = _Collector(wanted, sink, height=height, width=width, hdr=hdr, deinterlace=deinterlace)
+            return _decode_part(container, part, sink, collector, whole=deinterlace == "auto")
     except VideoError as error:
+        if error.reason == "hdr":
+            raise
         raise VideoError("decode", NOT_SEEKABLE, error.message) from None
 
 
-def _probe(container: Any) -> Timeline:
-    stream = video_stream(container)
+def _probe(container: Any, index: int, source: Source) -> Timeline:
+    stream = video_stream(container, index)
     width, height = stream.codec_context.width, stream.codec_context.height
     if width * height > MAX_PIXELS:
         raise VideoError("probe", "frame-too-large", f"{width} x {height}, and at most {MAX_PIXELS} pixels are decoded")
-    count, end, corrupt = 0, 0.0, False
+    count, end = 0, 0.0
+    corrupt: list[int] = []
     seekable = not _SEEKABLE.isdisjoint(container.format.name.split(","))
-    times, keyframes = [], []
+    times, order, keyframes = [], [], []
     for packet in container.demux():
         stamp = packet.pts if packet.pts is not None else packet.dts
         if stamp is not None:
             end = max(end, float((stamp + (packet.duration or 0)) * packet.time_base))
         if packet.stream is stream and packet.size:  # the last, empty packet of each stream only ends it
-            corrupt = corrupt or packet.is_corrupt
+            if packet.is_corrupt:
+                corrupt.append(count)
             seekable = seekable and packet.pts is not None and not packet.is_discard
             if not packet.is_discard:
                 count += 1
                 if stamp is not None:
                     times.append(stamp)
+                    order.append(stamp if packet.dts is None else packet.dts)
                 if packet.is_keyframe:
                     keyframes.append(stamp)
-    if corrupt:
+    time_base = stream.time_base
+    if not times and stream.average_rate:  # a bare stream: frames are counted
+        times, order, time_base = list(range(count)), [], 1 / stream.average_rate
+    elif len(times) < count:
+        times, order = list(range(count)), []
+    seams = find_seams(np.array(order, np.int64), time_base, restarts=_restarts(container))
+    # The counter of MPEG-TS jumps at a seam, which marks one of the last two packets before it.
+    marked = [seam for seam in seams if {seam - 2, seam - 1}.intersection(corrupt)]
+    if not {seam - back for seam in marked for back in (1, 2)}.issuperset(corrupt):
         raise VideoError("probe", "truncated", f"one of its {count} packets is incomplete")
-    _check_length(container, stream, count=count, end=end)
-    times.sort()
-    spread = times[-1] - times[0] if times else 0
-    fps = (len(times) - 1) / (spread * stream.time_base) if spread else stream.average_rate or 0
-    if len(times) < count:  # a bare stream: frames are counted
-        times = list(range(count))
-    if not seekable or len(set(times)) < count:
+    shown, places = in_display_order(np.array(times, np.int64), seams)
+    promised = _more_promised(container, stream, last=max(times, default=None), end=end)
+    if promised and not (count >= stream.frames > 0 or ends_whole(source, container.format.name)):
+        raise VideoError("probe", "truncated", promised)
+    notes: tuple[str, ...] = (f"header-says-more: {promised}",) if promised else ()
+    if seams:
+        notes += (f"joined: {len(seams) + 1} recordings, one after the other",)
+    spread = int(shown[-1] - shown[0]) if len(shown) else 0
+    fps = (len(shown) - 1) / (spread * time_base) if spread else stream.average_rate or 0
+    if not seekable or seams or len(set(times)) < count:
         keyframes = []
-    return Timeline(np.array(times, np.int64), np.array(keyframes, np.int64), stream.time_base, float(fps))
+    return Timeline(
+        shown,
+        np.array(keyframes, np.int64),
+        time_base,
+        float(fps),
+        stream=index,
+        origin=Fraction(container.start_time or 0, av.time_base),
+        seams=seams,
+        doubtful=tuple(sorted(int(places[seam - back]) for seam in marked for back in (1, 2))),
+        notes=notes,
+    )
 
 
-def _check_length(container: Any, stream: Any, *, count: int, end: float) -> None:
-    """Finds truncated files: they often decode without an error, and only the header tells that more should follow."""
+def _restarts(container: Any) -> bool:
+    return not _RESTARTING.isdisjoint(container.format.name.split(","))
+
+
+def _more_promised(container: Any, stream: Any, *, last: int | None, end: float) -> str:
+    """What the header promises and the file does not hold; empty if it holds all.
+
+    A truncated file often decodes without an error, and only this tells. But some recorders promise too much.
+    """
     names = set(container.format.name.split(","))
-    if "avi" in names and count < stream.frames - max(2, 0.02 * stream.frames):
-        raise VideoError("probe", "truncated", f"{count} frames, and the header promises {stream.frames}")
+    # In AVI a time stamp is a number, also of a frame that was left out and repeats the one before.
+    if "avi" in names and last is not None and last + 1 < stream.frames - max(2, 0.02 * stream.frames):
+        return f"{last + 1} frames, and the header promises {stream.frames}"
     if names & _DURATION_IN_HEADER and container.duration:
         promised = ((container.start_time or 0) + container.duration) / av.time_base
         # Headers are rounded, off by one, or count the display time of the last frame.
         if end < promised - max(0.2, 0.02 * promised):
-            raise VideoError("probe", "truncated", f"it ends at {end:.2f} s, and the header promises {promised:.2f} s")
+            return f"it ends at {end:.2f} s, and the header promises {promised:.2f} s"
+    return ""
 
 
-def _decode(container: Any, collector: _Collector) -> tuple[Int64Array, Fraction]:
-    """Decodes a complete video; returns the times of its frames and their unit."""
-    stream = video_stream(container)
+def _decode(container: Any, collector: _Collector, line: Timeline) -> Timeline:
+    """Decodes a complete video; returns the line with the times that its frames really have."""
+    stream = video_stream(container, line.stream)
     collector.scaler.pixel_aspect = stream.sample_aspect_ratio
     times: list[int] = []
+    time_base = line.time_base
     for frame in decoded(container, stream):
         if frame.is_corrupt:
             raise VideoError("decode", "decode-error", f"frame {len(times)} is damaged")
         collector.take(len(times), frame)
         times.append(frame.pts if frame.pts is not None else len(times))
-    return np.array(times, np.int64), stream.time_base
+        time_base = stream.time_base if frame.pts is not None else time_base
+    stamps = np.array(times, np.int64)
+    seams = find_seams(stamps, time_base, restarts=_restarts(container))
+    return dataclasses.replace(line, times=lay_out(stamps, seams), time_base=time_base, seams=seams)
 
 
-def _decode_part(container: Any, part: Part, sink: Sink, *, height: int, width: int) -> Cut:
-    stream = video_stream(container)
+def _decode_part(container: Any, part: Part, sink: Sink, collector: _Collector, *, whole: bool) -> Cut:
+    """`whole` refuses interlaced frames: deinterlacing the first one needs the last one of the part before."""
+    stream = video_stream(container, part.stream)
     sink.restart()
-    wanted = np.array(part.clips or np.empty((0, 0)), np.int64)
-    collector = _Collector(wanted, sink, height=height, width=width)
     collector.scaler.pixel_aspect = stream.sample_aspect_ratio
     last = max((max(clip) for clip in part.clips), default=part.start)
     container.seek(part.start, stream=stream, backward=True)
@@ -308,6 +315,8 @@ def _decode_part(container: Any, part: Part, sink: Sink, *, height: int, width: 
     for frame in decoded(container, stream):
         if frame.pts is None:
             raise VideoError("decode", NOT_SEEKABLE, "a frame has no time stamp")
+        if whole and is_interlaced(frame):
+            raise VideoError("decode", NOT_SEEKABLE, "interlaced frames are deinterlaced from the start")
         if frame.pts < part.start:  # of the part before: displayed earlier, or the seek went back further
             continue
         if frame.is_corrupt or (not count and not (frame.pts == part.start and frame.key_frame)):
@@ -320,28 +329,53 @@ def _decode_part(container: Any, part: Part, sink: Sink, *, height: int, width: 
     if count != part.num_frames or not collector.complete:
         raise VideoError("decode", NOT_SEEKABLE, f"{count} frames from {part.start}, and should be {part.num_frames}")
     starts = [clip[0] for clip in part.clips]
-    return Cut(starts, [float(start * stream.time_base) for start in starts], part.fps)
+    seconds = [float(start * stream.time_base) for start in starts]
+    return Cut(starts, seconds, part.fps, collector.notes)
 
 
 class _Collector:
     """Receives the decoded frames of a video in turn, and gives each clip to the sink once all its frames are there."""
 
-    def __init__(self, wanted: Int64Array, sink: Sink, *, height: int, width: int) -> None:
+    def __init__(
+        self, wanted: Int64Array, sink: Sink, *, height: int, width: int, hdr: Hdr, deinterlace: Deinterlace
+    ) -> None:
         """`wanted` is (N, T): number or time stamp of each frame of each clip, increasing from clip to clip."""
         self._sink = sink
         self._lasts = wanted.max(axis=1).tolist() if wanted.size else []
         self._places = [{name: np.flatnonzero(clip == name) for name in clip.tolist()} for clip in wanted]
         self._clip = 0
         self._frames = np.empty((wanted.shape[1] if wanted.size else 0, height, width, 3), np.uint8)
-        self.scaler = Scaler(height=height, width=width)
+        self.scaler = Scaler(height=height, width=width, hdr=hdr)
+        self._deinterlacer = Deinterlacer() if deinterlace == "auto" else None
+        self._deinterlaced = False
 
     @property
     def complete(self) -> bool:
         """Whether the sink has every clip."""
         return self._clip == len(self._places)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was done to the frames beyond scaling, as in `Timeline.notes`."""
+        own = ("deinterlaced: its frames are interlaced",) if self._deinterlaced else ()
+        return (*own, *sorted(self.scaler.notes))
+
     def take(self, name: int, frame: Any) -> None:
-        """Receives a frame; two clips, or two places of one clip, may need the same one."""
+        """Receives a frame; some frames wait in the deinterlacer for the next one."""
+        if self._deinterlacer is None:
+            self._keep(name, frame)
+            return
+        self._deinterlaced = self._deinterlaced or is_interlaced(frame)
+        for each, done in self._deinterlacer.push(name, frame):
+            self._keep(each, done)
+
+    def finish(self) -> None:
+        """Takes the frames that still wait; the last call."""
+        for name, done in self._deinterlacer.flush() if self._deinterlacer else ():
+            self._keep(name, done)
+
+    def _keep(self, name: int, frame: Any) -> None:
+        """Keeps a frame where a clip needs it; two clips, or two places of one clip, may need the same one."""
         scaled = None
         while self._clip < len(self._places) and name in self._places[self._clip]:
             scaled = self.scaler.scale(frame) if scaled is None else scaled

@@ -1,14 +1,17 @@
 """A pretrained encoder with its preprocessing: what `vmoco.load_encoder` returns.
 
-It takes raw frames, uint8 RGB of any size, and prepares them itself, so callers need not know how it was trained.
+It takes raw frames, uint8 RGB of any size, or videos, and prepares them itself, so callers need not know how it was
+trained.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -17,18 +20,24 @@ import torch.nn.functional as F
 from torch import nn
 
 from vmoco.data.augment import PIXEL_MEAN, PIXEL_STD, standardise
+from vmoco.job_settings import ShortVideos
 from vmoco.model.backbone import Backbone
+from vmoco.progress import Progress
 
 if TYPE_CHECKING:
     from vmoco.data.decoder import Decoder
 
 Source = str | os.PathLike[str] | npt.NDArray[np.uint8] | torch.Tensor
-"""A video file, or frames."""
+"""A video (path or URI), or frames."""
+One = TypeVar("One", bound=Source)
 
 MAX_CLIPS = 32
 """Most clips of one video file; the default of ingest."""
 SECONDS_PER_VIDEO = 600.0
-_S3D_FRAMES = 5  # S3D halves time three times, without padding at the last
+SAME_RATE = 1e-3
+"""Relative difference below which two frame rates are one."""
+S3D_FRAMES = 5
+"""Fewest frames for S3D: it halves time three times, the last time without padding."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class Preprocessing:
     """What an encoder expects of a clip."""
 
     num_frames: int
-    """T it was trained with; other lengths are accepted."""
+    """T in its training; other lengths are accepted."""
     fps: float
     """Frames per second of its training clips (their median)."""
     size: int
@@ -86,26 +95,46 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.preprocessing = preprocessing
         self.card = card
-        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(preprocessing.std).view(3, 1, 1, 1), persistent=False)
+        self._set_pixel_statistics(torch.device("cpu"))
+
+    def _set_pixel_statistics(self, device: torch.device) -> None:
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(self.preprocessing, name), dtype=torch.float32, device=device)
+            self.register_buffer(name, values.view(3, 1, 1, 1), persistent=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Encoder:
+        """What `to`, `half` and their like call: pixels are normalised in float32, whatever the type of the weights."""
+        super()._apply(fn, recurse)
+        self._set_pixel_statistics(self.mean.device)
+        return self
 
     @property
     def feature_dim(self) -> int:
         """Width of a feature."""
         return self.backbone.feature_dim
 
-    def clips(self, source: Source) -> torch.Tensor:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, in which the network computes: float32 unless it was changed, as by `half()`."""
+        return next((weights.dtype for weights in self.backbone.parameters()), torch.float32)
+
+    def clips(self, source: Source, *, short_videos: ShortVideos = "reject") -> torch.Tensor:
         """Frames as clips, uint8 (B, T, H, W, 3).
 
         Args:
-            source: path of a video file, which gives as many clips as fit side by side (32 at most) at the encoder's
-                frame rate; or uint8 frames (T, H, W, 3) or (B, T, H, W, 3), RGB, an array or a tensor.
+            source: path or URI (s3://, gs://) of a video, which gives as many clips as fit side by side (32 at most) at
+                the encoder's frame rate; or uint8 frames (T, H, W, 3) or (B, T, H, W, 3), RGB, an array or a tensor.
+            short_videos: "loop" repeats the frames of a video that is shorter than a clip, as ingest does.
 
         Raises:
             ValueError: a video that cannot be read, or frames of another shape or type.
         """
         if isinstance(source, str | os.PathLike):
-            return torch.from_numpy(self._decoded(os.fspath(source)))
+            with _decoder() as decoder:
+                return self._decoded(source, decoder, short_videos)
+        return self._checked(source)
+
+    def _checked(self, source: npt.NDArray[np.uint8] | torch.Tensor) -> torch.Tensor:
         if isinstance(source, np.ndarray) and source.dtype == np.uint8:
             # A copy where torch cannot share the memory: a read-only view of a shard, or negative strides.
             shared = source.flags.writeable and all(stride > 0 for stride in source.strides)
@@ -114,70 +143,155 @@ class Encoder(nn.Module):
             frames = source
         else:
             kind = f"{source.dtype} {source.shape}" if isinstance(source, np.ndarray) else type(source).__name__
-            raise ValueError(f"frames are {kind}: a path, or uint8 frames as an array or a tensor, are needed")
+            raise ValueError(f"frames are {kind}: give a path, or uint8 frames as an array or a tensor")
         frames = frames[None] if frames.ndim == 4 else frames
         if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[-1] != 3 or not frames.numel():
             raise ValueError(
                 f"frames are {frames.dtype} {tuple(frames.shape)}: "
-                "uint8 (clips, frames, height, width, 3), RGB, is needed, or the same without the first"
+                "give uint8 RGB, of shape (clips, frames, height, width, 3) or (frames, height, width, 3)"
             )
-        if self.card.get("backbone") == "s3d" and frames.shape[1] < _S3D_FRAMES:
-            raise ValueError(f"clips have {frames.shape[1]} frames, this s3d needs {_S3D_FRAMES} or more")
+        if self.card.get("backbone") == "s3d" and frames.shape[1] < S3D_FRAMES:
+            raise ValueError(f"clips have {frames.shape[1]} frames: give at least {S3D_FRAMES}, which an s3d needs")
         return frames
 
     def preprocess(self, frames: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, T, H, W, 3) -> normalised float32 (B, 3, T, size, size).
+        """uint8 (B, T, H, W, 3) -> normalised (B, 3, T, size, size) of the encoder's `dtype`, computed in float32.
 
         Raises:
             ValueError: frames of another shape or type.
         """
-        frames = self.clips(frames)
+        frames = self._checked(frames)
         side = min(frames.shape[2:4])
         top, left = (frames.shape[2] - side) // 2, (frames.shape[3] - side) // 2
         return self.preprocess_square(frames[:, :, top : top + side, left : left + side])
 
     def preprocess_square(self, frames: torch.Tensor) -> torch.Tensor:
-        """The same for square frames, unchecked: scaling and normalisation alone."""
+        """The same for square frames, without checks: only scales and normalises."""
         size = self.preprocessing.size
         pixels = frames.permute(0, 1, 4, 2, 3).flatten(0, 1).to(self.mean.device).float() / 255
         scaled = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
         clips = scaled.unflatten(0, frames.shape[:2]).transpose(1, 2)
-        if self.preprocessing.standardise:
-            return standardise(clips)
-        return (clips - self.mean) / self.std
+        normalised = standardise(clips) if self.preprocessing.standardise else (clips - self.mean) / self.std
+        return normalised.to(self.dtype)
+
+    @overload
+    def embed(
+        self,
+        source: Source,
+        *,
+        short_videos: ShortVideos = ...,
+        batch_size: int = ...,
+        progress: Callable[[str], None] | None = ...,
+    ) -> torch.Tensor: ...
+
+    @overload
+    def embed(
+        self,
+        source: list[One] | tuple[One, ...],
+        *,
+        short_videos: ShortVideos = ...,
+        batch_size: int = ...,
+        progress: Callable[[str], None] | None = ...,
+    ) -> list[torch.Tensor]: ...
 
     @torch.inference_mode()
-    def embed(self, source: Source) -> torch.Tensor:
-        """Features of clips, float32 (B, feature_dim), unit rows; `source` as for `clips`.
+    def embed(
+        self,
+        source: Source | list[One] | tuple[One, ...],
+        *,
+        short_videos: ShortVideos = "reject",
+        batch_size: int = 32,
+        progress: Callable[[str], None] | None = None,
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Features of clips, float32 (B, feature_dim) on the encoder's device, unit rows.
 
-        Features of unit length, because they are compared by cosine. Fine-tuning uses `forward`.
+        Features of unit length, because they are compared by cosine. Fine-tuning uses `forward`. Memory holds one batch
+        and one video, however many there are.
+
+            encoder.embed("cat.mp4")                               # (B, feature_dim), a row per clip
+            encoder.embed(["cat.mp4", "s3://videos/dog.mp4"])      # a list: one such tensor per video
+
+        Args:
+            source: as for `clips`, or a list or tuple of such sources.
+            short_videos: as for `clips`.
+            batch_size: most clips that go through the network together; clips of several sources share a batch.
+            progress: takes a line every few seconds, with the time left; such as `print`.
+
+        Raises:
+            ValueError: a video that cannot be read, or frames of another shape or type. Of a list, the message names
+                the place of the source that failed, counted from 0.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: 1 or more is needed")
+        several = isinstance(source, list | tuple)
+        sources: Sequence[Source] = source if isinstance(source, list | tuple) else [source]
+        show = progress or (lambda line: None)
+        counted = Progress(show, "embed  read", total=len(sources), unit="sources", counts=["clips"], every_seconds=2)
+
+        def prepared() -> Iterator[tuple[int, torch.Tensor]]:
+            with _decoder() as decoder:
+                for place, each in enumerate(sources):
+                    try:
+                        if isinstance(each, str | os.PathLike):
+                            frames = self._decoded(each, decoder, short_videos)
+                        else:
+                            frames = self._checked(each)
+                    except ValueError as error:
+                        raise ValueError(f"source {place}: {error}" if several else str(error)) from None
+                    for some in frames.split(batch_size):
+                        yield place, self.preprocess(some)
+                    counted.add(clips=len(frames))
+
+        features: list[list[torch.Tensor]] = [[] for _ in sources]
+        for batch in _batches(prepared(), batch_size):
+            clips = torch.cat([clips for _, clips in batch])
+            rows = F.normalize(self.backbone(clips).float(), dim=1).split([len(clips) for _, clips in batch])
+            for (place, _), found in zip(batch, rows, strict=True):
+                features[place].append(found)
+        found_of = [torch.cat(rows) for rows in features]
+        return found_of if several else found_of[0]
+
+    @torch.inference_mode()
+    def feature_maps(self, source: Source) -> torch.Tensor:
+        """What the last convolution sees at each time and place, float32 (B, C, T', H', W'), C = feature_dim.
+
+        Time and space are halved a few times on the way: a clip of 16x112x112 gives 2x7x7 in r3d_18. `source` is as for
+        `clips`. All clips go through the network together.
 
         Raises:
             ValueError: a video that cannot be read, or frames of another shape or type.
         """
-        return F.normalize(self(self.clips(source)), dim=1)
+        return self.backbone.feature_maps(self.preprocess(self.clips(source))).float()
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        """uint8 frames (B, T, H, W, 3) -> features float32 (B, feature_dim), with graph."""
+        """uint8 frames (B, T, H, W, 3) -> features (B, feature_dim) of the encoder's `dtype`, with graph."""
         features: torch.Tensor = self.backbone(self.preprocess(frames))
         return features
 
     def weights_hash(self) -> str:
-        """16 hex digits over weights and preprocessing; encoders with equal hashes give equal features."""
+        """Hash of weights and preprocessing, 16 hex digits; encoders with equal hashes give equal features."""
         digest = hashlib.sha256(repr(self.preprocessing).encode())
         for name, tensor in sorted(self.backbone.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().numpy().data)
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
     def stride(self, fps: float) -> int:
-        """Every how many frames of a video of `fps` to take one, to come nearest to the encoder's frame rate."""
+        """The n for which every n-th frame of a video of `fps` comes nearest to the encoder's frame rate."""
         return max(1, round(fps / self.preprocessing.fps))
 
     def cut_video(
-        self, path: str, *, decoder: Decoder, max_clips: int = MAX_CLIPS, seconds: float = SECONDS_PER_VIDEO
+        self,
+        path: str,
+        *,
+        decoder: Decoder,
+        max_clips: int = MAX_CLIPS,
+        seconds: float = SECONDS_PER_VIDEO,
+        short_videos: ShortVideos = "reject",
     ) -> VideoClips:
         """The clips of a video file as this encoder sees them, decoded in the process of `decoder`.
+
+        They are those of an ingest with `--fps`, the encoder's frame rate, or without it where the video has that rate.
 
         Raises:
             VideoError: the video is damaged, too short or too slow.
@@ -187,23 +301,74 @@ class Encoder(nn.Module):
 
         expected = self.preprocessing
         size = (expected.size, expected.size)
-        stride = self.stride(video.probe(path).fps)
-        plan = ClipPlan(expected.num_frames, stride=stride, max_clips=max_clips)
+        fps = video.probe(path).fps
+        # Rates are measured: by time stamps, a rate that is a little lower than the video's would leave frames out.
+        same = abs(fps / expected.fps - 1) < SAME_RATE
+        plan = ClipPlan(
+            expected.num_frames, fps=None if same else expected.fps, max_clips=max_clips, short=short_videos
+        )
         cut = decoder.cut(path, plan, part=None, size=size, encoding="raw", quality=100, offset=0, seconds=seconds)
         stored = os.pread(decoder.scratch.fileno(), sum(cut.sizes), 0)
         frames = np.frombuffer(stored, np.uint8).reshape(len(cut.sizes), expected.num_frames, *size, 3).copy()
-        return VideoClips(frames, cut.start_times, cut.start_seconds, expected.num_frames * stride / cut.fps)
+        return VideoClips(frames, cut.start_times, cut.start_seconds, expected.num_frames / (plan.fps or cut.fps))
 
-    def _decoded(self, path: str) -> npt.NDArray[np.uint8]:
-        from vmoco.data.decoder import Decoder
+    def _decoded(self, video: str | os.PathLike[str], decoder: Decoder, short_videos: ShortVideos) -> torch.Tensor:
         from vmoco.data.ledger import VideoError
 
-        if not os.path.isfile(path):
-            raise ValueError(f"there is no video file {path}")
-        decoder = Decoder()
+        place = os.fspath(video)
         try:
-            return self.cut_video(path, decoder=decoder).frames
+            with _local_file(place) as path:
+                return torch.from_numpy(self.cut_video(path, decoder=decoder, short_videos=short_videos).frames)
         except VideoError as error:
-            raise ValueError(f"video {path} gives no clips ({error})") from None
-        finally:
-            decoder.close()
+            raise ValueError(f"video {place} gives no clips ({error})") from None
+
+
+@contextlib.contextmanager
+def _decoder() -> Iterator[Decoder]:
+    """A decoder whose process starts with the first video and ends with the block."""
+    from vmoco.data.decoder import Decoder
+
+    decoder = Decoder()
+    try:
+        yield decoder
+    finally:
+        decoder.close()
+
+
+@contextlib.contextmanager
+def _local_file(place: str) -> Iterator[str]:
+    """Path of a video on this machine; one in a store is copied, and deleted at the end of the block.
+
+    Raises:
+        ValueError: it does not exist.
+        VideoError: it cannot be copied.
+    """
+    from vmoco import storage
+    from vmoco.data import source
+
+    local = storage.local_path(place) if "://" in place else place
+    if local is not None:
+        if not os.path.isfile(local):
+            raise ValueError(f"there is no video file {place}")
+        yield str(local)
+        return
+    folder, _, name = place.rpartition("/")
+    filesystem, path = storage.filesystem(place)
+    size = filesystem.get_file_info(path).size
+    if size is None:
+        raise ValueError(f"there is no video file {place}")
+    with source.local_copy(folder, source.Found(name, size)) as copy:
+        yield copy
+
+
+def _batches(items: Iterator[tuple[int, torch.Tensor]], size: int) -> Iterator[list[tuple[int, torch.Tensor]]]:
+    """Groups clips of one length into batches of at most `size`: (place of the source, clips (N, 3, T, S, S))."""
+    batch: list[tuple[int, torch.Tensor]] = []
+    for place, clips in items:
+        full = sum(len(others) for _, others in batch) + len(clips) > size
+        if batch and (full or batch[0][1].shape[1:] != clips.shape[1:]):
+            yield batch
+            batch = []
+        batch.append((place, clips))
+    if batch:
+        yield batch

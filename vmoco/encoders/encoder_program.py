@@ -23,7 +23,7 @@ _REGISTERED = "registered_model_meta"  # MLflow writes it into what it fetches b
 
 
 class EncoderProgram:
-    """What `mlflow.pyfunc.load_model` gives.
+    """What `mlflow.pyfunc.load_model` returns.
 
     Args:
         folder: of the encoder.
@@ -55,8 +55,8 @@ class EncoderProgram:
         length = self.card["preprocessing"]["num_frames"]
         if frames.dtype != np.uint8 or frames.ndim != 5 or frames.shape[1] != length or frames.shape[-1] != 3:
             raise ValueError(
-                f"clips are {frames.dtype} {frames.shape}: uint8 (clips, {length} frames, height, width, 3), RGB, "
-                "is needed"
+                f"clips are {frames.dtype} {frames.shape}: give uint8 RGB, of shape (clips, {length} frames, height, "
+                "width, 3)"
             )
         side = min(frames.shape[2:4])
         top, left = (frames.shape[2] - side) // 2, (frames.shape[3] - side) // 2

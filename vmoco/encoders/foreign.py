@@ -23,7 +23,7 @@ _RELEASED = Preprocessing(num_frames=32, fps=25.0, size=112, mean=(0.485, 0.456,
 
 
 def read(path: Path) -> tuple[str, Encoder]:
-    """Reads weights of torchvision or of the released code from a local file; the keys tell which of them it is.
+    """Reads weights of torchvision or of the released code from a local file. The keys show which of the two it is.
 
     Returns:
         "torchvision" or "released", and the encoder.
@@ -46,16 +46,16 @@ def supervised(name: str) -> Encoder:
     """torchvision's encoder of an architecture, trained on Kinetics-400 with labels; downloaded once per machine.
 
     Raises:
-        ValueError: torchvision has none, or it cannot be downloaded.
+        ValueError: torchvision has no such weights, or they cannot be downloaded.
     """
     if name not in weights.TORCHVISION:
-        raise ValueError(f"torchvision has no weights of {name}, only of {', '.join(weights.TORCHVISION)}")
+        raise ValueError(f"torchvision has no weights of {name}: choose one of {', '.join(weights.TORCHVISION)}")
     from torchvision.models import get_model_weights
 
     found = get_model_weights(name)["KINETICS400_V1"]
     try:
         return _torchvision(name, found.get_state_dict(progress=False))
-    except (OSError, RuntimeError) as error:  # no network, or a file that is not what its name says
+    except (OSError, RuntimeError) as error:  # no network, or a file that does not have the hash in its name
         place = f"{torch.hub.get_dir()}/checkpoints/{found.url.rpartition('/')[2]}"
         raise ValueError(f"torchvision's weights cannot be fetched ({error}): copy {found.url} to {place}") from None
 

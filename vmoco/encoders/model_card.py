@@ -20,7 +20,7 @@ def write(folder: Path, card: Mapping[str, Any], *, histories: Histories) -> Non
         card: the content of encoder.json.
         histories: (step, value) of each metric to draw.
     """
-    drawn = _draw(folder / PLOTS, histories)
+    drawn = draw(folder / PLOTS, histories)
     sections = [
         f"# A video encoder: {card['backbone']}, {card['feature_dim']} features",
         _origin(card),
@@ -39,10 +39,13 @@ def _origin(card: Mapping[str, Any]) -> str:
             f"Weights from the file `{imported['file']}` ({imported['format']}), not trained by vmoco; SHA-256 of the "
             f"file `{imported['sha256']}`."
         )
-    return (
+    text = (
         f"Pretrained without labels (VideoMoCo, Pan et al., CVPR 2021) by vmoco, {card['step']} steps; MLflow run "
-        f"`{card['run_id']}`, settings `{card['settings_hash']}`: all of them are in `settings.json`."
+        f"`{card['run_id']}`, settings hash `{card['settings_hash']}`. `settings.json` has all settings."
     )
+    if began := card.get("began_from"):
+        text += f" The run began with the weights of `{began}`, which may have seen other videos than those below."
+    return text
 
 
 def _usage(card: Mapping[str, Any]) -> str:
@@ -85,10 +88,10 @@ def _scores(card: Mapping[str, Any]) -> str:
     scores = card.get("scores") or {}
     if not scores:
         return (
-            "## Scores\n\nNone when it was registered. `jobs/evaluate.py` adds them to the registered version, whose "
-            "tags in MLflow have the latest."
+            "## Scores\n\nIt had no scores when it was registered. `jobs/evaluate.py` adds scores to the tags of the "
+            "registered version in MLflow."
         )
-    lines = ["## Scores", "", "| protocol | score | 95 % interval over videos | beside it | evaluation set |"]
+    lines = ["## Scores", "", "| protocol | score | 95 % interval over videos | to compare | evaluation set |"]
     lines.append("|---|---|---|---|---|")
     for protocol, row in scores.items():
         lines.append(
@@ -102,7 +105,7 @@ def _training(drawn: Sequence[str], histories: Histories) -> str:
     if not drawn:
         return ""
     last = ", ".join(f"{name} {histories[name][-1][1]:.4g}" for name in drawn)
-    return "## Training\n\nAt the end: " + last + ".\n\n" + "\n".join(f"![{n}]({PLOTS}/{n}.png)" for n in drawn)
+    return "## Training\n\nLast values: " + last + ".\n\n" + "\n".join(f"![{n}]({PLOTS}/{n}.png)" for n in drawn)
 
 
 def _versions(card: Mapping[str, Any]) -> str:
@@ -114,8 +117,8 @@ def _numbers(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-def _draw(folder: Path, histories: Histories) -> list[str]:
-    """One picture per metric with at least two points; returns the names of those drawn."""
+def draw(folder: Path, histories: Histories) -> list[str]:
+    """Draws `<metric>.png` for each metric with at least two points; returns the names of those drawn."""
     drawn = [name for name, points in histories.items() if len(points) > 1]
     if not drawn:
         return []

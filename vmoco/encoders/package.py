@@ -39,7 +39,7 @@ WEIGHTS, SETTINGS, VIDEOS = "encoder.safetensors", "settings.json", "videos.parq
 VIDEO_FIELDS = pa.schema([("video_id", pa.string()), ("held_out", pa.bool_())])
 
 NO_LICENCE = (
-    "not recorded: whoever uses this encoder asks whoever made the data set what its videos may be used for "
+    "not recorded: before you use this encoder, ask the owner of the data set what its videos may be used for "
     "(--tracking.data-licence records it)"
 )
 _PACKAGES = ("vmoco", "torch", "torchvision", "numpy", "safetensors", "pyarrow", "av", "mlflow", "ray")
@@ -61,7 +61,7 @@ def write_folder(
         backbone: its weights.
         backbone_name: for `build_backbone`.
         preprocessing: of the encoder.
-        lineage: entries of the card about its origin.
+        lineage: entries of the card about the encoder's origin.
         onnx: also write encoder.onnx.
 
     Returns:
@@ -103,7 +103,7 @@ def load_encoder(uri: str) -> Encoder:
         uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/ID/encoder`, or a folder that `write_folder` wrote.
 
     Raises:
-        ValueError: there is none, it is damaged or was changed, or its format has another version.
+        ValueError: there is no such encoder, it is damaged or was changed, or its format has another version.
     """
     if uri.startswith(("models:/", "runs:/")):
         from vmoco.encoders import registry
@@ -135,9 +135,12 @@ def _parsed(content: bytes, uri: str) -> dict[str, Any]:
     try:
         card: dict[str, Any] = json.loads(content)
     except ValueError:
-        raise ValueError(f"encoder {uri} is damaged: its {CARD} is no JSON") from None
+        raise ValueError(f"encoder {uri} is damaged: its {CARD} is not JSON") from None
     if card.get("version") != VERSION:
-        raise ValueError(f"encoder {uri} is of version {card.get('version')}, this vmoco reads version {VERSION}")
+        raise ValueError(
+            f"encoder {uri} has format version {card.get('version')}, and this vmoco reads version {VERSION}: use the "
+            "vmoco that wrote it, or export the encoder again"
+        )
     return card
 
 

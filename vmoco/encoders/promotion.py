@@ -35,7 +35,7 @@ class Score:
     high: float
     """`low` to `high` is the 95 % interval over videos."""
     beside: str
-    """The reference values for it, as text."""
+    """Values to compare it with, such as chance, as text."""
 
     def row(self) -> dict[str, Any]:
         """As an entry of the encoder's card."""
@@ -88,7 +88,7 @@ def promote(
         name: registered name.
         version: its number; the candidate when left out.
         protocol: which score decides.
-        force_reason: moves the alias whatever the scores are; the text is kept as the reason of the move.
+        force_reason: if given, moves the alias whatever the scores are; the text is kept as the reason of the move.
 
     Raises:
         ValueError: there is no such version, it has no score on the champion's evaluation sets, or it is not better.
@@ -144,7 +144,7 @@ def _reason(name: str, challenger: Any, champion: Any | None, protocol: str) -> 
             f"{name} version {challenger.version} has no {protocol} score: {evaluate}, or give a reason with --force"
         )
     if champion is None:
-        return f"the first: {next(iter(mine.values()))}"
+        return f"the first champion: {next(iter(mine.values()))}"
     theirs = {score.evaluation_set: score for score in scores_of(champion) if score.protocol == protocol}
     common = sorted(set(mine) & set(theirs))
     if not common:

@@ -1,4 +1,4 @@
-"""Encoders by name in MLflow's model registry: register, find, pull, and which of them saw a video.
+"""Encoders by name in MLflow's model registry: register them, find them, pull them, and find those that saw a video.
 
 The artifacts of a version are what `package.write_folder` wrote, a model card, and what MLflow needs to load them
 without vmoco. The SHA-256 of the encoder's card is a tag in the tracker's database, and not a file beside the card:
@@ -35,7 +35,7 @@ CANDIDATE, CHAMPION = "candidate", "champion"
 _PAGE = 100  # entries in one answer of the registry
 _CACHE_GIB = 10.0
 _METRICS = ("loss", "accuracy", "retrieval", "effective_rank", "embedding_std", "generator_loss")
-"""Of a run, those that its model card shows, where they were tracked."""
+"""Metrics of a run that its model card shows, if they were tracked."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def register(
     Args:
         run_id: MLflow run with an encoder that `attach` logged.
         name: registered name.
-        alias: one more alias of this version, or "candidate".
+        alias: a second alias for this version; "candidate" adds none.
         description: one line that MLflow and `jobs/registry.py list` show.
         artifact_folder: as for `attach`.
 
@@ -135,7 +135,7 @@ def locate(uri: str) -> Located:
     """Finds `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/ID/FOLDER`.
 
     Raises:
-        ValueError: there is no such name, alias or version; the message lists what there is.
+        ValueError: there is no such name, alias or version; the message lists the existing ones.
     """
     from mlflow.exceptions import MlflowException
 
@@ -161,12 +161,12 @@ def pull(located: Located, name: str, *, sha256: str) -> bytes:
     """The content of one file of an encoder, from the cache in $VMOCO_HOME/encoders or from the artifact store.
 
     A file of the cache is named by its SHA-256, which is checked on each load: a damaged one is downloaded again. The
-    cache holds at most 10 GiB, or VMOCO_ENCODER_CACHE_GIB; files that were not read for longest are removed first.
+    cache holds at most 10 GiB, or VMOCO_ENCODER_CACHE_GIB; the least recently read files are removed first.
 
     Args:
         located: the encoder.
-        name: of the file.
-        sha256: its recorded hash.
+        name: name of the file.
+        sha256: the file's recorded hash.
 
     Raises:
         ValueError: the file is missing, damaged or was changed, or VMOCO_ENCODER_CACHE_GIB is not a number.
@@ -219,7 +219,7 @@ def find_version(uri: str) -> Any:
     """MLflow's entry of `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
 
     Raises:
-        ValueError: there is none; the message lists what there is.
+        ValueError: there is no such version; the message lists what is registered.
     """
     from mlflow.exceptions import MlflowException
 
@@ -241,7 +241,7 @@ def find_model(name: str) -> Any:
     """MLflow's entry of a registered name.
 
     Raises:
-        ValueError: there is none; the message lists what there is.
+        ValueError: the name is not registered; the message lists the registered names.
     """
     from mlflow.exceptions import MlflowException
 
@@ -257,7 +257,7 @@ def find_run(run: str) -> Any:
     """MLflow's entry of a run, by its id or by its name; the newest of several with one name.
 
     Raises:
-        ValueError: there is none; the message lists the newest runs.
+        ValueError: there is no such run; the message lists the newest runs.
     """
     from mlflow.exceptions import MlflowException
 
@@ -349,7 +349,7 @@ class Sighting:
     """models:/NAME/VERSION."""
     aliases: tuple[str, ...]
     held_out: bool
-    """Whether the video was held out: then only scores depend on it, and no weight."""
+    """Whether the video was held out: then scores depend on it, but no weights."""
     manifest_hash: str
 
 
@@ -365,10 +365,10 @@ class Lineage:
 def encoders_that_saw(video_id: str) -> Lineage:
     """Finds every registered version whose list of videos contains a video.
 
-    Versions that were trained on one data set share a list, which is read once.
+    Versions that were trained on the same data set share one list, which is read once.
 
     Args:
-        video_id: as the manifest of the data set names it.
+        video_id: name of the video in the manifest of the data set.
 
     Raises:
         ValueError: an encoder's files are damaged.

@@ -1,14 +1,15 @@
 """Embeds videos or a data set: a pool of Ray Data actors, each with the encoder, writes a table of embeddings.
 
-All work is planned before it is scheduled, as in ingest. The name of a part of the table follows from the clips in it,
-so a part that is there is not made again, whichever job made it and however that job ended.
+All work is planned before it is scheduled, as in ingest. A hash of its clips or videos names each part of the table.
+A part that exists is not made again, whichever job made it and however that job ended.
 
-`EmbedTask` is what one actor does; it knows nothing of Ray. Its clips come from the shards of a data set, or from
-videos that it decodes.
+`EmbedTask` is the work of one actor; it does not use Ray. Its clips come from the shards of a data set, or from videos
+that it decodes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -25,13 +26,13 @@ import torch
 from vmoco import storage
 from vmoco.data import ledger, source
 from vmoco.data.decoder import Decoder
-from vmoco.data.ledger import Rejection, VideoError
+from vmoco.data.ledger import Rejection, VideoError, attributed
 from vmoco.data.manifest import NAME, Manifest
 from vmoco.data.shard_reader import ClipReader
 from vmoco.encoders.encoder import Encoder
-from vmoco.evaluate.features import Frames, Window, embed_batch, mean_colour, window, without_colour
+from vmoco.evaluate.features import Frames, Window, embed_batch, embed_views, mean_colour, window, without_colour
 from vmoco.evaluate.table import SPLITS, FeatureTable, part_bytes, part_rejected, part_uri
-from vmoco.job_settings import EmbedSettings, PoolSettings
+from vmoco.job_settings import EmbedSettings, PoolSettings, ShortVideos
 from vmoco.progress import Progress
 from vmoco.seed import hash64
 
@@ -42,19 +43,19 @@ _ROW_NAMES += ["offset", "num_bytes", "sha256", "height", "width"]
 
 @dataclasses.dataclass(frozen=True)
 class Embedded:
-    """What an embedding job has made."""
+    """The result of an embedding job."""
 
     table: FeatureTable
     num_rejected: int
     num_reused: int
-    """Parts that were there already."""
+    """Parts that existed before."""
 
 
 def embed(encoder: Encoder, settings: EmbedSettings, *, show: Callable[[str], None] = print) -> Embedded:
     """Embeds what `settings.videos` names; needs an initialised Ray.
 
     Raises:
-        ValueError: nothing to embed, another encoder's table in the way, or no permission.
+        ValueError: there is nothing to embed, the output holds another encoder's table, or permission is missing.
     """
     videos = storage.require_absolute(settings.videos, "--videos")
     output = storage.require_absolute(settings.output, "--output")
@@ -65,9 +66,16 @@ def embed(encoder: Encoder, settings: EmbedSettings, *, show: Callable[[str], No
         seen = window(encoder, manifest)
         items, listed = shard_items(manifest), []
     else:
-        listing = source.list_videos(videos)
-        items, listed = _video_items(videos, listing.videos, settings), list(listing.rejected)
-    about = {"videos": videos, "max_clips_per_video": settings.max_clips_per_video, "stride": seen.stride}
+        listing = source.list_videos(videos, settings.suffixes)
+        if listing.left_out:
+            show(f"embed  {listing.left_out}")
+        items, listed = _video_items(source.split_pattern(videos)[0], listing.videos, settings), list(listing.rejected)
+    about: dict[str, Any] = {
+        "videos": videos,
+        "max_clips_per_video": settings.max_clips_per_video,
+        "stride": seen.stride,
+    }
+    about["short_videos"] = "loop" if settings.short_videos == "loop" else None  # as tables from before the option
     _claim(output, encoder, about)
     if seen.note:
         show(f"warning: {seen.note}")
@@ -77,6 +85,7 @@ def embed(encoder: Encoder, settings: EmbedSettings, *, show: Callable[[str], No
         batch_size=settings.batch_size,
         max_clips_per_video=settings.max_clips_per_video,
         seconds_per_video=settings.seconds_per_video,
+        short_videos=settings.short_videos,
     )
     reused = run_items(items, encoder, work, settings, show=show)
     parts = [item["part"] for item in items]
@@ -93,7 +102,7 @@ def shard_items(manifest: Manifest, chosen: Any = None) -> list[dict[str, Any]]:
 
     Args:
         manifest: data set.
-        chosen: boolean column, which clips are embedded; all when left out.
+        chosen: boolean column that marks the clips to embed; None embeds all.
     """
     table = manifest.table if chosen is None else manifest.table.filter(chosen)
     table = table.select([*_ROW_NAMES, "fps"]).sort_by([("shard", "ascending"), ("row", "ascending")])
@@ -114,10 +123,10 @@ def run_items(
     *,
     show: Callable[[str], None] = print,
 ) -> int:
-    """Makes the parts that are missing, and those with a video that another try may read, on the pool's workers.
+    """Makes the missing parts on the pool's workers, and again those with a video that failed for a transient reason.
 
     Returns:
-        How many parts were there already.
+        Number of parts that were reused.
 
     Raises:
         ValueError: a worker met an error that the user has to fix.
@@ -152,9 +161,7 @@ def _run(items: list[dict[str, Any]], encoder: Encoder, work: Work, pool: PoolSe
     fit = int(ray.cluster_resources().get(resource, 0) // each)
     if not fit:
         flag = "--no-use-gpu" if pool.use_gpu else f"a --cpus-per-worker below {pool.cpus_per_worker}"
-        raise ValueError(
-            f"a worker needs {each} {resource}, and no node of the cluster has as many: give {flag}, or add nodes"
-        )
+        raise ValueError(f"a worker needs {each} {resource}, and the cluster has fewer: give {flag}, or add nodes")
     size = min(fit, len(items), pool.max_workers or fit)
     work = dataclasses.replace(
         work, device="cuda" if pool.use_gpu else "cpu", num_threads=None if pool.use_gpu else pool.cpus_per_worker
@@ -188,7 +195,11 @@ def _video_items(folder: str, videos: tuple[source.Found, ...], settings: EmbedS
 
 
 def _claim(output: str, encoder: Encoder, about: dict[str, Any]) -> None:
-    """Ties the folder to the encoder and to how it sees clips: a table is of one encoder alone."""
+    """Records in the folder which encoder the table belongs to: a table holds features of one encoder only.
+
+    Raises:
+        ValueError: the folder belongs to another encoder, or to other settings of how it sees clips.
+    """
     mine = {"encoder": encoder.card.get("backbone"), "weights": encoder.weights_hash(), **about}
     uri = storage.join(output, ABOUT)
     if storage.exists(uri):
@@ -197,7 +208,7 @@ def _claim(output: str, encoder: Encoder, about: dict[str, Any]) -> None:
             if theirs.get(name) != value:
                 raise ValueError(
                     f"the table in {output} was made with {name} {theirs.get(name)}, not {value}: "
-                    "give another --output, or what it was made with"
+                    f"give another --output, or use {name} {theirs.get(name)} again"
                 )
     storage.write_atomic(uri, json.dumps(mine, indent=1, sort_keys=True).encode())
 
@@ -212,7 +223,7 @@ _Clip = tuple[dict[str, Any], Frames]
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """How clips are embedded, the same for all items of a job."""
+    """How clips are embedded; equal for all items of a job."""
 
     output: str
     """Folder of the table."""
@@ -220,12 +231,16 @@ class Work:
     """Which frames of a stored clip the encoder sees."""
     batch_size: int
     colour: bool = True
-    """False shows the encoder the clips `without_colour`."""
+    """False removes the colour of clips first (`without_colour`)."""
+    views: tuple[tuple[int, ...], ...] = ()
+    """For clips of a data set: numbers of the stored frames that each view shows; `window` is not used then. A row has
+    the features of all views, one after the other."""
     max_clips_per_video: int = 32
     seconds_per_video: float = 600.0
+    short_videos: ShortVideos = "reject"
     device: str = "cpu"
     num_threads: int | None = None
-    """Of torch; None leaves them as they are."""
+    """Threads of torch; None keeps the present number."""
 
 
 class EmbedTask:
@@ -250,7 +265,7 @@ class EmbedTask:
             item: `part`, its name; `plan`, JSON: a data set and rows of its manifest, or a folder and videos.
 
         Returns:
-            `clips`, the number of them; `error`, an error message that the user can act on, or empty.
+            `clips`, their number; `error`, an error message that the user can act on, or empty.
         """
         plan = json.loads(item["plan"])
         rejected: list[Rejection] = []
@@ -259,17 +274,22 @@ class EmbedTask:
             rows, features = self._embed(clips)
             content = part_bytes(rows, features, rejected=rejected)
             storage.write_atomic(part_uri(self._work.output, item["part"]), content)
-        except (OSError, ValueError) as error:  # as a value: an exception ends the job with Ray's stack around it
+        except (OSError, ValueError) as error:  # as a value: Ray would wrap an exception in its own stack
             return {"clips": 0, "error": str(error)}
         return {"clips": len(rows), "error": ""}
 
     def _embed(self, clips: Iterable[_Clip]) -> tuple[list[dict[str, Any]], npt.NDArray[np.float32]]:
         """Rows and features of clips, in batches of one size."""
         rows: list[dict[str, Any]] = []
-        parts = [torch.zeros(0, self._encoder.feature_dim)]  # a part may have no clip
+        width = self._encoder.feature_dim * max(len(self._work.views), 1)
+        parts = [torch.zeros(0, width)]  # a part may have no clips
         clips = iter(clips)
         while batch := list(itertools.islice(clips, self._work.batch_size)):
             rows += [row for row, _ in batch]
+            if self._work.views:
+                clips_of = [frames for _, frames in batch]
+                parts.append(embed_views(self._encoder, clips_of, self._work.views, colour=self._work.colour))
+                continue
             seen = [frames if self._work.colour else without_colour(frames) for _, frames in batch]
             parts.append(embed_batch(self._encoder, seen))
         return rows, torch.cat(parts).numpy()
@@ -280,19 +300,28 @@ class EmbedTask:
         reader = ClipReader(plan["data_set"], table, frame_shape=shape, encoding=plan["encoding"], crop=True)
         seen = self._work.window.numbers(shape[0])
         for row, frames in zip(rows, reader.several(range(len(rows))), strict=True):  # all frames: for the mean colour
-            yield row | {"colour": mean_colour(frames).tolist()}, frames[seen.start : seen.stop : seen.step]
+            shown = frames if self._work.views else frames[seen.start : seen.stop : seen.step]
+            yield row | {"colour": mean_colour(frames).tolist()}, shown
 
     def _of_videos(self, plan: dict[str, Any], rejected: list[Rejection]) -> Iterator[_Clip]:
+        """Clips of videos; a video that fails with any error is added to `rejected`.
+
+        Raises:
+            ScratchError: the disk for temporary files cannot be written.
+        """
         for name, num_bytes in plan["videos"]:
             found = source.Found(name, num_bytes)
             try:
-                with source.local_copy(plan["folder"], found) as path:
-                    sha256 = source.file_sha256(path)
+                with attributed("decode"), contextlib.ExitStack() as stack:
+                    with attributed("read"):
+                        path = stack.enter_context(source.local_copy(plan["folder"], found))
+                        sha256 = source.file_sha256(path)
                     cut = self._encoder.cut_video(
                         path,
                         decoder=self._decoder,
                         max_clips=self._work.max_clips_per_video,
                         seconds=self._work.seconds_per_video,
+                        short_videos=self._work.short_videos,
                     )
             except VideoError as error:
                 why = (error.stage, error.reason, error.message, error.transient)

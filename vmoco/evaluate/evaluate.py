@@ -1,7 +1,7 @@
-"""Evaluates encoders on a data set: features by the pool of `embed`, then one Ray task per protocol and split.
+"""Evaluates encoders on a data set: `embed` computes features, then one Ray task runs per protocol and split.
 
-A score is a mean over videos with its interval. With several splits the test videos of all count, and a video that is
-tested in two splits is one video to the bootstrap.
+A score is a mean over videos with its interval. With several splits, the test videos of all splits count, and the
+bootstrap treats a video that is tested in two splits as one video.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vmoco import storage
+from vmoco.data.held_out import sources_of
 from vmoco.data.manifest import Manifest
-from vmoco.encoders.encoder import Encoder
+from vmoco.encoders import foreign
+from vmoco.encoders.encoder import S3D_FRAMES, Encoder
 from vmoco.encoders.promotion import Score
+from vmoco.evaluate import motion
 from vmoco.evaluate import score as label_free
 from vmoco.evaluate.embed import Work, run_items, shard_items
 from vmoco.evaluate.features import Window, window
@@ -30,6 +33,7 @@ from vmoco.job_settings import EvaluateSettings, Protocol
 from vmoco.seed import hash64
 
 LABEL_FREE: Protocol = "label-free"
+MOTION: Protocol = "motion"
 FROZEN: tuple[Protocol, ...] = ("knn", "probe", "retrieval")
 
 
@@ -42,7 +46,9 @@ class EvaluationPlan:
     splits: tuple[Split, ...]
     """Over the rows of the manifest's table; empty where no protocol needs labels."""
     notes: tuple[str, ...]
-    """Why a protocol is left out, for the user."""
+    """Why protocols are left out, as messages for the user."""
+    motion: motion.MotionPlan | None = None
+    """The clips of the motion probes; None if they are not measured."""
 
 
 def plan(settings: EvaluateSettings) -> EvaluationPlan:
@@ -68,9 +74,12 @@ def plan(settings: EvaluateSettings) -> EvaluationPlan:
             notes.append("the data set has no labels, so only the label-free score is measured")
     elif LABEL_FREE in protocols:
         label_free.scored_clips(manifest)
-    with_labels = [protocol for protocol in protocols if protocol != LABEL_FREE]
+    moving = motion.plan_motion(manifest) if MOTION in protocols else None
+    if moving and moving.note:
+        notes.append(moving.note)
+    with_labels = [protocol for protocol in protocols if protocol not in (LABEL_FREE, MOTION)]
     splits = find_splits(manifest.table, settings.splits, protocol=with_labels[0]) if with_labels else []
-    return EvaluationPlan(manifest, tuple(dict.fromkeys(protocols)), tuple(splits), tuple(notes))
+    return EvaluationPlan(manifest, tuple(dict.fromkeys(protocols)), tuple(splits), tuple(notes), moving)
 
 
 def evaluate(
@@ -87,6 +96,8 @@ def evaluate(
     scores = []
     if LABEL_FREE in planned.protocols:
         scores.append(_label_free(encoder, planned, seen, settings, show))
+    if planned.motion:
+        scores += _motion(encoder, planned.manifest, planned.motion, seen, settings, show)
     frozen = [protocol for protocol in planned.protocols if protocol in FROZEN]
     tasks: list[Any] = []
     if frozen:
@@ -113,15 +124,64 @@ def _label_free(
     chosen = pc.is_in(manifest.table["clip_id"], value_set=rows["clip_id"].combine_chunks())
     table_uri, parts = _embedded(encoder, manifest, chosen, seen, settings, show, colour=False)
     table = FeatureTable(table_uri, parts)
+    source_of = dict(zip(rows["clip_id"].to_pylist(), sources_of(rows), strict=True))
     found = label_free.score(
         table.features(),
         video_ids=table.rows["video_id"].to_pylist(),
         start_seconds=table.rows["start_seconds"].to_numpy(),
         clip_seconds=table.rows["clip_seconds"].to_numpy(),
         colours=table.colours(),
+        sources=[source_of[clip] for clip in table.rows["clip_id"].to_pylist()],
     )
     show(str(found))
     return label_free_score(replace(found, evaluation_set=evaluation_set))
+
+
+def _motion(
+    encoder: Encoder,
+    manifest: Manifest,
+    chosen: motion.MotionPlan,
+    seen: Window,
+    settings: EvaluateSettings,
+    show: Callable[[str], None],
+) -> list[Score]:
+    least = max(motion.MIN_FRAMES, S3D_FRAMES if encoder.card["backbone"] == "s3d" else 0)
+    views = motion.make_views(seen, manifest.frame_shape[0], min_frames=least)
+    colours, repeats = motion.read_colours(manifest, chosen.rows)
+    for note in filter(None, (views.note, repeats)):
+        show(f"warning: {note}")
+    untrained = foreign.random_initialisation(encoder, seed=settings.seed)
+    features = _features_by_view(encoder, list(views.numbers), views, manifest, chosen, seen, settings, show)
+    sources = {
+        motion.ENCODER: features,
+        motion.RANDOM: _features_by_view(untrained, views.moving, views, manifest, chosen, seen, settings, show),
+        motion.STILL: motion.still_features(features),
+        motion.COLOUR: motion.colour_features(colours, views),
+    }
+    lengths = manifest.frame_shape[0] / chosen.rows["fps"].to_numpy()
+    evaluation_set = motion.evaluation_set(chosen, views)
+    measured = motion.measure_motion(sources, chosen, views, clip_seconds=lengths)
+    if measured[0].probe != "arrow":
+        show("warning: arrow is left out: fewer than two videos of the test part have two clips that do not overlap")
+    return [each.score(evaluation_set) for each in measured]
+
+
+def _features_by_view(
+    encoder: Encoder,
+    names: list[str],
+    views: motion.Views,
+    manifest: Manifest,
+    chosen: motion.MotionPlan,
+    seen: Window,
+    settings: EvaluateSettings,
+    show: Callable[[str], None],
+) -> motion.ByView:
+    wanted = pc.is_in(manifest.table["clip_id"], value_set=chosen.rows["clip_id"].combine_chunks())
+    shown = tuple(views.numbers[name] for name in names)
+    table = FeatureTable(*_embedded(encoder, manifest, wanted, seen, settings, show, colour=False, views=shown))
+    # Rows of the table are in the order of the shards.
+    places = pc.index_in(chosen.rows["clip_id"], value_set=table.rows["clip_id"].combine_chunks()).to_numpy()
+    return motion.split_views(table.features()[places], names)
 
 
 def _embedded(
@@ -133,13 +193,15 @@ def _embedded(
     show: Callable[[str], None],
     *,
     colour: bool,
+    views: tuple[tuple[int, ...], ...] = (),
 ) -> tuple[str, list[str]]:
-    """The table of features of the chosen clips, from an earlier evaluation where there is one."""
+    """The table of features of the chosen clips; the table of an earlier evaluation is used again."""
     place = storage.require_absolute(settings.features or storage.join(storage.home(), "features"), "--features")
-    name = f"{manifest.hash}-{encoder.weights_hash()}-stride{seen.stride}{'' if colour else '-grey'}"
+    frames = f"views{hash64('views', str(views)):016x}" if views else f"stride{seen.stride}"
+    name = f"{manifest.hash}-{encoder.weights_hash()}-{frames}{'' if colour else '-grey'}"
     output = storage.join(place, name)
     items = shard_items(manifest, chosen)
-    work = Work(output=output, window=seen, batch_size=settings.batch_size, colour=colour)
+    work = Work(output=output, window=seen, batch_size=settings.batch_size, colour=colour, views=views)
     run_items(items, encoder, work, settings, show=show)
     return output, [item["part"] for item in items]
 
@@ -149,7 +211,7 @@ def _remote(settings: EvaluateSettings, *, gpu: bool) -> Any:
 
     @ray.remote(num_cpus=settings.cpus_per_worker, num_gpus=1 if gpu else 0)
     def call(function: Callable[..., Any], *words: Any) -> tuple[Any, str]:
-        # Returned as a value: an exception in a task would come back with Ray's stack around it.
+        # Returned as a value: Ray would wrap an exception of a task in its own stack.
         try:
             return function(*words), ""
         except (OSError, ValueError) as error:
@@ -172,7 +234,7 @@ def _results(tasks: Sequence[Any]) -> list[tuple[int, Measured]]:
 def _measure(
     protocol: str, table_uri: str, parts: list[str], index: int, settings: EvaluateSettings
 ) -> list[tuple[int, Measured]]:
-    """Runs in a Ray task: one protocol on one split."""
+    """Runs one protocol on one split, in a Ray task."""
     table = FeatureTable(table_uri, parts)
     split = find_splits(table.rows, settings.splits, protocol=protocol)[index]
     return [(index, measured) for measured in MEASURES[protocol](table, split, settings)]
@@ -181,7 +243,7 @@ def _measure(
 def _finetune(
     encoder: Encoder, manifest: Manifest, split: Split, seen: Window, settings: EvaluateSettings
 ) -> list[tuple[int, Measured]]:
-    """Runs in a Ray task: fine-tuning on one split."""
+    """Fine-tunes on one split, in a Ray task."""
     import torch
 
     if not settings.use_gpu:
@@ -208,7 +270,7 @@ def _scores(results: list[tuple[int, Measured]], planned: EvaluationPlan, settin
 
 
 def _evaluation_set(protocol: str, planned: EvaluationPlan, settings: EvaluateSettings) -> str:
-    """Hash of the clips, their labels and splits, and of what was set for the protocol."""
+    """Hash of the clips, their labels and splits, and the settings of the protocol."""
     table = planned.manifest.table.select(["clip_id", "sha256", "label", *SPLITS, "held_out"])
     how = {
         "knn": [settings.k, settings.temperature],

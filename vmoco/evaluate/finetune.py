@@ -1,8 +1,8 @@
-"""Fine-tuning of all weights on labelled videos, as the field does on UCF101 and HMDB51. Knows nothing of Ray.
+"""Fine-tuning of all weights on labelled videos, as is usual on UCF101 and HMDB51. Does not use Ray.
 
 Each epoch shows one clip of every training video: a stored clip, a window in it, a crop and a mirroring, all drawn from
-the seed. The weights after the last epoch are tested: nothing is chosen on the test part. A test video is classified by
-the mean over the class probabilities of its clips (10), centre crop.
+the seed. The weights after the last epoch are tested, so nothing is chosen on the test part. A test video is classified
+by the mean class probabilities of some of its clips (`clips_per_video`, 10 by default), each with a centre crop.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Classifier(nn.Module):
     """An encoder's backbone with a linear classifier on it.
 
     Args:
-        encoder: copied, so that it stays as it was.
+        encoder: its backbone is copied and not changed.
         num_classes: C.
-        dropout: before the classifier.
+        dropout: probability of dropping a feature before the classifier.
     """
 
     def __init__(self, encoder: Encoder, *, num_classes: int, dropout: float) -> None:
@@ -65,22 +65,22 @@ def finetune(
     device: str = "cpu",
     show: Callable[[str], None] = print,
 ) -> Measured:
-    """Fine-tunes on the training part of a split, and tests once on its test part.
+    """Fine-tunes on the training part of a split, then tests once on its test part.
 
     Args:
         encoder: initial weights; it is not changed.
         manifest: data set; `split` is over the rows of its table.
-        split: which clips.
+        split: the training and the test clips.
         settings: see `FinetuneSettings`.
-        window: which frames of a stored clip are seen; in training its start is drawn.
-        seed: of every draw.
-        device: where it runs.
-        show: is called with a line per epoch, and with progress lines.
+        window: which frames of a stored clip are seen; in training its start is random.
+        seed: seed of every random number.
+        device: torch device to run on, such as "cpu".
+        show: called with a line per epoch, and with progress lines.
 
     Raises:
         ValueError: the training diverged, or a clip is damaged.
     """
-    torch.manual_seed(hash64("finetune", seed) % 2**63)  # for the initial weights of the classifier alone
+    torch.manual_seed(hash64("finetune", seed) % 2**63)  # only for the initial weights of the classifier
     model = Classifier(encoder, num_classes=len(split.classes), dropout=settings.dropout).to(device)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=settings.learning_rate, momentum=0.9, weight_decay=settings.weight_decay
@@ -143,7 +143,7 @@ def _test(
 
 
 def _windows(seeds: npt.NDArray[np.uint64], window: Window, *, num_stored: int) -> list[range]:
-    """The frames of each clip that are seen in training: the place of the window is drawn."""
+    """The frames of each clip that training sees; each seed determines where the window begins."""
     starts = (_draws(seeds, "window") * (num_stored - window.span + 1)).astype(np.int64)
     return [window.numbers(num_stored, start=int(start)) for start in starts]
 
@@ -155,7 +155,7 @@ def _augmented(
     settings: FinetuneSettings,
     device: str,
 ) -> torch.Tensor:
-    """Crops and mirrorings of clips (T, H, W, 3), normalised as the encoder wants them: float (B, 3, T, size, size)."""
+    """Clips (T, H, W, 3), cropped, mirrored and normalised as the encoder expects: float (B, 3, T, size, size)."""
     size = encoder.preprocessing.size
     wanted = AugmentSettings(size=size, min_area=settings.min_area, flip_probability=settings.flip_probability)
     views = []
@@ -168,7 +168,7 @@ def _augmented(
 
 
 def _clips_of(videos: npt.NDArray[np.object_], mask: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.int64]]:
-    """The rows of each video inside the mask, videos sorted by name."""
+    """The rows of each video inside the mask; videos are sorted by name."""
     rows = np.flatnonzero(mask)
     names, members = np.unique(videos[rows], return_inverse=True)
     order = np.argsort(members, kind="stable")

@@ -1,6 +1,6 @@
 """gallery.html: clips with their nearest clips as moving thumbnails, and a map of all clips. One file, no network.
 
-The table holds no pixels, so the thumbnails of the clips that are shown are read again from the data set or videos.
+The table holds no pixels, so the thumbnails are read again from the data set or the videos.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _HEIGHT, _FRAMES = 96, 8
 Features = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1080px; padding: 0 1rem; }
 h1 { font-size: 1.35rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
@@ -56,7 +56,7 @@ circle { fill-opacity: .75; } .key { display: inline-block; width: .8em; height:
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip of the table, with what the page shows of it."""
+    """A clip of the table, with what the page shows about it."""
 
     row: int
     clip_id: str
@@ -68,30 +68,24 @@ class Clip:
 
 
 def write_gallery(table: FeatureTable, encoder: Encoder, settings: EmbedSettings, *, title: str) -> str:
-    """Writes the page beside the table; returns its URI.
+    """Writes the page into the table's folder; returns its URI.
 
     Args:
-        table: of embeddings.
-        encoder: that made them.
+        table: the embeddings.
+        encoder: the encoder that made them.
         settings: where the clips came from, and how many queries are shown.
         title: name of the encoder.
     """
-    chosen, found, cosines = _nearest(table, settings.queries)
-    clips = {int(row): _clip(table, int(row)) for row in np.unique(np.concatenate([chosen, found.ravel()]))}
-    pictures = dict(_thumbnails(list(clips.values()), encoder, settings))
-    rows = [
-        _row(clips[int(query)], [clips[int(row)] for row in near], cosine, pictures)
-        for query, near, cosine in zip(chosen, found, cosines, strict=True)
-    ]
+    rows = nearest_rows(table, encoder, settings)
     head = html.escape(title)
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{head}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>
 <h1>{head}</h1>
 <p>{len(table)} clips of {len(set(table.strings("video_id")))} videos in {html.escape(settings.videos)}.</p>
 <h2>Nearest clips</h2>
-<p>On the left a clip, beside it those that are nearest by the cosine of their features, after the mean of all
-clips is subtracted. Green: of the same video, which mean colour alone often finds too.</p>
+<p>A clip is on the left; beside it are its nearest clips by the cosine of their features, after the mean of all
+clips is subtracted. A green frame marks a clip of the same video. Mean colour alone often finds these too.</p>
 {"".join(rows)}
 <h2>Map</h2>
 {_map(table)}
@@ -100,6 +94,23 @@ clips is subtracted. Green: of the same video, which mean colour alone often fin
     uri = storage.join(storage.absolute_uri(settings.output), PAGE)
     storage.write_atomic(uri, page.encode())
     return uri
+
+
+def nearest_rows(table: FeatureTable, encoder: Encoder, settings: EmbedSettings) -> list[str]:
+    """The HTML of each query with its nearest clips. Tables of the same clips give the same queries.
+
+    Args:
+        table: the embeddings.
+        encoder: the encoder that made them.
+        settings: where the clips came from, and how many queries are shown.
+    """
+    chosen, found, cosines = _nearest(table, settings.queries)
+    clips = {int(row): _clip(table, int(row)) for row in np.unique(np.concatenate([chosen, found.ravel()]))}
+    pictures = dict(_thumbnails(list(clips.values()), encoder, settings))
+    return [
+        _row(clips[int(query)], [clips[int(row)] for row in near], cosine, pictures)
+        for query, near, cosine in zip(chosen, found, cosines, strict=True)
+    ]
 
 
 class _Centred:
@@ -134,7 +145,7 @@ def _nearest(table: FeatureTable, num_queries: int) -> tuple[Rows, Rows, Feature
 
 
 def _queries(videos: npt.NDArray[np.object_], count: int) -> Rows:
-    """Sorted rows: one clip of as many videos as are wanted, by a fixed draw; more of each where they are too few."""
+    """Sorted rows of `count` clips, by a fixed draw: one of each video; several if there are fewer videos than that."""
     drawn = sorted(range(len(videos)), key=lambda row: hash64("gallery", str(videos[row]), row))
     turn: dict[str, int] = {}
     order = []
@@ -221,6 +232,7 @@ def _decoded(folder: str, name: str, encoder: Encoder, settings: EmbedSettings) 
                 decoder=decoder,
                 max_clips=settings.max_clips_per_video,
                 seconds=settings.seconds_per_video,
+                short_videos=settings.short_videos,
             ).frames
     finally:
         decoder.close()
@@ -257,8 +269,8 @@ def _map(table: FeatureTable) -> str:
     more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
     kind = "label" if by_label else "video"
     return (
-        f"<p>{len(rows)} clips by t-SNE of their features: near clips are alike, long distances mean little. "
-        f"Colour is the {kind}: "
+        f"<p>{len(rows)} clips by t-SNE of their features. Clips that are close are similar; long distances mean "
+        f"little. Colour is the {kind}: "
         f'{" &ensp; ".join(shown)}{more}.</p>\n<svg viewBox="-10 -10 1020 620" role="img" '
         f'aria-label="map of the clips">{"".join(points)}</svg>'
     )

@@ -34,8 +34,8 @@ def nearest(queries: Features, gallery: Iterable[Features], *, k: int) -> tuple[
         k: neighbours of each query.
 
     Returns:
-        Similarities float32 and rows int64, both (Q, k), the most similar first; where the gallery has fewer than k
-        rows, the rest is -inf and row -1.
+        Similarities float32 and rows int64, both (Q, k), the most similar first; if the gallery has fewer than k rows,
+        the rest is -inf and row -1.
     """
     import faiss
 
@@ -55,14 +55,14 @@ def nearest(queries: Features, gallery: Iterable[Features], *, k: int) -> tuple[
 def classify(
     queries: Features, gallery: Iterable[Features], labels: Labels, *, k: int = 200, temperature: float = 0.07
 ) -> npt.NDArray[np.float64]:
-    """Share of the votes that each class gets from the k nearest.
+    """Share of the votes that each class gets from the k nearest rows.
 
     Args:
         queries: float32 (Q, D), unit rows.
         gallery: blocks of the training part, unit rows; it is iterated again for every `QUERIES` queries.
         labels: int64 (N,), classes of the gallery's rows, 0 to C - 1.
-        k: neighbours that vote; all of the gallery where it has fewer.
-        temperature: of the votes: the lower, the more the nearest count.
+        k: neighbours that vote; the complete gallery if it has fewer rows.
+        temperature: a lower one gives the nearest neighbours more weight.
 
     Returns:
         float64 (Q, C); rows add up to 1, and the class of a query is the argmax of its row.
@@ -71,7 +71,7 @@ def classify(
     votes = np.zeros((len(queries), num_classes))
     for first in range(0, len(queries), QUERIES):
         similarity, rows = nearest(queries[first : first + QUERIES], gallery, k=min(k, len(labels)))
-        # Less the largest, so that exp cannot overflow at low temperatures; the shares stay the same.
+        # The largest is subtracted so that exp cannot overflow at low temperatures; the shares stay the same.
         weights = np.exp((similarity.astype(np.float64) - similarity[:, :1]) / temperature)
         for place in range(rows.shape[1]):
             np.add.at(votes, (first + np.arange(len(rows)), labels[rows[:, place]]), weights[:, place])
@@ -86,7 +86,7 @@ class Neighbour:
     query: str
     """`video @ seconds` of the query."""
     nearest: str
-    """The same of its nearest clip."""
+    """The same for its nearest clip."""
     similarity: float
     """Their cosine, after the mean over the gallery is subtracted."""
     same_video: bool
@@ -149,7 +149,7 @@ def nearest_clips(
 def centred(features: Features) -> Features:
     """Unit rows of features without their common mean: (N, D).
 
-    Features behind a ReLU share a large positive part, beside which all cosines are near 1.
+    Features after a ReLU share a large positive part, which moves all cosines close to 1.
     """
     apart = features - features.mean(axis=0)
     unit: Features = (apart / np.maximum(np.linalg.norm(apart, axis=1, keepdims=True), 1e-9)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Linear probe: a logistic regression on frozen features, its regularisation chosen inside the training part.
+"""Linear probe: a logistic regression on frozen features. Its regularisation is chosen within the training part.
 
 A fifth of the training videos of each class (by a hash of their names) validates each strength; the test part is not
 used. The chosen strength is then fitted again on the complete training part.
@@ -47,7 +47,7 @@ class Probe:
 
     @property
     def classes(self) -> Labels:
-        """The classes that it knows, sorted."""
+        """The classes that it was fitted on, sorted."""
         known: Labels = self.model[-1].classes_
         return known
 
@@ -61,13 +61,13 @@ def fit_probe(
         features: float32 (N, D) of the training part.
         labels: int64 (N,).
         video_ids: video of each row: clips of one video are never on both sides of the validation.
-        strengths: C that are tried; the smallest of those that validate best is chosen: it is the simplest model.
+        strengths: values of C to try. The smallest of the best is chosen, because it is the simplest model.
 
     Raises:
-        ValueError: one class only, or no two videos of any class.
+        ValueError: there is only one class, or no class has two videos.
     """
     if len(np.unique(labels)) < 2:
-        raise ValueError("the training part has one class, a linear probe needs two: check the labels of the data set")
+        raise ValueError("the training part has one class, and a probe needs two: check the labels of the data set")
     validating = _validating(labels, np.asarray(video_ids, dtype=object))
     if not validating.any():
         raise ValueError(
@@ -85,7 +85,7 @@ def fit_probe(
 
 
 def _validating(labels: Labels, video_ids: npt.NDArray[np.object_]) -> npt.NDArray[np.bool_]:
-    """Which rows validate: those of a fifth of the videos of each class, one at least, by a hash of their names."""
+    """Which rows validate: those of a fifth of the videos of each class, at least one, by a hash of their names."""
     chosen: set[str] = set()
     for label in np.unique(labels):
         videos = sorted(set(video_ids[labels == label]), key=lambda video: hash64("probe validation", video))
@@ -106,6 +106,6 @@ def _fit(model: Any, features: Features, labels: Labels, *, strength: float) -> 
 
     model[-1].set_params(C=strength)
     with warnings.catch_warnings():
-        # Where hardly any penalty is left the optimum is far away, and the last iterations change no prediction.
+        # With almost no penalty the optimum is far away, and the last iterations change no prediction.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit(features, labels)

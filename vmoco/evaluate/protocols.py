@@ -1,8 +1,8 @@
-"""The protocols that need labels, on a table of features of a frozen encoder; and the splits that they are measured on.
+"""The protocols that need labels, on a table of features of a frozen encoder, and the splits to measure them on.
 
-A split cuts the labelled clips into a training and a test part: the official split files, or the held-out videos. Every
-protocol classifies videos and not clips: it first averages the answers for the clips of a video. Features are read
-block by block. Nothing here needs Ray.
+A split divides the labelled clips into a training and a test part, by the official split files or by the held-out
+videos. Every protocol classifies videos and not clips: it first averages the answers for the clips of a video. Features
+are read block by block. Nothing here needs Ray.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Split:
-    """One way of cutting labelled clips into a training and a test part."""
+    """One way of dividing labelled clips into a training and a test part."""
 
     name: str
     """`split 1`, or `held out`."""
@@ -49,11 +49,11 @@ def find_splits(rows: pa.Table, wanted: Sequence[int] = (), *, protocol: str) ->
 
     Args:
         rows: table with video_id, label, held_out and the columns of the official splits.
-        wanted: numbers of official splits; all when left out; the held-out videos where there are none.
-        protocol: what needs labels, for errors.
+        wanted: numbers of official splits; empty uses all of them, or the held-out videos if there are none.
+        protocol: name of the protocol that needs labels, for error messages.
 
     Raises:
-        ValueError: there are no labels, no such split, or a part of it is empty.
+        ValueError: there are no labels, there is no such split, or a part of it is empty.
     """
     names = np.asarray(rows["label"].to_pylist(), dtype=object)
     labelled = np.array([name is not None for name in names])
@@ -102,7 +102,7 @@ class Measured:
 
     protocol: str
     right: npt.NDArray[np.float64]
-    """(V,), 1 where a video was classified right."""
+    """(V,), 1 for a video that was classified correctly."""
     videos: npt.NDArray[np.object_]
     """(V,)."""
     detail: str = ""
@@ -159,13 +159,13 @@ def video_right(
     videos: npt.NDArray[np.object_],
     split: Split,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.object_]]:
-    """Which videos are classified right by the mean over their clips.
+    """Which videos are classified correctly by the mean over their clips.
 
     Args:
-        shares: (clips, C), of each class, block after block.
-        classes: (C,), which class a column is.
+        shares: (clips, C), share of each class, block after block.
+        classes: (C,), class of each column.
         videos: video of each clip.
-        split: knows the labels.
+        split: has the labels.
 
     Returns:
         1 or 0 for each video, and the videos, sorted.

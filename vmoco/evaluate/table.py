@@ -1,6 +1,6 @@
 """A table of embeddings: Parquet files in one folder, each written by one task, read block by block.
 
-All types are Arrow's own, so any Parquet reader opens it. The columns that describe the clips are held in memory (some
+All types are Arrow's own, so any Parquet reader opens it. The columns that describe the clips are held in memory (about
 200 bytes a clip); features are read one part at a time.
 """
 
@@ -48,9 +48,9 @@ def part_bytes(
     """A part as the content of a Parquet file.
 
     Args:
-        rows: one per clip, the fields of FIELDS.
+        rows: one per clip, with the fields of FIELDS.
         features: float32 (number of rows, D).
-        rejected: videos that gave no clips, which the part remembers.
+        rejected: videos that gave no clips; the part records them.
     """
     table = pa.Table.from_pylist(rows, schema=pa.schema(FIELDS))
     width = features.shape[1]
@@ -60,18 +60,18 @@ def part_bytes(
     lost = json.dumps([vars(rejection) for rejection in rejected or []])
     table = table.replace_schema_metadata({_REJECTED: lost})
     sink = pa.BufferOutputStream()
-    # Features are noise to a compressor; the few columns beside them are small.
+    # Dictionaries only for strings that repeat: features look like noise, and the other columns are small.
     pq.write_table(table, sink, compression="zstd", use_dictionary=["video_id", "label", "source"])
     return memoryview(sink.getvalue())
 
 
 def part_uri(folder: str, name: str) -> str:
-    """Where a part of the table in `folder` lies."""
+    """URI of a part of the table in `folder`."""
     return storage.join(folder, PARTS, f"{name}.parquet")
 
 
 def part_rejected(folder: str, name: str) -> list[Rejection] | None:
-    """The videos of a part that gave no clips, read from its footer; None where there is no such part."""
+    """The videos of a part that gave no clips, read from its footer; None if there is no such part."""
     try:
         metadata = _read(part_uri(folder, name), pq.read_schema).metadata or {}
     except FileNotFoundError:
@@ -80,17 +80,17 @@ def part_rejected(folder: str, name: str) -> list[Rejection] | None:
 
 
 class FeatureTable:
-    """The table in a folder, or those parts of it that are named.
+    """The table in a folder, or some parts of it.
 
     Args:
-        folder: of the table.
-        parts: names of the parts that count, in order; all that are there when left out.
+        folder: the table's folder.
+        parts: names of the parts to read, in order; None reads all.
 
     Attributes:
         rows: pyarrow table of FIELDS, one row per clip, part after part.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the folder has no table.
     """
 
     def __init__(self, folder: str, parts: list[str] | None = None) -> None:
@@ -111,7 +111,7 @@ class FeatureTable:
         return int(self.rows.num_rows)
 
     def strings(self, name: str) -> npt.NDArray[np.object_]:
-        """A column of FIELDS as Python strings, None where there is none."""
+        """A column of FIELDS as Python strings; None for a missing value."""
         return np.asarray(self.rows[name].to_pylist(), dtype=object)
 
     def colours(self) -> Features:
@@ -128,7 +128,7 @@ class FeatureTable:
 
 
 class Blocks:
-    """Iterates over features without holding more than one part."""
+    """Iterates over features and holds at most one part in memory."""
 
     def __init__(self, uris: list[str], ends: Rows, chosen: npt.NDArray[np.bool_]) -> None:
         self._uris, self._ends, self._chosen = uris, ends, chosen
@@ -153,7 +153,7 @@ def _read_columns(uri: str, names: list[str]) -> pa.Table:
 
 
 def _read(uri: str, read: Callable[[pa.NativeFile], Result]) -> Result:
-    """Reads from a part, wherever it lies; only the ranges that `read` asks for are fetched.
+    """Reads from a local or remote part; only the ranges that `read` asks for are fetched.
 
     Raises:
         FileNotFoundError: there is no such part.

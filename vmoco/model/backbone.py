@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,17 @@ class Backbone(nn.Module):
         features: torch.Tensor = self.trunk(clips)
         return features
 
+    def feature_maps(self, clips: torch.Tensor) -> torch.Tensor:
+        """(B, 3, T, H, W) -> what is pooled into the features: (B, feature_dim, T', H', W')."""
+        trunk: Any = self.trunk
+        if isinstance(trunk, torchvision_video.S3D):
+            maps: torch.Tensor = trunk.features(clips)
+        elif isinstance(trunk, torchvision_video.VideoResNet):
+            maps = trunk.layer4(trunk.layer3(trunk.layer2(trunk.layer1(trunk.stem(clips)))))
+        else:
+            maps = trunk[:-2](clips)  # without pooling and flattening
+        return maps
+
 
 def build_backbone(name: str) -> Backbone:
     """A randomly initialised backbone.
@@ -75,7 +87,9 @@ class _S3dPool(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(B, C, T, H, W) -> (B, C, T', H', W'); S3D then takes the mean over T', H' and W'."""
         frames, height, width = features.shape[2:]
-        return F.avg_pool3d(features, (min(frames, 2), min(height, 7), min(width, 7)), stride=1)
+        # In float32: torch has no such pooling in bfloat16 and float16 on CPUs.
+        pooled = F.avg_pool3d(features.float(), (min(frames, 2), min(height, 7), min(width, 7)), stride=1)
+        return pooled.to(features.dtype)
 
 
 def _s3d() -> Backbone:

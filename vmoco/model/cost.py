@@ -1,16 +1,20 @@
 """What a run costs: arithmetic, memory and network by shapes alone, and how fast a worker really computes.
 
 Costs are counted in forwards of the encoder. A step needs 4 before the generator starts (query 1, its backward 2, key
-1) and 6 after (q_real 1, the gradient of the pixels 1). The generator, the augmentation and the loss are left out. They
-are small beside the encoders, so a real step is somewhat slower.
+1) and 6 while it trains (q_real 1, the gradient of the pixels 1). If the generator follows the contrastive loss, the 4
+remain, and the first layer computes the gradient of its input as well. A clip whose key is also encoded backwards needs
+1 more. The generator, the augmentation and the loss are left out. They are small beside the encoders, so a real step is
+somewhat slower.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmoco.config import PretrainSettings
@@ -31,7 +35,7 @@ class StepCost:
     flops_before: float
     """Of a step before the generator starts."""
     flops_after: float
-    """Of a step with the generator."""
+    """Of a step after the generator has started: the mean over steps in which it trains and others."""
     rank_bytes: int
     """Memory of a rank: two encoders, gradients, optimizer, queue, and the activations of one micro-batch."""
     gradient_bytes: int
@@ -61,9 +65,15 @@ def step_cost(settings: PretrainSettings, *, bf16: bool) -> StepCost:
         kept.append(tensor)
         return tensor
 
+    def count_stem(layer: nn.Conv3d, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        stem.append(2 * output[0].numel() * layer.in_channels * math.prod(layer.kernel_size))
+
+    stem: list[int] = []  # arithmetic of the first layer for one clip, forward, or backward for its input
     kept: list[torch.Tensor] = []  # so that no storage is freed and its address used again
     with torch.device("meta"):
         encoder = MocoEncoder(model.backbone, embedding_dim=model.embedding_dim, head=model.head)
+        first = next(layer for layer in encoder.backbone.modules() if isinstance(layer, nn.Conv3d))
+        first.register_forward_hook(count_stem)
         clips = torch.empty(2, 3, settings.data.num_frames, settings.augment.size, settings.augment.size)
         with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, note):
             encoder.head(encoder.backbone(clips))  # not its own forward: autocast does not support the meta device
@@ -73,24 +83,26 @@ def step_cost(settings: PretrainSettings, *, bf16: bool) -> StepCost:
     activations = activations // 2 if bf16 else activations
     forward = counter.get_total_flops() / len(clips)
     ranks = settings.scaling.num_workers
+    adversarial = 2 * forward if settings.generator.objective == "difference" else stem[0]
     optimizer = 2 if train.optimizer == "adamw" else 1
     queue = moco.queue_size * (4 * model.embedding_dim + 16)  # with age and video id of each key
     share = (ranks - 1) / ranks
+    keys = 1 + settings.num_reversed / train.micro_batch  # of a clip: some are also encoded backwards
     return StepCost(
         forward_flops=forward,
         num_parameters=parameters,
         activation_bytes=activations,
-        flops_before=4 * forward * train.global_batch,
-        flops_after=6 * forward * train.global_batch,
+        flops_before=(3 + keys) * forward * train.global_batch,
+        flops_after=((3 + keys) * forward + adversarial / settings.generator.every) * train.global_batch,
         rank_bytes=4 * parameters * (3 + optimizer) + queue + activations * train.micro_batch,
         gradient_bytes=round(2 * share * 4 * parameters),
-        key_bytes=round(share * train.global_batch * 4 * model.embedding_dim),
+        key_bytes=round(share * keys * train.global_batch * 4 * model.embedding_dim),
     )
 
 
 SCORE_SECONDS = 1800.0
 """Longest time in which a checkpoint must be scored; the presets need about a third of it."""
-_CLIPS_PER_VIDEO = 16  # 8 for the label-free score, and 8 for kNN where the videos have labels
+_CLIPS_PER_VIDEO = 20  # 8 for the label-free score, 4 backwards for `arrow`, 8 for kNN where the videos have labels
 _FLOPS_PER_SECOND = {"cpu": 5e10, "cuda": 1e13}  # of one CPU core (66e9 measured), of one GPU in float32
 
 

@@ -13,6 +13,9 @@ from torch import nn
 
 from vmoco.config import GeneratorSettings
 
+SCORE_BOUND = 2.0
+"""Largest absolute score of a frame if frames are sampled: its importance is at most e^4 = 55 times that of another."""
+
 
 class Generator(nn.Module):
     """Clip -> importance of its frames.
@@ -27,6 +30,7 @@ class Generator(nn.Module):
         self.frame_size = settings.frame_size
         self.hidden_channels = hidden
         self.relative = settings.relative
+        self.bounded = settings.select == "sample"
         self.frame = nn.Sequential(
             nn.Conv2d(3, hidden, 3, stride=2, padding=1),
             nn.ReLU(),
@@ -58,7 +62,21 @@ class Generator(nn.Module):
             # The state grows from zero along each clip, and edges matter more to the encoder than the middle. Both
             # order the positions of all clips in the same way, so G would soon drop the same positions everywhere.
             together = together - together.mean(dim=0, keepdim=True)
+        if self.bounded:
+            # Without a bound the scores would grow until the sample is always the same frames.
+            together = SCORE_BOUND * torch.tanh(together / SCORE_BOUND)
         return torch.softmax(together, dim=1)
+
+
+def sampling_scores(importance: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """log p + Gumbel noise: (B, T), (B, T) in [0, 1) -> float64 (B, T).
+
+    The k frames with the largest scores are a sample without replacement: the next one is drawn in proportion to p
+    among those that are left (Gumbel-top-k; Kool, van Hoof and Welling, 2019, section 3).
+    """
+    # In float64, and away from 0 and 1: float32 rounds a number just below 1 to 1, whose noise is infinite.
+    noise = -torch.log(-torch.log(uniform.double().clamp(1e-9, 1 - 1e-9)))
+    return importance.detach().double().log() + noise
 
 
 def keep_mask(importance: torch.Tensor, num_dropped: int) -> torch.Tensor:

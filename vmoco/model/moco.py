@@ -64,6 +64,18 @@ def running_statistics_kept(module: nn.Module) -> Iterator[None]:
             layer.track_running_stats = tracked
 
 
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Inside, batch normalisation uses its running statistics and changes nothing; then each layer is as it was."""
+    before = [(layer, layer.training) for layer in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for layer, training in before:
+            layer.training = training
+
+
 class VideoMoco:
     """Everything that is trained. It is not one module, because each part is updated in its own way.
 
@@ -106,6 +118,22 @@ class VideoMoco:
 
 
 @dataclass(frozen=True)
+class ReversedKeys:
+    """Keys of clips that are played backwards: each is one more negative of the query of its own clip.
+
+    It has the objects and the light of the positive, so only the direction of time tells the two apart.
+    """
+
+    keys: torch.Tensor
+    """float32 (B, D), unit rows; zero where a clip has none."""
+    exists: torch.Tensor
+    """bool (B,): which clips have one."""
+
+    def __getitem__(self, at: slice) -> ReversedKeys:
+        return ReversedKeys(self.keys[at], self.exists[at])
+
+
+@dataclass(frozen=True)
 class Contrast:
     """Result of comparing queries with keys; one entry per query."""
 
@@ -128,6 +156,7 @@ def contrast(
     allowed: torch.Tensor,
     temperature: float,
     decay_on: str,
+    reversed_keys: ReversedKeys | None = None,
 ) -> Contrast:
     """The contrastive loss of D: -log(e^(q.k+ / tau) / (e^(q.k+ / tau) + sum_i e^(t^a_i q.k_i / tau))).
 
@@ -142,6 +171,7 @@ def contrast(
         allowed: bool (B, K), which keys are negatives of which query.
         temperature: tau.
         decay_on: "logit" or "exp".
+        reversed_keys: one more negative, which is not decayed, for some of the queries.
     """
     assert queries.dtype.itemsize >= 4, "similarities need fp32: bf16 keeps 3 digits, tau multiplies the error by 14"
     positive = (queries * positives).sum(dim=1, keepdim=True)  # (B, 1)
@@ -149,6 +179,9 @@ def contrast(
     decayed = similarity * weights if decay_on == "logit" else similarity + temperature * weights.log()
     decayed = decayed.masked_fill(~allowed, float("-inf"))
     logits = torch.cat([positive, decayed], dim=1) / temperature
+    if reversed_keys is not None:
+        backwards = (queries * reversed_keys.keys).sum(dim=1).masked_fill(~reversed_keys.exists, float("-inf"))
+        logits = torch.cat([logits, backwards[:, None] / temperature], dim=1)
     target = logits.new_zeros(len(logits), dtype=torch.int64)  # the positive is the first column
     num_allowed = allowed.sum(dim=1)
     return Contrast(

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 
 from vmoco import storage
-from vmoco.config import PretrainSettings, RunSettings
+from vmoco.config import PretrainSettings, RunSettings, TrackingSettings
 from vmoco.data.manifest import Manifest
 from vmoco.evaluate.score import scored_clips
 from vmoco.job_settings import SweepSettings
@@ -28,7 +28,7 @@ class PreparedSweep:
     space: Space
     sweep: Sweep
     runs: list[PreparedRun]
-    """Of each trial."""
+    """The run of each trial."""
     refused: list[str]
     """A message for each combination that is not valid."""
 
@@ -54,7 +54,7 @@ class PreparedSweep:
         return place
 
     def point(self, values: Values, *, generation: int = 0, fork: str = "") -> Point:
-        """The point of a trial. A member of a population trains for the steps of its generation.
+        """The point of a trial. A member of a population trains up to the last step of its generation.
 
         Raises:
             ValueError: the values are not valid.
@@ -66,16 +66,18 @@ class PreparedSweep:
                 update={
                     "train": settings.train.model_copy(update={"stop_after": end}),
                     "run": settings.run.model_copy(update={"fork": fork or settings.run.fork}),
+                    # Only the first generation starts from `model.init`; a fork has the weights of its donor.
+                    "model": settings.model.model_copy(update={"init": None if fork else settings.model.init}),
                 }
             )
         return Point(values, settings, generation)
 
     def waiting(self) -> list[int]:
-        """Places of the trials that have not ended; of a population, those of its newest generation."""
+        """Places of the trials that have not ended; in a population, only those of the newest generation."""
         return [at for at, trial in enumerate(self.sweep.trials) if not trial.ended and at in self._newest()]
 
     def next_generation(self) -> bool:
-        """Adds the next generation of a population whose newest has ended; returns whether there is one."""
+        """Adds the next generation of a population whose newest one has ended; returns whether it added one."""
         if self.settings.scheduler != "pbt":
             return False
         places = self._newest()
@@ -87,7 +89,7 @@ class PreparedSweep:
         for member in spaces.next_generation(self.space, members, score=self.sweep.score):
             donor = RunFolder(self.runs[places_of[member.donor.name]].folder).checkpoint_uri(member.donor.steps)
             added.append(self.add(self.point(member.values, generation=members[0].generation + 1, fork=donor)))
-        self.sweep.save()  # all at once: after a kill the sweep goes on with a complete generation
+        self.sweep.save()  # all at once: after a kill the sweep continues with a complete generation
         return any(place is not None for place in added)
 
     def _newest(self) -> list[int]:
@@ -95,7 +97,7 @@ class PreparedSweep:
         return [place for place, trial in enumerate(self.sweep.trials) if trial.generation == newest]
 
     def suggest(self) -> int | None:
-        """Makes the next trial of a search that learns; returns its place, or None where there is none."""
+        """Makes the next trial of a search that learns; returns its place, or None if there is no next trial."""
         if self.settings.search != "optuna" or len(self.sweep.trials) >= self.settings.samples:
             return None
         point = spaces.suggest(self.space, self.sweep.trials, score=self.sweep.score)
@@ -103,7 +105,7 @@ class PreparedSweep:
 
 
 def prepare(settings: SweepSettings) -> PreparedSweep:
-    """Checks all that can be checked without Ray, and begins nothing.
+    """Checks all that can be checked without Ray, and starts nothing.
 
     Raises:
         ValueError: space, data, storage or metric cannot be used, or the name belongs to another sweep.
@@ -148,7 +150,7 @@ def _points(space: Space, settings: SweepSettings) -> Points:
 
 
 def _resume(prepared: PreparedSweep, kept: Sweep | None) -> None:
-    """Adds the trials of a sweep that was started before.
+    """Adds the trials of a sweep that was started earlier.
 
     Raises:
         ValueError: the name belongs to another sweep.
@@ -159,16 +161,16 @@ def _resume(prepared: PreparedSweep, kept: Sweep | None) -> None:
     if kept.content != sweep.content:
         raise ValueError(
             f"--run.name {sweep.name} belongs to a sweep with another space, data set, metric or settings: submit the "
-            "same command to go on with it, or give another --run.name"
+            "same command to continue it, or give another --run.name"
         )
     sweep.parent_run, sweep.registered, sweep.registered_trial = kept.parent_run, kept.registered, kept.registered_trial
     for before in kept.trials:
         place = prepared.add(prepared.point(before.values, generation=before.generation, fork=before.fork))
         if place is None:
-            raise ValueError(f"trial {before.name} of sweep {sweep.name} cannot go on: {prepared.refused[-1]}")
+            raise ValueError(f"trial {before.name} of sweep {sweep.name} cannot continue: {prepared.refused[-1]}")
         trial = dataclasses.replace(before, steps=sweep.trials[place].steps)
-        # The trial's own folder knows best whether it has finished: the driver may have died just then. A trial that
-        # failed is tried again, but not in a generation from which others have gone on.
+        # The trial's own folder decides whether it has finished: the driver may have died before it recorded this. A
+        # trial that failed is tried again, but not in a generation from which others have continued.
         is_newest = trial.generation == max(each.generation for each in kept.trials)
         if is_newest and (not trial.ended or (trial.status == "finished" and not prepared.runs[place].finished)):
             trial.status, trial.reason = "waiting", ""
@@ -179,7 +181,8 @@ def _as_run(settings: PretrainSettings, sweep: Sweep, place: int) -> PretrainSet
     """A trial is a run that registers nothing: the sweep registers the best one."""
     name = f"{sweep.name}-{place:03d}"
     own = settings.run.model_copy(update={"name": name, "storage": storage.join(sweep.folder, "trials")})
-    quiet = settings.tracking.model_copy(update={"register_as": None})
+    alias = TrackingSettings().alias  # that of the sweep would be reported as unused at the start of each trial
+    quiet = settings.tracking.model_copy(update={"register_as": None, "alias": alias})
     return settings.model_copy(update={"run": own, "tracking": quiet})
 
 
@@ -193,24 +196,24 @@ def _check_population(settings: SweepSettings, space: Space) -> None:
         )
     if settings.pbt_steps >= settings.pretrain.train.steps:
         raise ValueError(
-            f"--pbt-steps {settings.pbt_steps} leaves a single generation, as --train.steps is "
+            f"--pbt-steps {settings.pbt_steps} leaves a single generation, because --train.steps is "
             f"{settings.pretrain.train.steps}: lower --pbt-steps, or raise --train.steps"
         )
     if fixed := sorted(space.fields() & (set(FIXED_BY_FORK) | {"train.steps", "train.stop_after"})):
         raise ValueError(
-            f"the space names {', '.join(fixed)}, which cannot change within a run, and the members of a population go "
-            "on from each other: leave it out, or choose another --scheduler"
+            f"the space names {', '.join(fixed)}, which cannot change within a run, and a member of a population "
+            "continues the run of another: leave it out, or choose another --scheduler"
         )
 
 
 def _check_metric(settings: SweepSettings, manifest: Manifest) -> None:
-    scored_clips(manifest, max_videos=settings.pretrain.evaluation.max_videos)  # raises where there are too few
+    scored_clips(manifest, max_videos=settings.pretrain.evaluation.max_videos)  # raises if there are too few
     if settings.metric != "knn":
         return
     table = manifest.table
     labelled = table.filter(table["label"].is_valid())["held_out"].to_pylist()
     if set(labelled) != {True, False}:
         raise ValueError(
-            f"--metric knn needs labelled clips, some held out and some not, and {manifest.uri} lacks them: choose "
-            "--metric retrieval"
+            f"--metric knn needs labelled clips, some held out and some not, and {manifest.uri} does not have both: "
+            "choose --metric retrieval"
         )

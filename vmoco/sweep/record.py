@@ -1,4 +1,4 @@
-"""The record of a sweep: what is known of each trial, in the sweep's folder, so that a killed sweep goes on."""
+"""The record of a sweep: the state of each trial, kept in the sweep's folder so that a killed sweep can continue."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Status = Literal["waiting", "running", "finished", "stopped", "failed"]
 
 @dataclass
 class Trial:
-    """One trial. The scheduler stops it where others are better."""
+    """One trial. The scheduler may stop it if others are better."""
 
     name: str
     values: dict[str, Any]
@@ -22,21 +22,21 @@ class Trial:
     status: Status = "waiting"
     step: int = 0
     scores: dict[str, float] = field(default_factory=dict)
-    """The last that it reported, by name, such as `score/retrieval`."""
+    """The last scores that it reported, by name, such as `score/retrieval`."""
     run_id: str | None = None
     """Its MLflow run, once it has one."""
     reason: str = ""
     """Why it failed."""
     seconds: float = 0.0
-    """Time that it ran, over all its starts."""
+    """Time that it ran, summed over all its starts."""
     generation: int = 0
-    """Of a population: how many generations there were before this one."""
+    """In a population: number of generations before this one."""
     fork: str = ""
-    """Checkpoint that it begins from: of its donor in the generation before, or the one of --run.fork."""
+    """Checkpoint that it begins from: that of its donor in the previous generation, or the one of --run.fork."""
 
     @property
     def ended(self) -> bool:
-        """Whether a sweep that is submitted again skips it. A trial that failed is tried again."""
+        """Whether a resumed sweep skips it. A trial that failed is tried again."""
         return self.status in ("finished", "stopped")
 
 
@@ -55,15 +55,15 @@ class Sweep:
     registered: str = ""
     """Registered version of its best encoder, as models:/NAME/VERSION."""
     registered_trial: str = ""
-    """The trial that this encoder is of."""
+    """The trial that trained this encoder."""
 
     @property
     def score(self) -> str:
-        """Name of the number that chooses."""
+        """Name of the score that chooses the best trial."""
         return f"score/{self.metric}"
 
     def best(self) -> Trial | None:
-        """The finished trial with the highest score; of a population, in its newest generation."""
+        """The finished trial with the highest score; in a population, of its newest generation."""
         scored = [trial for trial in self.trials if trial.status == "finished" and self.score in trial.scores]
         newest = max((trial.generation for trial in scored), default=0)
         scored = [trial for trial in scored if trial.generation == newest]
@@ -73,7 +73,7 @@ class Sweep:
         """The trial and the trials that it descends from, oldest first."""
         by_name = {each.name: each for each in self.trials}
         found = [trial]
-        while found[0].generation:  # the first generation may begin from a checkpoint too, but of no trial (run.fork)
+        while found[0].generation:  # the first generation may begin from run.fork, which is no trial
             found.insert(0, by_name[found[0].fork.split("/")[-2]])
         return found
 
@@ -83,7 +83,7 @@ class Sweep:
 
 
 def read_sweep(folder: str) -> Sweep | None:
-    """The sweep that a folder holds; None where it holds none."""
+    """The sweep in a folder; None if there is none."""
     try:
         kept = json.loads(storage.read_bytes(storage.join(folder, FILE)))
     except FileNotFoundError:

@@ -30,7 +30,7 @@ tr { border-top: 1px solid #8884; } td:first-child { white-space: nowrap; }
 
 
 def write_report(sweep: Sweep, *, show: Callable[[str], None]) -> str:
-    """Writes page and pictures to the sweep's folder and to its run in the tracker, which has the curves.
+    """Writes page and pictures to the sweep's folder and to its run in the tracker. The curves come from the tracker.
 
     Args:
         sweep: with its trials.
@@ -100,13 +100,13 @@ def _summary(sweep: Sweep) -> str:
         text += f" Mean colour alone reaches {colour:.3f}"
         beaten = best.scores[sweep.score] > colour
         text += (
-            "." if beaten else ", so no trial shows that it has learned more than that: train longer, on more videos."
+            "." if beaten else ", so no trial shows that it has learned more than colour: train longer, on more videos."
         )
     return text
 
 
 def _grid(sweep: Sweep) -> tuple[list[str], list[str], list[list[float | None]]]:
-    """Rows (first axis), columns (second axis) and scores; where more axes vary, the best score of each cell."""
+    """Rows (first axis), columns (second axis) and scores; if more axes vary, the best score of each cell."""
     scored = [trial for trial in sweep.trials if sweep.score in trial.scores]
     down, across = list(sweep.trials[0].values)[:2]
     rows, columns = (_ordered([trial.values[axis] for trial in scored]) for axis in (down, across))
@@ -129,13 +129,13 @@ def _has_two_axes(sweep: Sweep) -> bool:
 
 
 def _is_grid(cells: list[list[float | None]]) -> bool:
-    """Whether most cells have a score: of trials drawn from ranges, hardly two share a row."""
+    """Whether most cells have a score. Trials that are drawn from ranges rarely share a row."""
     flat = [cell for row in cells for cell in row]
     return len([cell for cell in flat if cell is not None]) * 2 > len(flat)
 
 
 def _heat_map(sweep: Sweep) -> go.Figure:
-    """Scores by the first two axes: as cells, or as points where trials are scattered."""
+    """Scores by the first two axes: as cells, or as points if trials are scattered."""
     rows, columns, cells = _grid(sweep)
     down, across = list(sweep.trials[0].values)[:2]
     if _is_grid(cells):
@@ -237,7 +237,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def _schedule(sweep: Sweep, axes: list[str]) -> str:
-    """The settings by which the best of a population was trained, generation by generation."""
+    """The settings with which the best member of a population was trained, generation by generation."""
     best = sweep.best()
     if best is None or best.generation == 0:
         return ""

@@ -1,13 +1,13 @@
 """What a sweep tries: a space of settings, and how the next trials are chosen in it.
 
 A space has axes, and each combination of their values gives the settings of one pretraining. Trials are every
-combination, random draws, draws that learn from the scores (Optuna), or a population. What comes next is a function of
-the seed and of the trials so far, so a sweep goes on without any state of the search.
+combination, random draws, draws that learn from the scores (Optuna), or a population. The next trial is a function of
+the seed and of the trials so far, so a resumed sweep needs no saved state of the search.
 
-Population-based training (Jaderberg et al., 2017) finds a schedule of settings rather than one value of each. A
-population trains side by side for some steps: a generation. Then the worst take the training state of one of the best
-and settings near its own, and all go on. Each member of the next generation is a run that begins from the last
-checkpoint of its donor; a member that is not among the worst is its own donor.
+Population-based training (Jaderberg et al., 2017) finds a schedule of settings rather than one value of each. The
+members of a population train for some steps, which is a generation. Then each of the worst members takes the training
+state of one of the best, and settings near that one's. All members continue. Each member of the next generation is a
+run that begins from the last checkpoint of its donor; a member that is not among the worst is its own donor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vmoco.config import PretrainSettings
 from vmoco.seed import hash64
 from vmoco.sweep.record import Trial
 
-# They do not change what an encoder learns, and the sweep sets them itself.
+# They do not change what an encoder learns, or the sweep sets them itself.
 _SAME_FOR_ALL = ("run.name", "run.storage", "data.uri", "tracking", "evaluation")
 
 BUILT_IN: dict[str, dict[str, Any]] = {
@@ -42,24 +42,24 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         },
     }
 }
-"""Spaces by name; t and its end are those of the preset, or of its flags."""
+"""Built-in spaces by name; the preset or flags set t and its end."""
 
 _TRIES = 64
-"""Draws for one trial, or for a change of one, before it is given up: all were equal to earlier ones, or not valid."""
+"""Most draws for a new or a changed trial. It is given up if all of them equal earlier trials or are not valid."""
 _SHARE = 0.25
-"""Of a population, the share that is replaced, and the share that is copied."""
+"""Share of a population that is replaced, and share that is copied."""
 _RESAMPLE = 0.25
-"""How often a setting is drawn anew instead of moved."""
+"""Probability that a setting is drawn anew instead of moved."""
 _FACTOR = 1.2
-"""By how much a setting is moved."""
+"""Factor by which a setting is moved."""
 
 Values = dict[str, Any]
-"""By axis, as the user writes it: a value, or the name of a choice."""
+"""For each axis, as the user writes it: a value, or the name of a choice."""
 
 
 @dataclass(frozen=True)
 class Choices:
-    """An axis of some values. Each has a label, and the fields that it sets."""
+    """An axis with a list of values. Each has a label, and the fields that it sets."""
 
     choices: list[tuple[Any, dict[str, Any]]]
 
@@ -73,13 +73,13 @@ class Choices:
         return next(fields for own, fields in self.choices if own == label)
 
     def draw(self, random: np.random.Generator) -> Any:
-        """A value, each equally likely."""
+        """A random value; all are equally likely."""
         return self.choices[int(random.integers(len(self.choices)))][0]
 
 
 @dataclass(frozen=True)
 class Range:
-    """An axis of all numbers between two."""
+    """An axis with all numbers between two limits."""
 
     field: str
     low: float
@@ -92,7 +92,7 @@ class Range:
         return {self.field: label}
 
     def draw(self, random: np.random.Generator) -> Any:
-        """A value: each equally likely, or each logarithm."""
+        """A random value: all values are equally likely, or all logarithms."""
         if self.log:
             value = math.exp(random.uniform(math.log(self.low), math.log(self.high)))
         else:
@@ -109,11 +109,11 @@ class Space:
 
     @staticmethod
     def read(space: Mapping[str, Any], base: PretrainSettings) -> Space:
-        """Reads the axes that a file holds.
+        """Reads the axes of a file.
 
         Args:
-            space: by axis: a list of values, {low, high, log}, or {name: {field: value}}.
-            base: what all trials share.
+            space: for each axis, a list of values, {low, high, log}, or {name: {field: value}}.
+            base: settings that all trials share.
 
         Raises:
             ValueError: a field is unknown, or an axis cannot be read.
@@ -143,7 +143,7 @@ class Space:
         return (dict(zip(self.axes, chosen, strict=True)) for chosen in itertools.product(*labels))
 
     def draw(self, seed: int) -> Values:
-        """A combination at random."""
+        """A random combination."""
         random = np.random.default_rng(seed)
         return {axis: values.draw(random) for axis, values in self.axes.items()}
 
@@ -162,20 +162,20 @@ class Space:
 
 
 def as_text(values: Mapping[str, Any]) -> str:
-    """A combination in words, such as "moco.decay 0.99, generator.drop_ratio 0.5"."""
+    """A combination as text, such as "moco.decay 0.99, generator.drop_ratio 0.5"."""
     return ", ".join(f"{axis} {short(value)}" for axis, value in values.items())
 
 
 def short(value: Any) -> str:
-    """A value in words; numbers to four digits."""
+    """A value as text; numbers have four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def load_space(name: str) -> dict[str, Any]:
-    """The axes of a space: of a built-in name, or of a YAML file.
+    """The axes of a built-in space or of a YAML file.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        ValueError: there is no such space or file, or it cannot be read.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
@@ -188,14 +188,14 @@ def load_space(name: str) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--space {name} is no YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"--space {name} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict) or not found:
         raise ValueError(f"--space {name} is empty: write one line per field, such as `moco.decay: [0.99, 1.0]`")
     return {str(axis): _with_numbers(values) for axis, values in found.items()}
 
 
 def _with_numbers(found: Any) -> Any:
-    """What YAML found, with 1e-4 as a number: YAML takes it for a text, and only 1.0e-4 for a number."""
+    """The values that YAML read, with 1e-4 as a number: YAML itself reads it as text, and only 1.0e-4 as a number."""
     if isinstance(found, dict):
         return {key: _with_numbers(value) for key, value in found.items()}
     if isinstance(found, list):
@@ -250,7 +250,7 @@ def _check_field(field: str, base: PretrainSettings) -> None:
 
 @dataclass(frozen=True)
 class Point:
-    """A combination that a trial can be made of."""
+    """A combination for one trial."""
 
     values: Values
     settings: PretrainSettings
@@ -267,7 +267,7 @@ class Points:
 
 
 def grid(space: Space) -> Points:
-    """Every combination, in order; equal ones once.
+    """Every combination, in order; equal ones appear once.
 
     Raises:
         ValueError: an axis is a range, or no combination is valid.
@@ -276,7 +276,7 @@ def grid(space: Space) -> Points:
 
 
 def random(space: Space, *, samples: int) -> Points:
-    """Random combinations by the seed of the space's base; fewer than `samples` where no more differ.
+    """Different random combinations, from the seed of the base settings; fewer than `samples` if no more exist.
 
     Raises:
         ValueError: no combination is valid.
@@ -307,15 +307,15 @@ def suggest(space: Space, trials: Sequence[Trial], *, score: str) -> Point | Non
     """What to try next, by Optuna's tree-structured Parzen estimator.
 
     Args:
-        space: what may be tried.
-        trials: so far. Those without a score count as no better than the worst, so that trials that run at the same
-            time are not close together.
-        score: name of the number that chooses.
+        space: space to choose from.
+        trials: trials so far. Those without a score count as no better than the worst, so that trials that run at the
+            same time are not close together.
+        score: name of the score to raise.
 
     Returns:
-        None where nothing new was found.
+        The next point, or None if nothing new was found.
     """
-    import optuna  # takes 1 s: imported only where it is asked for
+    import optuna  # takes 1 s: imported only if it is used
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions = {axis: _distribution(values) for axis, values in space.axes.items()}
@@ -375,11 +375,11 @@ def next_generation(space: Space, members: Sequence[Trial], *, score: str) -> li
 
     Args:
         space: in which the settings move.
-        members: of this generation, in order; those without a score are the worst.
-        score: name of the number that chooses; higher is better.
+        members: those of this generation, in order; those without a score are the worst.
+        score: name of the score that chooses; higher is better.
 
     Returns:
-        An empty list where no member has a score.
+        The members; an empty list if no member of this generation has a score.
     """
     scored = [member for member in members if member.status == "finished" and score in member.scores]
     if not scored:
@@ -418,7 +418,7 @@ def _moved(value: object, axis: Choices | Range, random: np.random.Generator) ->
         place = axis.labels.index(value) + (1 if up else -1)
         return axis.labels[min(max(place, 0), len(axis.labels) - 1)]
     assert isinstance(value, int | float), "a range is of numbers"
-    # Where a range is not logarithmic, a step is a share of its width: near 1 or 0 a factor would move it too far.
+    # If a range is not logarithmic, a step is a share of its width. A factor would move 0.99 too far and 0 not at all.
     width = (axis.high - axis.low) * (_FACTOR - 1)
     near = value * (_FACTOR if up else 1 / _FACTOR) if axis.log else value + (width if up else -width)
     kept = min(max(near, axis.low), axis.high)

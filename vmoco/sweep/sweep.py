@@ -1,9 +1,9 @@
 """Runs a sweep from the driver: Ray Tune starts the trials, then the best encoder is registered.
 
 Each trial is a run with its own name: the pretraining of `jobs/pretrain.py` within a trial of Ray Tune. A sweep that is
-submitted again gives Ray Tune the trials that have not ended, and each goes on from its checkpoint as any run does.
-Nothing is kept of Ray Tune itself. An error that the user has to fix ends its trial, with the reason as its result.
-Only a lost process or node raises an error, so that Ray Tune starts the trial again.
+submitted again gives Ray Tune the trials that have not ended, and each continues from its checkpoint as any run does.
+Ray Tune's own state is not used. An error that the user has to fix ends its trial, with the reason as its result. Only
+a lost process or node raises an error, so that Ray Tune starts the trial again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ray.tune.search import Searcher
 from vmoco import job, ray_internals, storage, tracking
 from vmoco.cluster.reservation import trials_at_once
 from vmoco.config import PretrainSettings
-from vmoco.job_settings import RegisterOptions
+from vmoco.job_settings import RegisterSettings
 from vmoco.sweep.prepare import PreparedSweep
 from vmoco.sweep.record import Sweep
 from vmoco.sweep.space import as_text
@@ -33,9 +33,9 @@ from vmoco.train.publish import publish_run
 from vmoco.train.run import run_id_of
 
 MEMORY = 64 * 2**20
-"""What the process around a trial asks of Ray: no CPU, or it could keep its own workers from starting."""
+"""Bytes that the process around a trial requests from Ray. A CPU for it could be missing for its own workers."""
 _TRACKER_SECONDS = 3600.0
-"""How long a trial waits at its start for the tracker: one that is down for a while must not fail all trials."""
+"""How long a trial waits for the tracker at its start: a tracker that is down for a while must not fail all trials."""
 _MAX_LOST = 3
 """How often Ray Tune starts a trial again after its process or node was lost."""
 
@@ -57,7 +57,7 @@ def train_trial(config: dict[str, Any]) -> dict[str, Any]:
         prepared = run.prepare(settings)
         if prepared.finished:
             run_id = run.run_id_of(prepared)
-            assert run_id is not None, "it has ended"
+            assert run_id is not None, "the trial has ended"
         else:
             run_id = launch.pretrain(
                 prepared,
@@ -119,7 +119,7 @@ def run_sweep(prepared: PreparedSweep, *, show: Callable[[str], None]) -> Sweep:
 
 
 def _note_stopped(prepared: PreparedSweep, show: Callable[[str], None]) -> None:
-    """Tells the tracker that the running trials are stopped: their processes end with this one."""
+    """Records in the tracker that the running trials are stopped: their processes end with this one."""
     for each, its_run in zip(prepared.sweep.trials, prepared.runs, strict=True):
         run_id = run_id_of(its_run) if each.status == "running" else None
         if run_id and (problem := tracking.finish_run(run_id, "KILLED")):
@@ -214,10 +214,12 @@ def register_best(prepared: PreparedSweep, *, show: Callable[[str], None]) -> st
     best = sweep.best()
     if best is None or best.name == sweep.registered_trial:
         return sweep.registered
-    assert best.run_id is not None, "it has finished"
+    assert best.run_id is not None, "the trial has finished"
     made = publish_run(
         best.run_id,
-        RegisterOptions(name=tracked.register_as or sweep.name, alias=tracked.alias, data_licence=tracked.data_licence),
+        RegisterSettings(
+            name=tracked.register_as or sweep.name, alias=tracked.alias, data_licence=tracked.data_licence
+        ),
         note=f"best of {len(sweep.trials)} trials of sweep {sweep.name} by {sweep.score} "
         f"{best.scores[sweep.score]:.3f}: {as_text(best.values)}; ",
         show=show,

@@ -33,7 +33,7 @@ class TrialCallback(tune.Callback):
         self._seconds = seconds
         self._shown = float("-inf")
         self._began: dict[str, tuple[float, int]] = {}
-        """Time and step of each running trial's first report: the time before it is start-up."""
+        """Time and step of each running trial's first report: the time before that is start-up."""
         self._started: dict[str, float] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -78,8 +78,8 @@ class TrialCallback(tune.Callback):
             self._note(own, {"vmoco.failed": reason[:5000]})
 
     def _note(self, own: Trial, tags: dict[str, str], *, status: str | None = None) -> None:
-        """Tells the tracker. A tracker that does not answer does not end the sweep."""
-        assert own.run_id is not None, "asked before"
+        """Writes to the tracker. A tracker that does not answer does not end the sweep."""
+        assert own.run_id is not None, "the callers check it"
         problems = [tracking.note_run(own.run_id, tags=tags)]
         if status is not None:
             problems.append(tracking.finish_run(own.run_id, status))

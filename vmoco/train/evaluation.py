@@ -21,7 +21,8 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from vmoco.cluster.reservation import resources
-from vmoco.config import PretrainSettings
+from vmoco.config import DataSettings, PretrainSettings
+from vmoco.data.clip_cache import ClipCache, cache_for
 from vmoco.data.manifest import Manifest
 from vmoco.encoders.encoder import Encoder
 from vmoco.encoders.promotion import Score
@@ -38,12 +39,12 @@ SCORE = "score/retrieval"
 Scored = tuple[Score, dict[str, float]]
 
 
-def score_checkpoint(uri: str, data_uri: str, *, max_videos: int, device: str) -> Scored:
+def score_checkpoint(uri: str, data: DataSettings, *, max_videos: int, device: str) -> Scored:
     """Scores the encoder of a checkpoint on the held-out videos of its data set.
 
     Args:
         uri: of the checkpoint.
-        data_uri: of the data set.
+        data: of the run: its data set, and the cache of its clips.
         max_videos: largest number of held-out videos that take part.
         device: "cpu" or "cuda".
 
@@ -53,12 +54,13 @@ def score_checkpoint(uri: str, data_uri: str, *, max_videos: int, device: str) -
     Raises:
         ValueError: there are too few videos for a score, or the checkpoint is damaged.
     """
-    manifest = Manifest.load(data_uri)
+    manifest = Manifest.load(data.uri)
+    cache = cache_for(manifest.uri, folder=data.cache, gib=data.cache_gib)
     with local_copy(uri) as checkpoint:
         encoder = encoder_in(checkpoint, manifest=manifest).to(torch.device(device))
-    found = score_encoder(encoder, manifest, max_videos=max_videos)
+    found = score_encoder(encoder, manifest, max_videos=max_videos, cache=cache)
     numbers = found.numbers()
-    if (accuracy := knn_accuracy(encoder, manifest, max_clips=4 * max_videos)) is not None:
+    if (accuracy := knn_accuracy(encoder, manifest, max_clips=4 * max_videos, cache=cache)) is not None:
         numbers["knn"] = accuracy
     return label_free_score(found), {f"score/{name}": value for name, value in numbers.items()}
 
@@ -105,7 +107,7 @@ def score_in_task(
     reference = (
         remote(score_checkpoint)
         .options(**task_options(settings, group))
-        .remote(checkpoint.uri, settings.data.uri, max_videos=settings.evaluation.max_videos, device=device)
+        .remote(checkpoint.uri, settings.data, max_videos=settings.evaluation.max_videos, device=device)
     )
     try:
         scored: Scored = ray.get(reference, timeout=timeout)
@@ -119,13 +121,16 @@ def score_in_task(
     return scored
 
 
-def knn_accuracy(encoder: Encoder, manifest: Manifest, *, max_clips: int) -> float | None:
+def knn_accuracy(
+    encoder: Encoder, manifest: Manifest, *, max_clips: int, cache: ClipCache | None = None
+) -> float | None:
     """Share of labelled held-out clips whose class their nearest training clips predict.
 
     Args:
         encoder: in evaluation mode.
         manifest: data set.
         max_clips: largest number of clips of each part, evenly spread.
+        cache: of the clips of a remote data set; the default one when left out.
 
     Returns:
         None where one of the parts has no labelled clip.
@@ -136,7 +141,7 @@ def knn_accuracy(encoder: Encoder, manifest: Manifest, *, max_clips: int) -> flo
         return None
     names = np.unique(np.concatenate([part["label"].to_numpy(zero_copy_only=False) for part in parts]).astype(str))
     train, test = (np.searchsorted(names, part["label"].to_numpy(zero_copy_only=False).astype(str)) for part in parts)
-    gallery, queries = (clip_features(encoder, manifest, part) for part in parts)
+    gallery, queries = (clip_features(encoder, manifest, part, cache=cache) for part in parts)
     votes = classify(queries, [gallery], train)
     return float((votes.argmax(axis=1) == test).mean())
 

@@ -146,8 +146,8 @@ def _read(uri: str) -> dict[str, Any] | None:
 
 def _held(holder: dict[str, Any]) -> str:
     return (
-        f"this run.name is being trained by process {holder.get('pid')} on {holder.get('host')}: stop that job first, "
-        "or give another --run.name"
+        f"this --run.name is being trained by process {holder.get('pid')} on {holder.get('host')}: stop that job "
+        "first, or give another --run.name"
     )
 
 

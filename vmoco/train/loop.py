@@ -80,13 +80,13 @@ def train(
     dropped = DroppedFrames(settings.data.num_frames, settings.num_dropped)  # since the last checkpoint
     stopping = False
     # In these steps a rank may be minutes later than another: it resumes from a slow store, or it compiles.
-    slow_steps = {state.step} | ({settings.generator_start} if settings.train.compile else set())
+    slow_steps = {state.step} | (compiling_steps(settings, state.step) if settings.train.compile else set())
     for batch in loader:
         slow = batch.step in slow_steps
         distributed.wait_at_most(distributed.SLOW_STEP_SECONDS if slow else distributed.STEP_SECONDS)
         requests = host.requests()
         metrics = step(batch, stop_requested=requests.stop, checkpoint_requested=requests.checkpoint)
-        interval.dropped.add(metrics.dropped())
+        interval.add(metrics)
         dropped.add(metrics.dropped())
         is_last = state.step == settings.last_step
         if state.step % settings.train.log_every == 0 or is_last:
@@ -95,6 +95,8 @@ def train(
                 numbers = interval.numbers(metrics)
                 if (similarity := oldest_key_similarity(step, state, loader)) is not None:
                     numbers["oldest_key_similarity"] = similarity
+                if (hardness := step.adversary_hardness(batch)) is not None:
+                    numbers["adversary_hardness"] = hardness
                 host.show(interval.line(numbers))
             host.track(numbers, step=state.step)
         # Every rank sees the same sum of requests, so all of them stop and keep at the same step.
@@ -110,6 +112,13 @@ def train(
         if stopping:
             break
     return not stopping or state.step == settings.last_step
+
+
+def compiling_steps(settings: PretrainSettings, first: int) -> set[int]:
+    """Steps from `first` on in which an encoder meets inputs of a new kind: the generator trains, or no longer does."""
+    start = max(first, settings.generator_start)
+    trains = start + (settings.generator_start - start) % settings.generator.every
+    return {settings.generator_start, trains, trains + 1}
 
 
 def generator_documents(

@@ -36,6 +36,7 @@ class StepMetrics:
         gradient_norm: of the query encoder, after averaging over ranks.
         generator_gradient_norm: of the generator; 0 before it starts.
         decay: t of the step.
+        generator_trained: whether the generator trained in the step.
     """
 
     def __init__(self, sums: torch.Tensor) -> None:
@@ -44,6 +45,7 @@ class StepMetrics:
         self.gradient_norm = sums.new_zeros(())
         self.generator_gradient_norm = sums.new_zeros(())
         self.decay = 1.0
+        self.generator_trained = False
 
     @classmethod
     def zeros(cls, device: torch.device, *, num_frames: int = 0) -> StepMetrics:
@@ -105,14 +107,37 @@ class StepMetrics:
         sums = dict(zip(_SUMS, self._sums.tolist(), strict=False))
         clips = max(sums["clips"], 1)
         means = {name: sums[name] / clips for name in _SUMS[1:5]}
-        if sums["generator_clips"]:
-            means["generator_loss"] = sums["generator_loss"] / sums["generator_clips"]
-            means["generator_gradient_norm"] = float(self.generator_gradient_norm)
+        means |= self.generator_numbers()
         means["decay"] = self.decay
         means["gradient_norm"] = float(self.gradient_norm)
         means["embedding_std"] = embedding_std(self.keys)
         means["effective_rank"] = effective_rank(self.keys.cpu().numpy())
         return means
+
+    def generator_numbers(self) -> dict[str, float]:
+        """Loss and gradient norm of the generator, by the name under which they are tracked, if it trained."""
+        if self._sums[5] == 0:
+            return {}
+        return {
+            "generator_loss": float(self._sums[6]) / float(self._sums[5]),
+            "generator_gradient_norm": float(self.generator_gradient_norm),
+        }
+
+
+def hardness(whole: torch.Tensor, *, by_generator: torch.Tensor, at_random: torch.Tensor) -> float | None:
+    """Mean 1 - cosine between clips and the same without the generator's frames, over that without random ones.
+
+    Args:
+        whole: float32 (B, D), unit rows: embeddings of the complete clips.
+        by_generator: the same of the clips without the frames that the generator chooses.
+        at_random: the same without as many random frames.
+
+    Returns:
+        Above 1 if the generator is an adversary; None if random drops change nothing.
+    """
+    # Of unit vectors, 1 - cosine is half the squared distance, which keeps its digits when both are nearly equal.
+    chosen, random = ((each - whole).square().sum(dim=1).mean() for each in (by_generator, at_random))
+    return float(chosen / random) if random > 0 else None
 
 
 def _gradient_norm(module: nn.Module) -> torch.Tensor:
@@ -184,7 +209,9 @@ NOTE = """`loss` rises at first, because each key that enters the queue makes th
 `queue_filled` is 1. Losses cannot be compared between settings of the queue, the drops or the decay; scores can.
 
 - `score/retrieval`: share of held-out clips whose nearest clip of another time is of the same video, seen without
-  colour; it chooses the best checkpoint. `score/retrieval_by_colour`: the same by mean colour alone. `score/knn`:
+  colour; it chooses the best checkpoint. `score/retrieval_by_colour`: the same by mean colour alone. `score/arrow`:
+  share of held-out clips that are nearer to another clip of their video than to that clip played backwards. 0.5 is
+  chance: then the encoder sees no motion, or the clips of a video move independently of each other. `score/knn`:
   share of held-out clips whose class their neighbours predict, where the data set has labels. `checkpoints.json` has
   the scores of the kept checkpoints with their intervals, and the hash of the clips on which they were measured.
 - `effective_rank`, `embedding_std`: directions that the embeddings use, and their spread; both fall in a collapse.
@@ -193,6 +220,8 @@ NOTE = """`loss` rises at first, because each key that enters the queue makes th
   of now. If it is low, the queue is too long for the momentum. `oldest_key_weight`: weight of these keys by the decay.
 - `dropped_entropy`, `dropped_overlap`: 1 and the dropped share if the generator looks at each clip; 0 and 1 if it
   always drops the same frames.
+- `adversary_hardness`: change of the embedding by the frames that the generator drops, over the change by as many
+  random frames, on one micro-batch. Below 1 the generator is no adversary.
 - `data_wait_share`, `checkpoint_stall_share`: share of time in which training waits for data and for checkpoints.
 - `mfu`: arithmetic of the encoders over that of a large matrix product on this device.
 - `restarts`, `checkpoints_damaged`, `checkpoints_failed`, `evaluations_failed`: counted since the job began, mostly 0.
@@ -213,6 +242,7 @@ class Interval:
         self._utilisation = utilisation
         self.dropped = DroppedFrames(settings.data.num_frames, settings.num_dropped)
         self._last_stall = 0.0
+        self._trained: StepMetrics | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -220,18 +250,29 @@ class Interval:
         self._started, self._step, self._waited = time.perf_counter(), self._state.step, self._loader.seconds_waited
         self._stalled = 0.0
 
+    def add(self, metrics: StepMetrics) -> None:
+        """Adds a step. Does not wait for the device."""
+        self.dropped.add(metrics.dropped())
+        if metrics.generator_trained:
+            self._trained = metrics
+
     def stalled(self, seconds: float) -> None:
         """Adds the time in which training waited for a checkpoint."""
         self._stalled += seconds
         self._last_stall = seconds
 
     def numbers(self, metrics: StepMetrics) -> dict[str, float]:
-        """The numbers of the last step, with rates over the interval since the last call."""
+        """The numbers of the last step, with rates over the interval since the last call.
+
+        The generator's are those of the last step in which it trained (`--generator.every`).
+        """
         settings, moco, step = self._settings, self._settings.moco, self._state.step
         seconds = time.perf_counter() - self._started
         steps = step - self._step
         keys_seen = step * settings.train.global_batch
         numbers = metrics.numbers() | self.dropped.numbers() | memory(self._state.difference.device)
+        if self._trained is not None:
+            numbers |= self._trained.generator_numbers()
         numbers |= {
             "learning_rate": learning_rate(step - 1, settings.train.learning_rate, settings.train),
             "epoch": keys_seen / self._loader.plan.epoch_length,

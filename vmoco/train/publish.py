@@ -22,7 +22,7 @@ from vmoco.encoders.package import NO_LICENCE, SETTINGS, VIDEO_FIELDS, VIDEOS, a
 from vmoco.encoders.promotion import Score, record
 from vmoco.encoders.registry import ARTIFACT_FOLDER, Registered
 from vmoco.evaluate.score import TooFewVideosError, label_free_score, score_encoder
-from vmoco.job_settings import RegisterOptions
+from vmoco.job_settings import RegisterSettings
 from vmoco.model.backbone import build_backbone
 from vmoco.train import state
 from vmoco.train.run_folder import CHECKPOINTS, Checkpoint, checkpoints_from_json, local_copy
@@ -101,6 +101,8 @@ def write_encoder(
             "licence": data_licence or settings.tracking.data_licence or NO_LICENCE,
         },
     }
+    if began := settings.run.fork or settings.model.init:
+        lineage["began_from"] = began
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS).write_bytes((checkpoint / state.STATE_SETTINGS).read_bytes())
     pq.write_table(_videos(manifest), folder / VIDEOS, compression="zstd")
@@ -145,13 +147,13 @@ def publish(
 
 
 def publish_run(
-    run: str, options: RegisterOptions, *, step: int | None = None, note: str = "", show: Callable[[str], None] = print
+    run: str, options: RegisterSettings, *, step: int | None = None, note: str = "", show: Callable[[str], None] = print
 ) -> Registered:
     """Registers the encoder of a kept checkpoint of a run, with its score from training.
 
     Args:
         run: MLflow id or name of the run.
-        options: see `RegisterOptions`.
+        options: see `RegisterSettings`.
         step: of the checkpoint. Default: the last one.
         note: why it is registered; stands in front of its description.
         show: prints a line.
@@ -179,7 +181,7 @@ def publish_run(
 
 
 def _publish_kept(
-    kept: Checkpoint, run_id: str, what: str, options: RegisterOptions, show: Callable[[str], None]
+    kept: Checkpoint, run_id: str, what: str, options: RegisterSettings, show: Callable[[str], None]
 ) -> Registered:
     score = None
     with local_copy(kept.uri) as checkpoint, tempfile.TemporaryDirectory() as place:
@@ -205,12 +207,12 @@ def _publish_kept(
     return registered
 
 
-def publish_file(path: Path, options: RegisterOptions) -> Registered:
+def publish_file(path: Path, options: RegisterSettings) -> Registered:
     """Registers weights of torchvision, or of the released VideoMoCo code; their keys tell which.
 
     Args:
         path: local file, as downloaded.
-        options: see `RegisterOptions`.
+        options: see `RegisterSettings`.
 
     Raises:
         ValueError: it cannot be read as weights, or they are of an unknown network.

@@ -14,14 +14,16 @@ import safetensors.torch
 
 from vmoco import storage, tracking
 from vmoco.config import PretrainSettings
+from vmoco.data.held_out import scoring_problem
 from vmoco.data.loader import check_fits
 from vmoco.data.manifest import Manifest
 from vmoco.encoders import package
 from vmoco.model.cost import SCORE_SECONDS, scoring_seconds
 from vmoco.model.queue import decay_at, oldest_key_weight
 from vmoco.train import metrics
-from vmoco.train.run_folder import INIT, RunFolder, check_fork
-from vmoco.train.state import differences
+from vmoco.train.run_folder import INIT, RunFolder, check_fork, check_init, is_checkpoint, local_copy
+from vmoco.train.state import Record, checkpoint_bytes, differences, networks_in
+from vmoco.unused_settings import unused_settings
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Run(PreparedRun):
 
     run_id: str
     is_new: bool
+    start: str = ""
+    """Which weights of `model.init` it starts from, in words."""
     warning: str = ""
     """What is wrong with the tracker, where the run can begin anyway."""
 
@@ -80,8 +84,16 @@ def prepare(settings: PretrainSettings) -> PreparedRun:
     record = RunFolder(folder).read_run()
     if resolved.run.fork and not record:
         check_fork(resolved, manifest.hash)
+    if resolved.model.init and not record:
+        check_init(resolved)
     if record:
-        before = PretrainSettings.model_validate(record["settings"])
+        try:
+            before = PretrainSettings(**record["settings"])
+        except ValueError as error:
+            raise ValueError(
+                f"this vmoco cannot read the settings of run {name!r}: {error}. Resume it with the version of vmoco "
+                "that began it, or give another --run.name"
+            ) from None
         if changed := differences(before, resolved):
             raise ValueError(
                 f"--run.name {name!r} belongs to a run with other settings ({changed}): set them as they were to "
@@ -94,7 +106,32 @@ def prepare(settings: PretrainSettings) -> PreparedRun:
             )
     # A finished run continues when its last step is raised.
     ended = record is not None and record.get("finished_step", resolved.train.steps) >= resolved.last_step
+    if not ended:
+        _checkpoint_space(resolved, folder)
     return PreparedRun(resolved, manifest, folder, record["finished"] if record and ended else None)
+
+
+def _checkpoint_space(settings: PretrainSettings, folder: str) -> str:
+    """How much space the checkpoints take, and how much is free, in words.
+
+    Raises:
+        ValueError: they do not fit; those that the run has written already need no more.
+    """
+    size, train = checkpoint_bytes(settings), settings.train
+    # One is written before an old one is deleted.
+    most = train.keep_checkpoints + train.keep_best + 1
+    takes = f"{most} checkpoints at most, {storage.gigabytes(size)} each"
+    free = storage.free_bytes(folder)
+    if free is None:
+        return takes
+    need = size * max(1, most - len(RunFolder(folder).steps()))
+    if need > free:
+        raise ValueError(
+            f"--run.storage {settings.run.storage} has {storage.gigabytes(free)} free, and the run needs "
+            f"{storage.gigabytes(need)} more: it writes {takes}. Free space, lower --train.keep-checkpoints "
+            f"{train.keep_checkpoints} or --train.keep-best {train.keep_best}, or give another --run.storage"
+        )
+    return f"{takes}; {storage.gigabytes(free)} are free"
 
 
 def open_run(prepared: PreparedRun, *, parent_run: str | None = None) -> Run:
@@ -110,12 +147,15 @@ def open_run(prepared: PreparedRun, *, parent_run: str | None = None) -> Run:
     folder = RunFolder(prepared.folder)
     if record := folder.read_run():
         problem = tracking.resume_run(record["run_id"])
-        return Run(**vars(prepared), run_id=record["run_id"], is_new=False, warning=problem)
+        start = record.get("start", "")
+        return Run(**vars(prepared), run_id=record["run_id"], is_new=False, start=start, warning=problem)
     settings, manifest = prepared.settings, prepared.manifest
     assert settings.run.name is not None, "`prepare` sets it"
     tags = {"folder": prepared.folder, "manifest_hash": manifest.hash, "preset": settings.preset}
+    start = ""
     if settings.model.init:
-        tags |= {"init": settings.model.init, "init_sha256": _copy_encoder(settings, folder)}
+        start, origin = _copy_weights(settings, folder)
+        tags |= origin
     run_id = tracking.create_run(
         settings, tags={f"vmoco.{key}": value for key, value in tags.items()}, note=metrics.NOTE, parent_run=parent_run
     )
@@ -126,8 +166,9 @@ def open_run(prepared: PreparedRun, *, parent_run: str | None = None) -> Run:
             "settings": settings.model_dump(mode="json"),
             "finished": None,
         }
+        | ({"start": start} if start else {})
     )
-    return Run(**vars(prepared), run_id=run_id, is_new=True)
+    return Run(**vars(prepared), run_id=run_id, is_new=True, start=start)
 
 
 def run_id_of(prepared: PreparedRun) -> str | None:
@@ -136,22 +177,39 @@ def run_id_of(prepared: PreparedRun) -> str | None:
     return record["run_id"] if record else None
 
 
-def _copy_encoder(settings: PretrainSettings, folder: RunFolder) -> str:
-    """Copies the backbone of `model.init` into the run's folder; returns the SHA-256 of the copy.
+def _copy_weights(settings: PretrainSettings, folder: RunFolder) -> tuple[str, dict[str, str]]:
+    """Copies the weights of `model.init` into the run's folder: the run does not read `model.init` again.
+
+    Returns:
+        What it starts from, in words; and the tags that say it.
 
     Raises:
-        ValueError: there is no such encoder, it is damaged, or it has another backbone.
+        ValueError: there is no such encoder or checkpoint, it is damaged, or it has another network.
     """
-    assert settings.model.init is not None, "the caller checks it"
-    encoder = package.load_encoder(settings.model.init)
-    if encoder.card["backbone"] != settings.model.backbone:
-        raise ValueError(
-            f"--init {settings.model.init} is a {encoder.card['backbone']}, --model.backbone is "
-            f"{settings.model.backbone}: set --model.backbone to that of the encoder"
-        )
-    content = safetensors.torch.save(encoder.backbone.state_dict())
+    uri = settings.model.init
+    assert uri is not None, "the caller checks it"
+    if is_checkpoint(uri):
+        with local_copy(uri) as checkpoint:
+            record, weights = Record.read(checkpoint), networks_in(checkpoint, settings)
+            content = safetensors.torch.save(weights)
+        kept, fresh = "both encoders with their heads", "the queue, the optimizers and the learning rate"
+        if any(name.startswith("generator.") for name in weights):
+            kept += ", and the generator"
+        else:
+            fresh += ", and the generator, because --generator.hidden-channels is another"
+        start = f"the checkpoint {uri}, step {record.step}: keeps {kept}; new are {fresh}"
+        tags = {"init": uri, "init_step": str(record.step), "init_run_id": str(record.run_id)}
+    else:
+        encoder = package.load_encoder(uri)
+        if encoder.card["backbone"] != settings.model.backbone:
+            raise ValueError(
+                f"--model.init {uri} is a {encoder.card['backbone']}, --model.backbone is "
+                f"{settings.model.backbone}: set --model.backbone to that of the encoder"
+            )
+        content = safetensors.torch.save(encoder.backbone.state_dict())
+        start, tags = f"the encoder {uri}", {"init": uri}
     storage.write_atomic(folder.path(INIT), content)
-    return hashlib.sha256(content).hexdigest()
+    return start, tags | {"init_sha256": hashlib.sha256(content).hexdigest()}
 
 
 def close_run(run: Run, encoder: str) -> None:
@@ -177,14 +235,19 @@ def introduce(run: Run) -> list[str]:
         f"the generator drops {settings.num_dropped} of {settings.data.num_frames} frames from step "
         f"{settings.generator_start}; the oldest of {moco.queue_size} keys weighs {_oldest_key(settings)}",
     ]
+    lines.append(f"checkpoints: {_checkpoint_space(settings, run.folder)}")
     if settings.model.init:
-        lines.append(f"starts from the encoder {settings.model.init}")
+        lines.append(f"starts from {run.start or settings.model.init}")
     if settings.run.fork:
         lines.append(f"starts from the training state {settings.run.fork}")
     if settings.evaluation.enabled:
-        lines += _scoring(settings, num_videos=counts["held_out"])
+        if problem := scoring_problem(run.manifest):
+            lines.append(f"warning: no checkpoint gets a score: {problem}; or train with --evaluation.no-enabled")
+        else:
+            lines += _scoring(settings, num_videos=counts["held_out"])
     if run.warning:
         lines.append(f"warning: {run.warning}")
+    lines += [f"warning: {line}" for line in unused_settings(settings)]
     if settings.num_micro_batches == 1:
         lines.append(
             f"warning: --train.micro-batch {settings.train.micro_batch} is the complete global batch, so a key is "

@@ -2,7 +2,8 @@
 
     STORAGE/RUN.NAME/
       run.json              settings, data set, MLflow run; where the encoder is, once the run has ended
-      init.safetensors      backbone that the run starts from (--init): a copy, because an alias may move
+      init.safetensors      weights that the run starts from (--model.init): a copy, because an alias may move, and
+                            another run deletes its old checkpoints
       lease.json            the job that holds the run                                   (vmoco/train/lease.py)
       writer.json           the group of workers that may write                          (vmoco/train/lease.py)
       checkpoints.json      the checkpoints that are kept, oldest first; MLflow has the same text
@@ -35,16 +36,21 @@ import safetensors.torch
 
 from vmoco import storage
 from vmoco.config import PretrainSettings
+from vmoco.encoders.package import CARD
 from vmoco.encoders.promotion import Score
 from vmoco.train import distributed
 from vmoco.train.lease import Fence
 from vmoco.train.state import (
+    FIXED_BY_ENCODERS,
     STATE_RECORD,
     STATE_SETTINGS,
     STATE_TENSORS,
     DamagedCheckpointError,
     Record,
     TrainState,
+    differences,
+    networks_in,
+    parse_settings,
     read_settings,
 )
 
@@ -53,9 +59,7 @@ DAMAGED = "damaged.json"
 _PREFIX = "step-"
 
 FIXED_BY_FORK = (
-    "model.backbone",
-    "model.embedding_dim",
-    "model.head",
+    *FIXED_BY_ENCODERS,
     "generator.hidden_channels",
     "moco.queue_size",
     "train.optimizer",
@@ -158,9 +162,7 @@ class RunFolder:
         if state.settings.run.fork:
             fork(state.settings.run.fork, state)
         elif state.settings.model.init:
-            weights = safetensors.torch.load(storage.read_bytes(self.path(INIT)))
-            for encoder in (state.moco.query, state.moco.key):
-                encoder.backbone.load_state_dict(weights)
+            state.begin_with(safetensors.torch.load(storage.read_bytes(self.path(INIT))))
         return []
 
     def resume(self, state: TrainState) -> Resumed | None:
@@ -345,13 +347,7 @@ def check_fork(settings: PretrainSettings, manifest_hash: str) -> None:
     """
     uri = settings.run.fork
     assert uri is not None, "the caller checks that there is a fork"
-    try:
-        record = json.loads(storage.read_bytes(_record_of(uri)))
-        donor = PretrainSettings.model_validate_json(storage.read_bytes(storage.join(uri, STATE_SETTINGS)))
-    except FileNotFoundError:
-        raise ValueError(
-            f"--run.fork {uri} is not a checkpoint: give the folder of one, as checkpoints.json of a run lists them"
-        ) from None
+    record, donor = _small_files(uri, flag="--run.fork")
     if record["manifest_hash"] != manifest_hash:
         raise ValueError(
             f"--run.fork {uri} was trained on data set {record['manifest_hash']}, --data.uri is {manifest_hash}: give "
@@ -362,15 +358,20 @@ def check_fork(settings: PretrainSettings, manifest_hash: str) -> None:
             f"--run.fork {uri} is at step {record['step']}, and this run ends at {settings.last_step}: raise "
             "--train.steps or --train.stop-after"
         )
-    pairs = {name: (_field(donor, name), _field(settings, name)) for name in FIXED_BY_FORK}
-    changed = [f"--{name.replace('_', '-')} {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
-    if changed:
-        raise ValueError(f"--run.fork {uri} has other tensors ({', '.join(changed)}): set these as they were")
+    if changed := differences(donor, settings, only=FIXED_BY_FORK):
+        raise ValueError(f"--run.fork {uri} has other tensors ({changed}): set these as they were")
 
 
-def _field(settings: PretrainSettings, name: str) -> object:
-    group, _, field = name.partition(".")
-    return getattr(getattr(settings, group), field)
+def _small_files(uri: str, *, flag: str) -> tuple[dict[str, Any], PretrainSettings]:
+    """The record and the settings of a checkpoint."""
+    try:
+        record: dict[str, Any] = json.loads(storage.read_bytes(_record_of(uri)))
+        settings = parse_settings(storage.read_bytes(storage.join(uri, STATE_SETTINGS)), uri)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{flag} {uri} is not a checkpoint: give the folder of one, as checkpoints.json of a run lists them"
+        ) from None
+    return record, settings
 
 
 def fork(uri: str, state: TrainState) -> None:
@@ -399,3 +400,49 @@ def fork(uri: str, state: TrainState) -> None:
         mine.load_state_dict({"state": other.state_dict()["state"], "param_groups": mine.state_dict()["param_groups"]})
     state.difference.copy_(donor.difference)
     state.step = donor.step
+
+
+def is_checkpoint(uri: str) -> bool:
+    """Whether `model.init` is a checkpoint; otherwise it is an encoder: a folder, or a name in the registry."""
+    return not uri.startswith(("models:/", "runs:/")) and not storage.exists(storage.join(uri, CARD))
+
+
+def check_init(settings: PretrainSettings) -> None:
+    """Checks, by the small files alone, that a run can start from the checkpoint that `model.init` names, if it is one.
+
+    Only the encoders must have the shapes of the checkpoint's. Everything else may differ, also the data set.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    uri = settings.model.init
+    assert uri is not None, "the caller checks it"
+    if not is_checkpoint(uri):
+        return
+    if not storage.exists(_record_of(uri)):
+        raise ValueError(
+            f"--model.init {uri} is neither an encoder nor a checkpoint: it has no {CARD} and no {STATE_RECORD}. Give "
+            "models:/NAME@ALIAS, the folder of an encoder, or a uri from the checkpoints.json of a run"
+        )
+    donor = _small_files(uri, flag="--model.init")[1]
+    if changed := differences(donor, settings, only=FIXED_BY_ENCODERS):
+        raise ValueError(f"--model.init {uri} has other encoders ({changed}): set these as they were")
+
+
+def begin_from(uri: str, state: TrainState) -> None:
+    """Starts a new training from a checkpoint: what `--model.init CHECKPOINT` does, without Ray and MLflow.
+
+    The checkpoint's query and key encoder are kept, with their heads and batch-normalisation statistics; the generator
+    is kept if its shapes fit. All else stays as in a new state: step 0, the learning rate and the order of the data of
+    the state's settings, new optimizers, an empty queue. The queue starts empty because its keys have ages and videos
+    of the other training, whose data set and length of queue may be others; it is full after K / G steps.
+
+    Args:
+        uri: of the checkpoint, a folder that `TrainState.save` wrote.
+        state: new; changed in place. Its settings may differ in all but the shapes of the encoders.
+
+    Raises:
+        ValueError: it is not a checkpoint, it is damaged, or its encoders have other shapes.
+    """
+    with local_copy(uri) as checkpoint:
+        state.begin_with(networks_in(checkpoint, state.settings))

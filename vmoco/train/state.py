@@ -10,6 +10,7 @@ state of the loader, because its position is the step. Training waits only for a
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,15 @@ from safetensors.torch import load_file, save_file
 import vmoco
 from vmoco import storage
 from vmoco.config import PretrainSettings
+from vmoco.model.generator import Generator
 from vmoco.model.moco import VideoMoco
 from vmoco.train.optimizer import build_optimizer, slot_names
 
 VERSION = 2
 STATE_TENSORS, STATE_SETTINGS, STATE_RECORD = "state.safetensors", "settings.json", "state.json"
+
+FIXED_BY_ENCODERS = ("model.backbone", "model.embedding_dim", "model.head")
+"""Fields that decide which tensors the two encoders have, heads included."""
 
 
 class DamagedCheckpointError(ValueError):
@@ -195,6 +200,22 @@ class TrainState:
         self.step = record.step
         return record
 
+    def begin_with(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Gives a new state the weights that its run starts from; step, queue, optimizers and `difference` stay new.
+
+        Args:
+            weights: of the backbone of both encoders; or query.*, key.* and perhaps generator.*, as `networks_in`
+                returns them.
+        """
+        if not any(name.startswith("query.") for name in weights):
+            for encoder in (self.moco.query, self.moco.key):
+                encoder.backbone.load_state_dict(weights)
+            return
+        self.moco.query.load_state_dict(_below("query", weights))
+        self.moco.key.load_state_dict(_below("key", weights))
+        if generator := _below("generator", weights):
+            self.moco.generator.load_state_dict(generator)
+
     def _expected_names(self, step: int) -> set[str]:
         """Names of all tensors of a checkpoint of that step."""
         names = {name for name in self.tensors() if not name.startswith("optimizer.")}
@@ -226,23 +247,58 @@ class TrainState:
             )
 
 
+def checkpoint_bytes(settings: PretrainSettings) -> int:
+    """Size of a checkpoint of a run once both optimizers have taken a step; computes nothing and takes no memory."""
+    state = TrainState(settings, manifest_hash="", device=torch.device("meta"))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors().values())
+    slots = len(slot_names(settings.train) - {"step"})
+    for optimizer in (state.query_optimizer, state.generator_optimizer):
+        for group in optimizer.param_groups:
+            size += slots * sum(each.numel() * each.element_size() for each in group["params"])
+    return size
+
+
 def read_settings(folder: Path) -> PretrainSettings:
     """The settings of a checkpoint.
 
     Raises:
-        ValueError: they are missing, or this vmoco does not know them.
+        ValueError: they are missing, damaged, or unknown to this vmoco.
     """
     try:
-        return PretrainSettings.model_validate_json((folder / STATE_SETTINGS).read_text())
+        return parse_settings((folder / STATE_SETTINGS).read_bytes(), str(folder))
     except FileNotFoundError:
         raise DamagedCheckpointError(f"{folder} is not a checkpoint of vmoco: it has no {STATE_SETTINGS}") from None
 
 
-def differences(before: PretrainSettings, now: PretrainSettings) -> str:
-    """The fields that decide the numbers and differ, as `--group.field 1 -> 2`."""
+def parse_settings(content: bytes, checkpoint: str) -> PretrainSettings:
+    """The settings in the file of a checkpoint.
+
+    Not by pydantic's `model_validate_json`, which writes its own words before and after our message.
+
+    Raises:
+        ValueError: they are damaged, or unknown to this vmoco.
+    """
+    try:
+        return PretrainSettings(**json.loads(content))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DamagedCheckpointError(f"{STATE_SETTINGS} of checkpoint {checkpoint} is damaged: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"this vmoco cannot read the settings of checkpoint {checkpoint}: {error}") from None
+
+
+def differences(before: PretrainSettings, now: PretrainSettings, *, only: Collection[str] = ()) -> str:
+    """The fields that decide the numbers and differ, as `--group.field 1 -> 2`.
+
+    Args:
+        before: settings of a checkpoint or of a run that has begun.
+        now: settings as they were given.
+        only: fields to compare, as `group.field`. Default: all.
+    """
     old_fields, changed = before.content(), []
     for group, fields in now.content().items():
         for field, value in fields.items():
+            if only and f"{group}.{field}" not in only:
+                continue
             if (old := old_fields[group].get(field)) != value:
                 changed.append(f"--{group}.{field.replace('_', '-')} {old} -> {value}")
     return ", ".join(changed)
@@ -264,12 +320,34 @@ def read_tensors(folder: Path, record: Record) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
+def networks_in(folder: Path, settings: PretrainSettings) -> dict[str, torch.Tensor]:
+    """The networks of a checkpoint that a run with these settings can start from (`TrainState.begin_with`).
+
+    Returns:
+        query.* and key.*, heads and batch-normalisation statistics included, and generator.* if its shapes are those
+        of the generator of `settings`.
+
+    Raises:
+        ValueError: the checkpoint is damaged or not one, or its encoders have other shapes.
+    """
+    record = Record.read(folder)
+    if changed := differences(read_settings(folder), settings, only=FIXED_BY_ENCODERS):
+        raise ValueError(f"checkpoint {folder} has other encoders ({changed}): set these as they were")
+    tensors = read_tensors(folder, record)
+    with torch.device("meta"):  # only names and shapes are needed
+        wanted = Generator(settings.generator).state_dict()
+    generator = _below("generator", tensors)
+    fits = {name: tensor.shape for name, tensor in generator.items()} == {n: t.shape for n, t in wanted.items()}
+    parts = ("query.", "key.", "generator.") if fits else ("query.", "key.")
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(parts)}
+
+
 def _host_memory(tensor: torch.Tensor) -> torch.Tensor:
     """Memory for a copy: in the tensor's own layout, so that copying is moving bytes; page-locked for a GPU."""
     return torch.empty_like(tensor, device="cpu", requires_grad=False, pin_memory=tensor.device.type == "cuda")
 
 
-def _below(part: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _below(part: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name[len(part) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(part + ".")}
 
 

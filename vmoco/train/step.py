@@ -4,6 +4,9 @@ The gradients come from one forward and one backward through DDP. The generator'
 pixels of x~ alone (`torch.autograd.grad`, which touches no parameter and so starts no reducer). Then the contrastive
 loss runs backward once. After one DDP forward a second backward through parameters would not be reduced, and replicas
 would silently diverge. The cost is 6 forwards of the encoder: q, q_real and k 3, the backward for G 1, for D 2.
+
+With `--generator.objective contrast` G follows the same loss as D with the sign reversed. Then the one backward of D
+also gives the gradient of the pixels, and there is no q_real: 4 forwards, and the stem's gradient of its input.
 """
 
 from __future__ import annotations
@@ -17,11 +20,11 @@ from torch import nn
 from vmoco.config import PretrainSettings
 from vmoco.data.augment import augment, to_pixels
 from vmoco.data.loader import RankBatch, View
-from vmoco.model.generator import drop_frames, frame_fill, importance_gradient, keep_mask
-from vmoco.model.moco import adversarial_loss, contrast, running_statistics_kept
+from vmoco.model.generator import drop_frames, frame_fill, importance_gradient, keep_mask, sampling_scores
+from vmoco.model.moco import ReversedKeys, adversarial_loss, contrast, evaluation_mode, running_statistics_kept
 from vmoco.model.queue import decay_at, key_weights
 from vmoco.train import distributed
-from vmoco.train.metrics import StepMetrics
+from vmoco.train.metrics import StepMetrics, hardness
 from vmoco.train.optimizer import learning_rate, take_step
 from vmoco.train.state import TrainState
 
@@ -75,7 +78,7 @@ class TrainStep:
         self._set_learning_rates(batch.step)
 
         moco.update_key_encoder(settings.moco.momentum)
-        keys = self._encode_keys(batch)
+        keys, backwards = self._encode_all_keys(batch)
         metrics = StepMetrics.zeros(self._device, num_frames=settings.data.num_frames)
         metrics.decay = decay_at(
             batch.step, settings.moco, total_steps=settings.train.steps, difference=float(state.difference)
@@ -83,7 +86,7 @@ class TrainStep:
         weights = key_weights(moco.queue.ages(batch.step, unit=settings.moco.age_unit), metrics.decay)
         for micro, is_last in self._micro_batches(len(batch.clip_ids)):
             with self._gradients_reduced(is_last):
-                self._backward(batch, micro, keys=keys, weights=weights, metrics=metrics)
+                self._backward(batch, micro, keys=keys, backwards=backwards, weights=weights, metrics=metrics)
 
         metrics.add_flags(stop=stop_requested, checkpoint=checkpoint_requested)
         bad_here = metrics.non_finite()
@@ -92,9 +95,11 @@ class TrainStep:
         if metrics.non_finite():
             self._raise_non_finite(batch, bad_here)
         take_step(state.query_optimizer)
-        if self._is_adversarial(batch.step):
+        if settings.trains_generator(batch.step):
             take_step(state.generator_optimizer)
-            state.difference.copy_(metrics.mean_generator_loss() / -settings.generator.strength)
+            metrics.generator_trained = True
+            if settings.generator.objective == "difference":
+                state.difference.copy_(metrics.mean_generator_loss() / -settings.generator.strength)
         state.zero_grad()
         distributed.average_(moco.running_statistics())
         moco.queue.enqueue(keys, batch.video_ids.to(self._device), step=batch.step)
@@ -102,23 +107,47 @@ class TrainStep:
         state.step += 1
         return metrics
 
-    @torch.no_grad()  # keys are targets
-    def _encode_keys(self, batch: RankBatch) -> torch.Tensor:
-        """Keys of the whole global batch on every rank, in plan order: float32 (G, D)."""
+    def _encode_all_keys(self, batch: RankBatch) -> tuple[torch.Tensor, ReversedKeys | None]:
+        """Keys of the whole global batch on every rank, in plan order, float32 (G, D); and those played backwards."""
+        chosen = batch.reversed_keys[batch.share]
         parts = [
-            self._moco.key(self._augmented(batch.key, micro)) for micro, _ in self._micro_batches(len(batch.key.frames))
+            self.encode_keys(View(batch.key.frames[micro], batch.key.draws[micro]), backwards=chosen[micro])
+            for micro, _ in self._micro_batches(len(batch.key.frames))
         ]
+        own, backwards = (torch.cat(each) for each in zip(*parts, strict=True))
         # Each rank gets the keys that the others encoded: 512 bytes a key are all the data that ranks exchange.
-        shuffled = distributed.gather_rows(torch.cat(parts), batch.clips_per_rank)
+        shuffled = distributed.gather_rows(own, batch.clips_per_rank)
         keys = torch.empty_like(shuffled)
         keys[batch.key_order.to(self._device)] = shuffled
-        return keys
+        number, size = self._settings.num_reversed, self._settings.train.micro_batch
+        if not number:
+            return keys, None
+        # Likewise the keys of reversed clips; every rank has them in the order of the shuffled copy.
+        gathered = distributed.gather_rows(backwards, [count // size * number for count in batch.clips_per_rank])
+        places = batch.key_order[batch.reversed_keys].to(self._device)
+        reversed_keys = ReversedKeys(
+            torch.zeros_like(keys), torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
+        )
+        reversed_keys.keys[places], reversed_keys.exists[places] = gathered, True
+        return keys, reversed_keys
 
     @torch.no_grad()  # keys are targets
-    def encode_keys(self, view: View) -> torch.Tensor:
-        """Keys of the clips of one micro-batch, float32 (B, D)."""
-        keys: torch.Tensor = self._moco.key(self._augmented(view, slice(None)))
-        return keys
+    def encode_keys(self, view: View, *, backwards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys of the clips of one micro-batch, float32 (B, D), and of those that are also played backwards, (N, D).
+
+        Both go through one forward, because batch normalisation must not tell a reversed clip from others.
+
+        Args:
+            view: one micro-batch.
+            backwards: bool (B,) on the host, N of them true.
+        """
+        clips = self._augmented(view, slice(None))
+        if self._settings.num_reversed:
+            # On the host, because the number of clips must be known without waiting for a GPU.
+            chosen = backwards.nonzero().squeeze(1).to(self._device)
+            clips = torch.cat([clips, clips[chosen].flip(2)]).contiguous(memory_format=torch.channels_last_3d)
+        keys: torch.Tensor = self._moco.key(clips)
+        return keys[: len(view.frames)], keys[len(view.frames) :]
 
     def _backward(
         self,
@@ -126,19 +155,21 @@ class TrainStep:
         micro: slice,
         *,
         keys: torch.Tensor,
+        backwards: ReversedKeys | None,
         weights: torch.Tensor,
         metrics: StepMetrics,
     ) -> None:
         """Forward and backward of one micro-batch; adds to the gradients and to the metrics."""
         settings, moco = self._settings, self._moco
-        adversarial = self._is_adversarial(batch.step)
+        trains, objective = settings.trains_generator(batch.step), settings.generator.objective
+        separately = trains and objective == "difference"  # from D: G has a loss and a backward of its own
         clips = self._augmented(batch.query, micro)
-        dropped, fill, importance = self._drop_frames(clips, batch, micro)
+        dropped, fill, importance, mask = self._drop_frames(clips, batch, micro)
         # Each clip has the weight 1 / G, on every rank. DDP takes the mean over ranks, hence the number of ranks.
         weight = distributed.world_size() / settings.train.global_batch
 
         # A compiled backward cannot leave out the weights: G's gradient would cost 2 forwards instead of 1.
-        with torch.compiler.set_stance("force_eager") if adversarial else contextlib.nullcontext():
+        with torch.compiler.set_stance("force_eager") if separately else contextlib.nullcontext():
             queries = self._query(dropped)
         compared = contrast(
             queries,
@@ -148,42 +179,85 @@ class TrainStep:
             allowed=moco.queue.negatives_of(batch.video_ids[batch.share][micro].to(self._device)),
             temperature=settings.moco.temperature,
             decay_on=settings.moco.decay_on,
+            reversed_keys=backwards[batch.share][micro] if backwards else None,
         )
         metrics.add(compared)
-        if adversarial:
+        if self._is_adversarial(batch.step):
+            metrics.add_dropped(mask)
+        if separately:
             # q_real is a constant of G's loss: without graph, and without a second update of the running statistics.
             with torch.no_grad(), running_statistics_kept(moco.query):
                 whole = moco.query(clips)
             loss = adversarial_loss(queries, whole, strength=settings.generator.strength)
             (pixels,) = torch.autograd.grad(loss.sum() * weight, dropped, retain_graph=True)
-            estimator = settings.generator.estimator
-            importance.backward(importance_gradient(pixels, clips, fill, estimator=estimator))
+            importance.backward(importance_gradient(pixels, clips, fill, estimator=settings.generator.estimator))
             metrics.add_generator(loss.detach())
-            metrics.add_dropped(keep_mask(importance, settings.num_dropped))
-            dropped.requires_grad_(False)
-        (compared.loss.sum() * weight).backward()
+        # The parameters alone, unless G needs the pixels: each further tensor costs a gradient of the stem's input.
+        inputs = [*moco.query.parameters(), *([dropped] if trains and objective == "contrast" else [])]
+        (compared.loss.sum() * weight).backward(inputs=inputs)
+        if trains and objective == "contrast":
+            assert dropped.grad is not None, "D's backward has reached the pixels"
+            # L_G = -L_D: G raises the loss that D lowers.
+            gradient = importance_gradient(-dropped.grad, clips, fill, estimator=settings.generator.estimator)
+            importance.backward(gradient)
+            metrics.add_generator(-compared.loss.detach())
 
     def _drop_frames(
         self, clips: torch.Tensor, batch: RankBatch, micro: slice
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x~, what fills its dropped frames, and the importance that chose them (with graph once G trains)."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x~, what fills its dropped frames, the importance that chose them (with graph once G trains), the mask."""
         settings = self._settings
         fill = frame_fill(clips, settings.generator.fill)
         importance = batch.random_importance[micro].to(self._device)
         if self._is_adversarial(batch.step):
-            importance = self._generator(clips)
-            mask = keep_mask(importance, settings.num_dropped)
-            return drop_frames(clips, mask, fill).requires_grad_(), fill, importance
+            trains = settings.trains_generator(batch.step)
+            if trains:
+                importance = self._generator(clips)
+            else:
+                # Not through DDP, which expects a backward after each forward.
+                with torch.no_grad():
+                    importance = self._moco.generator(clips)
+            mask = self._generators_mask(importance, batch, micro)
+            return drop_frames(clips, mask, fill).requires_grad_(trains), fill, importance, mask
         if settings.generator.before_start == "random":
-            return drop_frames(clips, keep_mask(importance, settings.num_dropped), fill), fill, importance
-        return clips, fill, importance
+            mask = keep_mask(importance, settings.num_dropped)
+            return drop_frames(clips, mask, fill), fill, importance, mask
+        return clips, fill, importance, torch.ones_like(importance)
+
+    def _generators_mask(self, importance: torch.Tensor, batch: RankBatch, micro: slice) -> torch.Tensor:
+        """The mask that follows from the importance: a function of it and of the seeded noise of the batch."""
+        if self._settings.generator.select == "sample":
+            importance = sampling_scores(importance, batch.random_importance[micro].to(self._device))
+        return keep_mask(importance, self._settings.num_dropped)
 
     @torch.no_grad()  # changes nothing: G has neither batch statistics nor randomness
     def dropped_frames(self, batch: RankBatch, *, num_clips: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first queries of a batch and what G drops from them now: uint8 (B, T, H, W, 3), bool (B, T)."""
-        clips = self._augmented(batch.query, slice(0, num_clips))
-        mask = keep_mask(self._moco.generator(clips), self._settings.num_dropped)
+        first = slice(0, num_clips)
+        clips = self._augmented(batch.query, first)
+        mask = self._generators_mask(self._moco.generator(clips), batch, first)
         return to_pixels(clips), mask == 0
+
+    @torch.no_grad()  # changes nothing: the running statistics are read only, and no random number is drawn
+    def adversary_hardness(self, batch: RankBatch) -> float | None:
+        """How much harder G's drops are than random ones, on the first micro-batch of this rank's queries.
+
+        Returns:
+            `hardness`; None before the generator starts, and where random drops change nothing.
+        """
+        if not self._is_adversarial(batch.step):
+            return None
+        settings, first = self._settings, slice(0, self._settings.train.micro_batch)
+        clips = self._augmented(batch.query, first)
+        fill = frame_fill(clips, settings.generator.fill)
+        chosen = self._generators_mask(self._moco.generator(clips), batch, first)
+        random = keep_mask(batch.random_importance[first].to(self._device), settings.num_dropped)
+        query = self._moco.query
+        # Rank 0 alone is here: it must not compile for minutes while the others wait.
+        with evaluation_mode(query), torch.compiler.set_stance("force_eager"):
+            views = (clips, drop_frames(clips, chosen, fill), drop_frames(clips, random, fill))
+            whole, by_generator, at_random = (query(view) for view in views)
+        return hardness(whole, by_generator=by_generator, at_random=at_random)
 
     def _augmented(self, view: View, micro: slice) -> torch.Tensor:
         part = View(view.frames[micro], view.draws[micro]).to(self._device)
@@ -192,6 +266,7 @@ class TrainStep:
             part.frames,
             part.draws,
             size=settings.size,
+            all_grey=settings.grey_probability == 1,
             blurs=settings.blur_probability > 0,
             by_clip=settings.standardise,
         )

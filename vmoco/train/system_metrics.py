@@ -91,8 +91,7 @@ _ROUNDS = 3
 class Utilisation:
     """MFU: the arithmetic that the encoders of a step need, over what the device can do.
 
-    A step needs 4 forwards of the encoder (query 1, its backward 2, key 1), and 6 once the generator trains (q_real 1,
-    the gradient of the pixels 1). Augmentation, generator and loss are left out, so the share is a little too low.
+    `vmoco/model/cost.py` counts it. Augmentation, generator and loss are left out, so the share is a little too low.
 
     Args:
         settings: of the run.
@@ -102,20 +101,19 @@ class Utilisation:
 
     def __init__(self, settings: PretrainSettings, device: torch.device, dtype: torch.dtype | None) -> None:
         self._settings = settings
-        self._forward = step_cost(settings, bf16=False).forward_flops
+        self._cost = step_cost(settings, bf16=False)
         self._peak = _peak_flops(device, dtype or torch.float32)
 
     def share(self, step: int, seconds: float) -> float:
         """Share of the device's arithmetic that a step used.
 
         Args:
-            step: counted from 0; tells whether the generator trains.
+            step: counted from 0; tells whether the generator has started.
             seconds: duration of the step.
         """
         settings = self._settings
-        forwards = 6 if step >= settings.generator_start else 4
-        clips = settings.train.global_batch / distributed.world_size()
-        return clips * forwards * self._forward / (seconds * self._peak)
+        flops = self._cost.flops_after if step >= settings.generator_start else self._cost.flops_before
+        return flops / distributed.world_size() / (seconds * self._peak)
 
 
 def _peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -145,8 +143,9 @@ def oldest_key_similarity(step: TrainStep, state: TrainState, loader: Loader) ->
     if age == 0:
         return None
     view, places = loader.first_keys(state.step - age)
+    backwards = loader.reversed_keys(state.step - age)[: len(places)]
     slots = (queue.pointer - age * batch + torch.from_numpy(places)) % queue.length
     stored = queue.keys[slots.to(queue.keys.device)]
     with running_statistics_kept(state.moco.key):
-        again = step.encode_keys(view)
+        again, _ = step.encode_keys(view, backwards=backwards)
     return float((stored * again).sum(dim=1).mean())

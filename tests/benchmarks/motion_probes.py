@@ -1,0 +1,149 @@
+"""How well scores without labels rank encoders: Spearman's correlation with the labelled linear probe.
+
+    python -m tests.benchmarks.motion_probes --folder ~/.vmoco/ablation
+
+The encoders are those of the runs of the ablation: `FOLDER/DATA/results/*.json` with `linear_test` in percent, and the
+weights that the run ended with beside it (`*.safetensors`). For each data set every encoder is scored on one part,
+without its labels, by the three motion probes, their gain over a single frame, retrieval and effective rank. The
+truth is the linear probe on the test part, which shares no video with it. The interval is over encoders that are drawn
+with replacement. Encoders of one seed start from the same trunk, so they are not independent and the true interval is
+wider. With fewer than 12 encoders of a data set the figures are printed, and `enough` is false: they support no claim.
+Ends with one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import scipy.stats
+import torch
+
+from vmoco import storage
+from vmoco.data.held_out import sources_of
+from vmoco.data.manifest import Manifest
+from vmoco.data.shard_reader import ClipReader
+from vmoco.encoders.encoder import Encoder, Preprocessing
+from vmoco.evaluate.features import embed_views, window
+from vmoco.evaluate.motion import (
+    ENCODER,
+    SEEN,
+    STILL,
+    MotionPlan,
+    Views,
+    make_views,
+    measure_motion,
+    plan_motion,
+    read_colours,
+    split_views,
+    still_features,
+)
+from vmoco.evaluate.score import score
+from vmoco.model.backbone import build_backbone
+
+ENOUGH = 12
+BACKBONE, SIZE = "r3d_nano", 32  # of the ablation
+_DRAWS = 2000
+_BATCH = 48
+
+
+def read_encoder(weights: Path, manifest: Manifest) -> Encoder:
+    """The encoder of a run of the ablation; its key encoder, heads and other tensors are left out."""
+    tensors, prefix = safetensors.torch.load_file(weights), "query.backbone."
+    backbone = build_backbone(BACKBONE)
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    backbone.load_state_dict(own)
+    fps = float(manifest.table["fps"][0].as_py())
+    return Encoder(backbone, Preprocessing(16, fps, SIZE, standardise=True), {"backbone": BACKBONE}).eval()
+
+
+def score_encoder(
+    encoder: Encoder, manifest: Manifest, chosen: MotionPlan, views: Views, colours: np.ndarray[Any, Any]
+) -> dict[str, float]:
+    """Every score of an encoder, in one pass over the clips."""
+    reader = ClipReader.of(manifest, chosen.rows, crop=True)
+    frames, parts = list(reader.several(range(chosen.rows.num_rows))), []
+    for first in range(0, len(frames), _BATCH):
+        parts.append(embed_views(encoder, frames[first : first + _BATCH], list(views.numbers.values()), colour=False))
+    features = split_views(torch.cat(parts).numpy(), list(views.numbers))
+    seconds = manifest.frame_shape[0] / chosen.rows["fps"].to_numpy()
+    sources = {ENCODER: features, STILL: still_features(features)}
+    scores = {}
+    for each in measure_motion(sources, chosen, views, clip_seconds=seconds):
+        scores[each.probe] = each.by[ENCODER].value
+        scores[f"{each.probe}, less single frame"] = each.by[ENCODER].value - each.by[STILL].value
+    found = score(
+        features[SEEN],
+        video_ids=chosen.rows["video_id"].to_pylist(),
+        start_seconds=chosen.rows["start_seconds"].to_numpy(),
+        clip_seconds=seconds,
+        colours=colours.mean(axis=1),
+        sources=sources_of(chosen.rows),
+    )
+    return scores | {"retrieval": found.retrieval.value, "effective_rank": found.effective_rank}
+
+
+def rank_correlation(scores: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> dict[str, float | None]:
+    """Spearman's correlation, None where a score does not vary; with its interval where there are enough encoders."""
+    random, drawn = np.random.default_rng(0), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", scipy.stats.ConstantInputWarning)  # a draw may hold one encoder alone
+        value = float(scipy.stats.spearmanr(scores, truth).statistic)
+        for _ in range(_DRAWS):
+            rows = random.integers(len(scores), size=len(scores))
+            drawn.append(float(scipy.stats.spearmanr(scores[rows], truth[rows]).statistic))
+    if not np.isfinite(value) or len(scores) < ENOUGH:
+        return {"spearman": round(value, 3) if np.isfinite(value) else None, "low": None, "high": None}
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return {"spearman": round(value, 3), "low": round(float(low), 3), "high": round(float(high), 3)}
+
+
+def measure(folder: Path, part: str) -> dict[str, Any]:
+    """The encoders of a data set, and how each score ranks them."""
+    manifest = Manifest.load(str(folder / part))
+    chosen = plan_motion(manifest)
+    colours, note = read_colours(manifest, chosen.rows)
+    encoders = []
+    for path in sorted((folder / "results").glob("*.json")):
+        result, weights = json.loads(path.read_text()), path.with_suffix(".safetensors")
+        if "linear_test" not in result or not weights.exists():
+            print(f"{path}: no linear_test, or no weights beside it; left out", flush=True)
+            continue
+        encoder = read_encoder(weights, manifest)
+        views = make_views(window(encoder, manifest), manifest.frame_shape[0])
+        scores = score_encoder(encoder, manifest, chosen, views, colours)
+        row = {"arm": result["arm"], "seed": result["seed"], "linear_test": result["linear_test"]}
+        encoders.append(row | {name: round(value, 4) for name, value in scores.items()})
+        print(json.dumps(encoders[-1]), flush=True)
+    found: dict[str, Any] = {"encoders": len(encoders), "enough": len(encoders) >= ENOUGH, "note": note}
+    if len(encoders) >= 3:
+        truth = np.array([row["linear_test"] for row in encoders])
+        names = [name for name in encoders[0] if name not in ("arm", "seed", "linear_test")]
+        found["ranks"] = {name: rank_correlation(np.array([row[name] for row in encoders]), truth) for name in names}
+    if not found["enough"]:
+        print(f"{folder.name}: {len(encoders)} encoders are too few for a claim, {ENOUGH} are needed", flush=True)
+    return found | {"scores": encoders}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--folder", type=Path, default=Path(storage.home()) / "ablation", help="of the ablation")
+    parser.add_argument("--data", nargs="+", default=["doom", "moments", "camera"], help="data sets in the folder")
+    parser.add_argument("--part", default="validation", help="part on which encoders are scored")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    found = {name: measure(arguments.folder / name, arguments.part) for name in arguments.data}
+    for name, each in found.items():
+        print(f"\n{name}, {each['encoders']} encoders{'' if each['enough'] else ' (too few for a claim)'}")
+        for score_name, ranks in each.get("ranks", {}).items():
+            print(f"    {score_name:28} {ranks['spearman']} [{ranks['low']}, {ranks['high']}]")
+    print(json.dumps({"benchmark": "motion_probes", "part": arguments.part, "data": found}))
+
+
+if __name__ == "__main__":
+    main()

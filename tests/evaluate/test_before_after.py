@@ -1,0 +1,78 @@
+"""The comparison with random weights uses the same clips for both, equals a plain reference, and makes a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.browser import title_of
+from tests.dataset import make_data_set
+from tests.made import encoder_of
+from vmoco.encoders.foreign import random_initialisation
+from vmoco.evaluate.before_after import AFTER, BEFORE, compare, found, write_page
+from vmoco.evaluate.score import TooFewVideosError, score_encoder
+
+PROBE = """<script>addEventListener("load", () => {
+  const all = [...document.images];
+  document.title = [all.filter(image => image.complete && image.naturalWidth > 0).length - all.length,
+                    document.querySelectorAll("section").length, document.querySelectorAll("tr").length,
+                    document.documentElement.scrollWidth <= innerWidth].join(" ");
+});</script>"""
+
+
+def test_random_weights_beside_random_weights(tmp_path: Path) -> None:
+    """The encoder that is random itself scores the same as before; the first row is the label-free score."""
+    manifest = make_data_set(tmp_path, num_held_out=5)
+    encoder = random_initialisation(encoder_of(), seed=3)
+    same = compare(encoder, manifest, seed=3)
+    assert [row.before for row in same.rows] == [row.after for row in same.rows]
+    other = compare(encoder, manifest, seed=4)
+    assert [row.after for row in other.rows] == [row.after for row in same.rows]
+    assert other.rows[1].before != same.rows[1].before
+    score = score_encoder(encoder, manifest)
+    assert same.rows[0].after == score.retrieval
+    assert (same.rows[0].chance, same.rows[1].chance) == (1 / 5, 1 / 10)
+    assert (same.num_videos, same.num_clips) == (5, 10)
+
+
+def test_colour_finds_what_differs_in_colour(tmp_path: Path) -> None:
+    """Each generated video has a square of its own colour over noise, so mean colour is far above chance."""
+    rows = compare(encoder_of(), make_data_set(tmp_path, num_held_out=5)).rows
+    assert rows[0].by_colour > 3 * rows[0].chance
+    assert rows[1].by_colour > 3 * rows[1].chance
+
+
+def test_a_match_is_the_largest_of_its_row_and_column() -> None:
+    """The result equals that of a loop over rows and columns."""
+    similarity = np.random.default_rng(0).normal(size=(6, 6)) + 0.8 * np.eye(6)
+    rows = [float(all(similarity[i, i] >= similarity[i, j] for j in range(6))) for i in range(6)]
+    columns = [float(all(similarity[j, j] >= similarity[i, j] for i in range(6))) for j in range(6)]
+    assert found(similarity).tolist() == rows + columns
+    assert 0 < found(similarity).mean() < 1
+
+
+def test_too_few_held_out_videos_are_refused(tmp_path: Path) -> None:
+    """With one held-out video there is no other video to confuse it with."""
+    with pytest.raises(TooFewVideosError, match="1 of 1 held-out videos"):
+        compare(encoder_of(), make_data_set(tmp_path, num_held_out=1))
+
+
+def test_a_browser_shows_the_page(tmp_path: Path) -> None:
+    """Table, curve and all thumbnails are in the file, the page fits the window; the name is text."""
+    manifest = make_data_set(tmp_path / "data", num_held_out=5)
+    encoder = encoder_of()
+    Image.new("RGB", (50, 26)).save(tmp_path / "loss.png")
+    page = tmp_path / "page" / "page.html"
+    compared = compare(encoder, manifest)
+    write_page(page, encoder, manifest, compared, title="models:/<b>&@x", loss=tmp_path / "loss.png")
+    text = page.read_text()
+    assert "models:/&lt;b&gt;&amp;@x" in text
+    assert text.count(f"<h3>{BEFORE}</h3>") == text.count(f"<h3>{AFTER}</h3>") == 8
+    assert 'alt="loss curve"' in text
+    copy = page.with_name("probed.html")
+    copy.write_text(text.replace("</body>", PROBE + "</body>"))
+    missing, sections, lines, fits = title_of(copy, profile=tmp_path / "profile").split()
+    assert (missing, sections, lines, fits) == ("0", "8", "3", "true")

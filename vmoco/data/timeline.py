@@ -1,0 +1,122 @@
+"""The time stamps of a video as one line of time, as a player shows it.
+
+Seconds count on the clock of the container, which starts with its earliest stream: where sound begins a second before
+the pictures, the first picture is shown at second 1, and MPEG-TS that starts at 1.4 s counts from there.
+
+Recordings that were joined byte by byte start their stamps again. As in FFmpeg's players, each goes on where the one
+before it ends. The frames around such a seam do not follow each other in time, so no clip may hold both.
+
+    stamps       0 40 80 120   0 40 80          two recordings
+    laid out     0 40 80 120 160 200 240        seam at frame 4
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+
+import numpy as np
+
+from vmoco.data.clips import ClipPlan, Int64Array
+
+_MAX_REORDER = 17
+"""Frames: a decoder reorders 16 at most. Where the container has no stamps for showing, they come in decoding order."""
+_GAP_SECONDS = 10
+"""A longer gap is another recording, in formats whose stamps may start again; the value of FFmpeg's programs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """The frames of a video, found without decoding it: a good estimate, which decoding may correct."""
+
+    times: Int64Array
+    """int64 (F,): time stamps of the frames in display order, in units of `time_base`, laid out on one line."""
+    keyframes: Int64Array
+    """Time stamps of frames at which decoding can begin; empty if the format does not tell."""
+    time_base: Fraction
+    """Seconds."""
+    fps: float
+    """Frames per second, the mean over the video."""
+    stream: int = 0
+    """Index of the video stream in the container."""
+    origin: Fraction = Fraction(0)
+    """Second of the stamps at which the container's clock is zero."""
+    seams: tuple[int, ...] = ()
+    """Numbers of the frames at which another recording begins."""
+    doubtful: tuple[int, ...] = ()
+    """Numbers of frames at the end of a recording that may be incomplete, so no clip may hold them."""
+    notes: tuple[str, ...] = ()
+    """What is unusual, one sentence each, which begins with its kind: `kind: sentence`."""
+
+
+def find_seams(stamps: Int64Array, time_base: Fraction, *, restarts: bool) -> tuple[int, ...]:
+    """Numbers of the frames at which another recording begins.
+
+    Args:
+        stamps: int64 (F,), in display order or in decoding order.
+        time_base: Seconds of one unit.
+        restarts: Whether the format allows that stamps start again (MPEG-TS, MPEG-PS). In other formats a frame that
+            is a little early is only out of order.
+    """
+    steps = np.diff(stamps)
+    if not len(steps) or (steps.min() >= 0 and not restarts):
+        return ()
+    seams = steps < (0 if restarts else -_MAX_REORDER * _step(steps))
+    if restarts:
+        seams |= steps * float(time_base) > _GAP_SECONDS
+    return tuple((np.flatnonzero(seams) + 1).tolist())
+
+
+def in_display_order(stamps: Int64Array, seams: tuple[int, ...]) -> tuple[Int64Array, Int64Array]:
+    """The times of packets in display order on one line, and the place of each packet there.
+
+    Args:
+        stamps: int64 (F,), when each packet is shown, in decoding order.
+        seams: Numbers of the packets at which another recording begins.
+    """
+    recording = np.searchsorted(seams, np.arange(len(stamps)), side="right")
+    order = np.lexsort((stamps, recording))
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+    return lay_out(stamps[order], seams), places
+
+
+def lay_out(stamps: Int64Array, seams: tuple[int, ...]) -> Int64Array:
+    """The stamps as one increasing line of time, without the gaps at the seams.
+
+    Args:
+        stamps: int64 (F,), one for each frame in display order.
+        seams: Numbers of the frames at which another recording begins.
+    """
+    if not seams and (np.diff(stamps) >= 0).all():
+        return stamps
+    line = stamps.copy()
+    for start, end in zip((0, *seams), (*seams, len(stamps)), strict=True):
+        line[start:end] = np.sort(stamps[start:end])
+        if start:
+            line[start:end] += line[start - 1] + _step(np.diff(line[:start])) - line[start]
+    return line
+
+
+def _step(steps: Int64Array) -> int:
+    """The usual distance of two frames."""
+    ahead = steps[steps > 0]
+    return int(np.median(ahead)) if len(ahead) else 1
+
+
+def on_clock(plan: ClipPlan, *, first: int, time_base: Fraction, origin: Fraction) -> ClipPlan:
+    """The plan with its seconds counted from the first frame, where they count on the container's clock.
+
+    Args:
+        plan: How to cut.
+        first: Time stamp of the first frame.
+        time_base: Seconds of one unit.
+        origin: As in `Timeline`.
+    """
+    late = float(first * time_base - origin)
+    start, end = plan.start_seconds, plan.end_seconds
+    return dataclasses.replace(
+        plan,
+        start_seconds=None if start is None else start - late,
+        end_seconds=None if end is None else end - late,
+    )
