@@ -22,12 +22,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -101,24 +103,44 @@ BASE = PretrainSettings(
 )
 # On the exponential and in keys, as `recommended`: the oldest of 2048 keys weighs 0.5.
 DECAY: dict[str, object] = {"decay": 0.99966, "age_unit": "key", "decay_on": "exp"}
+# Keys that are really old: 3.5 epochs of them, by a key encoder that moves ten times as fast. With DECAY the oldest
+# weighs 0.06.
+STALE: dict[str, object] = {"queue_size": 8192, "momentum": 0.9}
 RANDOM: dict[str, object] = {"drop_ratio": 0.25, "start_percent": 100.0}
 ADVERSARIAL: dict[str, object] = {"drop_ratio": 0.25}
-RELATIVE: dict[str, object] = {"drop_ratio": 0.25, "relative": True}
+RELATIVE = ADVERSARIAL | {"relative": True}
+SAMPLED = RELATIVE | {"select": "sample"}
+CONTRAST: dict[str, object] = {"objective": "contrast"}
+TWO_CLIPS: dict[str, object] = {"positives": "two_clips"}
+REVERSED: dict[str, object] = {"reversed_negatives_percent": 25.0}
 
 TRUNK = "trunk: MoCo, 700 steps"
-ARMS: dict[str, PretrainSettings] = {
+# What decides whether a part of the method is worth having; these come first for all seeds.
+DECISIVE: dict[str, PretrainSettings] = {
     TRUNK: changed(BASE, train={"steps": TRUNK_STEPS, "warmup_steps": 50, "checkpoint_every": TRUNK_STEPS}),
+    "random initialisation": BASE,
     "MoCo": BASE,
     "MoCo + random dropping": changed(BASE, generator=RANDOM),
-    "MoCo + adversarial dropping": changed(BASE, generator=ADVERSARIAL),
     "MoCo + adversarial dropping, relative": changed(BASE, generator=RELATIVE),
-    "MoCo + two clips": changed(BASE, data={"positives": "two_clips"}),
-    "MoCo + two clips + random dropping": changed(BASE, data={"positives": "two_clips"}, generator=RANDOM),
+    "MoCo + adversarial dropping, relative, sampled": changed(BASE, generator=SAMPLED),
+    "MoCo + two clips": changed(BASE, data=TWO_CLIPS),
+    "MoCo + reversed negatives": changed(BASE, moco=REVERSED),
+}
+# The same question for the paper's own form, the other objective, decay, and parts together.
+FURTHER: dict[str, PretrainSettings] = {
+    "MoCo + adversarial dropping": changed(BASE, generator=ADVERSARIAL),
+    "MoCo + adversarial dropping, relative, contrast": changed(BASE, generator=RELATIVE | CONTRAST),
+    "MoCo + adversarial dropping, relative, sampled, contrast": changed(BASE, generator=SAMPLED | CONTRAST),
+    "MoCo, old keys": changed(BASE, moco=STALE),
+    "MoCo, old keys + decay": changed(BASE, moco=STALE | DECAY),
+    "MoCo + two clips + random dropping": changed(BASE, data=TWO_CLIPS, generator=RANDOM),
     "MoCo + decay": changed(BASE, moco=DECAY),
     "VideoMoCo (adversarial dropping + decay)": changed(BASE, generator=ADVERSARIAL, moco=DECAY),
-    "random initialisation": BASE,
     "supervised": changed(BASE, train={"steps": TRUNK_STEPS + FORK_STEPS, "warmup_steps": 50}),
 }
+ARMS = DECISIVE | FURTHER
+Run = tuple[str, str, int]
+"""Data set, arm and seed."""
 _FROM_SCRATCH = (TRUNK, "random initialisation", "supervised")
 
 
@@ -181,8 +203,25 @@ def run_arm(data: str, arm: str, seed: int, folder: Path) -> dict[str, Any]:
     return (
         result
         | probe(state.moco.query.backbone, settings, folder / data)
-        | {"metrics": host.points.get(settings.train.steps, {}), "dropped": documents[-1] if documents else {}}
+        | {
+            "hardness": hardness(host.points, settings.train.steps),
+            "metrics": host.points.get(settings.train.steps, {}),
+            "dropped": documents[-1] if documents else {},
+        }
     )
+
+
+def hardness(points: Mapping[int, Mapping[str, float]], steps: int) -> float | None:
+    """Mean of the tracked `adversary_hardness` over the second half of a run; None if no generator chose frames.
+
+    A point is of one micro-batch, and the encoder adapts to what is dropped: one point alone says little.
+    """
+    found = [
+        numbers["adversary_hardness"]
+        for step, numbers in points.items()
+        if 2 * step > steps and "adversary_hardness" in numbers
+    ]
+    return round(float(np.mean(found)), 3) if found else None
 
 
 def begin_from(weights: Path, state: TrainState) -> None:
@@ -259,6 +298,19 @@ def result_path(folder: Path, data: str, arm: str, seed: int) -> Path:
     return folder / data / "results" / f"{re.sub('[^a-z0-9]+', '-', arm.lower())}-seed{seed}-{name}.json"
 
 
+def in_order(data: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
+    """All runs, what decides most first: a benchmark that is stopped has the decisive arms of some seeds, on all data.
+
+    Yields:
+        For decisive arms and then for the others, seed after seed: the trunks, and then each arm on every data set.
+    """
+    for group in (DECISIVE, FURTHER):
+        for seed in seeds:
+            for arm in arms:
+                if arm in group:
+                    yield from ((name, arm, seed) for name in data)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--folder", type=Path, default=Path(storage.home()) / "ablation", help="data and results")
@@ -277,25 +329,31 @@ def main() -> None:
         return
     for data in arguments.data:
         make_data(folder, data)
-    # Seed after seed, so that a benchmark that is stopped has all arms of some seeds.
-    runs = [(data, arm, seed) for seed in arguments.seeds for data in arguments.data for arm in arguments.arms]
+    runs = list(in_order(arguments.data, [arm for arm in ARMS if arm in arguments.arms], arguments.seeds))
     missing = [run for run in runs if not result_path(folder, *run).exists()]
     print(f"{len(runs) - len(missing)} of {len(runs)} runs are done, results in {folder}", flush=True)
+    failed: list[Run] = []
 
-    def start(run: tuple[str, str, int]) -> None:
+    def start(run: Run) -> None:
+        data, arm, seed = run
+        if arm not in _FROM_SCRATCH and not result_path(folder, data, TRUNK, seed).exists():
+            failed.append(run)  # its trunk has failed, or is not among the chosen arms
+            return
         words = ["--folder", str(folder), "--one", *map(str, run)]
         command = [sys.executable, "-m", "tests.benchmarks.ablation", *words]
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
+            failed.append(run)
 
     if not arguments.report:
-        for seed in arguments.seeds:
-            for trunks in (True, False):  # an arm needs its trunk
-                wave = [run for run in missing if run[2] == seed and (run[1] == TRUNK) == trunks]
-                with ThreadPoolExecutor(arguments.jobs) as pool:
-                    list(pool.map(start, wave))
+        for _trunks, group in itertools.groupby(missing, key=lambda run: run[1] == TRUNK):
+            # Arms wait for their trunks.
+            with ThreadPoolExecutor(arguments.jobs) as pool:
+                list(pool.map(start, group))
     done = [run for run in runs if result_path(folder, *run).exists()]
     results = [json.loads(result_path(folder, *run).read_text()) for run in done]
     print(json.dumps(write_report(results, settings=BASE)))
+    if failed:
+        raise SystemExit(f"{len(failed)} runs failed, or lack their trunk: {', '.join(map(str, failed))}")
 
 
 if __name__ == "__main__":
