@@ -191,14 +191,7 @@ def run_arm(data: str, arm: str, seed: int, folder: Path) -> dict[str, Any]:
         assert train(settings, manifest, state, device=CPU, host=host)
     result = {"data": data, "arm": arm, "seed": seed, "cpu_seconds": round(time.process_time() - started)}
     weights = result_path(folder, data, arm, seed).with_suffix(".safetensors")
-    # Of a trunk also the key encoder: its arms start from both.
-    modules = {"query": state.moco.query} | ({"key": state.moco.key} if arm == TRUNK else {})
-    tensors = {
-        f"{part}.{name}": tensor.contiguous()
-        for part, module in modules.items()
-        for name, tensor in module.state_dict().items()
-    }
-    storage.write_atomic(str(weights), safetensors.torch.save(tensors))
+    save_weights(weights, state, both=arm == TRUNK)  # the arms of a trunk start from both
     documents = [json.loads(text) for name, text in sorted(host.documents.items()) if name.endswith(".json")]
     return (
         result
@@ -209,6 +202,17 @@ def run_arm(data: str, arm: str, seed: int, folder: Path) -> dict[str, Any]:
             "dropped": documents[-1] if documents else {},
         }
     )
+
+
+def save_weights(path: Path, state: TrainState, *, both: bool) -> None:
+    """Writes the query encoder with its head, and with `both` the key encoder too."""
+    modules = {"query": state.moco.query} | ({"key": state.moco.key} if both else {})
+    tensors = {
+        f"{part}.{name}": tensor.contiguous()
+        for part, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+    storage.write_atomic(str(path), safetensors.torch.save(tensors))
 
 
 def hardness(points: Mapping[int, Mapping[str, float]], steps: int) -> float | None:
@@ -327,7 +331,7 @@ def main() -> None:
         found = run_arm(data, arm, seed, folder)
         storage.write_atomic(str(result_path(folder, data, arm, seed)), json.dumps(found, indent=1).encode())
         return
-    for data in arguments.data:
+    for data in [] if arguments.report else arguments.data:
         make_data(folder, data)
     runs = list(in_order(arguments.data, [arm for arm in ARMS if arm in arguments.arms], arguments.seeds))
     missing = [run for run in runs if not result_path(folder, *run).exists()]

@@ -1,12 +1,14 @@
 """Tables and plot of the ablation: each arm beside plain MoCo and beside random dropping, within a trunk.
 
 Arms that start from the same trunk share everything but what is compared, so their difference is taken trunk by trunk.
-The interval is Student's, over trunks. It says nothing about other networks, data or lengths of training.
+The interval is Student's, over trunks. It says nothing about other networks, data or lengths of training. A report of
+runs that are only partly done is valid: each difference counts the trunks that have both arms, and says how many.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +19,23 @@ from vmoco.config import PretrainSettings
 
 RESULTS = Path(__file__).parent / "results"
 REFERENCE, CONTROL = "MoCo", "MoCo + random dropping"
+ADVERSARY = "MoCo + adversarial dropping"
+"""How the name of every adversarial arm begins."""
+PAIRS = (
+    (f"{ADVERSARY}, relative", ADVERSARY),
+    (f"{ADVERSARY}, relative, sampled", f"{ADVERSARY}, relative"),
+    (f"{ADVERSARY}, relative, contrast", f"{ADVERSARY}, relative"),
+    (f"{ADVERSARY}, relative, sampled, contrast", f"{ADVERSARY}, relative, sampled"),
+    ("MoCo + two clips + random dropping", "MoCo + two clips"),
+    ("MoCo, old keys + decay", "MoCo, old keys"),
+    ("VideoMoCo (adversarial dropping + decay)", ADVERSARY),
+)
+"""An arm, and the arm that lacks only one part of it; these answer what the two references do not."""
+ENOUGH = 3
+"""Fewest trunks with which an arm can be chosen by the validation part."""
 METHOD = Path(__file__).parents[2] / "vmoco/METHOD.md"
 _BEGIN, _END = "<!-- ablation: written by tests.benchmarks.ablation -->\n", "<!-- /ablation -->"
+_KEPT = ("data", "arm", "seed", "cpu_seconds", "linear_validation", "knn_validation", "linear_test", "knn_test")
 
 Result = dict[str, Any]
 
@@ -34,7 +51,23 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         if not self.count:
             return ""
-        return f"{self.mean:+.1f} ± {self.half_width:.1f}" if self.count > 1 else f"{self.mean:+.1f}"
+        mean = round(self.mean, 1) + 0.0  # never -0.0
+        return f"{mean:+.1f} ± {self.half_width:.1f}" if self.count > 1 else f"{mean:+.1f}"
+
+    def as_json(self) -> dict[str, float | int]:
+        """Mean and the ends of the interval, which one trunk does not have."""
+        found: dict[str, float | int] = {"mean": round(self.mean, 2), "trunks": self.count}
+        if self.count > 1:
+            found |= {"low": round(self.mean - self.half_width, 2), "high": round(self.mean + self.half_width, 2)}
+        return found
+
+
+class Choice(NamedTuple):
+    """The arm that the validation part chooses, and what the test part says of it."""
+
+    arm: str
+    validation: Difference
+    test: Difference
 
 
 def difference(results: list[Result], arm: str, other: str, *, measure: str) -> Difference:
@@ -57,6 +90,22 @@ def difference(results: list[Result], arm: str, other: str, *, measure: str) -> 
     return Difference(float(np.mean(apart)), half, count)
 
 
+def choose(results: list[Result], other: str, *, allowed: Callable[[str], bool]) -> Choice | None:
+    """The arm with the largest mean difference to `other` on the validation part; None if no arm has enough trunks.
+
+    Args:
+        results: of one data set.
+        other: what arms are compared with.
+        allowed: says of an arm's name whether it takes part.
+    """
+    found = [
+        Choice(arm, validation, difference(results, arm, other, measure="linear_test"))
+        for arm in _arms(results)
+        if allowed(arm) and (validation := difference(results, arm, other, measure="linear_validation")).count >= ENOUGH
+    ]
+    return max(found, key=lambda choice: choice.validation.mean, default=None)
+
+
 def write_report(results: list[Result], *, settings: PretrainSettings) -> dict[str, Any]:
     """Writes `ablation.json` and `ablation.png`, and the tables into vmoco/METHOD.md between its two markers.
 
@@ -65,61 +114,151 @@ def write_report(results: list[Result], *, settings: PretrainSettings) -> dict[s
         settings: what all arms share.
 
     Returns:
-        By data set and arm: mean accuracy of the linear probe, its difference to MoCo and to random dropping with the
-        half width of the 95 % interval, trunks and CPU minutes; for the last line of the benchmark.
+        By data set and arm: mean accuracy of the linear probe on the test part, its differences to MoCo and to random
+        dropping with their 95 % intervals, seeds, hardness and CPU minutes; and what the validation part chooses. For
+        the last line of the benchmark.
     """
     by_data = {data: [r for r in results if r["data"] == data] for data in dict.fromkeys(r["data"] for r in results)}
     RESULTS.mkdir(exist_ok=True)
-    content = {"settings": settings.content(), "results": results}
-    (RESULTS / "ablation.json").write_text(json.dumps(content, indent=1) + "\n")
+    rows = ",\n".join(json.dumps(_row(result)) for result in results)
+    content = json.dumps(settings.content())
+    (RESULTS / "ablation.json").write_text(f'{{"settings": {content},\n"results": [\n{rows}\n]}}\n')
     before, rest = METHOD.read_text().split(_BEGIN)
-    tables = "\n".join(f"`{data}`:\n\n{_table(found)}" for data, found in by_data.items())
-    METHOD.write_text(before + _BEGIN + tables + _END + rest.split(_END)[1])
-    _plot(by_data)
-    return {
-        data: {
-            arm: {
-                "linear": round(_mean(found, arm, "linear_test"), 1),
-                **{
-                    name: [round(float(value), 2) for value in apart[:2]]
-                    for name, other in (("to_moco", REFERENCE), ("to_random_dropping", CONTROL))
-                    if (apart := difference(found, arm, other, measure="linear_test")).count > 1
-                },
-                "trunks": len(_of(found, arm)),
-                "cpu_minutes": round(_mean(found, arm, "cpu_seconds") / 60, 1),
-            }
-            for arm in _arms(found)
-        }
-        for data, found in by_data.items()
-    }
+    METHOD.write_text(before + _BEGIN + "\n".join(map(tables, by_data.values())) + _END + rest.split(_END)[1])
+    plot(by_data, RESULTS / "ablation.png")
+    return {data: _line(found) for data, found in by_data.items()}
 
 
-def _table(results: list[Result]) -> str:
-    """Markdown, one row for each arm."""
+def tables(results: list[Result]) -> str:
+    """Markdown of one data set: a row for each arm, the differences of further pairs, and the choice by validation."""
     lines = [
-        f"| arm | trunks | linear probe, % | less {REFERENCE} | less {CONTROL} | kNN, % | kNN less {REFERENCE} | "
-        "entropy of drops | CPU minutes a run |",
+        f"**`{results[0]['data']}`**",
+        "",
+        "| arm | trunks | linear probe, % | less MoCo | less random dropping | kNN, % | kNN, less MoCo | hardness | "
+        "CPU minutes a run |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in _arms(results):
         runs = _of(results, arm)
-        entropies = [run["dropped"]["dropped_entropy"] for run in runs if run["dropped"]]
         cells = [
             arm,
             str(len(runs)),
             f"{_mean(results, arm, 'linear_test'):.1f}",
-            str(difference(results, arm, REFERENCE, measure="linear_test")),
-            str(difference(results, arm, CONTROL, measure="linear_test")),
+            _cell(results, arm, REFERENCE),
+            _cell(results, arm, CONTROL),
             f"{_mean(results, arm, 'knn_test'):.1f}",
-            str(difference(results, arm, REFERENCE, measure="knn_test")),
-            f"{np.mean(entropies):.3f}" if entropies else "",
+            _cell(results, arm, REFERENCE, measure="knn_test"),
+            "" if (hardness := _hardness(runs)) is None else f"{hardness:.2f}",
             f"{_mean(results, arm, 'cpu_seconds') / 60:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    pairs = [(arm, other) for arm, other in PAIRS if difference(results, arm, other, measure="linear_test").count]
+    if pairs:
+        lines += ["", "| one part more | than | linear probe, difference | trunks |", "|---|---|---|---|"]
+        for arm, other in pairs:
+            apart = difference(results, arm, other, measure="linear_test")
+            lines.append(f"| {arm} | {other} | {apart} | {apart.count} |")
+    for what, other, chosen in _choices(results):
+        lines += [
+            "",
+            f"Chosen on validation {what}: {chosen.arm} ({chosen.validation} there). "
+            f"On test it has {chosen.test} points to {other} ({chosen.test.count} trunks).",
+        ]
     return "\n".join(lines) + "\n"
 
 
-def _arms(results: list[Result]) -> list[str]:
+def plot(by_data: dict[str, list[Result]], path: Path) -> None:
+    """A panel for each data set: each arm's difference to MoCo, trunk by trunk, with its interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    arms = list(dict.fromkeys(arm for found in by_data.values() for arm in _arms(found) if _is_forked(arm)))
+    figure, axes = pyplot.subplots(
+        1, len(by_data), figsize=(3.2 + 2.5 * len(by_data), 1.0 + 0.27 * len(arms)), sharey=True, layout="constrained"
+    )
+    places = np.arange(len(arms))[::-1]
+    for axis, (data, found) in zip(np.atleast_1d(axes), by_data.items(), strict=True):
+        base = {result["seed"]: result["linear_test"] for result in _of(found, REFERENCE)}
+        each_arm = [[r["linear_test"] - base[r["seed"]] for r in _of(found, arm) if r["seed"] in base] for arm in arms]
+        # The interval of two trunks is 13 times their spread: it would hide all others.
+        reach = 1.15 * max([1.0, *(abs(value) for each in each_arm for value in each)])
+        axis.set_xlim(-reach, reach)
+        for place, arm, each in zip(places, arms, each_arm, strict=True):
+            axis.plot(each, np.full(len(each), place), "o", color="#8fb0d6", markersize=3.5)
+            apart = difference(found, arm, REFERENCE, measure="linear_test")
+            if apart.count > 1:
+                axis.errorbar(apart.mean, place, xerr=apart.half_width, fmt="|", color="#20406a", capsize=3)
+            if apart.count:
+                axis.text(1.01, place, str(apart.count), fontsize=7, va="center", transform=axis.get_yaxis_transform())
+        axis.axvline(0, color="#888888", linewidth=1, linestyle=":")
+        axis.set_title(f"{data} (right: trunks)", fontsize=9)
+        axis.set_xlabel("points above MoCo, linear probe", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    np.atleast_1d(axes)[0].set_yticks(places, [arm.replace("MoCo + ", "") for arm in arms])
+    # No date and no version in the file: equal results give equal bytes.
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def _row(result: Result) -> Result:
+    """What is kept of a result beside the benchmark."""
+    metrics, dropped = result.get("metrics", {}), result.get("dropped", {})
+    more = {
+        "hardness": result.get("hardness"),
+        "dropped_entropy": dropped.get("dropped_entropy"),
+        "oldest_key_similarity": metrics.get("oldest_key_similarity"),
+    }
+    return {key: result[key] for key in _KEPT} | {key: round(v, 3) for key, v in more.items() if v is not None}
+
+
+def _line(results: list[Result]) -> dict[str, Any]:
+    arms = {}
+    for arm in _arms(results):
+        runs = _of(results, arm)
+        arms[arm] = {
+            "linear": round(_mean(results, arm, "linear_test"), 1),
+            **{
+                name: apart.as_json()
+                for name, other in (("to_moco", REFERENCE), ("to_random_dropping", CONTROL))
+                if (apart := difference(results, arm, other, measure="linear_test")).count
+            },
+            "seeds": sorted(run["seed"] for run in runs),
+            "hardness": _hardness(runs),
+            "cpu_minutes": round(_mean(results, arm, "cpu_seconds") / 60, 1),
+        }
+    chosen = {
+        what: {"arm": choice.arm, "validation": choice.validation.as_json(), "test": choice.test.as_json(), "to": other}
+        for what, other, choice in _choices(results)
+    }
+    return {"arms": arms, "chosen_on_validation": chosen}
+
+
+def _choices(results: list[Result]) -> list[tuple[str, str, Choice]]:
+    """What is chosen, what it is compared with, and the choice."""
+    kinds = (
+        ("among all arms", REFERENCE, _is_forked),
+        ("among adversarial arms", CONTROL, lambda arm: arm.startswith(ADVERSARY)),
+    )
+    found = [(what, other, choose(results, other, allowed=allowed)) for what, other, allowed in kinds]
+    return [(what, other, choice) for what, other, choice in found if choice is not None]
+
+
+def _is_forked(arm: str) -> bool:
+    """Whether an arm starts from a trunk, and is not what arms are compared with."""
+    return arm.startswith((f"{REFERENCE} +", f"{REFERENCE},", "VideoMoCo"))
+
+
+def _cell(results: list[Result], arm: str, other: str, *, measure: str = "linear_test") -> str:
+    """A difference; with its trunks where they are fewer than the arm has."""
+    apart = difference(results, arm, other, measure=measure)
+    fewer = 0 < apart.count < len(_of(results, arm))
+    return f"{apart} ({apart.count} trunks)" if fewer else str(apart)
+
+
+def _arms(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(result["arm"] for result in results))
 
 
@@ -131,34 +270,6 @@ def _mean(results: list[Result], arm: str, measure: str) -> float:
     return float(np.mean([result[measure] for result in _of(results, arm)]))
 
 
-def _plot(by_data: dict[str, list[Result]]) -> None:
-    """A panel for each data set: each arm's difference to MoCo, trunk by trunk, with its interval."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    arms = list(
-        dict.fromkeys(arm for found in by_data.values() for arm in _arms(found) if arm.startswith(("MoCo +", "V")))
-    )
-    figure, axes = pyplot.subplots(
-        1, len(by_data), figsize=(2.6 + 2.7 * len(by_data), 0.9 + 0.34 * len(arms)), sharey=True, layout="constrained"
-    )
-    places = np.arange(len(arms))[::-1]
-    for axis, (data, found) in zip(np.atleast_1d(axes), by_data.items(), strict=True):
-        base = {result["seed"]: result["linear_test"] for result in _of(found, REFERENCE)}
-        for place, arm in zip(places, arms, strict=True):
-            apart = difference(found, arm, REFERENCE, measure="linear_test")
-            each = [run["linear_test"] - base[run["seed"]] for run in _of(found, arm) if run["seed"] in base]
-            axis.plot(each, np.full(len(each), place), "o", color="#8fb0d6", markersize=3.5)
-            if apart.count > 1:
-                axis.errorbar(apart.mean, place, xerr=apart.half_width, fmt="|", color="#20406a", capsize=3)
-        axis.axvline(0, color="#888888", linewidth=1, linestyle=":")
-        axis.set_title(data, fontsize=9)
-        axis.set_xlabel("points above MoCo, linear probe", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    np.atleast_1d(axes)[0].set_yticks(places, [arm.replace("MoCo + ", "") for arm in arms])
-    # No date and no version in the file: equal results give equal bytes.
-    figure.savefig(RESULTS / "ablation.png", dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
+def _hardness(runs: list[Result]) -> float | None:
+    found = [run["hardness"] for run in runs if run.get("hardness") is not None]
+    return round(float(np.mean(found)), 3) if found else None
