@@ -48,7 +48,7 @@ def test_scores_are_kept_until_the_weights_change(tmp_path: Path, monkeypatch: p
     scored: list[float] = []
 
     def score(encoder: Any, *_: Any) -> dict[str, float]:
-        scored.append(float(next(encoder.backbone.parameters()).mean()))
+        scored.append(float(next(encoder.backbone.parameters()).detach().mean()))
         return {"arrow": -float(len(scored)), "speed": 0.5}
 
     monkeypatch.setattr(motion_probes, "score_encoder", score)
