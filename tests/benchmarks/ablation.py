@@ -1,29 +1,41 @@
 """What each part of VideoMoCo is worth where only motion tells the class: `python -m tests.benchmarks.ablation`.
 
-Needs `.venv/bin/pip install -e '.[benchmarks]'`. Trains every arm for the same number of steps on clips of Freedoom's
-maps 1 to 16 (`tests/benchmarks/doom.py`), with the library's own loader, step and loop in fp32, from the same weights
-and in the same order of clips for each seed; then a linear probe and kNN on frozen features: training part maps 17
-to 24, test part maps 25 to 32. "Supervised" learns the classes of the pretraining clips instead: what this network
-can reach in so many steps.
+Needs `.venv/bin/pip install -e '.[benchmarks]'`. Three data sets: `doom`, an action that lasts for the whole clip;
+`moments`, the same maps and actions, but the action takes 4 to 8 of 16 frames and the player stands still otherwise
+(`tests/benchmarks/doom.py`); `camera`, a virtual camera over frames of real footage (`tests/benchmarks/camera.py`).
 
-Each run is a process of one thread whose result is kept in the folder the moment it is done; started again, the
-benchmark goes on with the runs that are missing. It ends by writing `results/ablation.{json,png}` beside this file and
-the table into README.md, and with one JSON line.
+The design is forked, because runs from scratch differ more by their seed than by what is compared. A *trunk* is plain
+MoCo, trained for 700 steps from a seed's weights. Every arm starts from the trunk's query and key encoder, heads
+included, with an empty queue, and trains for 400 steps on a learning-rate cycle of its own, with the same clips in the
+same order. So arms are compared within a trunk, and the interval of a difference is over trunks. All of it is the
+library's own loader, step and loop, in fp32. Then a linear probe and kNN are fitted on frozen features of other maps or
+videos. Settings are chosen by the validation part; the test part is for the report. "Supervised" learns the classes of
+the pretraining clips, from the seed's weights and for as many steps as a trunk and an arm have together: what this
+network can reach.
+
+Each run is a process of one thread. Its result, and the weights that it ends with, are kept in the folder the moment it
+is done; started again, the benchmark goes on with the runs that are missing. It ends by writing
+`results/ablation.{json,png}` beside this file and the table into vmoco/METHOD.md, and with one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -45,6 +57,7 @@ from vmoco.config import (
 from vmoco.data.augment import augment
 from vmoco.data.loader import Loader
 from vmoco.data.manifest import Manifest
+from vmoco.data.shard import Clip
 from vmoco.encoders.encoder import Encoder, Preprocessing
 from vmoco.evaluate.features import clip_features
 from vmoco.evaluate.knn import classify
@@ -55,9 +68,15 @@ from vmoco.train.loop import train
 from vmoco.train.optimizer import build_optimizer, learning_rate
 from vmoco.train.state import TrainState
 
-PRETRAIN_MAPS, FIT_MAPS, TEST_MAPS = range(1, 17), range(17, 25), range(25, 33)
-PLACES_PER_MAP, PROBE_PLACES_PER_MAP = 72, 60
-DOOM_SEED = 0
+# The probe is fitted on the maps of pretraining too, but at other places: labels are not used before.
+PRETRAIN_MAPS, FIT_MAPS, VALIDATION_MAPS, TEST_MAPS = range(1, 17), range(1, 23), range(23, 25), range(25, 33)
+PLACES_PER_MAP, FIT_PLACES_PER_MAP, TEST_PLACES_PER_MAP = 72, 60, 240
+PRETRAIN_SEED, PROBE_SEED = 0, 1
+CAMERA_CLIPS = {"pretrain": 1152, "fit": 1320, "validation": 480, "test": 1920}  # frames that are drawn, 2 clips each
+DATA_SETS = ("doom", "moments", "camera")
+PARTS = ("fit", "validation", "test")
+
+TRUNK_STEPS, FORK_STEPS = 700, 400
 
 BASE = PretrainSettings(
     data=DataSettings(num_frames=16),
@@ -67,11 +86,11 @@ BASE = PretrainSettings(
     ),
     model=ModelSettings(backbone="r3d_nano", head="mlp"),
     generator=GeneratorSettings(
-        drop_ratio=0.0, learning_rate=0.002, start_percent=30.0, before_start="random", frame_size=16
+        drop_ratio=0.0, learning_rate=0.002, start_percent=0.0, before_start="random", frame_size=16
     ),
     moco=MocoSettings(queue_size=2048, momentum=0.99, temperature=0.1, decay=1.0),
     train=TrainSettings(
-        steps=240,
+        steps=FORK_STEPS,
         global_batch=48,
         micro_batch=24,
         optimizer="adamw",
@@ -79,62 +98,141 @@ BASE = PretrainSettings(
         schedule="cosine",
         warmup_steps=20,
         log_every=40,
-        checkpoint_every=240,
+        checkpoint_every=FORK_STEPS,
     ),
 )
 # On the exponential and in keys, as `recommended`: the oldest of 2048 keys weighs 0.5.
 DECAY: dict[str, object] = {"decay": 0.99966, "age_unit": "key", "decay_on": "exp"}
+# Keys that are really old: 3.5 epochs of them, by a key encoder that moves ten times as fast. With DECAY the oldest
+# weighs 0.06.
+STALE: dict[str, object] = {"queue_size": 8192, "momentum": 0.9}
 RANDOM: dict[str, object] = {"drop_ratio": 0.25, "start_percent": 100.0}
 ADVERSARIAL: dict[str, object] = {"drop_ratio": 0.25}
-RELATIVE: dict[str, object] = {"drop_ratio": 0.25, "relative": True}
+RELATIVE = ADVERSARIAL | {"relative": True}
+SAMPLED = RELATIVE | {"select": "sample"}
+CONTRAST: dict[str, object] = {"objective": "contrast"}
+TWO_CLIPS: dict[str, object] = {"positives": "two_clips"}
+REVERSED: dict[str, object] = {"reversed_negatives_percent": 25.0}
 
-ARMS: dict[str, PretrainSettings] = {
+TRUNK = "trunk: MoCo, 700 steps"
+# What decides whether a part of the method is worth having; these come first for all seeds.
+DECISIVE: dict[str, PretrainSettings] = {
+    TRUNK: changed(BASE, train={"steps": TRUNK_STEPS, "warmup_steps": 50, "checkpoint_every": TRUNK_STEPS}),
     "random initialisation": BASE,
     "MoCo": BASE,
     "MoCo + random dropping": changed(BASE, generator=RANDOM),
-    "MoCo + adversarial dropping": changed(BASE, generator=ADVERSARIAL),
     "MoCo + adversarial dropping, relative": changed(BASE, generator=RELATIVE),
-    "MoCo + decay": changed(BASE, moco=DECAY),
-    "VideoMoCo (both)": changed(BASE, generator=ADVERSARIAL, moco=DECAY),
-    "supervised": BASE,
+    "MoCo + adversarial dropping, relative, sampled": changed(BASE, generator=SAMPLED),
+    "MoCo + two clips": changed(BASE, data=TWO_CLIPS),
+    "MoCo + reversed negatives": changed(BASE, moco=REVERSED),
 }
+# The same question for the paper's own form, the other objective, decay, and parts together.
+FURTHER: dict[str, PretrainSettings] = {
+    "MoCo + adversarial dropping": changed(BASE, generator=ADVERSARIAL),
+    "MoCo + adversarial dropping, relative, contrast": changed(BASE, generator=RELATIVE | CONTRAST),
+    "MoCo + adversarial dropping, relative, sampled, contrast": changed(BASE, generator=SAMPLED | CONTRAST),
+    "MoCo, old keys": changed(BASE, moco=STALE),
+    "MoCo, old keys + decay": changed(BASE, moco=STALE | DECAY),
+    "MoCo + two clips + random dropping": changed(BASE, data=TWO_CLIPS, generator=RANDOM),
+    "MoCo + decay": changed(BASE, moco=DECAY),
+    "VideoMoCo (adversarial dropping + decay)": changed(BASE, generator=ADVERSARIAL, moco=DECAY),
+    "supervised": changed(BASE, train={"steps": TRUNK_STEPS + FORK_STEPS, "warmup_steps": 50}),
+}
+ARMS = DECISIVE | FURTHER
+Run = tuple[str, str, int]
+"""Data set, arm and seed."""
+_FROM_SCRATCH = (TRUNK, "random initialisation", "supervised")
 
 
-def make_data(folder: Path) -> None:
-    """Renders what is not there yet: `pretrain` and `probe`, whose test part is held out."""
+def make_data(folder: Path, name: str) -> None:
+    """Renders what is not there yet of a data set: its clips for pretraining, and the three parts of the probe."""
+    for part in ("pretrain", *PARTS):
+        place = folder / name / part
+        if not (place / "manifest.parquet").exists():
+            print(f"rendering {name}, {part}", flush=True)
+            write_data_set(place, render(name, part))
+
+
+def render(name: str, part: str) -> list[Clip]:
+    """The clips of a part of a data set."""
+    if name == "camera":
+        from tests.benchmarks import camera
+        from vmoco.data import footage
+
+        videos = {"pretrain": camera.PRETRAIN, "fit": camera.FIT, "validation": camera.FIT, "test": camera.TEST}[part]
+        seed = hash64("camera part", part) % 1000
+        return camera.render(footage.fetch(), videos=videos, number=CAMERA_CLIPS[part], seed=seed)
     try:
-        from tests.benchmarks.doom import render
+        from tests.benchmarks import doom
     except ModuleNotFoundError as error:
         raise SystemExit(f"{error.name} is not installed: .venv/bin/pip install -e '.[benchmarks]'") from None
-    if not (folder / "pretrain" / "manifest.parquet").exists():
-        print("rendering the clips for pretraining", flush=True)
-        write_data_set(folder / "pretrain", render(maps=PRETRAIN_MAPS, places_per_map=PLACES_PER_MAP, seed=DOOM_SEED))
-    if not (folder / "probe" / "manifest.parquet").exists():
-        print("rendering the clips of the probe", flush=True)
-        fit = render(maps=FIT_MAPS, places_per_map=PROBE_PLACES_PER_MAP, seed=DOOM_SEED)
-        test = render(maps=TEST_MAPS, places_per_map=PROBE_PLACES_PER_MAP, seed=DOOM_SEED, held_out=True)
-        write_data_set(folder / "probe", fit + test)
+    maps, places, seed = {
+        "pretrain": (PRETRAIN_MAPS, PLACES_PER_MAP, PRETRAIN_SEED),
+        "fit": (FIT_MAPS, FIT_PLACES_PER_MAP, PROBE_SEED),
+        "validation": (VALIDATION_MAPS, TEST_PLACES_PER_MAP, PROBE_SEED),
+        "test": (TEST_MAPS, TEST_PLACES_PER_MAP, PROBE_SEED),
+    }[part]
+    return doom.render(maps=maps, places_per_map=places, seed=seed, moments=name == "moments")
 
 
-def run_arm(arm: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Trains one arm and probes it."""
+def run_arm(data: str, arm: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Trains one arm on a data set and probes it; the weights that it ends with are kept too."""
     torch.set_num_threads(1)
-    settings = changed(ARMS[arm], run={"seed": seed})
-    manifest = Manifest.load(str(folder / "pretrain"))
+    settings = settings_of(arm, seed)
+    manifest = Manifest.load(str(folder / data / "pretrain"))
     state = TrainState(settings, manifest_hash=manifest.hash, device=CPU)
-    backbone, host, started = state.moco.query.backbone, Notes(), time.process_time()
+    host, started = Notes(), time.process_time()
+    if arm not in _FROM_SCRATCH:
+        begin_from(result_path(folder, data, TRUNK, seed).with_suffix(".safetensors"), state)
     if arm == "supervised":
-        train_supervised(backbone, settings, manifest)
+        train_supervised(state.moco.query.backbone, settings, manifest)
     elif arm != "random initialisation":
-        host.show = lambda line: print(f"{arm}, seed {seed}: {line}", flush=True)  # type: ignore[method-assign]
+        host.show = lambda line: print(f"{data}, {arm}, seed {seed}: {line}", flush=True)  # type: ignore[method-assign]
         assert train(settings, manifest, state, device=CPU, host=host)
-    result = {"arm": arm, "seed": seed, "cpu_seconds": round(time.process_time() - started)}
+    result = {"data": data, "arm": arm, "seed": seed, "cpu_seconds": round(time.process_time() - started)}
+    weights = result_path(folder, data, arm, seed).with_suffix(".safetensors")
+    save_weights(weights, state, both=arm == TRUNK)  # the arms of a trunk start from both
     documents = [json.loads(text) for name, text in sorted(host.documents.items()) if name.endswith(".json")]
     return (
         result
-        | probe(backbone, settings, Manifest.load(str(folder / "probe")))
-        | {"metrics": host.points.get(settings.train.steps, {}), "dropped": documents[-1] if documents else {}}
+        | probe(state.moco.query.backbone, settings, folder / data)
+        | {
+            "hardness": hardness(host.points, settings.train.steps),
+            "metrics": host.points.get(settings.train.steps, {}),
+            "dropped": documents[-1] if documents else {},
+        }
     )
+
+
+def save_weights(path: Path, state: TrainState, *, both: bool) -> None:
+    """Writes the query encoder with its head, and with `both` the key encoder too."""
+    modules = {"query": state.moco.query} | ({"key": state.moco.key} if both else {})
+    tensors = {
+        f"{part}.{name}": tensor.contiguous()
+        for part, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+    storage.write_atomic(str(path), safetensors.torch.save(tensors))
+
+
+def hardness(points: Mapping[int, Mapping[str, float]], steps: int) -> float | None:
+    """Mean of the tracked `adversary_hardness` over the second half of a run; None if no generator chose frames.
+
+    A point is of one micro-batch, and the encoder adapts to what is dropped: one point alone says little.
+    """
+    found = [
+        numbers["adversary_hardness"]
+        for step, numbers in points.items()
+        if 2 * step > steps and "adversary_hardness" in numbers
+    ]
+    return round(float(np.mean(found)), 3) if found else None
+
+
+def begin_from(weights: Path, state: TrainState) -> None:
+    """Gives a new state the query and key encoder of a trunk, with their heads; all else stays new."""
+    tensors = safetensors.torch.load_file(weights)
+    for part, module in {"query": state.moco.query, "key": state.moco.key}.items():
+        module.load_state_dict({n.removeprefix(f"{part}."): t for n, t in tensors.items() if n.startswith(f"{part}.")})
 
 
 def train_supervised(backbone: Backbone, settings: PretrainSettings, manifest: Manifest) -> None:
@@ -156,68 +254,110 @@ def train_supervised(backbone: Backbone, settings: PretrainSettings, manifest: M
         optimizer.step()
 
 
-def probe(backbone: Backbone, settings: PretrainSettings, manifest: Manifest) -> dict[str, float]:
-    """Accuracy on the test maps of a linear probe and of kNN, in percent."""
+def probe(backbone: Backbone, settings: PretrainSettings, folder: Path) -> dict[str, float]:
+    """Accuracy of a linear probe and of kNN on the validation and the test part, in percent."""
+    manifests = {part: Manifest.load(str(folder / part)) for part in PARTS}
     preprocessing = Preprocessing(
         num_frames=settings.data.num_frames,
-        fps=float(manifest.table["fps"][0].as_py()),
+        fps=float(manifests["fit"].table["fps"][0].as_py()),
         size=settings.augment.size,
         standardise=settings.augment.standardise,
     )
     encoder = Encoder(backbone, preprocessing, {}).eval()
-    rows = manifest.table
-    names, labels = np.unique(rows["label"].to_pylist(), return_inverse=True)
-    test = rows["held_out"].to_numpy()
-    features = clip_features(encoder, manifest, rows, batch_size=48, colour=False)  # as it was trained
-    videos = np.asarray(rows["video_id"].to_pylist(), dtype=object)
-    linear = fit_probe(features[~test], labels[~test], video_ids=list(videos[~test]))
-    apart = features - features[~test].mean(axis=0)
-    apart /= np.maximum(np.linalg.norm(apart, axis=1, keepdims=True), 1e-9)
-    votes = classify(apart[test], [apart[~test]], labels[~test], k=20)
-    assert votes.shape[1] == len(names)
-    return {
-        "linear": round(100 * float((linear.predict(features[test]) == labels[test]).mean()), 2),
-        "knn": round(100 * float((votes.argmax(axis=1) == labels[test]).mean()), 2),
+    names = sorted(set(manifests["fit"].table["label"].to_pylist()))
+    features, labels = {}, {}
+    for part, manifest in manifests.items():
+        # Without colour, as it was trained.
+        features[part] = clip_features(encoder, manifest, manifest.table, batch_size=48, colour=False)
+        labels[part] = np.array([names.index(label) for label in manifest.table["label"].to_pylist()])
+    videos = manifests["fit"].table["video_id"].to_pylist()
+    linear = fit_probe(features["fit"], labels["fit"], video_ids=videos)
+    mean = features["fit"].mean(axis=0)
+    apart = {part: found - mean for part, found in features.items()}
+    apart = {
+        part: found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9) for part, found in apart.items()
     }
+    scores = {}
+    for part in ("validation", "test"):
+        votes = classify(apart[part], [apart["fit"]], labels["fit"], k=20)
+        assert votes.shape[1] == len(names)
+        scores[f"linear_{part}"] = round(100 * float((linear.predict(features[part]) == labels[part]).mean()), 2)
+        scores[f"knn_{part}"] = round(100 * float((votes.argmax(axis=1) == labels[part]).mean()), 2)
+    return scores
 
 
-def result_path(folder: Path, arm: str, seed: int) -> Path:
-    """A run's result; its name changes with its settings, so an old result never stands for a new run."""
-    settings = changed(ARMS[arm], run={"seed": seed})
-    return folder / "results" / f"{arm.replace(' ', '-')}-seed{seed}-{settings.content_hash()}.json"
+def settings_of(arm: str, seed: int) -> PretrainSettings:
+    """The settings of a run."""
+    # An arm sees its clips in another order than its trunk did.
+    return changed(ARMS[arm], run={"seed": seed if arm in _FROM_SCRATCH else seed + 1000})
+
+
+def result_path(folder: Path, data: str, arm: str, seed: int) -> Path:
+    """A run's result; its name changes with what its settings change, so an old result never stands for a new run.
+
+    A setting that is new in vmoco, with a default that changes nothing, keeps the name.
+    """
+    chosen = settings_of(arm, seed).model_dump(mode="json", exclude_defaults=True)
+    name = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:10]
+    return folder / data / "results" / f"{re.sub('[^a-z0-9]+', '-', arm.lower())}-seed{seed}-{name}.json"
+
+
+def in_order(data: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
+    """All runs, what decides most first: a benchmark that is stopped has the decisive arms of some seeds, on all data.
+
+    Yields:
+        For decisive arms and then for the others, seed after seed: the trunks, and then each arm on every data set.
+    """
+    for group in (DECISIVE, FURTHER):
+        for seed in seeds:
+            for arm in arms:
+                if arm in group:
+                    yield from ((name, arm, seed) for name in data)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--folder", type=Path, default=Path(storage.home()) / "ablation", help="data and results")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5], help="one trunk each")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--report", action="store_true", help="only write the table of the runs that are done")
-    parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help="one run alone, in this process")
+    parser.add_argument("--data", nargs="+", choices=DATA_SETS, default=list(DATA_SETS), help="data sets")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="arms")
+    parser.add_argument("--one", nargs=3, metavar=("DATA", "ARM", "SEED"), help="one run alone, in this process")
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
-    make_data(folder)
-    (folder / "results").mkdir(exist_ok=True)
     if arguments.one:
-        arm, seed = arguments.one[0], int(arguments.one[1])
-        path = result_path(folder, arm, seed)
-        storage.write_atomic(str(path), json.dumps(run_arm(arm, seed, folder), indent=1).encode())
+        data, arm, seed = arguments.one[0], arguments.one[1], int(arguments.one[2])
+        found = run_arm(data, arm, seed, folder)
+        storage.write_atomic(str(result_path(folder, data, arm, seed)), json.dumps(found, indent=1).encode())
         return
-    runs = [(arm, seed) for seed in arguments.seeds for arm in ARMS]
+    for data in [] if arguments.report else arguments.data:
+        make_data(folder, data)
+    runs = list(in_order(arguments.data, [arm for arm in ARMS if arm in arguments.arms], arguments.seeds))
     missing = [run for run in runs if not result_path(folder, *run).exists()]
-    print(f"{len(runs) - len(missing)} of {len(runs)} runs are done, results in {folder / 'results'}", flush=True)
+    print(f"{len(runs) - len(missing)} of {len(runs)} runs are done, results in {folder}", flush=True)
+    failed: list[Run] = []
 
-    def start(run: tuple[str, int]) -> None:
-        arm, seed = run
-        command = [sys.executable, "-m", "tests.benchmarks.ablation", "--folder", str(folder), "--one", arm, str(seed)]
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    def start(run: Run) -> None:
+        data, arm, seed = run
+        if arm not in _FROM_SCRATCH and not result_path(folder, data, TRUNK, seed).exists():
+            failed.append(run)  # its trunk has failed, or is not among the chosen arms
+            return
+        words = ["--folder", str(folder), "--one", *map(str, run)]
+        command = [sys.executable, "-m", "tests.benchmarks.ablation", *words]
+        if subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
+            failed.append(run)
 
     if not arguments.report:
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(start, missing))
+        for _trunks, group in itertools.groupby(missing, key=lambda run: run[1] == TRUNK):
+            # Arms wait for their trunks.
+            with ThreadPoolExecutor(arguments.jobs) as pool:
+                list(pool.map(start, group))
     done = [run for run in runs if result_path(folder, *run).exists()]
     results = [json.loads(result_path(folder, *run).read_text()) for run in done]
     print(json.dumps(write_report(results, settings=BASE)))
+    if failed:
+        raise SystemExit(f"{len(failed)} runs failed, or lack their trunk: {', '.join(map(str, failed))}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,10 @@ A player walks to a random place of a map and then holds one action: forward, ba
 left or right, at a speed of its own. What stands around says nothing of the action, nor does a single frame. Each
 place gives two clips, one after the other: the two clips of one "video". Walks that end at a wall are thrown away.
 Mirroring left and right would exchange classes: pretrain without flips.
+
+With `moments` the action is held for 4 to 8 of a clip's 16 frames, at a random place, and the player stands still
+before and after it. Then frames differ in what they tell: a choice of frames can matter, which it cannot where the
+motion is the same from the first frame to the last.
 """
 
 from __future__ import annotations
@@ -47,9 +51,10 @@ _WARM_UP = 10  # tics until Doom's inertia has forgotten the walk
 _WALK = (30, 90)  # tics between two places
 _STILL = 1.0  # a mover that comes less far than this in a tic (map units) stands at a wall
 _TRIES = 2000
+_MOMENT = (4, 8)  # tics of the action in a clip of `moments`, both included
 
 
-def render(*, maps: range, places_per_map: int, seed: int, held_out: bool = False) -> list[Clip]:
+def render(*, maps: range, places_per_map: int, seed: int, held_out: bool = False, moments: bool = False) -> list[Clip]:
     """Two clips of uint8 (NUM_FRAMES, HEIGHT, WIDTH, 3) from each place; a pure function of the arguments.
 
     Args:
@@ -57,6 +62,7 @@ def render(*, maps: range, places_per_map: int, seed: int, held_out: bool = Fals
         places_per_map: rounded up to a multiple of the six actions, so that classes are balanced.
         seed: of the walks; equal seeds give equal clips.
         held_out: whether they are marked as held out.
+        moments: the action takes only some of the frames of a clip.
     """
     clips: list[Clip] = []
     with _game() as game:
@@ -67,7 +73,7 @@ def render(*, maps: range, places_per_map: int, seed: int, held_out: bool = Fals
             game.new_episode()
             for place in range(-(-places_per_map // len(ACTIONS)) * len(ACTIONS)):
                 action = ACTIONS[place % len(ACTIONS)]
-                frames = _held_action(game, action, random)
+                frames = (_moments if moments else _held_action)(game, action, random)
                 video_id = f"map{number:02d}-seed{seed}-{place:04d}"
                 for part in range(2):
                     clip = frames[part * NUM_FRAMES : (part + 1) * NUM_FRAMES]
@@ -91,11 +97,42 @@ def _held_action(game: vizdoom.DoomGame, action: str, random: np.random.Generato
                 continue
             if button != 2 and np.linalg.norm(_position(game) - before) < _STILL:
                 break
-            image = Image.fromarray(game.get_state().screen_buffer)
-            frames.append(np.asarray(image.resize((WIDTH, HEIGHT), Image.Resampling.BOX)))
+            frames.append(_picture(game))
         else:
             return np.stack(frames)
     raise RuntimeError(f"no room to hold {action!r} in {_TRIES} tries: leave this map out")
+
+
+def _moments(game: vizdoom.DoomGame, action: str, random: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Two clips, each with one moment of the action and stillness around it: (2 * NUM_FRAMES, H, W, 3)."""
+    button, sign = _SIGNS[action]
+    still = [0.0] * len(_BUTTONS)
+    for _ in range(_TRIES):
+        _walk(game, random)
+        for _ in range(2 * _WARM_UP):
+            _act(game, still)
+        frames = []
+        for _ in range(2):
+            held = list(still)
+            held[button] = sign * random.uniform(*(_TURN if button == 2 else _MOVE))
+            length = int(random.integers(_MOMENT[0], _MOMENT[1] + 1))
+            first = int(random.integers(0, NUM_FRAMES - length + 1))
+            begin = _position(game)
+            for tic in range(NUM_FRAMES):
+                _act(game, held if first <= tic < first + length else still)
+                frames.append(_picture(game))
+            if button != 2 and np.linalg.norm(_position(game) - begin) < length * _STILL:
+                break
+            for _ in range(_WARM_UP):  # until inertia is gone
+                _act(game, still)
+        else:
+            return np.stack(frames)
+    raise RuntimeError(f"no room for a moment of {action!r} in {_TRIES} tries: leave this map out")
+
+
+def _picture(game: vizdoom.DoomGame) -> npt.NDArray[np.uint8]:
+    image = Image.fromarray(game.get_state().screen_buffer)
+    return np.asarray(image.resize((WIDTH, HEIGHT), Image.Resampling.BOX))
 
 
 def _walk(game: vizdoom.DoomGame, random: np.random.Generator) -> None:
