@@ -66,6 +66,13 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(f"{sum(_seconds.values()) / 60:6.1f} min  all slow tests")
 
 
+@pytest.fixture(autouse=True)
+def interrupts() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt in each test: Ray Train's `fit` leaves a handler that does not."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="session")
 def local_cluster() -> Iterator[LocalCluster]:
     """A Ray head with two CPUs and the job server; for jobs, which know nothing of this process."""
