@@ -8,6 +8,17 @@ On this machine alone:
 
     python jobs/embed.py models:/NAME@champion --videos ~/videos --output ~/embeddings
 
+To find out what happens where in long videos, embed a clip every half second (--dense: every half clip):
+
+    python jobs/embed.py models:/NAME@champion --videos ~/videos --output ~/embeddings --every-seconds 0.5
+
+The table is the folder parts/, one row for each clip; Parquet readers such as DuckDB and pandas open it:
+
+    video_id, start_seconds, clip_seconds   the video, when the clip begins, and its length
+    feature                                 the feature, a list of float32 of unit length
+    clip_id, row, source, sha256            id of the clip, its number in the video, and the file with its hash
+    label, split_1 to split_3, held_out     of a data set; colour: mean red, green and blue, 0 to 255
+
 Run the same command again to continue after an interruption or to add new videos. Open gallery.html in a browser.
 """
 

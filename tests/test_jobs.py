@@ -71,6 +71,8 @@ WRONG = {
     "ingest --videos a --output b --height 3": "--height 3 is not allowed: it must be greater than or equal to 16",
     "embed a --videos a --output b --batch-size 0": "--batch-size 0 is not allowed: it must be greater than or equal "
     "to 1",
+    "embed a --videos a --output b --dense --every-seconds 0.5": "--dense and --every-seconds 0.5 both tell when the "
+    "next clip begins: give one of them",
     "evaluate a --data a --finetune.epochs 0": "--finetune.epochs 0 is not allowed: it must be greater than or equal "
     "to 1",
 }

@@ -149,6 +149,14 @@ class EmbedSettings(PoolSettings):
     short_videos: ShortVideos = "reject"
     """What to do with a video that is shorter than one clip: reject it, or repeat its frames until the clip is full.
     Has no effect on a data set."""
+    every_seconds: float | None = Field(None, gt=0)
+    """Embeds a clip that begins every so many seconds of a video, for example 0.5; clips may overlap. The columns
+    start_seconds and clip_seconds tell the time of each. For finding what happens where; give --videos-per-part 1 for
+    videos of hours. When left out, clips lie side by side. Not for a data set, whose clips are fixed."""
+    dense: bool = False
+    """Embeds each video from start to end by clips that overlap by half, as --every-seconds of half a clip."""
+    clip_seconds: float | None = Field(None, gt=0)
+    """Length in seconds of the clips of --every-seconds or --dense. When left out: as in the encoder's training."""
     videos_per_part: int = Field(8, ge=1)
     """Number of videos that one task decodes and embeds. An interrupted job repeats only its unfinished tasks."""
     seconds_per_video: float = Field(600.0, gt=0)
@@ -157,6 +165,28 @@ class EmbedSettings(PoolSettings):
     """Also writes gallery.html, a page with some clips, their nearest clips, and a map of all clips."""
     queries: int = Field(12, ge=1)
     """Number of clips for which the gallery shows the nearest clips."""
+
+    @property
+    def sliding(self) -> str:
+        """The flag, as it is typed, that makes a window slide over each video; empty if clips lie side by side."""
+        return f"--every-seconds {self.every_seconds:g}" if self.every_seconds else "--dense" * self.dense
+
+    @model_validator(mode="after")
+    def _check_sliding(self) -> EmbedSettings:
+        if self.dense and self.every_seconds:
+            raise ValueError(f"--dense and {self.sliding} both tell when the next clip begins: give one of them")
+        if self.clip_seconds and not self.sliding:
+            raise ValueError(
+                f"--clip-seconds {self.clip_seconds:g} needs --every-seconds or --dense: without these, clips are as "
+                "long as in the encoder's training"
+            )
+        most = type(self).model_fields["max_clips_per_video"].default
+        if self.sliding and self.max_clips_per_video != most:
+            raise ValueError(
+                f"--max-clips-per-video {self.max_clips_per_video} has no effect with {self.sliding}, which embeds "
+                "every clip of a video: leave it out, or give more seconds"
+            )
+        return self
 
 
 Protocol = Literal["label-free", "knn", "probe", "retrieval", "finetune", "motion"]

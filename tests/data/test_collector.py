@@ -44,3 +44,38 @@ def test_a_gap_separates_frames(tmp_path: Path) -> None:
     apart = np.stack(collect(near) + collect(far))
     np.testing.assert_array_equal(np.stack(collect(near + far, gap=4)), apart)
     assert not np.array_equal(np.stack(collect(near + far)), apart)
+
+
+def test_clips_may_overlap(tmp_path: Path) -> None:
+    """Each frame is scaled once and reaches all clips that show it; frames that no later clip needs are let go."""
+    path = videos.write_video(tmp_path / "a.mp4", videos.images(40))
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    wanted = np.array([[start, start + 2, start + 4, start + 4] for start in range(1, 34, 3)], np.int64)
+    sink = videos.Kept()
+    collector = Collector(wanted, sink, ClipPlan(4), height=48, width=64)
+    scaled, held = [], []
+    honest = collector.scaler.scale
+    collector.scaler.scale = lambda frame: scaled.append(frame.pts) or honest(frame)  # type: ignore[method-assign, func-returns-value]
+    for number, frame in enumerate(frames):
+        collector.take(number, frame)
+        held.append(len(collector._kept))
+    collector.flush()
+    assert collector.complete
+    assert [[videos.number_of(frame) for frame in clip] for clip in sink.clips] == wanted.tolist()
+    assert len(scaled) == len(set(wanted.ravel().tolist()))
+    assert max(held) <= 5
+
+
+def test_clips_without_one_of_their_frames_are_not_complete(tmp_path: Path) -> None:
+    """A frame that never comes leaves no clip with the pixels of another one."""
+    path = videos.write_video(tmp_path / "a.mp4", videos.images(8))
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    sink = videos.Kept()
+    collector = Collector(np.arange(8, dtype=np.int64).reshape(2, 4), sink, ClipPlan(4), height=48, width=64)
+    for number, frame in enumerate(frames):
+        if number != 5:
+            collector.take(number, frame)
+    assert len(sink.clips) == 1
+    assert not collector.complete

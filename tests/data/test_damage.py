@@ -198,8 +198,8 @@ def test_a_clip_lies_in_one_stretch() -> None:
     """A clip is dropped if a lost frame lies between its first and its last one, also where it takes none of them."""
     found = surveyed(list(range(8)), [0, 1, 2, -1, 3, 4, 5, 6])
     clips = np.array([[0, 2], [1, 2], [2, 4], [3, 5], [4, 6], [5, 7]])
-    assert found.keep(clips).tolist() == [[0, 2], [1, 2], [4, 6], [5, 7]]
-    assert found.keep(np.empty((0, 2), np.int64)).tolist() == []
+    assert clips[found.is_sound(clips)].tolist() == [[0, 2], [1, 2], [4, 6], [5, 7]]
+    assert found.is_sound(np.empty((0, 2), np.int64)).tolist() == []
 
 
 def test_times_that_are_shown_twice(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from vmoco.data import ledger, source
 from vmoco.data import video as video_files
 from vmoco.data.manifest import write_manifest
 from vmoco.encoders import foreign, promotion, registry
+from vmoco.evaluate import embed as embedding
 from vmoco.evaluate import evaluate as evaluation
 from vmoco.evaluate.embed import EmbedTask, Work, embed, shard_items
 from vmoco.evaluate.features import Window, clip_features, window
@@ -191,6 +192,79 @@ def test_a_damaged_video_is_recorded(tmp_path: Path) -> None:
     (loss,) = part_losses(str(tmp_path / "table"), "all")
     assert loss.video_id == "b.mp4"
     assert loss.lost
+
+
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work of the actors happens in this process."""
+    monkeypatch.setattr(
+        embedding, "_run", lambda items, encoder, work, pool: map(EmbedTask(encoder, work), items) if items else ()
+    )
+
+
+def test_a_window_slides_over_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and features are those of `embed_dense`, each with its own id; a bad video is in the ledger.
+
+    Only missing parts are made again; a table has clips of one kind.
+    """
+    without_ray(monkeypatch)
+    encoder, folder = encoder_of(), tmp_path / "videos"
+    for name in range(3):
+        write_video(folder / f"{name}.mp4", images(20 + 8 * name), fps=10 if name == 2 else 25)
+    truncate(write_video(folder / "cut.mp4", images(40)), 0.5)
+    settings = EmbedSettings(
+        videos=str(folder), output=str(tmp_path / "table"), videos_per_part=1, batch_size=4, every_seconds=0.04
+    )
+    table = embed(encoder, settings, show=quiet).table
+    assert len(set(table.strings("clip_id"))) == len(table)
+    for name in range(3):
+        mine = table.strings("video_id") == f"{name}.mp4"
+        dense = encoder.embed_dense(folder / f"{name}.mp4", every_seconds=0.04)
+        np.testing.assert_allclose(table.features(mine), dense.features.numpy(), atol=1e-5)
+        np.testing.assert_array_equal(table.rows["start_seconds"].to_numpy()[mine], dense.start_seconds)
+        assert set(table.rows["clip_seconds"].to_numpy()[mine]) == {dense.clip_seconds}
+    assert [row.video_id for row in ledger.read(settings.output)] == ["cut.mp4"]
+    sorted((tmp_path / "table" / "parts").iterdir())[0].unlink()
+    again = embed(encoder, settings, show=quiet)
+    assert again.num_reused == 3
+    assert again.table.rows.equals(table.rows)
+    for changes, was in (({"every_seconds": 0.08}, "every_seconds"), ({"clip_seconds": 0.4}, "frames_per_clip")):
+        with pytest.raises(ValueError, match=f"the table in .* was made with {was} "):
+            embed(encoder, settings.model_copy(update=changes), show=quiet)
+
+
+def test_dense_clips_overlap_by_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--dense is --every-seconds of half a clip; what is lost of a damaged video is in the ledger."""
+    without_ray(monkeypatch)
+    path = write_video(tmp_path / "videos" / "b.mp4", images(100), options={"g": "10", "sc_threshold": "0"})
+    corrupt(path, end=0.45)
+    settings = EmbedSettings(videos=str(path.parent), output=str(tmp_path / "table"), dense=True)
+    rows = embed(encoder_of(), settings, show=quiet).table.rows
+    starts = rows["start_seconds"].to_numpy()
+    assert set(np.round(np.diff(starts), 6)) > {0.16}
+    np.testing.assert_allclose(np.round(starts / 0.16) * 0.16, starts, atol=1e-6)
+    (loss,) = ledger.read_losses(settings.output)
+    assert loss.video_id == "b.mp4"
+
+
+def test_what_a_window_does_not_go_with_is_refused(tmp_path: Path) -> None:
+    """Before any work, with the flags as they are typed."""
+    manifest = make_data_set(tmp_path / "data")
+    places = {"videos": manifest.uri, "output": str(tmp_path / "table")}
+    with pytest.raises(ValueError, match=r"^--every-seconds 0.5 needs videos, and --videos .* is a data set, whose"):
+        embed(encoder_of(), EmbedSettings(**places, every_seconds=0.5), show=quiet)
+    with pytest.raises(ValueError, match=r"^--every-seconds 0.01 is less than a frame at the encoder's 25 frames"):
+        embed(encoder_of(), EmbedSettings(**places, every_seconds=0.01), show=quiet)
+    with pytest.raises(ValueError, match=r"^--clip-seconds 0.01 is 0 frames at the encoder's 25 frames per second"):
+        embed(encoder_of(), EmbedSettings(**places, dense=True, clip_seconds=0.01), show=quiet)
+    assert not (tmp_path / "table").exists()
+    with pytest.raises(
+        ValueError, match=r"^--dense and --every-seconds 2 both tell when the next clip begins: give one"
+    ):
+        EmbedSettings(**places, dense=True, every_seconds=2)
+    with pytest.raises(ValueError, match=r"^--clip-seconds 2 needs --every-seconds or --dense"):
+        EmbedSettings(**places, clip_seconds=2)
+    with pytest.raises(ValueError, match=r"^--max-clips-per-video 5 has no effect with --dense, which embeds every"):
+        EmbedSettings(**places, max_clips_per_video=5, dense=True)
 
 
 def test_a_full_scratch_disk_rejects_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

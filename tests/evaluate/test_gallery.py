@@ -16,7 +16,7 @@ from tests.data.videos import images, write_video
 from tests.dataset import damage_clip, upload
 from tests.embeddings import embedded, labelled_data_set
 from tests.made import encoder_of
-from vmoco.evaluate.embed import EmbedTask, Work
+from vmoco.evaluate.embed import EmbedTask, Work, sliding_window
 from vmoco.evaluate.features import Window
 from vmoco.evaluate.gallery import flatten, write_gallery
 from vmoco.evaluate.table import FeatureTable
@@ -140,3 +140,27 @@ def test_a_map_of_any_number_of_clips_fits_the_page(count: int) -> None:
     if count == 40:
         gap = np.linalg.norm(at[:20].mean(axis=0) - at[20:].mean(axis=0))
         assert gap > np.linalg.norm(at[:20] - at[:20].mean(axis=0), axis=1).mean()
+
+
+def test_the_pictures_of_a_sliding_window(tmp_path: Path) -> None:
+    """A picture shows the clip that begins at the second which stands below it."""
+    brightness = np.repeat(np.arange(20, 240, 20), 8)  # a step every 0.32 s, the length of a clip
+    frames = [np.full((72, 96, 3), value, np.uint8) for value in brightness]
+    path = write_video(tmp_path / "videos" / "a.mp4", frames)
+    encoder = encoder_of()
+    settings = EmbedSettings(
+        videos=str(path.parent), output=str(tmp_path / "table"), queries=5, batch_size=2, every_seconds=0.32
+    )
+    task = EmbedTask(
+        encoder,
+        Work(output=settings.output, window=Window(8, 1), batch_size=2, sliding=sliding_window(encoder, settings)),
+    )
+    plan = f'{{"folder": "{settings.videos}", "videos": [["a.mp4", {path.stat().st_size}]]}}'
+    assert task({"part": "all", "plan": plan}) == {"clips": 11, "error": ""}
+    page = Path(write_gallery(FeatureTable(settings.output), encoder, settings, title="t")).read_text()
+    found = re.findall(r'src="data:image/webp;base64,([^"]+)" alt="a.mp4 @ ([\d.]+) s', page)
+    assert len(found) == 5 * 7
+    for picture, start in found:
+        (tmp_path / "picture.webp").write_bytes(base64.b64decode(picture))
+        with Image.open(tmp_path / "picture.webp") as shown:
+            assert abs(shown.convert("L").getpixel((3, 3)) - brightness[round(float(start) / 0.32) * 8]) < 10

@@ -48,6 +48,13 @@ class ClipPlan:
     `timeline.plan_clips` on the container's clock."""
     end_seconds: float | None = None
     """Take only frames before this time; None ends with the last frame."""
+    every_seconds: float | None = None
+    """Begin a clip after each of these seconds, also where clips overlap, as `sliding.windows` does; None cuts clips
+    side by side. `clip_indices` does not read it."""
+
+    def sliding(self, every_seconds: float) -> ClipPlan:
+        """The same clips, but for one that begins every so many seconds."""
+        return dataclasses.replace(self, every_seconds=every_seconds)
 
 
 def clip_indices(times: Int64Array, time_base: Fraction, plan: ClipPlan, *, seams: tuple[int, ...] = ()) -> Int64Array:

@@ -1,7 +1,7 @@
 """Collects the decoded frames of the chosen clips, and gives each clip to a sink once all its frames are there.
 
-Memory holds one clip. A frame that no clip needs is not scaled; the deinterlacer sees it all the same, because it looks
-at the frames before and after each.
+Memory holds one clip, and the frames that the next clips need; clips may overlap. A frame that no clip needs is not
+scaled; the deinterlacer sees it all the same, because it looks at the frames before and after each.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ class Collector:
     def __init__(self, wanted: Int64Array, sink: Sink, plan: ClipPlan, *, height: int, width: int) -> None:
         """`wanted` is (N, T): number or time stamp of each frame of each clip, increasing from clip to clip."""
         self._sink = sink
-        self._lasts = wanted.max(axis=1).tolist() if wanted.size else []
-        self._places = [{name: np.flatnonzero(clip == name) for name in clip.tolist()} for clip in wanted]
+        self._wanted = wanted
+        self._firsts, self._lasts = (ends.tolist() for ends in _ends(wanted))
+        self._names = set(np.unique(wanted).tolist())
+        self._kept: dict[int, Frames] = {}
         self._clip = 0
         self._frames = np.empty((wanted.shape[1] if wanted.size else 0, height, width, 3), np.uint8)
         self.scaler = Scaler(height=height, width=width, hdr=plan.hdr)
@@ -42,7 +44,7 @@ class Collector:
     @property
     def complete(self) -> bool:
         """Whether the sink has every clip."""
-        return self._clip == len(self._places)
+        return self._clip == len(self._lasts)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -65,12 +67,24 @@ class Collector:
             self._keep(name, done)
 
     def _keep(self, name: int, frame: Any) -> None:
-        """Keeps a frame where a clip needs it; two clips, or two places of one clip, may need the same one."""
-        scaled = None
-        while self._clip < len(self._places) and name in self._places[self._clip]:
-            scaled = self.scaler.scale(frame) if scaled is None else scaled
-            self._frames[self._places[self._clip][name]] = scaled
-            if name != self._lasts[self._clip]:
+        """Keeps a frame where a clip needs it; clips may overlap, and a clip may show a frame more than once."""
+        if name not in self._names or self._clip == len(self._lasts):
+            return
+        self._kept[name] = self.scaler.scale(frame).copy()  # a copy: the picture may be a view of a larger one
+        while self._clip < len(self._lasts) and name >= self._lasts[self._clip]:
+            names = self._wanted[self._clip].tolist()
+            if not self._kept.keys() >= set(names):  # a frame never came, so the clips are not complete
                 return
+            for place, each in enumerate(names):
+                self._frames[place] = self._kept[each]
             self._sink.add(self._frames)
             self._clip += 1
+            needed = self._firsts[self._clip] if self._clip < len(self._firsts) else name + 1
+            self._kept = {each: kept for each, kept in self._kept.items() if each >= needed}
+
+
+def _ends(wanted: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """The first and the last frame of each clip."""
+    if not wanted.size:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    return wanted.min(axis=1), wanted.max(axis=1)

@@ -203,12 +203,13 @@ class Survey:
         """Whether the sound frames come from the decoder in the order of their time stamps."""
         return bool((np.diff(self.frames[self.frames >= 0]) > 0).all())
 
-    def keep(self, indices: Int64Array) -> Int64Array:
-        """Those of the clips, int64 (N, T), that lie in one sound stretch each, from first to last frame."""
+    def is_sound(self, indices: Int64Array) -> npt.NDArray[np.bool_]:
+        """Whether each of the clips, int64 (N, T), lies in one sound stretch, from first to last frame: bool (N,)."""
         if not len(indices):
-            return indices
+            return np.zeros(0, bool)
         lost = np.concatenate([[0], np.cumsum(self.frames < 0)])
-        return indices[lost[indices.max(axis=1) + 1] == lost[indices.min(axis=1)]]
+        sound: npt.NDArray[np.bool_] = lost[indices.max(axis=1) + 1] == lost[indices.min(axis=1)]
+        return sound
 
 
 def survey(container: Any, stream: Any, log: Log, line: Timeline) -> Survey:

@@ -5,32 +5,43 @@
       |                                      | decodes, and appends stored clips to the scratch file
       | answer, one JSON message    <---     |   (a file without a name that both have open)
 
+A sliding window over a long video has more clips than a disk should hold. They come in pieces: the process waits with
+the next piece until the task has read the one before.
+
 Requests and answers are dataclasses; JSON exists only on the socket. A request has a time limit: after it the process
 is killed, and the next request starts another one. The process may use at most MEMORY_BYTES for its data, so one video
 cannot exhaust the machine's memory. It ends with the task that started it, however that ends.
+
+Linux has a system call for each of the last two. Elsewhere (macOS) memory is limited only as far as the system does it,
+and the process asks once a second whether its task still exists.
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
+import math
 import os
-import resource
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
+import numpy as np
 from pydantic import TypeAdapter
 
-from vmoco.data import frames
 from vmoco.data.clips import ClipPlan, Part, split
-from vmoco.data.frames import Encoding
+from vmoco.data.frames import Encoding, Frames, Shape
 from vmoco.data.ledger import Damage, ScratchError, Stage, VideoError, attributed
+from vmoco.data.ranged_file import FileRange
+from vmoco.data.scratch import PieceSink, ScratchSink
 from vmoco.data.source import PictureFolder, Source, readable
 from vmoco.data.timeline import on_clock, plan_clips
 
@@ -64,7 +75,7 @@ class StoredClips:
     fps: float
     """Frames per second of the video."""
     sizes: list[int]
-    """Bytes of the stored clip."""
+    """Bytes of the stored clip; empty where clips came in pieces."""
     notes: tuple[str, ...] = ()
     """What was done to the frames beyond scaling, as in `Timeline.notes`."""
     damage: Damage | None = None
@@ -92,6 +103,28 @@ class _Cut:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Stream:
+    source: str | FileRange
+    plan: ClipPlan
+    size: tuple[int, int]
+    clips_per_piece: int
+    action: Literal["stream"] = "stream"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Raw clips that begin at byte 0 of the scratch file."""
+
+    first: int
+    """Number of the first one; 0 also where decoding has started again, and earlier pieces do not count."""
+    num_clips: int
+
+
+_TAKEN = b"taken"
+"""The message that a piece was read, and may be overwritten."""
+
+
+@dataclasses.dataclass(frozen=True)
 class _Rejected:
     stage: Stage
     reason: str
@@ -106,10 +139,12 @@ class _Failed:
     failed: str
 
 
-_Request = _Probe | _Cut
-_Answer = Contents | StoredClips | _Rejected | _Failed
+_Request = _Probe | _Cut | _Stream
+_Answer = Contents | StoredClips | _Piece | _Rejected | _Failed
 _REQUEST: TypeAdapter[_Request] = TypeAdapter(_Request)
 _ANSWER: TypeAdapter[_Answer] = TypeAdapter(_Answer)
+
+Result = TypeVar("Result")
 
 
 class Decoder:
@@ -133,7 +168,7 @@ class Decoder:
         Raises:
             VideoError: it is no video or is cut off, or the decoder hangs or crashes.
         """
-        answer = self._run(_Probe(source, plan, part_seconds), seconds=seconds)
+        answer = self._ask(_Probe(source, plan, part_seconds), seconds=seconds)
         assert isinstance(answer, Contents), answer
         return answer
 
@@ -165,9 +200,60 @@ class Decoder:
             VideoError: the video is damaged or too short, or the decoder hangs or crashes.
             ScratchError: the scratch file cannot be written.
         """
-        answer = self._run(_Cut(source, plan, part, size, encoding, quality, offset), seconds=seconds)
+        answer = self._ask(_Cut(source, plan, part, size, encoding, quality, offset), seconds=seconds)
         assert isinstance(answer, StoredClips), answer
         return answer
+
+    def cut_in_pieces(
+        self,
+        source: str | FileRange,
+        plan: ClipPlan,
+        compute: Callable[[int, Frames], Result],
+        *,
+        size: tuple[int, int],
+        clips_per_piece: int,
+        seconds: float,
+    ) -> tuple[StoredClips, list[Result]]:
+        """Decodes the clips of a video and computes something of each piece of them, while the next one is decoded.
+
+        Memory and the scratch file hold one piece each, however long the video is.
+
+        Args:
+            source: The video.
+            plan: Which clips to cut.
+            compute: Takes the number of the first clip and the clips, uint8 (N, T, H, W, 3). Decoding may start again,
+                with clip 0: at damage that was found late. Earlier results are discarded then.
+            size: Height and width of a frame in pixels.
+            clips_per_piece: Largest number of clips in a piece.
+            seconds: Time limit of a piece.
+
+        Returns:
+            The clips without their pixels, and the result for each piece.
+
+        Raises:
+            VideoError: the video is damaged or too short, or the decoder hangs or crashes.
+            ScratchError: the scratch file cannot be written.
+        """
+        shape: Shape = (plan.num_frames, *size, 3)
+        results: list[Result] = []
+        answer = self._ask(_Stream(source, plan, size, clips_per_piece), seconds=seconds)
+        while isinstance(answer, _Piece):
+            if not answer.first:
+                results.clear()
+            try:
+                clips = self._read(answer.num_clips, shape)
+                self._send(_TAKEN)
+                results.append(compute(answer.first, clips))
+            except BaseException:
+                self.close()  # it would wait for ever
+                raise
+            answer = self._receive(seconds)
+        assert isinstance(answer, StoredClips), answer
+        return answer, results
+
+    def _read(self, num_clips: int, shape: Shape) -> Frames:
+        stored = os.pread(self.scratch.fileno(), num_clips * math.prod(shape), 0)
+        return np.frombuffer(stored, np.uint8).reshape(num_clips, *shape).copy()
 
     def close(self) -> None:
         """Kills the process, whatever it is doing."""
@@ -178,12 +264,24 @@ class Decoder:
             self._connection.close()
         self._process = self._connection = None
 
-    def _run(self, request: _Request, *, seconds: float) -> Contents | StoredClips:
+    def _ask(self, request: _Request, *, seconds: float) -> _Answer:
         with attributed("read"):  # a path that is not valid Unicode has no JSON
             message = _REQUEST.dump_json(request)
+        self._start()
+        self._send(message)
+        return self._receive(seconds)
+
+    def _send(self, message: bytes) -> None:
+        assert self._connection is not None
         try:
-            connection = self._start()
-            connection.send_bytes(message)
+            self._connection.send_bytes(message)
+        except ConnectionError:
+            raise self._died() from None
+
+    def _receive(self, seconds: float) -> _Answer:
+        connection = self._connection
+        assert connection is not None
+        try:
             if not connection.poll(seconds):
                 self.close()
                 raise VideoError("decode", "timeout", f"not done after {seconds:g} s", transient=True)
@@ -203,9 +301,9 @@ class Decoder:
         cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return VideoError("decode", "decoder-crash", f"the decoder died: {cause}", transient=-code not in _CRASHES)
 
-    def _start(self) -> Connection:
+    def _start(self) -> None:
         if self._connection is not None and self._process is not None and self._process.poll() is None:
-            return self._connection
+            return
         self.close()
         ours, theirs = socket.socketpair()
         root = str(Path(__file__).resolve().parents[2])
@@ -222,32 +320,6 @@ class Decoder:
                 stderr=subprocess.DEVNULL,
             )
         self._connection = Connection(ours.detach())
-        return self._connection
-
-
-class _ScratchSink:
-    """Appends stored clips to the scratch file."""
-
-    def __init__(self, descriptor: int, request: _Cut) -> None:
-        self._descriptor, self._request = descriptor, request
-        self.sizes: list[int] = []
-
-    def add(self, clip: frames.Frames) -> None:
-        stored = memoryview(frames.encode(clip, self._request.encoding, quality=self._request.quality))
-        place = self._request.offset + sum(self.sizes)
-        done = 0
-        try:
-            while done < len(stored):
-                done += os.pwrite(self._descriptor, stored[done:], place + done)
-        except OSError as error:
-            folder = tempfile.gettempdir()
-            raise ScratchError(
-                f"cannot write pixels to {folder}: {error.strerror or error}; free space there, or set TMPDIR"
-            ) from error
-        self.sizes.append(len(stored))
-
-    def restart(self) -> None:
-        self.sizes.clear()
 
 
 def _probe(request: _Probe) -> Contents:
@@ -276,7 +348,8 @@ def _probe(request: _Probe) -> Contents:
 def _cut(request: _Cut, scratch: int) -> StoredClips:
     from vmoco.data import pictures, video
 
-    sink, (height, width) = _ScratchSink(scratch, request), request.size
+    sink = ScratchSink(scratch, encoding=request.encoding, quality=request.quality, offset=request.offset)
+    height, width = request.size
     if isinstance(request.source, PictureFolder):
         cut = pictures.cut(request.source, request.plan, part=request.part, height=height, width=width, sink=sink)
         return StoredClips(cut.start_times, cut.start_seconds, cut.fps, sink.sizes, cut.notes, cut.damage)
@@ -288,10 +361,34 @@ def _cut(request: _Cut, scratch: int) -> StoredClips:
     return StoredClips(cut.start_times, cut.start_seconds, cut.fps, sink.sizes, cut.notes, cut.damage)
 
 
-def _answer(request: _Request, scratch: int) -> _Answer:
+def _stream(request: _Stream, scratch: int, connection: Connection) -> StoredClips:
+    from vmoco.data import video
+
+    def send(first: int, num_clips: int) -> None:
+        connection.send_bytes(_ANSWER.dump_json(_Piece(first, num_clips)))
+
+    def taken() -> None:
+        answer = connection.recv_bytes()
+        assert answer == _TAKEN, answer
+
+    sink = PieceSink(scratch, clips_per_piece=request.clips_per_piece, send=send, taken=taken)
+    height, width = request.size
+    try:
+        cut = video.cut_clips(readable(request.source), request.plan, height=height, width=width, sink=sink)
+        sink.flush()
+    finally:
+        sink.wait()  # also after an error: the next message is a request again
+    return StoredClips(cut.start_times, cut.start_seconds, cut.fps, [], cut.notes, cut.damage)
+
+
+def _answer(request: _Request, scratch: int, connection: Connection) -> _Answer:
     try:
         with attributed("decode"):
-            return _probe(request) if isinstance(request, _Probe) else _cut(request, scratch)
+            if isinstance(request, _Probe):
+                return _probe(request)
+            if isinstance(request, _Cut):
+                return _cut(request, scratch)
+            return _stream(request, scratch, connection)
     except VideoError as error:
         return _Rejected(error.stage, error.reason, error.message, error.transient)
     except ScratchError as error:
@@ -305,19 +402,46 @@ def _serve(connection: Connection, scratch: int) -> None:
             request = _REQUEST.validate_json(connection.recv_bytes())
         except EOFError:
             return
-        connection.send_bytes(_ANSWER.dump_json(_answer(request, scratch)))
+        connection.send_bytes(_ANSWER.dump_json(_answer(request, scratch, connection)))
 
 
 def main(connection: str, scratch: str, parent: str) -> None:
     """The decoder process."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also while it hangs
+    _end_with(int(parent))
     if os.getppid() != int(parent):
         return
     for ignored in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to every process; the task decides
         signal.signal(ignored, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit_memory()
     _serve(Connection(int(connection)), int(scratch))
+
+
+def _end_with(parent: int) -> None:
+    """Makes this process end when its parent does."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also while it hangs
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+    except ImportError:  # not on every system
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+    except (OSError, ValueError):
+        if sys.platform == "linux":
+            raise
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def cut(folder: PictureFolder, plan: ClipPlan, *, part: Part | None, height: int
     lost = damage.assess(found, plan, promised=None, message=broken.message)
     if lost.percent > plan.max_damaged_percent:
         raise VideoError(broken.stage, broken.reason, f"more than {plan.max_damaged_percent:g} %: {lost}")
-    indices = found.keep(indices)
+    indices = indices[found.is_sound(indices)]
     if not len(indices):
         raise VideoError(broken.stage, broken.reason, f"no clip is without damage: {lost}")
     notes = _collect(folder, frames, indices, plan, height=height, width=width, sink=sink)

@@ -20,6 +20,7 @@ import numpy as np
 
 from vmoco.data.clips import ClipPlan, Int64Array, clip_indices
 from vmoco.data.ledger import VideoError
+from vmoco.data.sliding import Windows, windows
 
 _MAX_REORDER = 17
 """Frames: a decoder reorders 16 at most. Where the container has no stamps for showing, they come in decoding order."""
@@ -57,8 +58,20 @@ class Timeline:
 
 def plan_clips(line: Timeline, plan: ClipPlan) -> Int64Array:
     """The frames of each clip, as `clip_indices`; the plan's seconds count on the container's clock."""
+    if plan.every_seconds is not None:
+        return plan_windows(line, plan).frames
+    return clip_indices(line.times, line.time_base, on_clock(plan, line), seams=_borders(line))
+
+
+def plan_windows(line: Timeline, plan: ClipPlan) -> Windows:
+    """The clips of a sliding window, as `sliding.windows`; the plan's range counts on the container's clock."""
+    return windows(line.times, line.time_base, on_clock(plan, line), seams=_borders(line))
+
+
+def _borders(line: Timeline) -> tuple[int, ...]:
+    """Numbers of the frames between which no clip may lie: at seams, and around doubtful frames."""
     borders = {*line.seams, *line.doubtful, *(number + 1 for number in line.doubtful)} - {len(line.times)}
-    return clip_indices(line.times, line.time_base, on_clock(plan, line), seams=tuple(sorted(borders)))
+    return tuple(sorted(borders))
 
 
 def on_clock(plan: ClipPlan, line: Timeline) -> ClipPlan:

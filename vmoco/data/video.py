@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Literal
 
 import av
 import numpy as np
+import numpy.typing as npt
 
 from vmoco.data import damage, ledger, reports
 from vmoco.data.clips import ClipPlan, Int64Array, Part, clip_span
@@ -32,6 +33,7 @@ from vmoco.data.timeline import (
     joined_note,
     lay_out,
     plan_clips,
+    plan_windows,
     when_shown,
 )
 
@@ -137,7 +139,7 @@ class Cut:
     start_times: list[int]
     """Time stamp of the first frame of each clip, in the video's own unit."""
     start_seconds: list[float]
-    """The same in seconds."""
+    """The same in seconds; of a sliding window, when each clip begins."""
     fps: float
     """Frames per second of the video."""
     notes: tuple[str, ...] = ()
@@ -207,7 +209,7 @@ def _cut_whole(source: Source, plan: ClipPlan, line: Timeline, *, height: int, w
         rate = f" at {plan.fps:g} frames per second" if plan.fps else ""
         raise VideoError("clip", "too-few-frames", f"{len(found.times)} frames{ranged}, and a clip spans {span}{rate}")
     notes = () if line.seams else joined_note(found.seams)
-    return _cut_at(indices, found, (*notes, *collector.notes))
+    return _cut_at(indices, found, plan, (*notes, *collector.notes))
 
 
 def _cut_sound(
@@ -222,7 +224,9 @@ def _cut_sound(
         raise VideoError(broken.stage, broken.reason, f"more than {plan.max_damaged_percent:g} %: {lost}")
     if not found.ordered:
         raise VideoError("clip", "bad-timestamps", f"time stamps do not increase, and {lost}")
-    indices = found.keep(plan_clips(found.line, plan))
+    planned = plan_clips(found.line, plan)
+    sound = found.is_sound(planned)
+    indices = planned[sound]
     if not len(indices):
         raise VideoError(broken.stage, broken.reason, f"no clip is without damage: {lost}")
     sink.restart()
@@ -233,17 +237,29 @@ def _cut_sound(
         damage.take_again(container, stream, log, collector=collector, found=found)
     assert collector.complete, found
     if found.damaged and not lost.lost:  # not in the range that was asked for
-        return _cut_at(indices, found.line, collector.notes)
+        return _cut_at(indices, found.line, plan, collector.notes, kept=sound)
     kind = "cut-off" if promised is not None else "damaged"
     note = f"{kind}: {lost.percent:.1f} % of it is lost"
-    return dataclasses.replace(_cut_at(indices, found.line, (note, *collector.notes)), damage=lost)
+    cut = _cut_at(indices, found.line, plan, (note, *collector.notes), kept=sound)
+    return dataclasses.replace(cut, damage=lost)
 
 
-def _cut_at(indices: Int64Array, line: Timeline, notes: tuple[str, ...]) -> Cut:
+def _cut_at(
+    indices: Int64Array,
+    line: Timeline,
+    plan: ClipPlan,
+    notes: tuple[str, ...],
+    *,
+    kept: npt.NDArray[np.bool_] | slice = slice(None),
+) -> Cut:
+    """`kept` tells which of the planned clips `indices` are."""
     firsts, starts = indices[:, 0], line.times[indices[:, 0]]
     if ((np.diff(starts) < 0) | ((np.diff(starts) == 0) & (np.diff(firsts) > 0))).any():
         raise VideoError("clip", "bad-timestamps", "time stamps do not increase from clip to clip")
-    return Cut(starts.tolist(), [float(at * line.time_base) for at in starts.tolist()], line.fps, notes)
+    seconds = [float(at * line.time_base) for at in starts.tolist()]
+    if plan.every_seconds is not None:
+        seconds = plan_windows(line, plan).seconds[kept].tolist()
+    return Cut(starts.tolist(), seconds, line.fps, notes)
 
 
 def cut_part(source: Source, part: Part, plan: ClipPlan, *, height: int, width: int, sink: Sink) -> Cut:

@@ -6,7 +6,6 @@ trained.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import warnings
@@ -21,6 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from vmoco.data.augment import PIXEL_MEAN, PIXEL_STD, standardise
+from vmoco.encoders.dense import DenseFeatures, SlidingWindow, embed_videos
+from vmoco.encoders.video_file import MAX_CLIPS, SECONDS_PER_VIDEO, Place, clip_plan, decoding, local_file
 from vmoco.job_settings import ShortVideos
 from vmoco.model.backbone import Backbone
 from vmoco.progress import Progress
@@ -29,15 +30,11 @@ if TYPE_CHECKING:
     from vmoco.data.decoder import Decoder
     from vmoco.data.ledger import Damage
 
-Source = str | os.PathLike[str] | npt.NDArray[np.uint8] | torch.Tensor
+Source = Place | npt.NDArray[np.uint8] | torch.Tensor
 """A video (path or URI), or frames."""
 One = TypeVar("One", bound=Source)
+Video = TypeVar("Video", bound=Place)
 
-MAX_CLIPS = 32
-"""Most clips of one video file; the default of ingest."""
-SECONDS_PER_VIDEO = 600.0
-SAME_RATE = 1e-3
-"""Relative difference below which two frame rates are one."""
 S3D_FRAMES = 5
 """Fewest frames for S3D: it halves time three times, the last time without padding."""
 
@@ -122,6 +119,11 @@ class Encoder(nn.Module):
         """Type of the weights, in which the network computes: float32 unless it was changed, as by `half()`."""
         return next((weights.dtype for weights in self.backbone.parameters()), torch.float32)
 
+    @property
+    def min_frames(self) -> int:
+        """Fewest frames of a clip."""
+        return S3D_FRAMES if self.card.get("backbone") == "s3d" else 1
+
     def clips(self, source: Source, *, short_videos: ShortVideos = "reject") -> torch.Tensor:
         """Frames as clips, uint8 (B, T, H, W, 3).
 
@@ -134,7 +136,7 @@ class Encoder(nn.Module):
             ValueError: a video that cannot be read, or frames of another shape or type.
         """
         if isinstance(source, str | os.PathLike):
-            with _decoder() as decoder:
+            with decoding() as decoder:
                 return self._decoded(source, decoder, short_videos)
         return self._checked(source)
 
@@ -154,7 +156,7 @@ class Encoder(nn.Module):
                 f"frames are {frames.dtype} {tuple(frames.shape)}: "
                 "give uint8 RGB, of shape (clips, frames, height, width, 3) or (frames, height, width, 3)"
             )
-        if self.card.get("backbone") == "s3d" and frames.shape[1] < S3D_FRAMES:
+        if frames.shape[1] < self.min_frames:
             raise ValueError(f"clips have {frames.shape[1]} frames: give at least {S3D_FRAMES}, which an s3d needs")
         return frames
 
@@ -233,7 +235,7 @@ class Encoder(nn.Module):
         counted = Progress(show, "embed  read", total=len(sources), unit="sources", counts=["clips"], every_seconds=2)
 
         def prepared() -> Iterator[tuple[int, torch.Tensor]]:
-            with _decoder() as decoder:
+            with decoding() as decoder:
                 for place, each in enumerate(sources):
                     try:
                         if isinstance(each, str | os.PathLike):
@@ -254,6 +256,76 @@ class Encoder(nn.Module):
                 features[place].append(found)
         found_of = [torch.cat(rows) for rows in features]
         return found_of if several else found_of[0]
+
+    @overload
+    def embed_dense(
+        self,
+        source: Place,
+        *,
+        every_seconds: float | None = ...,
+        clip_seconds: float | None = ...,
+        short_videos: ShortVideos = ...,
+        batch_size: int = ...,
+        progress: Callable[[str], None] | None = ...,
+    ) -> DenseFeatures: ...
+
+    @overload
+    def embed_dense(
+        self,
+        source: list[Video] | tuple[Video, ...],
+        *,
+        every_seconds: float | None = ...,
+        clip_seconds: float | None = ...,
+        short_videos: ShortVideos = ...,
+        batch_size: int = ...,
+        progress: Callable[[str], None] | None = ...,
+    ) -> list[DenseFeatures]: ...
+
+    @torch.inference_mode()
+    def embed_dense(
+        self,
+        source: Place | list[Video] | tuple[Video, ...],
+        *,
+        every_seconds: float | None = None,
+        clip_seconds: float | None = None,
+        short_videos: ShortVideos = "reject",
+        batch_size: int = 32,
+        progress: Callable[[str], None] | None = None,
+    ) -> DenseFeatures | list[DenseFeatures]:
+        """Features of a video at regular times, from its start to its end, and the times: where in it is what?
+
+        A clip begins every `every_seconds`, with the frame that is shown then; clips may overlap. Their pixels are
+        those of an ingest at the encoder's frame rate. Clips with a damaged frame are left out, with a warning, and so
+        are clips that would hold frames of two joined recordings; the times of the others stay the same. Memory holds
+        two batches, and the features, also of a video of hours.
+
+            dense = encoder.embed_dense("film.mp4", every_seconds=0.5)
+            dense.features, dense.start_seconds     # (N, feature_dim) and 0.0, 0.5, 1.0 ... of the N clips
+
+        Args:
+            source: path or URI of a video, or a list or tuple of these.
+            every_seconds: seconds from the begin of a clip to that of the next one, at least one frame at the encoder's
+                frame rate. Default: half a clip.
+            clip_seconds: length of a clip in seconds; the clip has that many frames of the encoder's frame rate.
+                Default: as in the encoder's training, num_frames / fps.
+            short_videos: "loop" gives one clip of a video that is shorter than a clip, which repeats its frames.
+            batch_size: most clips that go through the network together; fewer where they are longer than in training.
+            progress: takes a line every few seconds, with the time left; such as `print`.
+
+        Raises:
+            ValueError: a video that cannot be read or is shorter than a clip, or seconds that are not allowed. Of a
+                list, the message names the place of the video that failed, counted from 0.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: 1 or more is needed")
+        window = SlidingWindow.of(
+            self, every_seconds=every_seconds, clip_seconds=clip_seconds, short_videos=short_videos
+        )
+        several = isinstance(source, list | tuple)
+        videos: Sequence[object] = source if isinstance(source, list | tuple) else [source]
+        show = progress or (lambda line: None)
+        found = embed_videos(self, videos, window, batch_size=batch_size, show=show, places=several)
+        return found if several else found[0]
 
     @torch.inference_mode()
     def feature_maps(self, source: Source) -> torch.Tensor:
@@ -301,16 +373,10 @@ class Encoder(nn.Module):
         Raises:
             VideoError: the video is too short or too slow, or more than half of it is lost.
         """
-        from vmoco.data import video
-        from vmoco.data.clips import ClipPlan
-
         expected = self.preprocessing
         size = (expected.size, expected.size)
-        fps = video.probe(path).fps
-        # Rates are measured: by time stamps, a rate that is a little lower than the video's would leave frames out.
-        same = abs(fps / expected.fps - 1) < SAME_RATE
-        plan = ClipPlan(
-            expected.num_frames, fps=None if same else expected.fps, max_clips=max_clips, short=short_videos
+        plan, _ = clip_plan(
+            path, num_frames=expected.num_frames, fps=expected.fps, short_videos=short_videos, max_clips=max_clips
         )
         cut = decoder.cut(path, plan, part=None, size=size, encoding="raw", quality=100, offset=0, seconds=seconds)
         stored = os.pread(decoder.scratch.fileno(), sum(cut.sizes), 0)
@@ -323,56 +389,13 @@ class Encoder(nn.Module):
 
         place = os.fspath(video)
         try:
-            with _local_file(place) as path:
+            with local_file(place) as path:
                 cut = self.cut_video(path, decoder=decoder, short_videos=short_videos)
             if cut.damage:
                 warnings.warn(f"video {place} gives its clips without damage: {cut.damage}", stacklevel=4)
             return torch.from_numpy(cut.frames)
         except VideoError as error:
             raise ValueError(f"video {place} gives no clips ({error})") from None
-
-
-@contextlib.contextmanager
-def _decoder() -> Iterator[Decoder]:
-    """A decoder whose process starts with the first video and ends with the block."""
-    from vmoco.data.decoder import Decoder
-
-    decoder = Decoder()
-    try:
-        yield decoder
-    finally:
-        decoder.close()
-
-
-@contextlib.contextmanager
-def _local_file(place: str) -> Iterator[str]:
-    """Path of a video on this machine; one in a store is copied, and deleted at the end of the block.
-
-    Raises:
-        ValueError: it does not exist.
-        VideoError: it cannot be copied.
-    """
-    from vmoco import storage
-    from vmoco.data import source
-
-    local = storage.local_path(place) if "://" in place else place
-    if local is not None:
-        if os.path.isdir(local):
-            raise ValueError(
-                f"{place} is a folder: give a video file or uint8 frames (T, H, W, 3). Folders of videos go to "
-                "jobs/embed.py, and folders of numbered pictures through jobs/ingest.py --layout frames --fps first"
-            )
-        if not os.path.isfile(local):
-            raise ValueError(f"there is no video file {place}")
-        yield str(local)
-        return
-    folder, _, name = place.rpartition("/")
-    filesystem, path = storage.filesystem(place)
-    size = filesystem.get_file_info(path).size
-    if size is None:
-        raise ValueError(f"there is no video file {place}")
-    with source.local_copy(folder, source.Found(name, size)) as copy:
-        yield copy
 
 
 def _batches(items: Iterator[tuple[int, torch.Tensor]], size: int) -> Iterator[list[tuple[int, torch.Tensor]]]:

@@ -16,7 +16,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,16 +25,18 @@ import torch
 
 from vmoco import storage
 from vmoco.data import ledger, source
-from vmoco.data.decoder import Decoder
-from vmoco.data.ledger import Loss, Rejection, VideoError, attributed
+from vmoco.data.decoder import Decoder, StoredClips
+from vmoco.data.ledger import Damage, Loss, Rejection, VideoError, attributed
 from vmoco.data.manifest import NAME, Manifest
 from vmoco.data.shard_reader import ClipReader
-from vmoco.encoders.encoder import Encoder
+from vmoco.encoders.dense import SlidingWindow, slide
+from vmoco.encoders.encoder import Encoder, VideoClips
 from vmoco.evaluate.features import Frames, Window, embed_batch, embed_views, mean_colour, window, without_colour
 from vmoco.evaluate.table import SPLITS, FeatureTable, part_bytes, part_losses, part_rejected, part_uri
 from vmoco.job_settings import EmbedSettings, PoolSettings, ShortVideos
 from vmoco.progress import Progress
 from vmoco.seed import hash64
+from vmoco.settings import flag
 
 ABOUT = "embeddings.json"
 _ROW_NAMES = ["clip_id", "video_id", "start_seconds", "label", *SPLITS, "held_out", "shard", "row"]
@@ -59,9 +61,16 @@ def embed(encoder: Encoder, settings: EmbedSettings, *, show: Callable[[str], No
     """
     videos = storage.require_absolute(settings.videos, "--videos")
     output = storage.require_absolute(settings.output, "--output")
+    is_data_set = storage.exists(storage.join(videos, NAME))
+    sliding = sliding_window(encoder, settings)
+    if sliding and is_data_set:
+        raise ValueError(
+            f"{settings.sliding} needs videos, and --videos {videos} is a data set, whose clips are fixed: give the "
+            f"folder of its videos, or leave out {settings.sliding}"
+        )
     storage.check_writable(output)
     seen = Window(encoder.preprocessing.num_frames, 1)
-    if storage.exists(storage.join(videos, NAME)):
+    if is_data_set:
         manifest = Manifest.load(videos)
         seen = window(encoder, manifest)
         items, listed = shard_items(manifest), []
@@ -76,6 +85,8 @@ def embed(encoder: Encoder, settings: EmbedSettings, *, show: Callable[[str], No
         "stride": seen.stride,
     }
     about["short_videos"] = "loop" if settings.short_videos == "loop" else None  # as tables from before the option
+    about["every_seconds"] = sliding and sliding.every_seconds
+    about["frames_per_clip"] = sliding and sliding.num_frames
     _claim(output, encoder, about)
     if seen.note:
         show(f"warning: {seen.note}")
@@ -86,6 +97,7 @@ def embed(encoder: Encoder, settings: EmbedSettings, *, show: Callable[[str], No
         max_clips_per_video=settings.max_clips_per_video,
         seconds_per_video=settings.seconds_per_video,
         short_videos=settings.short_videos,
+        sliding=sliding,
     )
     reused = run_items(items, encoder, work, settings, show=show)
     parts = [item["part"] for item in items]
@@ -95,6 +107,23 @@ def embed(encoder: Encoder, settings: EmbedSettings, *, show: Callable[[str], No
     if not len(table):
         raise ValueError(f"none of the videos in {videos} could be embedded: see {storage.join(output, ledger.NAME)}")
     return Embedded(table, len(rejected), reused)
+
+
+def sliding_window(encoder: Encoder, settings: EmbedSettings) -> SlidingWindow | None:
+    """The clips of --every-seconds or --dense; None where clips lie side by side.
+
+    Raises:
+        ValueError: the seconds are too few for the encoder.
+    """
+    if not settings.sliding:
+        return None
+    return SlidingWindow.of(
+        encoder,
+        every_seconds=settings.every_seconds,
+        clip_seconds=settings.clip_seconds,
+        short_videos=settings.short_videos,
+        named=flag,
+    )
 
 
 def shard_items(manifest: Manifest, chosen: Any = None) -> list[dict[str, Any]]:
@@ -217,6 +246,7 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
+Made = TypeVar("Made")
 _Clip = tuple[dict[str, Any], Frames]
 """A row of the table, and the frames that the encoder sees."""
 
@@ -238,6 +268,8 @@ class Work:
     max_clips_per_video: int = 32
     seconds_per_video: float = 600.0
     short_videos: ShortVideos = "reject"
+    sliding: SlidingWindow | None = None
+    """For videos: their clips, instead of `max_clips_per_video` that lie side by side."""
     device: str = "cpu"
     num_threads: int | None = None
     """Threads of torch; None keeps the present number."""
@@ -271,8 +303,12 @@ class EmbedTask:
         rejected: list[Rejection] = []
         losses: list[Loss] = []
         try:
-            clips = self._of_videos(plan, rejected, losses) if "videos" in plan else self._of_data_set(plan)
-            rows, features = self._embed(clips)
+            if "videos" not in plan:
+                rows, features = self._embed(self._of_data_set(plan))
+            elif self._work.sliding:
+                rows, features = self._slide(plan, self._work.sliding, rejected, losses)
+            else:
+                rows, features = self._embed(self._of_videos(plan, rejected, losses))
             content = part_bytes(rows, features, rejected=rejected, losses=losses)
             storage.write_atomic(part_uri(self._work.output, item["part"]), content)
         except (OSError, ValueError) as error:  # as a value: Ray would wrap an exception in its own stack
@@ -305,7 +341,59 @@ class EmbedTask:
             yield row | {"colour": mean_colour(frames).tolist()}, shown
 
     def _of_videos(self, plan: dict[str, Any], rejected: list[Rejection], losses: list[Loss]) -> Iterator[_Clip]:
-        """Clips of videos. One that fails with any error is added to `rejected`; a damaged one to `losses`.
+        """Clips of videos that lie side by side."""
+
+        def cut(path: str) -> VideoClips:
+            return self._encoder.cut_video(
+                path,
+                decoder=self._decoder,
+                max_clips=self._work.max_clips_per_video,
+                seconds=self._work.seconds_per_video,
+                short_videos=self._work.short_videos,
+            )
+
+        for video, made in self._each_video(plan, cut, rejected):
+            if made.damage:
+                losses.append(video.loss(made.damage))
+            for place, frames in enumerate(made.frames):
+                starts = (made.start_times[place], made.start_seconds[place])
+                yield video.row(place, starts, made.clip_seconds) | {"colour": mean_colour(frames).tolist()}, frames
+
+    def _slide(
+        self, plan: dict[str, Any], window: SlidingWindow, rejected: list[Rejection], losses: list[Loss]
+    ) -> tuple[list[dict[str, Any]], npt.NDArray[np.float32]]:
+        """Rows and features of the clips of a window that slides over videos."""
+
+        def compute(first: int, frames: Frames) -> tuple[torch.Tensor, list[list[float]]]:
+            return embed_batch(self._encoder, list(frames)), [mean_colour(clip).tolist() for clip in frames]
+
+        def over(path: str) -> tuple[StoredClips, list[tuple[torch.Tensor, list[list[float]]]], float]:
+            return slide(
+                self._encoder,
+                path,
+                window,
+                compute,
+                decoder=self._decoder,
+                batch_size=self._work.batch_size,
+                seconds=self._work.seconds_per_video,
+            )
+
+        rows: list[dict[str, Any]] = []
+        parts = [torch.zeros(0, self._encoder.feature_dim)]
+        for video, (cut, batches, clip_seconds) in self._each_video(plan, over, rejected):
+            if cut.damage:
+                losses.append(video.loss(cut.damage))
+            colours = [colour for _, each in batches for colour in each]
+            for place, (seconds, colour) in enumerate(zip(cut.start_seconds, colours, strict=True)):
+                # In microseconds: time stamps do not tell clips apart that begin between two frames of a slow video.
+                rows.append(video.row(place, (round(seconds * 1e6), seconds), clip_seconds) | {"colour": colour})
+            parts += [features for features, _ in batches]
+        return rows, torch.cat(parts).numpy()
+
+    def _each_video(
+        self, plan: dict[str, Any], cut: Callable[[str], Made], rejected: list[Rejection]
+    ) -> Iterator[tuple[_Video, Made]]:
+        """Calls `cut` with the path of each video. One that fails with any error is added to `rejected`.
 
         Raises:
             ScratchError: the disk for temporary files cannot be written.
@@ -317,31 +405,32 @@ class EmbedTask:
                     with attributed("read"):
                         path = stack.enter_context(source.local_copy(plan["folder"], found))
                         sha256 = source.file_sha256(path)
-                    cut = self._encoder.cut_video(
-                        path,
-                        decoder=self._decoder,
-                        max_clips=self._work.max_clips_per_video,
-                        seconds=self._work.seconds_per_video,
-                        short_videos=self._work.short_videos,
-                    )
+                    made = cut(path)
             except VideoError as error:
                 why = (error.stage, error.reason, error.message, error.transient)
                 rejected.append(Rejection(name, *why, entry=found.entry))
                 continue
-            if cut.damage:
-                losses.append(Loss(name, cut.damage.lost, cut.damage.percent, cut.damage.message, entry=found.entry))
-            for place, frames in enumerate(cut.frames):
-                yield (
-                    {
-                        "clip_id": f"{hash64(name, cut.start_times[place]):016x}",
-                        "video_id": name,
-                        "start_seconds": cut.start_seconds[place],
-                        "clip_seconds": cut.clip_seconds,
-                        "held_out": False,
-                        "source": name,
-                        "row": place,
-                        "sha256": sha256,
-                        "colour": mean_colour(frames).tolist(),
-                    },
-                    frames,
-                )
+            yield _Video(found, sha256), made
+
+
+@dataclasses.dataclass(frozen=True)
+class _Video:
+    found: source.Found
+    sha256: str
+
+    def loss(self, damage: Damage) -> Loss:
+        return Loss(self.found.video_id, damage.lost, damage.percent, damage.message, entry=self.found.entry)
+
+    def row(self, place: int, starts: tuple[int, float], clip_seconds: float) -> dict[str, Any]:
+        """A row of the table without its colour; `starts` is the number that names the clip, and its second."""
+        name = self.found.video_id
+        return {
+            "clip_id": f"{hash64(name, starts[0]):016x}",
+            "video_id": name,
+            "start_seconds": starts[1],
+            "clip_seconds": clip_seconds,
+            "held_out": False,
+            "source": name,
+            "row": place,
+            "sha256": self.sha256,
+        }

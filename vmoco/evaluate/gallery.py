@@ -19,11 +19,13 @@ from PIL import Image
 
 from vmoco import storage
 from vmoco.data import source
-from vmoco.data.decoder import Decoder
 from vmoco.data.ledger import VideoError
 from vmoco.data.manifest import NAME, Manifest
 from vmoco.data.shard_reader import ClipReader
+from vmoco.encoders.dense import slide
 from vmoco.encoders.encoder import Encoder
+from vmoco.encoders.video_file import decoding
+from vmoco.evaluate.embed import sliding_window
 from vmoco.evaluate.knn import nearest
 from vmoco.evaluate.table import Blocks, FeatureTable
 from vmoco.job_settings import EmbedSettings
@@ -191,13 +193,14 @@ def _thumbnails(clips: list[Clip], encoder: Encoder, settings: EmbedSettings) ->
         by_source.setdefault(clip.source, []).append(clip)
     for name, members in by_source.items():
         try:
-            frames = _decoded(place, name, encoder, settings)
+            frames = _decoded(place, name, {clip.place for clip in members}, encoder, settings)
         except VideoError as error:
             raise ValueError(
                 f"video {name} can no longer be read ({error}): restore it, or give --no-gallery"
             ) from None
         for clip in members:
-            yield clip.row, _animated(frames[clip.place][_shown_frames(frames.shape[1])])
+            pictures = frames[clip.place]
+            yield clip.row, _animated(pictures[_shown_frames(len(pictures))])
 
 
 def _stored(manifest: Manifest, clips: list[Clip]) -> Iterator[tuple[int, str]]:
@@ -222,21 +225,30 @@ def _shown_frames(num_frames: int) -> list[int]:
     return shown
 
 
-def _decoded(folder: str, name: str, encoder: Encoder, settings: EmbedSettings) -> npt.NDArray[np.uint8]:
+def _decoded(
+    folder: str, name: str, places: set[int], encoder: Encoder, settings: EmbedSettings
+) -> dict[int, npt.NDArray[np.uint8]]:
+    """The clips with these numbers of a video, decoded as they were for the table."""
     filesystem, path = storage.filesystem(storage.join(folder, name))
     found = source.Found(name, filesystem.get_file_info(path).size or 0)
-    decoder = Decoder()
-    try:
-        with source.local_copy(folder, found) as path:
-            return encoder.cut_video(
-                path,
-                decoder=decoder,
-                max_clips=settings.max_clips_per_video,
-                seconds=settings.seconds_per_video,
-                short_videos=settings.short_videos,
-            ).frames
-    finally:
-        decoder.close()
+    seconds = settings.seconds_per_video
+
+    def chosen(first: int, frames: npt.NDArray[np.uint8]) -> dict[int, npt.NDArray[np.uint8]]:
+        return {first + at: clip.copy() for at, clip in enumerate(frames) if first + at in places}
+
+    with decoding() as decoder, source.local_copy(folder, found) as path:
+        if window := sliding_window(encoder, settings):
+            size = settings.batch_size
+            _, batches, _ = slide(encoder, path, window, chosen, decoder=decoder, batch_size=size, seconds=seconds)
+            return {place: clip for batch in batches for place, clip in batch.items()}
+        cut = encoder.cut_video(
+            path,
+            decoder=decoder,
+            max_clips=settings.max_clips_per_video,
+            seconds=seconds,
+            short_videos=settings.short_videos,
+        )
+        return chosen(0, cut.frames)
 
 
 def _animated(frames: npt.NDArray[np.uint8]) -> str:
