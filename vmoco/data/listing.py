@@ -16,7 +16,7 @@ import pyarrow.fs as pafs
 from vmoco import storage
 from vmoco.data.endings import is_tar
 from vmoco.data.frame_folder import list_frame_folders
-from vmoco.data.source import Found, Listing, find_videos, list_videos
+from vmoco.data.source import Found, Listing, find_videos, kind_of, list_videos
 from vmoco.data.tar_files import how_to_uncompress, is_compressed, list_tars
 
 Footage = Literal["auto", "files", "tar", "frames"]
@@ -42,7 +42,7 @@ def list_footage(
     Raises:
         ValueError: it cannot be read or holds no video, it is not clear which kind it is, or a rate is missing.
     """
-    if is_tar(uri) and footage in ("auto", "tar") and _is_file(uri):
+    if is_tar(uri) and footage in ("auto", "tar") and kind_of(uri) == pafs.FileType.File:
         root, _, name = uri.rpartition("/")
         return _tars(root or "/", [name], uri, suffixes)
     if footage == "frames":
@@ -66,14 +66,6 @@ def list_footage(
     if there.picture_folders:
         return _frames(uri, fps)
     return list_videos(uri, suffixes)
-
-
-def _is_file(uri: str) -> bool:
-    filesystem, path = storage.filesystem(uri)
-    try:
-        return bool(filesystem.get_file_info(path).type == pafs.FileType.File)
-    except OSError:  # listing it says why
-        return False
 
 
 def _tars(root: str, tars: Sequence[str], uri: str, suffixes: Sequence[str]) -> Listing:
