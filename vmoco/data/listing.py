@@ -50,9 +50,7 @@ def list_footage(
     there = find_videos(uri, suffixes)
     if footage == "tar":
         if not there.tars:
-            raise ValueError(
-                f"--layout tar: no .tar files found in {uri} and its folders; {there.left_out or 'it is empty'}"
-            )
+            raise ValueError(f"--layout tar: no .tar files found in {uri} and its folders; {_instead(there)}")
         return _tars(there.root, there.tars, uri, suffixes)
     if footage == "files" or there.videos or there.rejected:
         return there if there.videos or there.rejected else list_videos(uri, suffixes)
@@ -66,6 +64,14 @@ def list_footage(
     if there.picture_folders:
         return _frames(uri, fps)
     return list_videos(uri, suffixes)
+
+
+def _instead(there: Listing) -> str:
+    """What a place holds where it does not hold what --layout names."""
+    if not there.videos:
+        return there.left_out or "it is empty"
+    files = "1 video file" if len(there.videos) == 1 else f"{len(there.videos)} video files"
+    return f"it holds {files}: leave out --layout to read them"
 
 
 def _tars(root: str, tars: Sequence[str], uri: str, suffixes: Sequence[str]) -> Listing:
@@ -88,9 +94,9 @@ def _frames(uri: str, fps: float | None) -> Listing:
         )
     found = list_frame_folders(uri, fps)
     if not found.videos and not found.rejected:
-        others = f"; {found.left_out}" if found.left_out else ""
         raise ValueError(
-            f"--layout frames: no folders of numbered pictures (such as frame_000001.jpg, 1.png) found in {uri}{others}"
+            f"--layout frames: no folders of numbered pictures (such as frame_000001.jpg, 1.png) found in {uri}; "
+            f"{_instead(find_videos(uri))}"
         )
     said = f"{uri} is read as --layout frames: {len(found.videos)} folders of pictures, {fps:g} pictures per second"
     return dataclasses.replace(found, notes=(said, *found.notes))
