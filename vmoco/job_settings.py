@@ -30,9 +30,8 @@ class IngestSettings(Settings):
     """Turns a folder of videos into a data set: Arrow shards, a manifest and a ledger of rejected videos."""
 
     videos: Annotated[str, Unhashed]
-    """Folder of the videos or URI prefix (file://, s3://, gs://); its subfolders are searched too. Or a pattern such as
-    '/data/**/a-*.mp4'. Or a list (.csv, .parquet, .jsonl, .txt, .tsv) of paths relative to its own folder. Or tar files
-    of videos, or folders of numbered pictures (--layout)."""
+    """Folder or URI prefix (file://, s3://, gs://) with its subfolders; a pattern such as '/data/**/a-*.mp4'; or a list
+    (.csv, .parquet, .jsonl, .txt, .tsv) of paths relative to its own folder. --layout takes more."""
     output: Annotated[str, Unhashed]
     """Folder or URI of the data set, for example s3://bucket/data. It is created if it does not exist. If it exists, it
     is continued; the settings must be the same."""
@@ -40,9 +39,8 @@ class IngestSettings(Settings):
     """List of the videos to take, and optionally their labels, ranges of seconds and splits: a file, or a folder of
     split files. Paths are relative to --videos. When left out, all videos are taken."""
     layout: Annotated[Layout, Unhashed] = "auto"
-    """Format of --annotations, as listed above. auto recognises a list by its name and its first line, and the job
-    prints which format it is. A list that may be of two formats is refused. Or what --videos holds if not video files:
-    tar (tar files of videos) or frames (folders of numbered pictures, with --fps)."""
+    """Format of --annotations, as listed above; or tar (tar files of videos) or frames (folders of numbered pictures,
+    with --fps). auto recognises it, prints it, and refuses what may be two formats."""
     suffixes: Annotated[tuple[str, ...], Unhashed] = ()
     """More endings of videos, for example .mod .tod; '' takes files without an ending. Ingest prints how many files of
     which endings it does not look at."""

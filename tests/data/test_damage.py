@@ -203,17 +203,29 @@ def test_a_clip_lies_in_one_stretch() -> None:
 
 
 def test_times_that_are_shown_twice(tmp_path: Path) -> None:
-    """A damaged file with a piece of itself spliced in is two recordings; no clip mixes the frames of both."""
+    """Damaged files with a piece of themselves spliced in: two recordings, and no clip mixes the frames of both.
+
+    A file in which the decoder's order shows that it mixes them is rejected. x264 does not give the same bytes in every
+    process, so this may be one or the other of these files, but never most of them.
+    """
     path = noisy(tmp_path / "a.ts")
     frames, content = cut_frames(path), path.read_bytes()
-    packet = 188
-    third = len(content) // packet // 3 * packet
-    path.write_bytes(content[: 2 * third] + content[third : 2 * third + 7] + content[third:])
-    made, clips = cut(path)
-    assert made.damage is not None
-    assert len(clips) > 20
-    for clip in clips:
-        assert any(np.array_equal(clip, frames[at : at + SPAN]) for at in range(FRAMES - SPAN + 1))
+    twelfth = len(content) // 188 // 12 * 188
+    reasons = []
+    for first, last in ((4, 8), (3, 6), (3, 9), (6, 9), (2, 10)):
+        begin, end = first * twelfth, last * twelfth
+        path.write_bytes(content[:end] + content[begin : begin + 7] + content[begin:])
+        try:
+            made, clips = cut(path)
+        except VideoError as error:
+            reasons.append(error.reason)
+            continue
+        assert made.damage is not None
+        assert len(clips) > 20
+        for clip in clips:
+            assert any(np.array_equal(clip, frames[at : at + SPAN]) for at in range(FRAMES - SPAN + 1))
+    assert set(reasons) <= {"bad-timestamps"}
+    assert len(reasons) <= 2
     assert not surveyed([0, 1, 2], [0, 2, 1]).ordered
     assert surveyed([0, 1, 2, 3], [0, -1, 1, 2]).ordered
 

@@ -112,8 +112,12 @@ def test_wrong_settings_are_refused_before_work(tmp_path: Path) -> None:
     make(tmp_path, "a.txt")
     with pytest.raises(ValueError, match=r"--layout frames: no folders of numbered pictures .*found in .*\.txt 1"):
         list_footage(str(tmp_path), "frames", fps=25)
-    with pytest.raises(ValueError, match=r"--layout tar: no .tar files found in"):
+    with pytest.raises(ValueError, match=r"--layout tar: no .tar files found in .*\.txt 1"):
         list_footage(str(tmp_path), "tar")
+    make(tmp_path, "a.mp4")
+    for layout in ("frames", "tar"):
+        with pytest.raises(ValueError, match=rf"--layout {layout}: .*; it holds 1 video file: leave out --layout"):
+            list_footage(str(tmp_path), layout, fps=25)  # type: ignore[arg-type]
 
 
 def test_lists_name_folders(tmp_path: Path) -> None:

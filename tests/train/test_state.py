@@ -66,12 +66,13 @@ def advance(folder: str, settings: PretrainSettings, until: int, resume: str | N
 @pytest.mark.parametrize(
     ("num_ranks", "settings"),
     [
-        *((1, SETTINGS), (4, SETTINGS), (1, ADVERSARIAL_DECAY), (2, ADVERSARIAL_DECAY), (1, ADAMW), (2, ADAMW)),
-        (2, REVERSED),
-    ],
-    ids=[
-        *("1", "4", "1-adversarial-decay", "2-adversarial-decay", "1-adamw-two-clips", "2-adamw-two-clips"),
-        "2-reversed",
+        pytest.param(1, SETTINGS, id="1"),
+        pytest.param(4, SETTINGS, id="4"),
+        pytest.param(1, ADVERSARIAL_DECAY, id="1-adversarial-decay", marks=pytest.mark.slow),
+        pytest.param(2, ADVERSARIAL_DECAY, id="2-adversarial-decay"),
+        pytest.param(1, ADAMW, id="1-adamw-two-clips", marks=pytest.mark.slow),
+        pytest.param(2, ADAMW, id="2-adamw-two-clips"),
+        pytest.param(2, REVERSED, id="2-reversed"),
     ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, num_ranks: int, settings: PretrainSettings) -> None:

@@ -16,7 +16,7 @@ import pyarrow.fs as pafs
 from vmoco import storage
 from vmoco.data.endings import is_tar
 from vmoco.data.frame_folder import list_frame_folders
-from vmoco.data.source import Found, Listing, find_videos, list_videos
+from vmoco.data.source import Found, Listing, find_videos, kind_of, list_videos
 from vmoco.data.tar_files import how_to_uncompress, is_compressed, list_tars
 
 Footage = Literal["auto", "files", "tar", "frames"]
@@ -42,7 +42,7 @@ def list_footage(
     Raises:
         ValueError: it cannot be read or holds no video, it is not clear which kind it is, or a rate is missing.
     """
-    if is_tar(uri) and footage in ("auto", "tar") and _is_file(uri):
+    if is_tar(uri) and footage in ("auto", "tar") and kind_of(uri) == pafs.FileType.File:
         root, _, name = uri.rpartition("/")
         return _tars(root or "/", [name], uri, suffixes)
     if footage == "frames":
@@ -50,9 +50,7 @@ def list_footage(
     there = find_videos(uri, suffixes)
     if footage == "tar":
         if not there.tars:
-            raise ValueError(
-                f"--layout tar: no .tar files found in {uri} and its folders; {there.left_out or 'it is empty'}"
-            )
+            raise ValueError(f"--layout tar: no .tar files found in {uri} and its folders; {_instead(there)}")
         return _tars(there.root, there.tars, uri, suffixes)
     if footage == "files" or there.videos or there.rejected:
         return there if there.videos or there.rejected else list_videos(uri, suffixes)
@@ -68,12 +66,12 @@ def list_footage(
     return list_videos(uri, suffixes)
 
 
-def _is_file(uri: str) -> bool:
-    filesystem, path = storage.filesystem(uri)
-    try:
-        return bool(filesystem.get_file_info(path).type == pafs.FileType.File)
-    except OSError:  # listing it says why
-        return False
+def _instead(there: Listing) -> str:
+    """What a place holds where it does not hold what --layout names."""
+    if not there.videos:
+        return there.left_out or "it is empty"
+    files = "1 video file" if len(there.videos) == 1 else f"{len(there.videos)} video files"
+    return f"it holds {files}: leave out --layout to read them"
 
 
 def _tars(root: str, tars: Sequence[str], uri: str, suffixes: Sequence[str]) -> Listing:
@@ -96,9 +94,9 @@ def _frames(uri: str, fps: float | None) -> Listing:
         )
     found = list_frame_folders(uri, fps)
     if not found.videos and not found.rejected:
-        others = f"; {found.left_out}" if found.left_out else ""
         raise ValueError(
-            f"--layout frames: no folders of numbered pictures (such as frame_000001.jpg, 1.png) found in {uri}{others}"
+            f"--layout frames: no folders of numbered pictures (such as frame_000001.jpg, 1.png) found in {uri}; "
+            f"{_instead(find_videos(uri))}"
         )
     said = f"{uri} is read as --layout frames: {len(found.videos)} folders of pictures, {fps:g} pictures per second"
     return dataclasses.replace(found, notes=(said, *found.notes))

@@ -175,17 +175,18 @@ def split_pattern(uri: str) -> tuple[str, str]:
     parts = (str(storage.local_path(uri)) if uri.startswith("file://") else uri).split("/")
     for number, part in enumerate(parts):
         # The name of a folder may be `[old]`.
-        if any(sign in part for sign in "*?[") and not _is_folder("/".join(parts[: number + 1])):
+        if any(sign in part for sign in "*?[") and kind_of("/".join(parts[: number + 1])) != pafs.FileType.Directory:
             return "/".join(parts[:number]) or "/", "/".join(parts[number:])
     return uri, ""
 
 
-def _is_folder(uri: str) -> bool:
+def kind_of(uri: str) -> pafs.FileType | None:
+    """Whether a file or a folder has that name; None where it cannot be asked, which listing explains."""
     filesystem, path = storage.filesystem(uri)
     try:
-        return bool(filesystem.get_file_info(path).type == pafs.FileType.Directory)
-    except OSError:  # listing it says why
-        return False
+        return filesystem.get_file_info(path).type
+    except OSError:
+        return None
 
 
 def matches(path: str, pattern: str) -> bool:
