@@ -90,6 +90,11 @@ def other_value(group: str, name: str) -> object:
         ("train", {"micro_batch": 3}, "--train.global-batch 8 is not a multiple of --train.micro-batch 3: change"),
         ("scaling", {"min_workers": 2}, "--scaling.min-workers 2 is above --scaling.num-workers 1: lower .* or raise"),
         ("scaling", {"num_workers": 3}, "--scaling.num-workers 3 is above the 2 micro-batches .*: lower"),
+        (
+            "scaling",
+            {"num_workers": 4},
+            "--scaling.num-workers 4 is above the 2 .*: give --train.micro-batch 2, or lower",
+        ),
         ("generator", {"drop_ratio": 0.05}, "--generator.drop-ratio 0.05 of --data.num-frames 8 drops 0 frames: "),
         ("train", {"warmup_steps": 20}, "--train.warmup-steps 20 is not below --train.steps 20: lower .* or raise"),
         ("train", {"steps": 0}, "--train.steps 0 is not allowed: it must be greater than or equal to 1$"),

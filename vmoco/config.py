@@ -227,8 +227,8 @@ class TrainSettings(Settings):
     compile: bool = False
     """Compiles the encoders with torch.compile: the start takes a minute longer, then steps are faster on most GPUs."""
     deterministic: bool = False
-    """Uses deterministic algorithms only: a run gives the same bits again on the same GPUs, but is slower. Has no
-    effect on CPUs, which are deterministic already."""
+    """Uses deterministic algorithms only, which is slower. On GPUs a run gives the same bits again, also when it is
+    resumed, only with this, on the same GPUs, with each rank on the same machine. CPUs are deterministic already."""
     log_every: Annotated[int, Unhashed] = Field(10, ge=1)
     """Number of steps between two log lines, and between two points in MLflow."""
     checkpoint_every: Annotated[int, Unhashed] = Field(500, ge=1)
@@ -326,10 +326,14 @@ class PretrainSettings(Settings):
                 f"{train.micro_batch}: change one of them"
             )
         if self.scaling.num_workers > self.num_micro_batches:
+            workers = self.scaling.num_workers
+            smaller = train.global_batch // workers
+            possible = train.global_batch % workers == 0 and smaller >= 2
             raise ValueError(
-                f"--scaling.num-workers {self.scaling.num_workers} is above the {self.num_micro_batches} micro-batches "
-                "of a step (--train.global-batch divided by --train.micro-batch), so some workers would have no work: "
-                "lower the number of workers or the micro-batch"
+                f"--scaling.num-workers {workers} is above the {self.num_micro_batches} micro-batches of a step "
+                "(--train.global-batch divided by --train.micro-batch), so some workers would have no work: "
+                + (f"give --train.micro-batch {smaller}, or " if possible else "")
+                + f"lower the number of workers to {self.num_micro_batches}, or raise --train.global-batch"
             )
         if (self.scaling.min_workers or 1) > self.scaling.num_workers:
             raise ValueError(

@@ -50,7 +50,10 @@ class BatchMemory:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         size = math.prod(shape)
         free = self._free.setdefault(size, [])
-        memory = free.pop() if free else np.empty(size, np.uint8)
+        try:
+            memory = free.pop()  # in one operation: the thread of the loader and the first rank's look both take
+        except IndexError:
+            memory = np.empty(size, np.uint8)
         lent = memory.reshape(shape)  # another object than `memory`: it lives as long as somebody has the tensor
         weakref.finalize(lent, free.append, memory).atexit = False
         return torch.from_numpy(lent)

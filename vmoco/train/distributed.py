@@ -106,3 +106,21 @@ def agree(number: int) -> int:
     numbers = [number]
     dist.broadcast_object_list(numbers, src=0)
     return numbers[0]
+
+
+def require_own_gpu(device: torch.device) -> None:
+    """Checks that no other rank computes on the GPU of this one; every rank waits for all.
+
+    Raises:
+        ValueError: another one does. NCCL would refuse it too, in the first collective and without naming the GPU.
+    """
+    if device.type != "cuda":
+        return
+    uuids = gather_text(str(torch.cuda.get_device_properties(device).uuid))
+    sharing = [str(each) for each, uuid in enumerate(uuids) if uuid == uuids[rank()]]
+    if len(sharing) > 1:
+        raise ValueError(
+            f"ranks {', '.join(sharing)} have the same GPU {uuids[rank()]}, and each worker needs one of its own: "
+            f"lower --scaling.num-workers {len(uuids)}, or give each container of the cluster GPUs of its own (see "
+            "jobs/check.py cluster)"
+        )

@@ -26,6 +26,7 @@ from vmoco.model.queue import decay_at, key_weights
 from vmoco.train import distributed
 from vmoco.train.metrics import StepMetrics, hardness
 from vmoco.train.optimizer import learning_rate, take_step
+from vmoco.train.speed import compile_networks, uncompiled
 from vmoco.train.state import TrainState
 
 
@@ -50,10 +51,7 @@ class TrainStep:
         self._state = state
         self._device = device
         self._moco = state.moco
-        if settings.train.compile:
-            # In place, so that names in the state stay; inside DDP, which compiles nothing itself.
-            for encoder in (state.moco.query, state.moco.key):
-                encoder.compile(dynamic=False)
+        compile_networks(state.moco, settings.train)
         self._query = distributed.data_parallel(state.moco.query, device)
         self._generator = distributed.data_parallel(state.moco.generator, device)
 
@@ -168,8 +166,9 @@ class TrainStep:
         # Each clip has the weight 1 / G, on every rank. DDP takes the mean over ranks, hence the number of ranks.
         weight = distributed.world_size() / settings.train.global_batch
 
-        # A compiled backward cannot leave out the weights: G's gradient would cost 2 forwards instead of 1.
-        with torch.compiler.set_stance("force_eager") if separately else contextlib.nullcontext():
+        # A compiled backward cannot leave out the weights: G's gradient would cost 2 forwards instead of 1. And q and
+        # q_real must be computed alike, or |q - q_real| would also contain the difference between two sets of kernels.
+        with uncompiled(settings.train) if separately else contextlib.nullcontext():
             queries = self._query(dropped)
         compared = contrast(
             queries,
@@ -186,7 +185,7 @@ class TrainStep:
             metrics.add_dropped(mask)
         if separately:
             # q_real is a constant of G's loss: without graph, and without a second update of the running statistics.
-            with torch.no_grad(), running_statistics_kept(moco.query):
+            with torch.no_grad(), running_statistics_kept(moco.query), uncompiled(settings.train):
                 whole = moco.query(clips)
             loss = adversarial_loss(queries, whole, strength=settings.generator.strength)
             (pixels,) = torch.autograd.grad(loss.sum() * weight, dropped, retain_graph=True)
@@ -254,7 +253,7 @@ class TrainStep:
         random = keep_mask(batch.random_importance[first].to(self._device), settings.num_dropped)
         query = self._moco.query
         # Rank 0 alone is here: it must not compile for minutes while the others wait.
-        with evaluation_mode(query), torch.compiler.set_stance("force_eager"):
+        with evaluation_mode(query), uncompiled(settings.train):
             views = (clips, drop_frames(clips, chosen, fill), drop_frames(clips, random, fill))
             whole, by_generator, at_random = (query(view) for view in views)
         return hardness(whole, by_generator=by_generator, at_random=at_random)

@@ -19,6 +19,7 @@ from vmoco.config import PretrainSettings
 from vmoco.data.manifest import Manifest
 from vmoco.model.backbone import autocast_dtype, require_determinism
 from vmoco.spool import Document
+from vmoco.train import distributed
 from vmoco.train.channel import StopWatch, errors_reported
 from vmoco.train.checkpoint_writer import CheckpointWriter
 from vmoco.train.evaluation import Evaluator
@@ -51,6 +52,7 @@ def _run(config: dict[str, Any]) -> dict[str, Any] | None:
     settings = PretrainSettings.model_validate_json(config["settings"])
     torch.set_num_threads(settings.scaling.cpus_per_worker)
     device = ray.train.torch.get_device()
+    distributed.require_own_gpu(device)
     if settings.train.deterministic:
         require_determinism(settings.model.backbone, device)
     manifest = Manifest.load(settings.data.uri)
