@@ -46,7 +46,7 @@ class PlainStep(TrainStep):
     def _augmented(self, view: View, micro: slice) -> torch.Tensor:
         return view.frames[micro]
 
-    def _raise_non_finite(self, batch: RankBatch, bad_here: bool) -> None:
+    def _raise_non_finite(self, step: int, clip_ids: list[str], bad_here: bool) -> None:
         """Goes on: bf16 gradients on CPUs are often not finite, and the time is what counts here."""
 
 

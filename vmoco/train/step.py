@@ -12,7 +12,8 @@ also gives the gradient of the pixels, and there is no q_real: 4 forwards, and t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -51,6 +52,11 @@ class TrainStep:
         self._state = state
         self._device = device
         self._moco = state.moco
+        # Number, clips and metrics of the steps whose flags are not read yet. A CPU has them at once, and decides
+        # before its optimizers run. A GPU works behind this process: to wait for the same step would leave it idle.
+        self._unread: list[tuple[int, list[str], StepMetrics]] = []
+        self._num_late = 0 if device.type == "cpu" else 1
+        self._stop = self._checkpoint = False
         compile_networks(state.moco, settings.train)
         self._query = distributed.data_parallel(state.moco.query, device)
         self._generator = distributed.data_parallel(state.moco.generator, device)
@@ -62,36 +68,39 @@ class TrainStep:
 
         Args:
             batch: this rank's part of the step.
-            stop_requested: whether this rank was asked to stop; the metrics say whether any was.
+            stop_requested: whether this rank was asked to stop; `requested` says whether any was.
             checkpoint_requested: whether this rank was asked to keep the state now; likewise.
 
         Returns:
             The step's metrics, equal on all ranks.
 
         Raises:
-            NonFiniteError: on all ranks, if any of them has a loss or gradient that is not finite.
+            NonFiniteError: on all ranks, if any of them has a loss or gradient that is not finite: on a CPU in this
+                step and before the optimizers run, on a GPU in the step before.
         """
         settings, state, moco = self._settings, self._state, self._moco
         assert batch.step == state.step, f"batch of step {batch.step} at step {state.step}"
         self._set_learning_rates(batch.step)
 
         moco.update_key_encoder(settings.moco.momentum)
-        keys, backwards = self._encode_all_keys(batch)
+        keys = self._encode_all_keys(batch)
         metrics = StepMetrics.zeros(self._device, num_frames=settings.data.num_frames)
         metrics.decay = decay_at(
-            batch.step, settings.moco, total_steps=settings.train.steps, difference=float(state.difference)
+            batch.step, settings.moco, total_steps=settings.train.steps, difference=state.difference
         )
         weights = key_weights(moco.queue.ages(batch.step, unit=settings.moco.age_unit), metrics.decay)
         for micro, is_last in self._micro_batches(len(batch.clip_ids)):
             with self._gradients_reduced(is_last):
-                self._backward(batch, micro, keys=keys, backwards=backwards, weights=weights, metrics=metrics)
+                self._backward(batch, micro, keys=keys, weights=weights, metrics=metrics)
 
+        # Both encoders have seen all their clips, so their running statistics are those of the step.
+        average = distributed.start_average(moco.running_statistics())
         metrics.add_flags(stop=stop_requested, checkpoint=checkpoint_requested)
-        bad_here = metrics.non_finite()
         # Every rank waits here for all: they decide together whether to go on.
         metrics.reduce_(moco.query, moco.generator)
-        if metrics.non_finite():
-            self._raise_non_finite(batch, bad_here)
+        metrics.send_flags()
+        self._unread.append((batch.step, batch.clip_ids, metrics))
+        self._read_flags(keep=self._num_late)
         take_step(state.query_optimizer)
         if settings.trains_generator(batch.step):
             take_step(state.generator_optimizer)
@@ -99,14 +108,50 @@ class TrainStep:
             if settings.generator.objective == "difference":
                 state.difference.copy_(metrics.mean_generator_loss() / -settings.generator.strength)
         state.zero_grad()
-        distributed.average_(moco.running_statistics())
-        moco.queue.enqueue(keys, batch.video_ids.to(self._device), step=batch.step)
-        metrics.keys = keys
+        average()
+        metrics.keys, _ = keys()
+        moco.queue.enqueue(metrics.keys, self._put(batch.video_ids), step=batch.step)
         state.step += 1
         return metrics
 
-    def _encode_all_keys(self, batch: RankBatch) -> tuple[torch.Tensor, ReversedKeys | None]:
-        """Keys of the whole global batch on every rank, in plan order, float32 (G, D); and those played backwards."""
+    def requested(self, *, now: bool) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, and whether any was asked to keep the state, since the last call.
+
+        Called after each step, on all ranks alike. On a GPU the answer is of the step before the last one.
+
+        Args:
+            now: read the last step too, because the state will be kept or reported.
+
+        Raises:
+            NonFiniteError: on all ranks, if a step that is read has a loss or gradient that is not finite.
+        """
+        self._read_flags(keep=0 if now else self._num_late)
+        if self._stop or self._checkpoint:
+            self._read_flags(keep=0)  # the state will be kept, so it must be known to be finite
+        keep, self._checkpoint = self._checkpoint, False
+        return self._stop, keep
+
+    def _read_flags(self, *, keep: int) -> None:
+        """Waits for the flags of all steps but the last `keep` ones."""
+        while len(self._unread) > keep:
+            step, clip_ids, metrics = self._unread.pop(0)
+            flags = metrics.flags()
+            if flags.non_finite:
+                self._raise_non_finite(step, clip_ids, flags.non_finite_here)
+            self._stop |= flags.stop
+            self._checkpoint |= flags.checkpoint
+
+    def _put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copies a tensor of the batch to the device; from page-locked memory without waiting for it."""
+        return tensor.to(self._device, non_blocking=True)
+
+    def _encode_all_keys(self, batch: RankBatch) -> Callable[[], tuple[torch.Tensor, ReversedKeys | None]]:
+        """Encodes this rank's keys and starts to exchange them, while the queries are encoded.
+
+        Returns:
+            A function that waits for the keys of the whole global batch, in plan order, float32 (G, D), and those
+            played backwards.
+        """
         chosen = batch.reversed_keys[batch.share]
         parts = [
             self.encode_keys(View(batch.key.frames[micro], batch.key.draws[micro]), backwards=chosen[micro])
@@ -114,20 +159,29 @@ class TrainStep:
         ]
         own, backwards = (torch.cat(each) for each in zip(*parts, strict=True))
         # Each rank gets the keys that the others encoded: 512 bytes a key are all the data that ranks exchange.
-        shuffled = distributed.gather_rows(own, batch.clips_per_rank)
-        keys = torch.empty_like(shuffled)
-        keys[batch.key_order.to(self._device)] = shuffled
+        shuffled = distributed.start_gather(own, batch.clips_per_rank)
+        order = self._put(batch.key_order)
         number, size = self._settings.num_reversed, self._settings.train.micro_batch
-        if not number:
-            return keys, None
-        # Likewise the keys of reversed clips; every rank has them in the order of the shuffled copy.
-        gathered = distributed.gather_rows(backwards, [count // size * number for count in batch.clips_per_rank])
-        places = batch.key_order[batch.reversed_keys].to(self._device)
-        reversed_keys = ReversedKeys(
-            torch.zeros_like(keys), torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
-        )
-        reversed_keys.keys[places], reversed_keys.exists[places] = gathered, True
-        return keys, reversed_keys
+        gathered = None
+        if number:
+            # Likewise the keys of reversed clips; every rank has them in the order of the shuffled copy.
+            places = self._put(batch.key_order[batch.reversed_keys])
+            counts = [count // size * number for count in batch.clips_per_rank]
+            gathered = distributed.start_gather(backwards, counts)
+
+        @functools.cache  # all micro-batches ask, and the queue
+        def in_order() -> tuple[torch.Tensor, ReversedKeys | None]:
+            keys = own.new_empty(len(order), own.shape[1])
+            keys[order] = shuffled()
+            if gathered is None:
+                return keys, None
+            reversed_keys = ReversedKeys(
+                torch.zeros_like(keys), torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
+            )
+            reversed_keys.keys[places], reversed_keys.exists[places] = gathered(), True
+            return keys, reversed_keys
+
+        return in_order
 
     @torch.no_grad()  # keys are targets
     def encode_keys(self, view: View, *, backwards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,7 +196,7 @@ class TrainStep:
         clips = self._augmented(view, slice(None))
         if self._settings.num_reversed:
             # On the host, because the number of clips must be known without waiting for a GPU.
-            chosen = backwards.nonzero().squeeze(1).to(self._device)
+            chosen = self._put(backwards.nonzero().squeeze(1))
             clips = torch.cat([clips, clips[chosen].flip(2)]).contiguous(memory_format=torch.channels_last_3d)
         keys: torch.Tensor = self._moco.key(clips)
         return keys[: len(view.frames)], keys[len(view.frames) :]
@@ -152,8 +206,7 @@ class TrainStep:
         batch: RankBatch,
         micro: slice,
         *,
-        keys: torch.Tensor,
-        backwards: ReversedKeys | None,
+        keys: Callable[[], tuple[torch.Tensor, ReversedKeys | None]],
         weights: torch.Tensor,
         metrics: StepMetrics,
     ) -> None:
@@ -170,12 +223,13 @@ class TrainStep:
         # q_real must be computed alike, or |q - q_real| would also contain the difference between two sets of kernels.
         with uncompiled(settings.train) if separately else contextlib.nullcontext():
             queries = self._query(dropped)
+        positives, backwards = keys()
         compared = contrast(
             queries,
-            keys[batch.share][micro],
+            positives[batch.share][micro],
             negatives=moco.queue.keys,
             weights=weights,
-            allowed=moco.queue.negatives_of(batch.video_ids[batch.share][micro].to(self._device)),
+            allowed=moco.queue.negatives_of(self._put(batch.video_ids[batch.share][micro])),
             temperature=settings.moco.temperature,
             decay_on=settings.moco.decay_on,
             reversed_keys=backwards[batch.share][micro] if backwards else None,
@@ -207,7 +261,7 @@ class TrainStep:
         """x~, what fills its dropped frames, the importance that chose them (with graph once G trains), the mask."""
         settings = self._settings
         fill = frame_fill(clips, settings.generator.fill)
-        importance = batch.random_importance[micro].to(self._device)
+        importance = self._put(batch.random_importance[micro])
         if self._is_adversarial(batch.step):
             trains = settings.trains_generator(batch.step)
             if trains:
@@ -226,7 +280,7 @@ class TrainStep:
     def _generators_mask(self, importance: torch.Tensor, batch: RankBatch, micro: slice) -> torch.Tensor:
         """The mask that follows from the importance: a function of it and of the seeded noise of the batch."""
         if self._settings.generator.select == "sample":
-            importance = sampling_scores(importance, batch.random_importance[micro].to(self._device))
+            importance = sampling_scores(importance, self._put(batch.random_importance[micro]))
         return keep_mask(importance, self._settings.num_dropped)
 
     @torch.no_grad()  # changes nothing: G has neither batch statistics nor randomness
@@ -250,7 +304,7 @@ class TrainStep:
         clips = self._augmented(batch.query, first)
         fill = frame_fill(clips, settings.generator.fill)
         chosen = self._generators_mask(self._moco.generator(clips), batch, first)
-        random = keep_mask(batch.random_importance[first].to(self._device), settings.num_dropped)
+        random = keep_mask(self._put(batch.random_importance[first]), settings.num_dropped)
         query = self._moco.query
         # Rank 0 alone is here: it must not compile for minutes while the others wait.
         with evaluation_mode(query), uncompiled(settings.train):
@@ -295,10 +349,11 @@ class TrainStep:
         for group in self._state.generator_optimizer.param_groups:
             group["lr"] = learning_rate(step, generator.learning_rate, train)
 
-    def _raise_non_finite(self, batch: RankBatch, bad_here: bool) -> None:
-        clips = f"rank {distributed.rank()}, clips {', '.join(batch.clip_ids)}" if bad_here else ""
+    def _raise_non_finite(self, step: int, clip_ids: list[str], bad_here: bool) -> None:
+        clips = f"rank {distributed.rank()}, clips {', '.join(clip_ids)}" if bad_here else ""
         where = [text for text in distributed.gather_text(clips) if text]  # every rank waits for all
         raise NonFiniteError(
-            f"a loss or gradient of step {batch.step} is not finite ({'; '.join(where) or 'in the gradient'}): "
-            "the step was not taken. Look at these clips, lower --train.learning-rate, or set --train.precision fp32"
+            f"a loss or gradient of step {step} is not finite ({'; '.join(where) or 'in the gradient'}): the run "
+            "stops, and no checkpoint contains it. Look at these clips, lower --train.learning-rate, or set "
+            "--train.precision fp32"
         )
