@@ -121,6 +121,7 @@ def other_value(group: str, name: str) -> object:
             "--moco.reversed-negatives-percent 12.0 of --train.micro-batch 4 reverses 0 clips: raise one of them, or ",
         ),
         ("generator", {"every": 0}, "--generator.every 0 is not allowed: .*greater than or equal to 1$"),
+        ("generator", {"clips_percent": 12.0}, "--generator.clips-percent 12.0 of --train.micro-batch 4 is no clip: "),
         ("generator", {"objective": "both"}, "--generator.objective both is not allowed: .*'difference' or 'contrast'"),
         ("data", {"two_clips_from_percent": 101}, "--data.two-clips-from-percent 101 is not allowed: .*equal to 100$"),
         ("model", {"embedding_dim": "very wide"}, "--model.embedding-dim 'very wide' is not allowed: .*integer"),

@@ -38,6 +38,7 @@ OF_THE_GENERATOR: dict[str, Any] = {
     "select": "sample",
     "objective": "contrast",
     "every": 3,
+    "clips_percent": 50.0,
     "hidden_channels": 5,
     "frame_size": 11,
 }
@@ -56,7 +57,7 @@ CASES: dict[str, tuple[Groups, Groups]] = {
         {"generator": {"start_percent": 0.0, "before_start": "whole"}},
         {"generator": {"before_start": "random"}},
     ),
-    "contrast": ({"generator": {"objective": "contrast"}}, {"generator": {"strength": 7.0}}),
+    "contrast": ({"generator": {"objective": "contrast"}}, {"generator": {"strength": 7.0, "clips_percent": 50.0}}),
     "adamw": (
         {"train": {"optimizer": "adamw"}},
         {"train": {"sgd_momentum": 0.3}, "generator": {"strength": 50.0}},

@@ -13,7 +13,7 @@ from vmoco.settings import Settings, flag
 Reasons = dict[tuple[str, str], str]
 """Why a field has no effect, by group and name."""
 
-_OF_TRAINING = ("strength", "learning_rate", "estimator", "relative", "select", "objective", "every")
+_OF_TRAINING = ("strength", "learning_rate", "estimator", "relative", "select", "objective", "every", "clips_percent")
 _OF_THE_NETWORK = ("hidden_channels", "frame_size")
 _COLOURS = ("brightness", "contrast", "saturation", "hue")
 
@@ -81,7 +81,8 @@ def _generator(settings: PretrainSettings) -> Reasons:
     if settings.generator_start == 0:
         found["generator", "before_start"] = "the generator starts at the first step (--generator.start-percent)"
     if generator.objective == "contrast":
-        found["generator", "strength"] = "--generator.objective is contrast"
+        for name in ("strength", "clips_percent"):
+            found["generator", name] = "--generator.objective is contrast"
     elif settings.train.optimizer == "adamw":
         found["generator", "strength"] = "--train.optimizer is adamw, which divides each gradient by its usual size"
     return found

@@ -65,6 +65,19 @@ def running_statistics_kept(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Inside, a forward builds a graph for its input alone: a backward through it computes no gradient of weights."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Inside, batch normalisation uses its running statistics and changes nothing; then each layer is as it was."""
     before = [(layer, layer.training) for layer in module.modules()]

@@ -6,7 +6,8 @@ loss runs backward once. After one DDP forward a second backward through paramet
 would silently diverge. The cost is 6 forwards of the encoder: q, q_real and k 3, the backward for G 1, for D 2.
 
 With `--generator.objective contrast` G follows the same loss as D with the sign reversed. Then the one backward of D
-also gives the gradient of the pixels, and there is no q_real: 4 forwards, and the stem's gradient of its input.
+also gives the gradient of the pixels, and there is no q_real: 4 forwards, and the stem's gradient of its input. If G
+learns from a part p of the clips (`--generator.clips-percent`), these are encoded apart from D: 4 + 3 p forwards.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from vmoco.config import PretrainSettings
 from vmoco.data.augment import augment, to_pixels
 from vmoco.data.loader import RankBatch, View
 from vmoco.model.generator import drop_frames, frame_fill, importance_gradient, keep_mask, sampling_scores
-from vmoco.model.moco import ReversedKeys, adversarial_loss, contrast, evaluation_mode, running_statistics_kept
+from vmoco.model.moco import (
+    ReversedKeys,
+    adversarial_loss,
+    contrast,
+    evaluation_mode,
+    frozen,
+    running_statistics_kept,
+)
 from vmoco.model.queue import decay_at, key_weights
 from vmoco.train import distributed
 from vmoco.train.metrics import StepMetrics, hardness
@@ -213,9 +221,12 @@ class TrainStep:
         """Forward and backward of one micro-batch; adds to the gradients and to the metrics."""
         settings, moco = self._settings, self._moco
         trains, objective = settings.trains_generator(batch.step), settings.generator.objective
-        separately = trains and objective == "difference"  # from D: G has a loss and a backward of its own
         clips = self._augmented(batch.query, micro)
         dropped, fill, importance, mask = self._drop_frames(clips, batch, micro)
+        # From D: G has a loss and a backward of its own.
+        separately = trains and objective == "difference" and self._learns_from_all
+        if trains and not self._learns_from_all:
+            self._learn_from_some(clips, dropped, fill=fill, importance=importance, metrics=metrics)
         # Each clip has the weight 1 / G, on every rank. DDP takes the mean over ranks, hence the number of ranks.
         weight = distributed.world_size() / settings.train.global_batch
 
@@ -255,6 +266,42 @@ class TrainStep:
             importance.backward(gradient)
             metrics.add_generator(-compared.loss.detach())
 
+    @property
+    def _learns_from_all(self) -> bool:
+        settings = self._settings
+        return settings.generator.objective == "contrast" or settings.num_generator_clips == settings.train.micro_batch
+
+    def _learn_from_some(
+        self,
+        clips: torch.Tensor,
+        dropped: torch.Tensor,
+        *,
+        fill: torch.Tensor,
+        importance: torch.Tensor,
+        metrics: StepMetrics,
+    ) -> None:
+        """Adds G's gradient from the first clips of a micro-batch, which are encoded once more for it.
+
+        Batch normalisation joins the clips of a forward, so through D's forward the gradient of the pixels of some
+        clips would cost as much as that of all. The plan has shuffled the clips, so the first ones are a random part.
+        """
+        settings, query, count = self._settings, self._moco.query, self._settings.num_generator_clips
+        some = dropped[:count].detach().requires_grad_()
+        with running_statistics_kept(query), uncompiled(settings.train):
+            with frozen(query):
+                queries = query(some)
+            with torch.no_grad():  # q_real is a constant of G's loss
+                whole = query(clips[:count])
+        loss = adversarial_loss(queries, whole, strength=settings.generator.strength)
+        weight = distributed.world_size() / (settings.num_micro_batches * count)
+        (pixels,) = torch.autograd.grad(loss.sum() * weight, some)
+        gradient = torch.zeros_like(importance)
+        gradient[:count] = importance_gradient(
+            pixels, clips[:count], fill[:count], estimator=settings.generator.estimator
+        )
+        importance.backward(gradient)
+        metrics.add_generator(loss.detach())
+
     def _drop_frames(
         self, clips: torch.Tensor, batch: RankBatch, micro: slice
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -271,7 +318,8 @@ class TrainStep:
                 with torch.no_grad():
                     importance = self._moco.generator(clips)
             mask = self._generators_mask(importance, batch, micro)
-            return drop_frames(clips, mask, fill).requires_grad_(trains), fill, importance, mask
+            dropped = drop_frames(clips, mask, fill).requires_grad_(trains and self._learns_from_all)
+            return dropped, fill, importance, mask
         if settings.generator.before_start == "random":
             mask = keep_mask(importance, settings.num_dropped)
             return drop_frames(clips, mask, fill), fill, importance, mask
