@@ -196,6 +196,7 @@ class MocoSettings(Settings):
 
 
 Precision = Literal["auto", "bf16", "fp32"]
+SpeedSwitch = Literal["compile", "compile_generator_steps", "compile_generator", "cudnn_benchmark", "pad_channels"]
 
 
 class TrainSettings(Settings):
@@ -228,10 +229,20 @@ class TrainSettings(Settings):
     precision: Precision = "auto"
     """Arithmetic of the encoders. auto is bf16 on GPUs that support it, and fp32 elsewhere. The loss is always fp32."""
     compile: bool = False
-    """Compiles the encoders with torch.compile: the start takes a minute longer, then steps are faster on most GPUs."""
+    """Compiles the encoders with torch.compile: the start takes a minute longer, then steps are faster on most GPUs.
+    The two embeddings that the generator compares are not compiled."""
+    compile_generator_steps: Annotated[bool, OmittedIfDefault] = False
+    """With --train.compile: compiles these two embeddings as well, for 7 instead of 6 forwards in such a step."""
+    compile_generator: Annotated[bool, OmittedIfDefault] = False
+    """With --train.compile: compiles the generator as well."""
+    cudnn_benchmark: Annotated[bool, OmittedIfDefault] = False
+    """Lets cuDNN measure in the first steps which algorithm is fastest. Runs on GPUs then differ in rounding."""
+    pad_channels: Annotated[bool, OmittedIfDefault] = False
+    """Computes R(2+1)D with its odd numbers of channels padded to multiples of 8, which GPUs need for full speed in
+    bf16. Checkpoints and encoders stay the same. Slower on CPUs."""
     deterministic: bool = False
-    """Uses deterministic algorithms only, which is slower. On GPUs a run gives the same bits again, also when it is
-    resumed, only with this, on the same GPUs, with each rank on the same machine. CPUs are deterministic already."""
+    """Uses deterministic algorithms, and nothing that only speeds up GPUs. On GPUs a resumed run has the same bits only
+    with this, on the same GPUs, with each rank on the same machine. CPUs are deterministic already."""
     log_every: Annotated[int, Unhashed] = Field(10, ge=1)
     """Number of steps between two log lines, and between two points in MLflow."""
     checkpoint_every: Annotated[int, Unhashed] = Field(500, ge=1)
@@ -241,6 +252,11 @@ class TrainSettings(Settings):
     """Number of newest checkpoints that are kept."""
     keep_best: Annotated[int, Unhashed] = Field(1, ge=0)
     """Number of checkpoints with the best scores that are kept besides the newest ones."""
+
+    def speeds_up_by(self, switch: SpeedSwitch) -> bool:
+        """Whether a switch for speed is on and has an effect: none has where the run must be deterministic."""
+        on: bool = getattr(self, switch) and (self.compile or not switch.startswith("compile"))
+        return on and not self.deterministic
 
 
 class ScalingSettings(Settings):
@@ -405,6 +421,11 @@ class PretrainSettings(Settings):
         return math.floor(self.moco.reversed_negatives_percent / 100 * self.train.micro_batch + 0.5)
 
     @property
+    def num_generator_clips(self) -> int:
+        """Number of clips in each micro-batch from which the generator learns; halves round up."""
+        return math.floor(self.generator.clips_percent / 100 * self.train.micro_batch + 0.5)
+
+    @property
     def num_micro_batches(self) -> int:
         """Number of micro-batches in one step, over all ranks."""
         return self.train.global_batch // self.train.micro_batch
@@ -415,11 +436,6 @@ class PretrainSettings(Settings):
         if self.data.positives == "same_clip":
             return self.train.steps
         return math.ceil(self.train.steps * self.data.two_clips_from_percent / 100)
-
-    @property
-    def num_generator_clips(self) -> int:
-        """Number of clips in each micro-batch from which the generator learns; halves round up."""
-        return math.floor(self.generator.clips_percent / 100 * self.train.micro_batch + 0.5)
 
     @property
     def generator_start(self) -> int:

@@ -332,7 +332,7 @@ def find_problems(settings: PretrainSettings, reports: list[NodeReport], *, trac
 
 def _compiler_problems(settings: PretrainSettings, reports: list[NodeReport]) -> list[str]:
     """One message for each node that cannot compile what the run compiles there."""
-    if not settings.train.compile:
+    if not settings.train.speeds_up_by("compile"):
         return []
     return [
         f"node {each.address} has no C compiler, which --train.compile needs: install gcc in its image, or set "

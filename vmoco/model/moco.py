@@ -17,6 +17,7 @@ from torch import nn
 from vmoco.config import PretrainSettings
 from vmoco.model.backbone import build_backbone, build_head
 from vmoco.model.generator import Generator
+from vmoco.model.padding import pad_channels
 from vmoco.model.queue import KeyQueue
 from vmoco.seed import hash64
 
@@ -112,6 +113,8 @@ class VideoMoco:
                 autocast_dtype=autocast_dtype,
             )
             generator = Generator(settings.generator)
+        if settings.train.speeds_up_by("pad_channels"):
+            pad_channels(query)
         self.query = query.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.key = copy.deepcopy(self.query).requires_grad_(False)
         self.generator = generator.to(device)

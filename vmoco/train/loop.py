@@ -80,7 +80,9 @@ def train(
     dropped = DroppedFrames(settings.data.num_frames, settings.num_dropped)  # since the last checkpoint
     stopping = False
     # In these steps a rank may be minutes later than another: it resumes from a slow store, or it compiles.
-    slow_steps = {state.step} | (compiling_steps(settings, state.step) if settings.train.compile else set())
+    slow_steps = {state.step} | (
+        compiling_steps(settings, state.step) if settings.train.speeds_up_by("compile") else set()
+    )
     for batch in loader:
         slow = batch.step in slow_steps
         distributed.wait_at_most(distributed.SLOW_STEP_SECONDS if slow else distributed.STEP_SECONDS)

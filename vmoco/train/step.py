@@ -35,7 +35,7 @@ from vmoco.model.queue import decay_at, key_weights
 from vmoco.train import distributed
 from vmoco.train.metrics import StepMetrics, hardness
 from vmoco.train.optimizer import learning_rate, take_step
-from vmoco.train.speed import compile_networks, uncompiled
+from vmoco.train.speed import compared_alike, compile_networks, uncompiled
 from vmoco.train.state import TrainState
 
 
@@ -230,9 +230,7 @@ class TrainStep:
         # Each clip has the weight 1 / G, on every rank. DDP takes the mean over ranks, hence the number of ranks.
         weight = distributed.world_size() / settings.train.global_batch
 
-        # A compiled backward cannot leave out the weights: G's gradient would cost 2 forwards instead of 1. And q and
-        # q_real must be computed alike, or |q - q_real| would also contain the difference between two sets of kernels.
-        with uncompiled(settings.train) if separately else contextlib.nullcontext():
+        with compared_alike(settings.train) if separately else contextlib.nullcontext():
             queries = self._query(dropped)
         positives, backwards = keys()
         compared = contrast(
@@ -250,7 +248,7 @@ class TrainStep:
             metrics.add_dropped(mask)
         if separately:
             # q_real is a constant of G's loss: without graph, and without a second update of the running statistics.
-            with torch.no_grad(), running_statistics_kept(moco.query), uncompiled(settings.train):
+            with torch.no_grad(), running_statistics_kept(moco.query), compared_alike(settings.train):
                 whole = moco.query(clips)
             loss = adversarial_loss(queries, whole, strength=settings.generator.strength)
             (pixels,) = torch.autograd.grad(loss.sum() * weight, dropped, retain_graph=True)
@@ -287,7 +285,7 @@ class TrainStep:
         """
         settings, query, count = self._settings, self._moco.query, self._settings.num_generator_clips
         some = dropped[:count].detach().requires_grad_()
-        with running_statistics_kept(query), uncompiled(settings.train):
+        with running_statistics_kept(query), compared_alike(settings.train):
             with frozen(query):
                 queries = query(some)
             with torch.no_grad():  # q_real is a constant of G's loss
@@ -335,8 +333,9 @@ class TrainStep:
     def dropped_frames(self, batch: RankBatch, *, num_clips: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first queries of a batch and what G drops from them now: uint8 (B, T, H, W, 3), bool (B, T)."""
         first = slice(0, num_clips)
-        clips = self._augmented(batch.query, first)
-        mask = self._generators_mask(self._moco.generator(clips), batch, first)
+        with uncompiled(self._settings.train):  # rank 0 alone is here, with another number of clips than in training
+            clips = self._augmented(batch.query, first)
+            mask = self._generators_mask(self._moco.generator(clips), batch, first)
         return to_pixels(clips), mask == 0
 
     @torch.no_grad()  # changes nothing: the running statistics are read only, and no random number is drawn
@@ -348,14 +347,13 @@ class TrainStep:
         """
         if not self._is_adversarial(batch.step):
             return None
-        settings, first = self._settings, slice(0, self._settings.train.micro_batch)
-        clips = self._augmented(batch.query, first)
-        fill = frame_fill(clips, settings.generator.fill)
-        chosen = self._generators_mask(self._moco.generator(clips), batch, first)
-        random = keep_mask(self._put(batch.random_importance[first]), settings.num_dropped)
-        query = self._moco.query
+        settings, first, query = self._settings, slice(0, self._settings.train.micro_batch), self._moco.query
         # Rank 0 alone is here: it must not compile for minutes while the others wait.
-        with evaluation_mode(query), uncompiled(settings.train):
+        with uncompiled(settings.train), evaluation_mode(query):
+            clips = self._augmented(batch.query, first)
+            fill = frame_fill(clips, settings.generator.fill)
+            chosen = self._generators_mask(self._moco.generator(clips), batch, first)
+            random = keep_mask(self._put(batch.random_importance[first]), settings.num_dropped)
             views = (clips, drop_frames(clips, chosen, fill), drop_frames(clips, random, fill))
             whole, by_generator, at_random = (query(view) for view in views)
         return hardness(whole, by_generator=by_generator, at_random=at_random)

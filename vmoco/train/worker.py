@@ -25,6 +25,7 @@ from vmoco.train.checkpoint_writer import CheckpointWriter
 from vmoco.train.evaluation import Evaluator
 from vmoco.train.loop import Requests, train
 from vmoco.train.run_folder import SPOOL, RunFolder
+from vmoco.train.speed import choose_kernels
 from vmoco.train.state import TrainState
 from vmoco.train.system_metrics import Gauges, SystemMetrics
 
@@ -55,6 +56,7 @@ def _run(config: dict[str, Any]) -> dict[str, Any] | None:
     distributed.require_own_gpu(device)
     if settings.train.deterministic:
         require_determinism(settings.model.backbone, device)
+    choose_kernels(settings.train, device)
     manifest = Manifest.load(settings.data.uri)
     dtype, reason = autocast_dtype(settings.train.precision, device)
     state = TrainState(settings, manifest_hash=manifest.hash, device=device, autocast_dtype=dtype)
