@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from tests.dataset import make_data_set
 from tests.train.test_step import CPU, changed
-from vmoco.config import PretrainSettings
+from vmoco.config import PretrainSettings, SpeedSwitch
 from vmoco.data.loader import Loader
 from vmoco.data.manifest import Manifest
 from vmoco.presets import PRESETS
@@ -38,6 +38,7 @@ OF_THE_GENERATOR: dict[str, Any] = {
     "select": "sample",
     "objective": "contrast",
     "every": 3,
+    "clips_percent": 50.0,
     "hidden_channels": 5,
     "frame_size": 11,
 }
@@ -56,7 +57,7 @@ CASES: dict[str, tuple[Groups, Groups]] = {
         {"generator": {"start_percent": 0.0, "before_start": "whole"}},
         {"generator": {"before_start": "random"}},
     ),
-    "contrast": ({"generator": {"objective": "contrast"}}, {"generator": {"strength": 7.0}}),
+    "contrast": ({"generator": {"objective": "contrast"}}, {"generator": {"strength": 7.0, "clips_percent": 50.0}}),
     "adamw": (
         {"train": {"optimizer": "adamw"}},
         {"train": {"sgd_momentum": 0.3}, "generator": {"strength": 50.0}},
@@ -92,6 +93,13 @@ CASES: dict[str, tuple[Groups, Groups]] = {
     "warm-up of one step": ({}, {"train": {"warmup_steps": 1}}),
     "local data": ({}, {"data": {"cache": "/nowhere", "cache_gib": 3.0}}),
     "CPUs": ({}, {"train": {"deterministic": True}}),
+    "CPUs without cuDNN": ({}, {"train": {"cudnn_benchmark": True}}),
+    "nothing compiled": ({}, {"train": {"compile_generator_steps": True, "compile_generator": True}}),
+    "no odd channels": ({}, {"train": {"pad_channels": True}}),
+    "deterministic": (
+        {"train": {"deterministic": True}, "model": {"backbone": "r2plus1d_nano"}, "scaling": {"use_gpu": True}},
+        {"train": dict.fromkeys(get_args(SpeedSwitch), True)},
+    ),
     "stop after the end": ({}, {"train": {"stop_after": 5}}),
     "workers not elastic": ({"scaling": {"num_workers": 2}}, {"scaling": {"min_workers": 2, "resize_seconds": 5.0}}),
     "no evaluation": (
@@ -112,7 +120,7 @@ ALWAYS = {
     "moco": {"queue_size", "momentum", "temperature", "reversed_negatives_percent"},
     "train": {
         *("steps", "global_batch", "micro_batch", "learning_rate", "weight_decay", "optimizer", "schedule"),
-        *("precision", "compile", "log_every", "checkpoint_every", "keep_checkpoints"),
+        *("precision", "log_every", "checkpoint_every", "keep_checkpoints"),
     },
     "scaling": {"num_workers", "use_gpu", "cpus_per_worker", "max_failures", "wait_for_nodes"},
     "evaluation": {"enabled", "max_videos"},
@@ -183,15 +191,19 @@ def test_settings_in_use_are_not_reported() -> None:
         "moco": {"decay_schedule": "linear", "decay_end": 0.5, "age_unit": "key", "decay_on": "exp"},
         "augment": {"saturation": 0.1, "hue": 0.1, "brightness": 0.1, "contrast": 0.1, "jitter_probability": 0.3},
         "data": {"uri": "s3://bucket/data", "positives": "two_clips", "cache": "/fast", "cache_gib": 3.0},
-        "train": {"warmup_steps": 2, "stop_after": 3, "deterministic": True, "keep_best": 4},
+        "train": {"warmup_steps": 2, "stop_after": 3, "keep_best": 4, **dict.fromkeys(get_args(SpeedSwitch), True)},
+        "model": {"backbone": "r2plus1d_nano"},
         "scaling": {"num_workers": 2, "min_workers": 1, "resize_seconds": 5.0, "use_gpu": True},
         "evaluation": {"num_cpus": 3, "use_gpu": True},
         "tracking": {"register_as": "mine", "alias": "best-of-march"},
     }
     assert without_effect(changed(BASE, **active)) == {}
     # AdamW itself switches off two fields alone.
-    adamw = changed(BASE, **active | {"train": {"optimizer": "adamw", "deterministic": False}})
+    adamw = changed(BASE, **active | {"train": {"optimizer": "adamw", "compile": True}})
     assert set(without_effect(adamw)) == {("train", "sgd_momentum"), ("generator", "strength")}
+    # On CPUs too, the deterministic mode switches off what is on.
+    compiled = changed(BASE, train={"deterministic": True, "compile": True})
+    assert {("train", "compile")} == set(without_effect(compiled)) & {("train", "compile"), ("train", "deterministic")}
 
 
 @pytest.mark.parametrize("name", PRESETS)

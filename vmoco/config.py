@@ -153,6 +153,9 @@ class GeneratorSettings(Settings):
     every: Annotated[int, OmittedIfDefault] = Field(1, ge=1)
     """Trains the generator in every n-th step only, which makes the other steps cheaper. In those it still chooses the
     frames. Example: 4."""
+    clips_percent: Annotated[float, OmittedIfDefault] = Field(100.0, gt=0, le=100)
+    """Percentage of the clips of each micro-batch from which the generator learns. It chooses the frames of all. Below
+    about 67 a step becomes cheaper: at 25 it costs 4.75 instead of 6 forwards. Has no effect on contrast."""
     hidden_channels: int = Field(16, ge=1)
     """Number of channels in the generator's recurrent state."""
     frame_size: int = Field(32, ge=8)
@@ -193,6 +196,7 @@ class MocoSettings(Settings):
 
 
 Precision = Literal["auto", "bf16", "fp32"]
+SpeedSwitch = Literal["compile", "compile_generator_steps", "compile_generator", "cudnn_benchmark", "pad_channels"]
 
 
 class TrainSettings(Settings):
@@ -225,10 +229,20 @@ class TrainSettings(Settings):
     precision: Precision = "auto"
     """Arithmetic of the encoders. auto is bf16 on GPUs that support it, and fp32 elsewhere. The loss is always fp32."""
     compile: bool = False
-    """Compiles the encoders with torch.compile: the start takes a minute longer, then steps are faster on most GPUs."""
+    """Compiles the encoders with torch.compile: the start takes a minute longer, then steps are faster on most GPUs.
+    The two embeddings that the generator compares are not compiled."""
+    compile_generator_steps: Annotated[bool, OmittedIfDefault] = False
+    """With --train.compile: compiles these two embeddings as well, for 7 instead of 6 forwards in such a step."""
+    compile_generator: Annotated[bool, OmittedIfDefault] = False
+    """With --train.compile: compiles the generator as well."""
+    cudnn_benchmark: Annotated[bool, OmittedIfDefault] = False
+    """Lets cuDNN measure in the first steps which algorithm is fastest. Runs on GPUs then differ in rounding."""
+    pad_channels: Annotated[bool, OmittedIfDefault] = False
+    """Computes R(2+1)D with its odd numbers of channels padded to multiples of 8, which GPUs need for full speed in
+    bf16. Checkpoints and encoders stay the same. Slower on CPUs."""
     deterministic: bool = False
-    """Uses deterministic algorithms only: a run gives the same bits again on the same GPUs, but is slower. Has no
-    effect on CPUs, which are deterministic already."""
+    """Uses deterministic algorithms, and nothing that only speeds up GPUs. On GPUs a resumed run has the same bits only
+    with this, on the same GPUs, with each rank on the same machine. CPUs are deterministic already."""
     log_every: Annotated[int, Unhashed] = Field(10, ge=1)
     """Number of steps between two log lines, and between two points in MLflow."""
     checkpoint_every: Annotated[int, Unhashed] = Field(500, ge=1)
@@ -238,6 +252,11 @@ class TrainSettings(Settings):
     """Number of newest checkpoints that are kept."""
     keep_best: Annotated[int, Unhashed] = Field(1, ge=0)
     """Number of checkpoints with the best scores that are kept besides the newest ones."""
+
+    def speeds_up_by(self, switch: SpeedSwitch) -> bool:
+        """Whether a switch for speed is on and has an effect: none has where the run must be deterministic."""
+        on: bool = getattr(self, switch) and (self.compile or not switch.startswith("compile"))
+        return on and not self.deterministic
 
 
 class ScalingSettings(Settings):
@@ -326,10 +345,12 @@ class PretrainSettings(Settings):
                 f"{train.micro_batch}: change one of them"
             )
         if self.scaling.num_workers > self.num_micro_batches:
+            workers, (smaller, rest) = self.scaling.num_workers, divmod(train.global_batch, self.scaling.num_workers)
             raise ValueError(
-                f"--scaling.num-workers {self.scaling.num_workers} is above the {self.num_micro_batches} micro-batches "
-                "of a step (--train.global-batch divided by --train.micro-batch), so some workers would have no work: "
-                "lower the number of workers or the micro-batch"
+                f"--scaling.num-workers {workers} is above the {self.num_micro_batches} micro-batches of a step "
+                "(--train.global-batch divided by --train.micro-batch), so some workers would have no work: "
+                + (f"give --train.micro-batch {smaller}, or " if smaller >= 2 and not rest else "")
+                + f"lower the number of workers to {self.num_micro_batches}, or raise --train.global-batch"
             )
         if (self.scaling.min_workers or 1) > self.scaling.num_workers:
             raise ValueError(
@@ -340,6 +361,11 @@ class PretrainSettings(Settings):
             raise ValueError(
                 f"--generator.drop-ratio {self.generator.drop_ratio} of --data.num-frames {data.num_frames} drops "
                 f"{self.num_dropped} frames: it must drop at least one and keep at least one, or be 0"
+            )
+        if not self.num_generator_clips:
+            raise ValueError(
+                f"--generator.clips-percent {self.generator.clips_percent} of --train.micro-batch {train.micro_batch} "
+                "is no clip: raise the first, or train the generator less often by --generator.every"
             )
         if moco.reversed_negatives_percent and not self.num_reversed:
             raise ValueError(
@@ -393,6 +419,11 @@ class PretrainSettings(Settings):
     def num_reversed(self) -> int:
         """Number of clips in each micro-batch whose key is also encoded backwards; halves round up."""
         return math.floor(self.moco.reversed_negatives_percent / 100 * self.train.micro_batch + 0.5)
+
+    @property
+    def num_generator_clips(self) -> int:
+        """Number of clips in each micro-batch from which the generator learns; halves round up."""
+        return math.floor(self.generator.clips_percent / 100 * self.train.micro_batch + 0.5)
 
     @property
     def num_micro_batches(self) -> int:

@@ -13,8 +13,10 @@ from vmoco.settings import Settings, flag
 Reasons = dict[tuple[str, str], str]
 """Why a field has no effect, by group and name."""
 
-_OF_TRAINING = ("strength", "learning_rate", "estimator", "relative", "select", "objective", "every")
+_OF_TRAINING = ("strength", "learning_rate", "estimator", "relative", "select", "objective", "every", "clips_percent")
 _OF_THE_NETWORK = ("hidden_channels", "frame_size")
+_SPEED = ("compile", "compile_generator_steps", "compile_generator", "cudnn_benchmark", "pad_channels")
+_PADDED = ("r2plus1d_18", "r2plus1d_nano")
 _COLOURS = ("brightness", "contrast", "saturation", "hue")
 
 
@@ -81,7 +83,8 @@ def _generator(settings: PretrainSettings) -> Reasons:
     if settings.generator_start == 0:
         found["generator", "before_start"] = "the generator starts at the first step (--generator.start-percent)"
     if generator.objective == "contrast":
-        found["generator", "strength"] = "--generator.objective is contrast"
+        for name in ("strength", "clips_percent"):
+            found["generator", name] = "--generator.objective is contrast"
     elif settings.train.optimizer == "adamw":
         found["generator", "strength"] = "--train.optimizer is adamw, which divides each gradient by its usual size"
     return found
@@ -113,8 +116,9 @@ def _train_and_places(settings: PretrainSettings) -> Reasons:
         found["train", "warmup_steps"] = "the first step already has the full learning rate"
     if train.stop_after and train.stop_after > train.steps:
         found["train", "stop_after"] = f"the run ends after --train.steps {train.steps}"
-    if not scaling.use_gpu:
+    if not scaling.use_gpu and not any(getattr(train, name) for name in _SPEED):
         found["train", "deterministic"] = "CPUs are deterministic already (--scaling.no-use-gpu)"
+    found |= _speed(settings)
     if scaling.min_workers == scaling.num_workers:
         found["scaling", "min_workers"] = "it is equal to --scaling.num-workers"
     if scaling.min_workers in (None, scaling.num_workers):
@@ -126,6 +130,23 @@ def _train_and_places(settings: PretrainSettings) -> Reasons:
         found["train", "keep_best"] = "checkpoints have no scores (--evaluation.no-enabled)"
     if settings.tracking.register_as is None:
         found["tracking", "alias"] = "the encoder is not registered (--tracking.register-as)"
+    return found
+
+
+def _speed(settings: PretrainSettings) -> Reasons:
+    train, generator, found = settings.train, settings.generator, Reasons()
+    if settings.model.backbone not in _PADDED:
+        found["train", "pad_channels"] = f"--model.backbone {settings.model.backbone} has no odd numbers of channels"
+    if not settings.scaling.use_gpu:
+        found["train", "cudnn_benchmark"] = "CPUs do not use cuDNN (--scaling.no-use-gpu)"
+    if generator.objective == "contrast" or settings.generator_start >= train.steps:
+        found["train", "compile_generator_steps"] = "no step compares two embeddings for the generator"
+    if not train.compile:
+        for name in ("compile_generator_steps", "compile_generator"):
+            found["train", name] = "--train.compile is off"
+    if train.deterministic:
+        for name in _SPEED:
+            found["train", name] = "--train.deterministic switches it off"
     return found
 
 

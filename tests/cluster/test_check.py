@@ -12,6 +12,7 @@ import pytest
 
 from tests.train.test_step import changed
 from vmoco.cluster.check import NodeReport, estimate, find_problems, skew
+from vmoco.cluster.gpus import Gpu
 from vmoco.cluster.local import LocalCluster
 from vmoco.model.cost import Speed
 from vmoco.presets import PRESETS
@@ -106,6 +107,30 @@ def test_time_follows_the_measured_speed_and_memory_the_smallest_gpu() -> None:
     assert "the smallest GPU has 8.0: lower --train.micro-batch 32" in problems[0]
     _, problems = estimate(changed(settings, train={"micro_batch": 8}), None, gpu_bytes=8 * 2**30)
     assert problems == []
+
+
+def test_a_node_that_cannot_compile_is_named_where_the_run_compiles() -> None:
+    """Torch compiles kernels with the C compiler of the node; nodes without GPUs do not train a run on GPUs."""
+    gpu = Gpu("H100", 80 * 2**30, "GPU-1")
+    bare = replace(OTHER, has_compiler=False)
+    compiled = changed(PRESETS["tiny"][1], train={"compile": True})
+    assert find_problems(PRESETS["tiny"][1], [GOOD, bare], tracker=SERVER) == []
+    (problem,) = find_problems(compiled, [GOOD, bare], tracker=SERVER)
+    assert problem.startswith(
+        "node 192.0.2.11 has no C compiler, which --train.compile needs: install gcc in its image"
+    )
+    on_gpus = changed(compiled, scaling={"use_gpu": True})
+    assert find_problems(on_gpus, [GOOD, bare], tracker=SERVER) == []
+    assert len(find_problems(on_gpus, [GOOD, replace(bare, gpus=(gpu,))], tracker=SERVER)) == 1
+
+
+def test_a_gpu_that_two_nodes_see_is_a_problem() -> None:
+    """Its UUID is the same on both."""
+    gpu = Gpu("H100", 80 * 2**30, "GPU-1")
+    (problem,) = find_problems(
+        PRESETS["tiny"][1], [replace(GOOD, gpus=(gpu,)), replace(OTHER, gpus=(gpu,))], tracker=SERVER
+    )
+    assert "both see the GPU H100 GPU-1" in problem
 
 
 @pytest.mark.cluster

@@ -70,6 +70,13 @@ def test_every_image_runs_without_root_and_has_a_health_check() -> None:
     assert next(reversed(stages)) == "cpu", "a build without --target gives the last stage"
 
 
+def test_the_image_for_gpus_can_compile() -> None:
+    """It has a C compiler, which --train.compile needs, and still ends as user 1000."""
+    steps = dockerfile.parse(DOCKERFILE)["gpu"].steps
+    assert any(instruction == "RUN" and " gcc " in rest for instruction, rest in steps)
+    assert [rest for instruction, rest in steps if instruction == "USER"][-1] == "1000"
+
+
 def test_its_steps_build_it(tmp_path: Path) -> None:
     """Run one after the other over a clean root, the steps build an image in which user 1000 can start a job.
 

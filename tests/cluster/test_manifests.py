@@ -172,9 +172,22 @@ def test_the_jobs_accept_the_entry_points() -> None:
         kind = "gpu" if settings.scaling.use_gpu else "cpu"
         (cluster,) = documents(ROOT / f"cluster/kubernetes/raycluster-{kind}.yaml")
         (pool,) = [group for group in cluster["spec"]["workerGroupSpecs"] if group["groupName"] == kind]
-        cpus = pool["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"]
-        assert settings.scaling.num_workers <= pool["maxReplicas"]
-        assert settings.scaling.cpus_per_worker <= int(cpus)
+        pod = pool["template"]["spec"]["containers"][0]["resources"]["requests"]
+        per_pod = int(pod["cpu"]) // settings.scaling.cpus_per_worker
+        if settings.scaling.use_gpu:
+            per_pod = min(per_pod, int(pod["nvidia.com/gpu"]))
+        assert settings.scaling.num_workers <= per_pod * pool["maxReplicas"]
+
+
+def test_the_workers_of_a_machine_share_a_pod() -> None:
+    """Between pods NCCL uses neither NVLink nor shared memory: the 8 workers of the job on GPUs fit into one."""
+    (job,) = documents(ROOT / "cluster/kubernetes/rayjob-pretrain-gpu.yaml")
+    settings = tyro.extras.overridable_config_cli(PRESETS, args=shlex.split(job["spec"]["entrypoint"])[2:])
+    (cluster,) = documents(ROOT / "cluster/kubernetes/raycluster-gpu.yaml")
+    (pool,) = [group for group in cluster["spec"]["workerGroupSpecs"] if group["groupName"] == "gpu"]
+    pod = pool["template"]["spec"]["containers"][0]["resources"]["requests"]
+    assert int(pod["nvidia.com/gpu"]) == settings.scaling.num_workers == 8
+    assert int(pod["cpu"]) >= settings.scaling.num_workers * settings.scaling.cpus_per_worker
 
 
 def test_clusters_run_the_ray_of_the_lock_file() -> None:

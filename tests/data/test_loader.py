@@ -330,3 +330,17 @@ def test_memory_comes_back_when_the_last_view_has_gone() -> None:
     del view
     assert memory.take((2, 2000)).data_ptr() == place
     assert memory.take((3, 1000)).data_ptr() not in (place, second.data_ptr(), third.data_ptr())
+
+
+def test_two_threads_may_take_memory_at_once() -> None:
+    """The last free piece may go to another thread after this one has seen it: then there is new memory."""
+
+    class TakenByAnother(list[npt.NDArray[np.uint8]]):
+        """Looks as if it held a piece, and is empty."""
+
+        def __bool__(self) -> bool:
+            return True
+
+    memory = BatchMemory(pin_memory=False)
+    memory._free[4000] = TakenByAnother()
+    assert memory.take((4, 1000)).shape == (4, 1000)

@@ -35,6 +35,9 @@ def test_arithmetic_is_that_of_the_layers() -> None:
     # A G that trains in every second of the last 10 steps.
     every = changed(settings, generator={"every": 2})
     assert step_cost(every, bf16=False).run_flops(every) == (10 * 4 + 5 * 6 + 5 * 4) * 8 * cost.forward_flops
+    # A G that learns from 1 of 4 clips of a micro-batch encodes it twice more and computes the gradient of its pixels.
+    few = changed(settings, generator={"clips_percent": 25.0})
+    assert step_cost(few, bf16=False).run_flops(few) == (10 * 4 + 10 * 4.75) * 8 * cost.forward_flops
 
 
 def test_a_reversed_negative_costs_one_forward() -> None:

@@ -73,7 +73,9 @@ def test_oldest_key_of_the_paper(unit: str, expected: float) -> None:
 def course(schedule: str, *, total_steps: int = 101, start: float = 0.9, end: float = 0.5) -> list[float]:
     """t at every step of a run."""
     settings = MocoSettings.model_validate({"decay": start, "decay_schedule": schedule, "decay_end": end})
-    return [decay_at(step, settings, total_steps=total_steps, difference=0.0) for step in range(total_steps)]
+    return [
+        decay_at(step, settings, total_steps=total_steps, difference=torch.tensor(0.0)) for step in range(total_steps)
+    ]
 
 
 def test_constant_is_the_very_number_and_ignores_the_end() -> None:
@@ -100,7 +102,7 @@ def test_step_goes_half_way_at_60_percent_and_all_the_way_at_80() -> None:
 def test_adversarial_is_e_to_the_unscaled_loss() -> None:
     """1 while the generator does nothing, 0.98 at a difference of 0.02, whatever decay and decay-end are."""
     settings = MocoSettings(decay=0.9, decay_schedule="adversarial", decay_end=0.5)
-    found = [decay_at(3, settings, total_steps=10, difference=difference) for difference in (0.0, 0.02, 2.0)]
+    found = [decay_at(3, settings, total_steps=10, difference=torch.tensor(each)) for each in (0.0, 0.02, 2.0)]
     assert found == pytest.approx([1.0, 0.9802, math.exp(-2)], rel=1e-4)
 
 

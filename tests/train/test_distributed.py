@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
 
 from tests.dataset import make_data_set
 from tests.ranks import run_on_ranks
@@ -62,3 +66,27 @@ def test_a_slow_first_step_is_waited_for_and_a_lost_rank_is_not(tmp_path: Path) 
     assert steps == 3, error
     assert "Timed out waiting" in error
     assert STEP_SECONDS - 1 < waited < 2 * STEP_SECONDS
+
+
+def test_ranks_send_texts_without_a_gpu() -> None:
+    """With GPUs there is gloo for what is on the host beside nccl, and Ray takes the pair as nccl."""
+    from ray.train.torch.config import _is_backend_nccl
+
+    from vmoco.train.launch import torch_config
+
+    assert torch_config(use_gpu=True).backend == "cpu:gloo,cuda:nccl"
+    assert _is_backend_nccl("cpu:gloo,cuda:nccl")
+    assert torch_config(use_gpu=False).backend == "gloo"
+
+
+def test_two_ranks_on_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message has both ranks, the GPU and what to do; a GPU of its own is fine, and CPUs are shared."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-1"))
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(distributed, "gather_text", lambda text: [text, "GPU-2", "GPU-1"])
+    with pytest.raises(ValueError, match=r"ranks 0, 2 have the same GPU GPU-1, .*: lower --scaling\.num-workers 3, or"):
+        distributed.require_own_gpu(cuda)
+    distributed.require_own_gpu(CPU)
+    monkeypatch.setattr(distributed, "gather_text", lambda text: [text, "GPU-2", "GPU-3"])
+    distributed.require_own_gpu(cuda)

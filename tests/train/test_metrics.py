@@ -73,6 +73,7 @@ def reduced(*micro_batches: Contrast, stop: bool = False, gradient: float = 2.0)
         metrics.add(compared)
     metrics.add_flags(stop=stop)
     metrics.reduce_(network(gradient), nn.Linear(2, 2))
+    metrics.send_flags()
     metrics.keys = torch.eye(4)
     return metrics
 
@@ -109,8 +110,8 @@ def dropped_of_this_rank() -> list[float]:
     metrics.add(contrast_of(1.0))
     metrics.add_flags(stop=False)
     metrics.reduce_(network(1.0), network(1.0))
-    assert not metrics.non_finite()
-    assert not metrics.stop()
+    metrics.send_flags()
+    assert metrics.flags() == (False, False, False, False)
     return metrics.dropped().tolist()
 
 
@@ -122,9 +123,9 @@ def test_dropped_frames_are_counted_over_ranks() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_one_bad_number_is_seen(bad: float) -> None:
     """A loss that is not finite, in any clip, or a gradient: the step counts as bad; without one it does not."""
-    assert not reduced(contrast_of(1, 2)).non_finite()
-    assert reduced(contrast_of(1, bad)).non_finite()
-    assert reduced(contrast_of(1, 2), gradient=bad).non_finite()
+    assert not reduced(contrast_of(1, 2)).flags().non_finite
+    assert reduced(contrast_of(1, bad)).flags().non_finite
+    assert reduced(contrast_of(1, 2), gradient=bad).flags().non_finite
 
 
 def numbers_of_this_rank() -> tuple[dict[str, float], bool, bool]:
@@ -132,7 +133,7 @@ def numbers_of_this_rank() -> tuple[dict[str, float], bool, bool]:
     first = distributed.rank() == 0
     metrics = reduced(contrast_of(1, 2, 3) if first else contrast_of(6), stop=not first)
     bad = reduced(contrast_of(1) if first else contrast_of(math.nan))
-    return metrics.numbers(), metrics.stop(), bad.non_finite()
+    return metrics.numbers(), metrics.flags().stop, bad.flags() == (True, not first, False, False)
 
 
 def test_numbers_on_ranks_are_those_of_one_process() -> None:
@@ -142,7 +143,7 @@ def test_numbers_on_ranks_are_those_of_one_process() -> None:
         assert numbers == pytest.approx(alone.numbers())
         assert stop
         assert bad
-    assert not alone.stop()
+    assert not alone.flags().stop
 
 
 T, K = 8, 2

@@ -19,6 +19,7 @@ from vmoco.data.loader import Loader
 from vmoco.data.manifest import Manifest
 from vmoco.presets import PRESETS
 from vmoco.train import distributed
+from vmoco.train import state as module
 from vmoco.train.state import (
     STATE_RECORD,
     STATE_SETTINGS,
@@ -236,6 +237,20 @@ def test_other_data_are_refused(kept: Path) -> None:
     """A checkpoint belongs to the clips it was trained on."""
     with pytest.raises(ValueError, match=r"was trained on data set .*, this run reads other"):
         fresh(kept, manifest_hash="other").load(kept)
+
+
+def test_a_snapshot_that_is_reused_takes_no_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page-locked memory costs seconds for a large state: the second snapshot asks for none and has the new values."""
+    state = TrainState(SETTINGS, manifest_hash="", device=CPU)
+    first = state.snapshot()
+    places = {name: tensor.data_ptr() for name, tensor in first.tensors.items()}
+    state.difference.fill_(3.0)
+    taken: list[torch.Tensor] = []
+    monkeypatch.setattr(module, "_host_memory", lambda tensor: taken.append(tensor) or torch.empty_like(tensor))
+    second = state.snapshot(reuse=first)
+    assert taken == []
+    assert {name: tensor.data_ptr() for name, tensor in second.tensors.items()} == places
+    assert float(second.tensors["difference"]) == 3
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:

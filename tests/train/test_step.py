@@ -87,12 +87,13 @@ def gradients_of_one_step(folder: str, settings: PretrainSettings) -> dict[str, 
 
 SAMPLED = changed(ADVERSARIAL, generator={"select": "sample", "relative": True})
 CONTRAST = changed(ADVERSARIAL, generator={"objective": "contrast"})
+SOME = changed(ADVERSARIAL, generator={"clips_percent": 50.0})
 REVERSED = changed(ADVERSARIAL, moco={"reversed_negatives_percent": 50.0})
 
 
 @pytest.mark.parametrize(
     ("num_ranks", "settings"),
-    [(2, ADVERSARIAL), (3, ADVERSARIAL), (2, SAMPLED), (2, CONTRAST), (2, REVERSED), (3, REVERSED)],
+    [(2, ADVERSARIAL), (3, ADVERSARIAL), (2, SAMPLED), (2, CONTRAST), (2, SOME), (2, REVERSED), (3, REVERSED)],
 )
 def test_gradients_on_ranks_equal_those_of_one_process(
     tmp_path: Path, num_ranks: int, settings: PretrainSettings

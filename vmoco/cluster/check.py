@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vmoco import storage, tracking
+from vmoco.cluster.gpus import Gpu, gpus_here, shared_gpus
 from vmoco.config import PretrainSettings
 from vmoco.model.cost import Speed, StepCost, measure_speed, step_cost
 
@@ -47,8 +48,7 @@ class NodeReport:
     """Versions of Python and of the packages that must agree, and a hash of vmoco's own sources."""
     num_cpus: int
     memory_bytes: int
-    gpus: tuple[tuple[str, int], ...]
-    """Name of each GPU, and its memory in bytes."""
+    gpus: tuple[Gpu, ...]
     clock: float
     """Seconds since 1970 by the clock of this node."""
     asked: float
@@ -61,6 +61,8 @@ class NodeReport:
     """Error messages, by the setting that did not work."""
     unseen: frozenset[str] = frozenset()
     """Settings whose value is a local path that this node does not have."""
+    has_compiler: bool = True
+    """Whether there is a C compiler, without which torch.compile makes no kernel."""
 
 
 def skew(one: NodeReport, other: NodeReport) -> float:
@@ -121,7 +123,10 @@ def ask_all(address: str, *, places: dict[str, str], writes: str, mark: str, tra
     found = ask_places(address, places=places, writes=writes, mark=mark)
     problem = _tracker_problem(tracker)
     problems = found.problems | ({"tracker": problem} if problem else {})
-    return dataclasses.replace(found, gpus=_gpus(), problems=problems)
+    gpus, problem = gpus_here()
+    problems |= {"GPU": problem} if problem else {}
+    has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
+    return dataclasses.replace(found, gpus=gpus, problems=problems, has_compiler=has_compiler)
 
 
 def _versions() -> dict[str, str]:
@@ -131,13 +136,6 @@ def _versions() -> dict[str, str]:
     for path in sorted(folder.rglob("*.py")):
         sources.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return versions | {"vmoco": sources.hexdigest()[:12]}
-
-
-def _gpus() -> tuple[tuple[str, int], ...]:
-    import torch
-
-    found = (torch.cuda.get_device_properties(at) for at in range(torch.cuda.device_count()))
-    return tuple((device.name, device.total_memory) for device in found)
 
 
 def _tracker_problem(uri: str) -> str:
@@ -291,7 +289,7 @@ def check_cluster(settings: PretrainSettings, *, show: Callable[[str], None] = p
     problems += find_problems(settings, reports, tracker=tracking.tracking_uri())
     problems += _resource_problems(settings)
     for each in sorted(reports, key=lambda each: each.address):
-        gpus = ", ".join(f"{name} ({size / 2**30:.0f} GiB)" for name, size in each.gpus) or "no GPU"
+        gpus = ", ".join(f"{gpu.name} ({gpu.memory_bytes / 2**30:.0f} GiB)" for gpu in each.gpus) or "no GPU"
         show(
             f"node {each.address}: {each.num_cpus} CPUs, {each.memory_bytes / 2**30:.0f} GiB, {gpus}, /dev/shm "
             f"{each.shared_memory_bytes / 2**30:.1f} GiB, "
@@ -299,7 +297,7 @@ def check_cluster(settings: PretrainSettings, *, show: Callable[[str], None] = p
         )
     if not any("GPU" in problem for problem in problems):
         speed = _measure(settings)
-        gpu_bytes = min((size for each in reports for _, size in each.gpus), default=0)
+        gpu_bytes = min((gpu.memory_bytes for each in reports for gpu in each.gpus), default=0)
         lines, more = estimate(settings, speed, gpu_bytes=gpu_bytes)
         problems += more
         for line in lines:
@@ -327,8 +325,21 @@ def find_problems(settings: PretrainSettings, reports: list[NodeReport], *, trac
                 f"node {each.address} has {each.shared_memory_bytes / 2**20:.0f} MiB of /dev/shm, and Ray's object "
                 "store needs 1 GiB or more: start its container with --shm-size 2g, or mount memory there"
             )
+    problems += [*shared_gpus({each.address: each.gpus for each in reports}), *_compiler_problems(settings, reports)]
     problems += tracker_problems(tracker, {each.address for each in reports})
     return problems
+
+
+def _compiler_problems(settings: PretrainSettings, reports: list[NodeReport]) -> list[str]:
+    """One message for each node that cannot compile what the run compiles there."""
+    if not settings.train.speeds_up_by("compile"):
+        return []
+    return [
+        f"node {each.address} has no C compiler, which --train.compile needs: install gcc in its image, or set "
+        "--train.no-compile"
+        for each in reports
+        if not each.has_compiler and (each.gpus or not settings.scaling.use_gpu)
+    ]
 
 
 def estimate(settings: PretrainSettings, speed: Speed | None, *, gpu_bytes: int) -> tuple[list[str], list[str]]:

@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,16 +42,19 @@ class BatchMemory:
     """
 
     def __init__(self, *, pin_memory: bool) -> None:
-        self._pin_memory = pin_memory
+        self.pin_memory = pin_memory
         self._free: dict[int, list[npt.NDArray[np.uint8]]] = {}
 
     def take(self, shape: tuple[int, ...]) -> torch.Tensor:
         """A tensor of any content."""
-        if self._pin_memory:
+        if self.pin_memory:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         size = math.prod(shape)
         free = self._free.setdefault(size, [])
-        memory = free.pop() if free else np.empty(size, np.uint8)
+        try:
+            memory = free.pop()  # in one operation: the thread of the loader and the first rank's look both take
+        except IndexError:
+            memory = np.empty(size, np.uint8)
         lent = memory.reshape(shape)  # another object than `memory`: it lives as long as somebody has the tensor
         weakref.finalize(lent, free.append, memory).atexit = False
         return torch.from_numpy(lent)
@@ -200,12 +204,12 @@ class Loader:
             step=step,
             query=self._view("query", queries, clips=queries.clip, window_seeds=queries.seed),
             key=self._key_view(keys, step=step),
-            random_importance=torch.from_numpy(importance.astype(np.float32)),
+            random_importance=self._locked(importance.astype(np.float32)),
             clip_ids=[self.clip_ids[clip] for clip in queries.clip],
             share=self._share,
             clips_per_rank=self._clips_per_rank,
-            key_order=torch.from_numpy(key_order),
-            video_ids=torch.from_numpy(self._video_ids[draws.video]),
+            key_order=self._locked(key_order),
+            video_ids=self._locked(self._video_ids[draws.video]),
             reversed_keys=self.reversed_keys(step),
         )
 
@@ -235,7 +239,12 @@ class Loader:
         for place, window in enumerate(self._reader.several(clips.tolist(), windows)):
             target[place] = window
         table = augment.draw(self._view_seeds(draws, name), self._settings.augment, height=height, width=width)
-        return View(frames, torch.from_numpy(table))
+        return View(frames, self._locked(table))
+
+    def _locked(self, values: npt.NDArray[Any]) -> torch.Tensor:
+        """The values as a tensor; for a GPU in page-locked memory, from which it copies without a wait."""
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory() if self._memory.pin_memory else tensor
 
     def _view_seeds(self, draws: Draws, name: str) -> UInt64Array:
         return mix64(draws.seed, hash64("view", name))

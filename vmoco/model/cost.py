@@ -1,10 +1,11 @@
 """What a run costs: arithmetic, memory and network by shapes alone, and how fast a worker really computes.
 
 Costs are counted in forwards of the encoder. A step needs 4 before the generator starts (query 1, its backward 2, key
-1) and 6 while it trains (q_real 1, the gradient of the pixels 1). If the generator follows the contrastive loss, the 4
-remain, and the first layer computes the gradient of its input as well. A clip whose key is also encoded backwards needs
-1 more. The generator, the augmentation and the loss are left out. They are small beside the encoders, so a real step is
-somewhat slower.
+1) and 6 while it trains (q_real 1, the gradient of the pixels 1). If it learns from a part of the clips, these need 3
+more instead of 2: with dropped frames, without, and the gradient of their pixels. If the generator follows the
+contrastive loss, the 4 remain, and the first layer computes the gradient of its input as well. A clip whose key is also
+encoded backwards needs 1 more. The generator, the augmentation and the loss are left out. They are small beside the
+encoders, so a real step is somewhat slower.
 """
 
 from __future__ import annotations
@@ -83,7 +84,10 @@ def step_cost(settings: PretrainSettings, *, bf16: bool) -> StepCost:
     activations = activations // 2 if bf16 else activations
     forward = counter.get_total_flops() / len(clips)
     ranks = settings.scaling.num_workers
-    adversarial = 2 * forward if settings.generator.objective == "difference" else stem[0]
+    learns_from = settings.num_generator_clips / train.micro_batch
+    adversarial = (2 if learns_from == 1 else 3 * learns_from) * forward
+    if settings.generator.objective == "contrast":
+        adversarial = stem[0]
     optimizer = 2 if train.optimizer == "adamw" else 1
     queue = moco.queue_size * (4 * model.embedding_dim + 16)  # with age and video id of each key
     share = (ranks - 1) / ranks

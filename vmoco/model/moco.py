@@ -17,6 +17,7 @@ from torch import nn
 from vmoco.config import PretrainSettings
 from vmoco.model.backbone import build_backbone, build_head
 from vmoco.model.generator import Generator
+from vmoco.model.padding import pad_channels
 from vmoco.model.queue import KeyQueue
 from vmoco.seed import hash64
 
@@ -65,6 +66,19 @@ def running_statistics_kept(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Inside, a forward builds a graph for its input alone: a backward through it computes no gradient of weights."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Inside, batch normalisation uses its running statistics and changes nothing; then each layer is as it was."""
     before = [(layer, layer.training) for layer in module.modules()]
@@ -99,6 +113,8 @@ class VideoMoco:
                 autocast_dtype=autocast_dtype,
             )
             generator = Generator(settings.generator)
+        if settings.train.speeds_up_by("pad_channels"):
+            pad_channels(query)
         self.query = query.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.key = copy.deepcopy(self.query).requires_grad_(False)
         self.generator = generator.to(device)

@@ -96,8 +96,8 @@ class KeyQueue:
         self.pointer = int(state["pointer"])
 
 
-def decay_at(step: int, settings: MocoSettings, *, total_steps: int, difference: float) -> float:
-    """t at a step, in (0, 1] (VideoMoCo, section 3.3).
+def decay_at(step: int, settings: MocoSettings, *, total_steps: int, difference: torch.Tensor) -> float | torch.Tensor:
+    """t at a step, in (0, 1] (VideoMoCo, section 3.3); if it is adversarial a float64 scalar, else a number.
 
     linear and cosine reach decay_end at the last step. step reaches it in two equal steps at 60 % and 80 % of the run,
     as the learning rate does. adversarial is e^(L_G) of the previous step without lambda (the authors' journal version
@@ -107,13 +107,13 @@ def decay_at(step: int, settings: MocoSettings, *, total_steps: int, difference:
         step: the step about to be taken, counted from 0.
         settings: t at the start, its schedule and its end.
         total_steps: length of the run.
-        difference: mean |q - q_real| of the previous step over all clips; 0 before the generator starts.
+        difference: mean |q - q_real| of the previous step over all clips, float32 scalar; 0 before G starts.
     """
     start, end = settings.decay, settings.decay_end
     if settings.decay_schedule == "constant":
         return start
     if settings.decay_schedule == "adversarial":
-        return math.exp(-difference)
+        return torch.exp(-difference.double())  # stays on the device: to read it would wait for the previous step
     if settings.decay_schedule == "step":
         return start + (end - start) * ((step >= 0.6 * total_steps) + (step >= 0.8 * total_steps)) / 2
     done = step / max(total_steps - 1, 1)
@@ -122,10 +122,11 @@ def decay_at(step: int, settings: MocoSettings, *, total_steps: int, difference:
     return start + (end - start) * done
 
 
-def key_weights(ages: torch.Tensor, decay: float) -> torch.Tensor:
-    """t ** age for each key: int64 (K,) -> float32 (K,) in (0, 1]."""
+def key_weights(ages: torch.Tensor, decay: float | torch.Tensor) -> torch.Tensor:
+    """t ** age for each key: int64 (K,) -> float32 (K,) in (0, 1]. t is a number or a float64 scalar."""
     # In float64: 0.99999 ** 65536 loses three digits in float32.
-    return torch.exp(ages.double() * math.log(decay)).float()
+    log = decay.log() if isinstance(decay, torch.Tensor) else math.log(decay)
+    return torch.exp(ages.double() * log).float()
 
 
 def oldest_key_weight(decay: float, *, queue_size: int, global_batch: int, age_unit: str) -> float:

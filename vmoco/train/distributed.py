@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -44,7 +45,7 @@ def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
         return DistributedDataParallel(
             module,
             device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,  # running statistics are averaged by `average_`, from all ranks
+            broadcast_buffers=False,  # running statistics are averaged by `start_average`, from all ranks
             # By default DDP sorts its buckets again after the first backward. A resumed run would then add up its
             # first gradients in another order than an uninterrupted run. This keeps the first layout.
             find_unused_parameters=True,
@@ -52,22 +53,35 @@ def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
         )
 
 
-def gather_rows(rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Joins the rows of all ranks in rank order, on every rank.
+def start_gather(rows: torch.Tensor, counts: list[int]) -> Callable[[], torch.Tensor]:
+    """Starts to join the rows of all ranks in rank order, on every rank, while other work goes on.
 
     Args:
         rows: (counts[rank], ...) of this rank.
         counts: number of rows of each rank; every rank knows it from the plan.
+
+    Returns:
+        A function that waits for the rows of all ranks and returns them. On a GPU only the device waits.
     """
     if world_size() == 1:
-        return rows
+        return lambda: rows
     # Ranks may hold different numbers of rows; the collective needs equal ones, so shorter ones are padded.
     longest = max(counts)
     padded = rows.new_zeros((longest, *rows.shape[1:]))
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)  # every rank waits for every other's rows
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    work = dist.all_gather(parts, padded, async_op=True)
+
+    def joined() -> torch.Tensor:
+        work.wait()  # for every other rank's rows
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    return joined
+
+
+def gather_rows(rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Joins the rows of all ranks as `start_gather` does, and waits for them."""
+    return start_gather(rows, counts)()
 
 
 def sum_(numbers: torch.Tensor) -> torch.Tensor:
@@ -77,17 +91,26 @@ def sum_(numbers: torch.Tensor) -> torch.Tensor:
     return numbers
 
 
-def average_(tensors: list[torch.Tensor]) -> None:
-    """Replaces each tensor by its mean over ranks, in one collective; all ranks get the same bits.
+def start_average(tensors: list[torch.Tensor]) -> Callable[[], None]:
+    """Starts the mean of each tensor over ranks, in one collective, while other work goes on.
 
     Every rank has the same weight, also if one has fewer micro-batches than another.
+
+    Returns:
+        A function that waits for all ranks and replaces each tensor by its mean; all ranks get the same bits.
     """
     if world_size() == 1 or not tensors:
-        return
+        return lambda: None
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    sum_(flat).div_(world_size())
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
+    work = dist.all_reduce(flat, async_op=True)
+
+    def replace() -> None:
+        work.wait()
+        parts = flat.div_(world_size()).split([tensor.numel() for tensor in tensors])
+        # One launch for many tensors: a GPU would need longer to start a copy for each than to copy.
+        torch._foreach_copy_(tensors, [part.view_as(each) for each, part in zip(tensors, parts, strict=True)])
+
+    return replace
 
 
 def gather_text(text: str) -> list[str]:
@@ -106,3 +129,21 @@ def agree(number: int) -> int:
     numbers = [number]
     dist.broadcast_object_list(numbers, src=0)
     return numbers[0]
+
+
+def require_own_gpu(device: torch.device) -> None:
+    """Checks that no other rank computes on the GPU of this one; every rank waits for all.
+
+    Raises:
+        ValueError: another one does. NCCL would refuse it too, in the first collective and without naming the GPU.
+    """
+    if device.type != "cuda":
+        return
+    uuids = gather_text(str(torch.cuda.get_device_properties(device).uuid))
+    sharing = [str(each) for each, uuid in enumerate(uuids) if uuid == uuids[rank()]]
+    if len(sharing) > 1:
+        raise ValueError(
+            f"ranks {', '.join(sharing)} have the same GPU {uuids[rank()]}, and each worker needs one of its own: "
+            f"lower --scaling.num-workers {len(uuids)}, or give each container of the cluster GPUs of its own (see "
+            "jobs/check.py cluster)"
+        )

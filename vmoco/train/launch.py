@@ -236,7 +236,9 @@ def run_config(run: Run, channel: Any, callbacks: Sequence[Any]) -> ray.train.Ru
 
 def torch_config(*, use_gpu: bool) -> TorchConfig:
     """How ranks reach each other. The training loop shortens the time limit after the first step."""
-    return TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(distributed.SLOW_STEP_SECONDS))
+    # Texts of ranks (`distributed.gather_text`) are on the host: with nccl alone each would pass through a GPU.
+    backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
+    return TorchConfig(backend=backend, timeout_s=int(distributed.SLOW_STEP_SECONDS))
 
 
 def _send_rest(run: Run, show: Callable[[str], None]) -> None:

@@ -80,7 +80,9 @@ def train(
     dropped = DroppedFrames(settings.data.num_frames, settings.num_dropped)  # since the last checkpoint
     stopping = False
     # In these steps a rank may be minutes later than another: it resumes from a slow store, or it compiles.
-    slow_steps = {state.step} | (compiling_steps(settings, state.step) if settings.train.compile else set())
+    slow_steps = {state.step} | (
+        compiling_steps(settings, state.step) if settings.train.speeds_up_by("compile") else set()
+    )
     for batch in loader:
         slow = batch.step in slow_steps
         distributed.wait_at_most(distributed.SLOW_STEP_SECONDS if slow else distributed.STEP_SECONDS)
@@ -89,7 +91,11 @@ def train(
         interval.add(metrics)
         dropped.add(metrics.dropped())
         is_last = state.step == settings.last_step
-        if state.step % settings.train.log_every == 0 or is_last:
+        logs = state.step % settings.train.log_every == 0 or is_last
+        keeps = state.step % settings.train.checkpoint_every == 0 or is_last
+        # Every rank sees the same sum of requests, so all of them stop and keep at the same step.
+        stopping, asked_to_keep = step.requested(now=logs or keeps)
+        if logs:
             numbers = {}
             if is_first:
                 numbers = interval.numbers(metrics)
@@ -99,9 +105,7 @@ def train(
                     numbers["adversary_hardness"] = hardness
                 host.show(interval.line(numbers))
             host.track(numbers, step=state.step)
-        # Every rank sees the same sum of requests, so all of them stop and keep at the same step.
-        stopping = metrics.stop()
-        if stopping or is_last or metrics.checkpoint() or state.step % settings.train.checkpoint_every == 0:
+        if keeps or stopping or asked_to_keep:
             shown = is_first and dropped.num_clips() > 0
             documents = generator_documents(batch, step, dropped, settings=settings) if shown else {}
             started = time.perf_counter()

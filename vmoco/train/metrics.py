@@ -10,6 +10,7 @@ import math
 import resource
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -28,6 +29,19 @@ _SUMS = ("clips", "loss", "positive_similarity", "negative_similarity", "accurac
 _FLAGS = ("non_finite", "stop", "checkpoint")
 
 
+class Flags(NamedTuple):
+    """What the ranks found or were asked for in a step."""
+
+    non_finite: bool
+    """Any rank has a loss that is not finite, or the gradients, which are equal on all ranks, are not."""
+    non_finite_here: bool
+    """A loss of this rank is not finite."""
+    stop: bool
+    """Any rank was asked to stop."""
+    checkpoint: bool
+    """Any rank was asked to keep the state."""
+
+
 class StepMetrics:
     """Sums over the clips of a step, on the device: reading a number waits for the device, adding does not.
 
@@ -35,16 +49,18 @@ class StepMetrics:
         keys: float32 (G, D), the keys of the step.
         gradient_norm: of the query encoder, after averaging over ranks.
         generator_gradient_norm: of the generator; 0 before it starts.
-        decay: t of the step.
+        decay: t of the step; a scalar on the device if it follows from the step before.
         generator_trained: whether the generator trained in the step.
     """
 
     def __init__(self, sums: torch.Tensor) -> None:
         self._sums = sums
+        self._non_finite_here = sums.new_zeros(())
+        self._flags: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
         self.keys = sums.new_zeros(0, 0)
         self.gradient_norm = sums.new_zeros(())
         self.generator_gradient_norm = sums.new_zeros(())
-        self.decay = 1.0
+        self.decay: float | torch.Tensor = 1.0
         self.generator_trained = False
 
     @classmethod
@@ -71,7 +87,8 @@ class StepMetrics:
 
     def add_flags(self, *, stop: bool, checkpoint: bool = False) -> None:
         """Adds whether this rank was asked to stop or to keep its state, and whether its losses are finite."""
-        self._sums[len(_SUMS)] = (~torch.isfinite(self._sums[: len(_SUMS)]).all()).float()
+        self._non_finite_here = (~torch.isfinite(self._sums[: len(_SUMS)]).all()).float()
+        self._sums[len(_SUMS)] = self._non_finite_here
         self._sums[len(_SUMS) + 1] = float(stop)
         self._sums[len(_SUMS) + 2] = float(checkpoint)
 
@@ -82,9 +99,24 @@ class StepMetrics:
         norms = torch.stack([self.gradient_norm, self.generator_gradient_norm])
         self._sums[len(_SUMS)] += (~torch.isfinite(norms).all()).float()
 
-    def non_finite(self) -> bool:
-        """Whether a loss or gradient was not finite, here before `reduce_` and anywhere after it."""
-        return bool(self._sums[len(_SUMS)] > 0)
+    def send_flags(self) -> None:
+        """After `reduce_`: starts the only copy to the host that each step needs. Does not wait for it."""
+        first = len(_SUMS)
+        flags = torch.stack([self._sums[first], self._non_finite_here, *self._sums[first + 1 : first + len(_FLAGS)]])
+        on_host = flags.to("cpu", non_blocking=True)  # page-locked, if it comes from a GPU
+        arrived = None
+        if flags.device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(flags.device))
+        self._flags = on_host, arrived
+
+    def flags(self) -> Flags:
+        """After `send_flags`: waits until the device has come to the end of the step's gradients, and no further."""
+        assert self._flags is not None, "`send_flags` comes first"
+        on_host, arrived = self._flags
+        if arrived is not None:
+            arrived.synchronize()
+        return Flags(*(value > 0 for value in on_host.tolist()))
 
     def mean_generator_loss(self) -> torch.Tensor:
         """L_G over the clips of all ranks, float32 scalar, after `reduce_`; for steps in which G trains."""
@@ -94,21 +126,13 @@ class StepMetrics:
         """Number of clips, over all ranks, that lost each frame to the generator: float32 (T,), after `reduce_`."""
         return self._sums[len(_SUMS) + len(_FLAGS) :]
 
-    def stop(self) -> bool:
-        """Whether any rank was asked to stop."""
-        return bool(self._sums[len(_SUMS) + 1] > 0)
-
-    def checkpoint(self) -> bool:
-        """Whether any rank was asked to keep the state."""
-        return bool(self._sums[len(_SUMS) + 2] > 0)
-
     def numbers(self) -> dict[str, float]:
         """Means over the clips, by the name under which they are tracked."""
         sums = dict(zip(_SUMS, self._sums.tolist(), strict=False))
         clips = max(sums["clips"], 1)
         means = {name: sums[name] / clips for name in _SUMS[1:5]}
         means |= self.generator_numbers()
-        means["decay"] = self.decay
+        means["decay"] = float(self.decay)
         means["gradient_norm"] = float(self.gradient_norm)
         means["embedding_std"] = embedding_std(self.keys)
         means["effective_rank"] = effective_rank(self.keys.cpu().numpy())
@@ -282,7 +306,7 @@ class Interval:
             "checkpoint_stall_seconds": self._last_stall,
             "queue_filled": min(1.0, keys_seen / moco.queue_size),
             "oldest_key_weight": oldest_key_weight(
-                metrics.decay,
+                numbers["decay"],
                 queue_size=min(moco.queue_size, keys_seen),
                 global_batch=settings.train.global_batch,
                 age_unit=moco.age_unit,

@@ -11,6 +11,7 @@ import hashlib
 from dataclasses import dataclass
 
 import safetensors.torch
+import torch
 
 from vmoco import storage, tracking
 from vmoco.config import PretrainSettings
@@ -284,7 +285,7 @@ def _oldest_key(settings: PretrainSettings) -> str:
     moco, train = settings.moco, settings.train
     first, last = (
         oldest_key_weight(
-            decay_at(step, moco, total_steps=train.steps, difference=0.0),
+            float(decay_at(step, moco, total_steps=train.steps, difference=torch.zeros(()))),
             queue_size=moco.queue_size,
             global_batch=train.global_batch,
             age_unit=moco.age_unit,

@@ -157,7 +157,7 @@ class TrainState:
         """
         mine = self.tensors()
         before = reuse.tensors if reuse else {}
-        copies = {name: before.get(name, _host_memory(tensor)) for name, tensor in mine.items()}
+        copies = {name: before[name] if name in before else _host_memory(tensor) for name, tensor in mine.items()}
         with torch.no_grad():  # bytes are copied, nothing is computed
             for name, tensor in mine.items():
                 copies[name].copy_(tensor, non_blocking=True)

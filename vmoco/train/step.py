@@ -6,13 +6,15 @@ loss runs backward once. After one DDP forward a second backward through paramet
 would silently diverge. The cost is 6 forwards of the encoder: q, q_real and k 3, the backward for G 1, for D 2.
 
 With `--generator.objective contrast` G follows the same loss as D with the sign reversed. Then the one backward of D
-also gives the gradient of the pixels, and there is no q_real: 4 forwards, and the stem's gradient of its input.
+also gives the gradient of the pixels, and there is no q_real: 4 forwards, and the stem's gradient of its input. If G
+learns from a part p of the clips (`--generator.clips-percent`), these are encoded apart from D: 4 + 3 p forwards.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -21,11 +23,19 @@ from vmoco.config import PretrainSettings
 from vmoco.data.augment import augment, to_pixels
 from vmoco.data.loader import RankBatch, View
 from vmoco.model.generator import drop_frames, frame_fill, importance_gradient, keep_mask, sampling_scores
-from vmoco.model.moco import ReversedKeys, adversarial_loss, contrast, evaluation_mode, running_statistics_kept
+from vmoco.model.moco import (
+    ReversedKeys,
+    adversarial_loss,
+    contrast,
+    evaluation_mode,
+    frozen,
+    running_statistics_kept,
+)
 from vmoco.model.queue import decay_at, key_weights
 from vmoco.train import distributed
 from vmoco.train.metrics import StepMetrics, hardness
 from vmoco.train.optimizer import learning_rate, take_step
+from vmoco.train.speed import compared_alike, compile_networks, uncompiled
 from vmoco.train.state import TrainState
 
 
@@ -50,10 +60,12 @@ class TrainStep:
         self._state = state
         self._device = device
         self._moco = state.moco
-        if settings.train.compile:
-            # In place, so that names in the state stay; inside DDP, which compiles nothing itself.
-            for encoder in (state.moco.query, state.moco.key):
-                encoder.compile(dynamic=False)
+        # Number, clips and metrics of the steps whose flags are not read yet. A CPU has them at once, and decides
+        # before its optimizers run. A GPU works behind this process: to wait for the same step would leave it idle.
+        self._unread: list[tuple[int, list[str], StepMetrics]] = []
+        self._num_late = 0 if device.type == "cpu" else 1
+        self._stop = self._checkpoint = False
+        compile_networks(state.moco, settings.train)
         self._query = distributed.data_parallel(state.moco.query, device)
         self._generator = distributed.data_parallel(state.moco.generator, device)
 
@@ -64,36 +76,39 @@ class TrainStep:
 
         Args:
             batch: this rank's part of the step.
-            stop_requested: whether this rank was asked to stop; the metrics say whether any was.
+            stop_requested: whether this rank was asked to stop; `requested` says whether any was.
             checkpoint_requested: whether this rank was asked to keep the state now; likewise.
 
         Returns:
             The step's metrics, equal on all ranks.
 
         Raises:
-            NonFiniteError: on all ranks, if any of them has a loss or gradient that is not finite.
+            NonFiniteError: on all ranks, if any of them has a loss or gradient that is not finite: on a CPU in this
+                step and before the optimizers run, on a GPU in the step before.
         """
         settings, state, moco = self._settings, self._state, self._moco
         assert batch.step == state.step, f"batch of step {batch.step} at step {state.step}"
         self._set_learning_rates(batch.step)
 
         moco.update_key_encoder(settings.moco.momentum)
-        keys, backwards = self._encode_all_keys(batch)
+        keys = self._encode_all_keys(batch)
         metrics = StepMetrics.zeros(self._device, num_frames=settings.data.num_frames)
         metrics.decay = decay_at(
-            batch.step, settings.moco, total_steps=settings.train.steps, difference=float(state.difference)
+            batch.step, settings.moco, total_steps=settings.train.steps, difference=state.difference
         )
         weights = key_weights(moco.queue.ages(batch.step, unit=settings.moco.age_unit), metrics.decay)
         for micro, is_last in self._micro_batches(len(batch.clip_ids)):
             with self._gradients_reduced(is_last):
-                self._backward(batch, micro, keys=keys, backwards=backwards, weights=weights, metrics=metrics)
+                self._backward(batch, micro, keys=keys, weights=weights, metrics=metrics)
 
+        # Both encoders have seen all their clips, so their running statistics are those of the step.
+        average = distributed.start_average(moco.running_statistics())
         metrics.add_flags(stop=stop_requested, checkpoint=checkpoint_requested)
-        bad_here = metrics.non_finite()
         # Every rank waits here for all: they decide together whether to go on.
         metrics.reduce_(moco.query, moco.generator)
-        if metrics.non_finite():
-            self._raise_non_finite(batch, bad_here)
+        metrics.send_flags()
+        self._unread.append((batch.step, batch.clip_ids, metrics))
+        self._read_flags(keep=self._num_late)
         take_step(state.query_optimizer)
         if settings.trains_generator(batch.step):
             take_step(state.generator_optimizer)
@@ -101,14 +116,50 @@ class TrainStep:
             if settings.generator.objective == "difference":
                 state.difference.copy_(metrics.mean_generator_loss() / -settings.generator.strength)
         state.zero_grad()
-        distributed.average_(moco.running_statistics())
-        moco.queue.enqueue(keys, batch.video_ids.to(self._device), step=batch.step)
-        metrics.keys = keys
+        average()
+        metrics.keys, _ = keys()
+        moco.queue.enqueue(metrics.keys, self._put(batch.video_ids), step=batch.step)
         state.step += 1
         return metrics
 
-    def _encode_all_keys(self, batch: RankBatch) -> tuple[torch.Tensor, ReversedKeys | None]:
-        """Keys of the whole global batch on every rank, in plan order, float32 (G, D); and those played backwards."""
+    def requested(self, *, now: bool) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, and whether any was asked to keep the state, since the last call.
+
+        Called after each step, on all ranks alike. On a GPU the answer is of the step before the last one.
+
+        Args:
+            now: read the last step too, because the state will be kept or reported.
+
+        Raises:
+            NonFiniteError: on all ranks, if a step that is read has a loss or gradient that is not finite.
+        """
+        self._read_flags(keep=0 if now else self._num_late)
+        if self._stop or self._checkpoint:
+            self._read_flags(keep=0)  # the state will be kept, so it must be known to be finite
+        keep, self._checkpoint = self._checkpoint, False
+        return self._stop, keep
+
+    def _read_flags(self, *, keep: int) -> None:
+        """Waits for the flags of all steps but the last `keep` ones."""
+        while len(self._unread) > keep:
+            step, clip_ids, metrics = self._unread.pop(0)
+            flags = metrics.flags()
+            if flags.non_finite:
+                self._raise_non_finite(step, clip_ids, flags.non_finite_here)
+            self._stop |= flags.stop
+            self._checkpoint |= flags.checkpoint
+
+    def _put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copies a tensor of the batch to the device; from page-locked memory without waiting for it."""
+        return tensor.to(self._device, non_blocking=True)
+
+    def _encode_all_keys(self, batch: RankBatch) -> Callable[[], tuple[torch.Tensor, ReversedKeys | None]]:
+        """Encodes this rank's keys and starts to exchange them, while the queries are encoded.
+
+        Returns:
+            A function that waits for the keys of the whole global batch, in plan order, float32 (G, D), and those
+            played backwards.
+        """
         chosen = batch.reversed_keys[batch.share]
         parts = [
             self.encode_keys(View(batch.key.frames[micro], batch.key.draws[micro]), backwards=chosen[micro])
@@ -116,20 +167,29 @@ class TrainStep:
         ]
         own, backwards = (torch.cat(each) for each in zip(*parts, strict=True))
         # Each rank gets the keys that the others encoded: 512 bytes a key are all the data that ranks exchange.
-        shuffled = distributed.gather_rows(own, batch.clips_per_rank)
-        keys = torch.empty_like(shuffled)
-        keys[batch.key_order.to(self._device)] = shuffled
+        shuffled = distributed.start_gather(own, batch.clips_per_rank)
+        order = self._put(batch.key_order)
         number, size = self._settings.num_reversed, self._settings.train.micro_batch
-        if not number:
-            return keys, None
-        # Likewise the keys of reversed clips; every rank has them in the order of the shuffled copy.
-        gathered = distributed.gather_rows(backwards, [count // size * number for count in batch.clips_per_rank])
-        places = batch.key_order[batch.reversed_keys].to(self._device)
-        reversed_keys = ReversedKeys(
-            torch.zeros_like(keys), torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
-        )
-        reversed_keys.keys[places], reversed_keys.exists[places] = gathered, True
-        return keys, reversed_keys
+        gathered = None
+        if number:
+            # Likewise the keys of reversed clips; every rank has them in the order of the shuffled copy.
+            places = self._put(batch.key_order[batch.reversed_keys])
+            counts = [count // size * number for count in batch.clips_per_rank]
+            gathered = distributed.start_gather(backwards, counts)
+
+        @functools.cache  # all micro-batches ask, and the queue
+        def in_order() -> tuple[torch.Tensor, ReversedKeys | None]:
+            keys = own.new_empty(len(order), own.shape[1])
+            keys[order] = shuffled()
+            if gathered is None:
+                return keys, None
+            reversed_keys = ReversedKeys(
+                torch.zeros_like(keys), torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
+            )
+            reversed_keys.keys[places], reversed_keys.exists[places] = gathered(), True
+            return keys, reversed_keys
+
+        return in_order
 
     @torch.no_grad()  # keys are targets
     def encode_keys(self, view: View, *, backwards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,7 +204,7 @@ class TrainStep:
         clips = self._augmented(view, slice(None))
         if self._settings.num_reversed:
             # On the host, because the number of clips must be known without waiting for a GPU.
-            chosen = backwards.nonzero().squeeze(1).to(self._device)
+            chosen = self._put(backwards.nonzero().squeeze(1))
             clips = torch.cat([clips, clips[chosen].flip(2)]).contiguous(memory_format=torch.channels_last_3d)
         keys: torch.Tensor = self._moco.key(clips)
         return keys[: len(view.frames)], keys[len(view.frames) :]
@@ -154,29 +214,31 @@ class TrainStep:
         batch: RankBatch,
         micro: slice,
         *,
-        keys: torch.Tensor,
-        backwards: ReversedKeys | None,
+        keys: Callable[[], tuple[torch.Tensor, ReversedKeys | None]],
         weights: torch.Tensor,
         metrics: StepMetrics,
     ) -> None:
         """Forward and backward of one micro-batch; adds to the gradients and to the metrics."""
         settings, moco = self._settings, self._moco
         trains, objective = settings.trains_generator(batch.step), settings.generator.objective
-        separately = trains and objective == "difference"  # from D: G has a loss and a backward of its own
         clips = self._augmented(batch.query, micro)
         dropped, fill, importance, mask = self._drop_frames(clips, batch, micro)
+        # From D: G has a loss and a backward of its own.
+        separately = trains and objective == "difference" and self._learns_from_all
+        if trains and not self._learns_from_all:
+            self._learn_from_some(clips, dropped, fill=fill, importance=importance, metrics=metrics)
         # Each clip has the weight 1 / G, on every rank. DDP takes the mean over ranks, hence the number of ranks.
         weight = distributed.world_size() / settings.train.global_batch
 
-        # A compiled backward cannot leave out the weights: G's gradient would cost 2 forwards instead of 1.
-        with torch.compiler.set_stance("force_eager") if separately else contextlib.nullcontext():
+        with compared_alike(settings.train) if separately else contextlib.nullcontext():
             queries = self._query(dropped)
+        positives, backwards = keys()
         compared = contrast(
             queries,
-            keys[batch.share][micro],
+            positives[batch.share][micro],
             negatives=moco.queue.keys,
             weights=weights,
-            allowed=moco.queue.negatives_of(batch.video_ids[batch.share][micro].to(self._device)),
+            allowed=moco.queue.negatives_of(self._put(batch.video_ids[batch.share][micro])),
             temperature=settings.moco.temperature,
             decay_on=settings.moco.decay_on,
             reversed_keys=backwards[batch.share][micro] if backwards else None,
@@ -186,7 +248,7 @@ class TrainStep:
             metrics.add_dropped(mask)
         if separately:
             # q_real is a constant of G's loss: without graph, and without a second update of the running statistics.
-            with torch.no_grad(), running_statistics_kept(moco.query):
+            with torch.no_grad(), running_statistics_kept(moco.query), compared_alike(settings.train):
                 whole = moco.query(clips)
             loss = adversarial_loss(queries, whole, strength=settings.generator.strength)
             (pixels,) = torch.autograd.grad(loss.sum() * weight, dropped, retain_graph=True)
@@ -202,13 +264,49 @@ class TrainStep:
             importance.backward(gradient)
             metrics.add_generator(-compared.loss.detach())
 
+    @property
+    def _learns_from_all(self) -> bool:
+        settings = self._settings
+        return settings.generator.objective == "contrast" or settings.num_generator_clips == settings.train.micro_batch
+
+    def _learn_from_some(
+        self,
+        clips: torch.Tensor,
+        dropped: torch.Tensor,
+        *,
+        fill: torch.Tensor,
+        importance: torch.Tensor,
+        metrics: StepMetrics,
+    ) -> None:
+        """Adds G's gradient from the first clips of a micro-batch, which are encoded once more for it.
+
+        Batch normalisation joins the clips of a forward, so through D's forward the gradient of the pixels of some
+        clips would cost as much as that of all. The plan has shuffled the clips, so the first ones are a random part.
+        """
+        settings, query, count = self._settings, self._moco.query, self._settings.num_generator_clips
+        some = dropped[:count].detach().requires_grad_()
+        with running_statistics_kept(query), compared_alike(settings.train):
+            with frozen(query):
+                queries = query(some)
+            with torch.no_grad():  # q_real is a constant of G's loss
+                whole = query(clips[:count])
+        loss = adversarial_loss(queries, whole, strength=settings.generator.strength)
+        weight = distributed.world_size() / (settings.num_micro_batches * count)
+        (pixels,) = torch.autograd.grad(loss.sum() * weight, some)
+        gradient = torch.zeros_like(importance)
+        gradient[:count] = importance_gradient(
+            pixels, clips[:count], fill[:count], estimator=settings.generator.estimator
+        )
+        importance.backward(gradient)
+        metrics.add_generator(loss.detach())
+
     def _drop_frames(
         self, clips: torch.Tensor, batch: RankBatch, micro: slice
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """x~, what fills its dropped frames, the importance that chose them (with graph once G trains), the mask."""
         settings = self._settings
         fill = frame_fill(clips, settings.generator.fill)
-        importance = batch.random_importance[micro].to(self._device)
+        importance = self._put(batch.random_importance[micro])
         if self._is_adversarial(batch.step):
             trains = settings.trains_generator(batch.step)
             if trains:
@@ -218,7 +316,8 @@ class TrainStep:
                 with torch.no_grad():
                     importance = self._moco.generator(clips)
             mask = self._generators_mask(importance, batch, micro)
-            return drop_frames(clips, mask, fill).requires_grad_(trains), fill, importance, mask
+            dropped = drop_frames(clips, mask, fill).requires_grad_(trains and self._learns_from_all)
+            return dropped, fill, importance, mask
         if settings.generator.before_start == "random":
             mask = keep_mask(importance, settings.num_dropped)
             return drop_frames(clips, mask, fill), fill, importance, mask
@@ -227,15 +326,16 @@ class TrainStep:
     def _generators_mask(self, importance: torch.Tensor, batch: RankBatch, micro: slice) -> torch.Tensor:
         """The mask that follows from the importance: a function of it and of the seeded noise of the batch."""
         if self._settings.generator.select == "sample":
-            importance = sampling_scores(importance, batch.random_importance[micro].to(self._device))
+            importance = sampling_scores(importance, self._put(batch.random_importance[micro]))
         return keep_mask(importance, self._settings.num_dropped)
 
     @torch.no_grad()  # changes nothing: G has neither batch statistics nor randomness
     def dropped_frames(self, batch: RankBatch, *, num_clips: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first queries of a batch and what G drops from them now: uint8 (B, T, H, W, 3), bool (B, T)."""
         first = slice(0, num_clips)
-        clips = self._augmented(batch.query, first)
-        mask = self._generators_mask(self._moco.generator(clips), batch, first)
+        with uncompiled(self._settings.train):  # rank 0 alone is here, with another number of clips than in training
+            clips = self._augmented(batch.query, first)
+            mask = self._generators_mask(self._moco.generator(clips), batch, first)
         return to_pixels(clips), mask == 0
 
     @torch.no_grad()  # changes nothing: the running statistics are read only, and no random number is drawn
@@ -247,14 +347,13 @@ class TrainStep:
         """
         if not self._is_adversarial(batch.step):
             return None
-        settings, first = self._settings, slice(0, self._settings.train.micro_batch)
-        clips = self._augmented(batch.query, first)
-        fill = frame_fill(clips, settings.generator.fill)
-        chosen = self._generators_mask(self._moco.generator(clips), batch, first)
-        random = keep_mask(batch.random_importance[first].to(self._device), settings.num_dropped)
-        query = self._moco.query
+        settings, first, query = self._settings, slice(0, self._settings.train.micro_batch), self._moco.query
         # Rank 0 alone is here: it must not compile for minutes while the others wait.
-        with evaluation_mode(query), torch.compiler.set_stance("force_eager"):
+        with uncompiled(settings.train), evaluation_mode(query):
+            clips = self._augmented(batch.query, first)
+            fill = frame_fill(clips, settings.generator.fill)
+            chosen = self._generators_mask(self._moco.generator(clips), batch, first)
+            random = keep_mask(self._put(batch.random_importance[first]), settings.num_dropped)
             views = (clips, drop_frames(clips, chosen, fill), drop_frames(clips, random, fill))
             whole, by_generator, at_random = (query(view) for view in views)
         return hardness(whole, by_generator=by_generator, at_random=at_random)
@@ -296,10 +395,11 @@ class TrainStep:
         for group in self._state.generator_optimizer.param_groups:
             group["lr"] = learning_rate(step, generator.learning_rate, train)
 
-    def _raise_non_finite(self, batch: RankBatch, bad_here: bool) -> None:
-        clips = f"rank {distributed.rank()}, clips {', '.join(batch.clip_ids)}" if bad_here else ""
+    def _raise_non_finite(self, step: int, clip_ids: list[str], bad_here: bool) -> None:
+        clips = f"rank {distributed.rank()}, clips {', '.join(clip_ids)}" if bad_here else ""
         where = [text for text in distributed.gather_text(clips) if text]  # every rank waits for all
         raise NonFiniteError(
-            f"a loss or gradient of step {batch.step} is not finite ({'; '.join(where) or 'in the gradient'}): "
-            "the step was not taken. Look at these clips, lower --train.learning-rate, or set --train.precision fp32"
+            f"a loss or gradient of step {step} is not finite ({'; '.join(where) or 'in the gradient'}): the run "
+            "stops, and no checkpoint contains it. Look at these clips, lower --train.learning-rate, or set "
+            "--train.precision fp32"
         )

@@ -18,6 +18,7 @@ from vmoco.mlflow_internals import machine_monitors
 from vmoco.model.cost import step_cost
 from vmoco.model.moco import running_statistics_kept
 from vmoco.train import distributed
+from vmoco.train.speed import uncompiled
 
 if TYPE_CHECKING:
     from vmoco.data.loader import Loader
@@ -146,6 +147,8 @@ def oldest_key_similarity(step: TrainStep, state: TrainState, loader: Loader) ->
     backwards = loader.reversed_keys(state.step - age)[: len(places)]
     slots = (queue.pointer - age * batch + torch.from_numpy(places)) % queue.length
     stored = queue.keys[slots.to(queue.keys.device)]
-    with running_statistics_kept(state.moco.key):
+    # Rank 0 alone is here: it must not compile for minutes while the others wait, and kept statistics are a new kind of
+    # forward for a compiled encoder.
+    with running_statistics_kept(state.moco.key), uncompiled(state.settings.train):
         again, _ = step.encode_keys(view, backwards=backwards)
     return float((stored * again).sum(dim=1).mean())

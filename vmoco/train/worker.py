@@ -19,11 +19,13 @@ from vmoco.config import PretrainSettings
 from vmoco.data.manifest import Manifest
 from vmoco.model.backbone import autocast_dtype, require_determinism
 from vmoco.spool import Document
+from vmoco.train import distributed
 from vmoco.train.channel import StopWatch, errors_reported
 from vmoco.train.checkpoint_writer import CheckpointWriter
 from vmoco.train.evaluation import Evaluator
 from vmoco.train.loop import Requests, train
 from vmoco.train.run_folder import SPOOL, RunFolder
+from vmoco.train.speed import choose_kernels
 from vmoco.train.state import TrainState
 from vmoco.train.system_metrics import Gauges, SystemMetrics
 
@@ -51,8 +53,10 @@ def _run(config: dict[str, Any]) -> dict[str, Any] | None:
     settings = PretrainSettings.model_validate_json(config["settings"])
     torch.set_num_threads(settings.scaling.cpus_per_worker)
     device = ray.train.torch.get_device()
+    distributed.require_own_gpu(device)
     if settings.train.deterministic:
         require_determinism(settings.model.backbone, device)
+    choose_kernels(settings.train, device)
     manifest = Manifest.load(settings.data.uri)
     dtype, reason = autocast_dtype(settings.train.precision, device)
     state = TrainState(settings, manifest_hash=manifest.hash, device=device, autocast_dtype=dtype)
