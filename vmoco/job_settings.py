@@ -148,15 +148,15 @@ class EmbedSettings(PoolSettings):
     """What to do with a video that is shorter than one clip: reject it, or repeat its frames until the clip is full.
     Has no effect on a data set."""
     every_seconds: float | None = Field(None, gt=0)
-    """Embeds a clip that begins every so many seconds of a video, for example 0.5; clips may overlap. The columns
-    start_seconds and clip_seconds tell the time of each. For finding what happens where; give --videos-per-part 1 for
-    videos of hours. When left out, clips lie side by side. Not for a data set, whose clips are fixed."""
+    """Embeds a clip that begins every so many seconds, for example 0.5; clips may overlap, and start_seconds tells the
+    time of each. When left out, clips lie side by side. Not for a data set, whose clips are fixed."""
     dense: bool = False
     """Embeds each video from start to end by clips that overlap by half, as --every-seconds of half a clip."""
     clip_seconds: float | None = Field(None, gt=0)
     """Length in seconds of the clips of --every-seconds or --dense. When left out: as in the encoder's training."""
     videos_per_part: int = Field(8, ge=1)
-    """Number of videos that one task decodes and embeds. An interrupted job repeats only its unfinished tasks."""
+    """Number of videos that one task decodes and embeds. An interrupted job repeats only its unfinished tasks.
+    Give 1 for videos of hours."""
     seconds_per_video: float = Field(600.0, gt=0)
     """Time limit in seconds for decoding one video. A slower decoder is killed."""
     gallery: bool = True
