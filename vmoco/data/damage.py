@@ -59,9 +59,11 @@ _Take = Callable[[int, Any], None]
 class _Walk:
     """One decoding from end to end that starts again at the first key frame after each damage."""
 
-    def __init__(self, container: Any, stream: Any, log: Log, seams: tuple[int, ...]) -> None:
+    def __init__(
+        self, container: Any, stream: Any, log: Log, *, seams: tuple[int, ...], cut_in: tuple[int, ...]
+    ) -> None:
         self._container, self._stream, self._log = container, stream, log
-        self.seams = seams
+        self.seams, self._cut_in = seams, cut_in
         self._around = around(seams)
         self._context = stream.codec_context
         self._context.copy_opaque = True
@@ -108,6 +110,8 @@ class _Walk:
             self._report(number, f"packet {number} is incomplete", demuxing=self._parsed)
         elif packet.is_corrupt:
             self.marked.add(number)
+        if number in self._cut_in:  # also where it is a key frame: frames may be shown before it
+            self._from = number if self._from is None else self._from
         if self._from is not None:
             if not packet.is_keyframe or number < self._no_restart_before or corrupt:
                 return
@@ -221,7 +225,7 @@ def survey(container: Any, stream: Any, log: Log, line: Timeline) -> Survey:
         log: The list that receives FFmpeg's log, at `reports.LEVEL`.
         line: What probing found: its seams count.
     """
-    walk = _Walk(container, stream, log, line.seams)
+    walk = _Walk(container, stream, log, seams=line.seams, cut_in=line.cut_in)
     walk.run()
     return _survey(walk, stream, line)
 
@@ -244,7 +248,7 @@ def take_again(container: Any, stream: Any, log: Log, *, collector: Collector, f
                 collector.flush()
             collector.take(number, frame)
 
-    walk = _Walk(container, stream, log, found.seams)
+    walk = _Walk(container, stream, log, seams=found.seams, cut_in=found.line.cut_in)
     walk.run(take)
     collector.flush()
     again = _survey(walk, stream, found.line)

@@ -13,6 +13,7 @@ before it ends. The frames around such a seam do not follow each other in time, 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -26,6 +27,9 @@ _MAX_REORDER = 17
 """Frames: a decoder reorders 16 at most. Where the container has no stamps for showing, they come in decoding order."""
 _GAP_SECONDS = 10
 """A longer gap is another recording, in formats whose stamps may start again; the value of FFmpeg's programs."""
+
+_WRAPPED = 2**32
+"""Units: where stamps of 33 bits begin again at zero, they fall by more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Timeline:
     """Numbers of the frames at which another recording begins."""
     doubtful: tuple[int, ...] = ()
     """Numbers of frames at the end of a recording that may be incomplete, so no clip may hold them."""
+    cut_in: tuple[int, ...] = ()
+    """Numbers of the packets at which a recording begins whose first frames refer to frames that are not there."""
     notes: tuple[str, ...] = ()
     """What is unusual, one sentence each, which begins with its kind: `kind: sentence`."""
     expected: tuple[Int64Array, ...] = ()
@@ -140,6 +146,28 @@ def find_seams(stamps: Int64Array, time_base: Fraction, *, restarts: bool) -> tu
     if restarts:
         seams |= steps * float(time_base) > _GAP_SECONDS
     return tuple((np.flatnonzero(seams) + 1).tolist())
+
+
+def find_cut_in(stamps: Int64Array, decoding: Int64Array, keys: Sequence[bool], seams: tuple[int, ...]) -> list[int]:
+    """Seams after which frames refer to frames that are not there: a decoder takes those of the recording before.
+
+    Such a recording begins without a key frame, or frames are shown before it. Where time goes on after a gap, or the
+    stamps have reached their largest value and begin again at zero, the frames before the seam are the right ones.
+
+    Args:
+        stamps: int64 (F,), when each packet is shown, in decoding order.
+        decoding: int64 (F,), when each packet is decoded.
+        keys: Whether decoding can begin at each packet.
+        seams: Numbers of the packets at which another recording begins.
+    """
+    found = []
+    for seam, end in itertools.pairwise((*seams, len(stamps))):
+        if not 0 < decoding[seam - 1] - decoding[seam] < _WRAPPED:
+            continue
+        later = itertools.takewhile(lambda number: not keys[number], range(seam + 1, end))
+        if not keys[seam] or any(stamps[number] < stamps[seam] for number in later):
+            found.append(seam)
+    return found
 
 
 def in_display_order(stamps: Int64Array, seams: tuple[int, ...]) -> tuple[Int64Array, Int64Array]:

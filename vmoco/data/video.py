@@ -28,6 +28,7 @@ from vmoco.data.pixels import MAX_PIXELS, is_interlaced
 from vmoco.data.timeline import (
     Timeline,
     filled,
+    find_cut_in,
     find_seams,
     in_display_order,
     joined_note,
@@ -291,7 +292,7 @@ def _probe(container: Any, index: int, source: Source) -> Timeline:
     seekable = not _SEEKABLE.isdisjoint(container.format.name.split(","))
     times: list[int | None] = []
     order: list[int | None] = []
-    keyframes = []
+    keys: list[bool] = []
     expected: list[tuple[int, int]] = []
     for packet in packets(container):
         if isinstance(packet, av.error.FFmpegError):
@@ -309,8 +310,7 @@ def _probe(container: Any, index: int, source: Source) -> Timeline:
                 order.append(stamp if packet.dts is None else packet.dts)
                 if stamp is not None and reports.shows_a_frame(packet):
                     expected.append((count, stamp))
-                if packet.is_keyframe:
-                    keyframes.append(stamp)
+                keys.append(packet.is_keyframe)
                 count += 1
     time_base = stream.time_base
     decoding = filled(order)
@@ -325,6 +325,9 @@ def _probe(container: Any, index: int, source: Source) -> Timeline:
     doubtful = {seam - back for seam in marked for back in (1, 2)}
     if incomplete := [number for number in corrupt if number not in doubtful]:
         broken = broken or VideoError("probe", "truncated", f"packet {incomplete[0]} is incomplete")
+    if cut_in := find_cut_in(stamps, decoding, keys, seams):
+        message = f"the recording that begins at packet {cut_in[0]} lacks the frames that its first ones refer to"
+        broken = broken or VideoError("probe", "truncated", message)
     shown, places = in_display_order(stamps, seams)
     notes: tuple[str, ...] = ()
     if promised := more_promised(container, stream, last=int(stamps.max()) if count else None, end=end):
@@ -335,8 +338,8 @@ def _probe(container: Any, index: int, source: Source) -> Timeline:
     notes += joined_note(seams)
     spread = int(shown[-1] - shown[0]) if len(shown) else 0
     fps = (len(shown) - 1) / (spread * time_base) if spread else stream.average_rate or 0
-    if not seekable or seams or broken or len(set(stamps.tolist())) < count:
-        keyframes = []
+    can_begin = seekable and not seams and not broken and len(set(stamps.tolist())) == count
+    keyframes = [time for time, key in zip(times, keys, strict=True) if key and can_begin]
     owners, wanted = np.array(expected, np.int64).reshape(-1, 2).T
     return Timeline(
         shown,
@@ -347,6 +350,7 @@ def _probe(container: Any, index: int, source: Source) -> Timeline:
         origin=Fraction(container.start_time or 0, av.time_base),
         seams=seams,
         doubtful=tuple(sorted(int(places[number]) for number in doubtful)),
+        cut_in=tuple(cut_in),
         notes=notes,
         expected=tuple(np.split(wanted, np.searchsorted(owners, seams))),
         broken=broken,
