@@ -309,9 +309,10 @@ def test_a_node_that_will_be_taken_away_is_answered_with_a_checkpoint(growing: R
     job.communicate(timeout=120)
     text = "".join(said)
     assert "will be taken away: keeping a checkpoint now" in text, text
-    (kept,) = re.findall(r"checkpoint of step (\d+) kept", text)
-    assert 20 <= int(kept) < 2500
-    assert f"from step {kept}" in said[-1]
+    kept = [int(step) for step in re.findall(r"checkpoint of step (\d+) kept", text)]
+    assert kept, text  # more than one if Ray starts two workers again before it knows that the node is gone
+    assert 20 <= kept[0] <= kept[-1] < 2500
+    assert f"from step {kept[-1]}" in said[-1], text
 
 
 def test_a_tracker_that_is_down_for_a_minute_loses_nothing(two: Runs, tmp_path: Path) -> None:
