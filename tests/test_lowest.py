@@ -1,9 +1,10 @@
-"""vmoco works at the lowest versions that pyproject.toml allows: the light install."""
+"""vmoco works at the lowest versions that pyproject.toml allows: the light install, and everything."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -30,6 +31,36 @@ mlflow.MlflowClient("http://127.0.0.1")  # the client of servers, which the ligh
 print(*(module.__version__ for module in (sys.modules[name] for name in ("av", "mlflow", "numpy", "pyarrow"))))
 """
 EXTRAS = "cluster,dev,onnx,services"
+# A file or test for each package and each use of it; the last one submits an ingest and a pretraining to Ray.
+TESTS = (
+    "tests/cluster/test_image.py::test_the_dockerfile_is_clean",
+    "tests/cluster/test_manifests.py",
+    "tests/cluster/test_services.py",
+    "tests/data/test_annotations.py",
+    "tests/data/test_frames.py",
+    "tests/data/test_google_store.py",
+    "tests/data/test_manifest.py",
+    "tests/data/test_pixels.py",
+    "tests/data/test_shard.py",
+    "tests/data/test_video.py",
+    "tests/encoders/test_encoder.py",
+    "tests/encoders/test_portable.py",
+    "tests/encoders/test_registry.py",
+    "tests/evaluate/test_gallery.py",
+    "tests/evaluate/test_knn.py",
+    "tests/evaluate/test_probe.py",
+    "tests/model/test_backbone.py",
+    "tests/sweep/test_report.py",
+    "tests/sweep/test_space.py",
+    "tests/test_config.py",
+    "tests/test_jobs.py",
+    "tests/test_mlflow_internals.py",
+    "tests/test_ray_internals.py",
+    "tests/test_storage.py",
+    "tests/test_tracking.py",
+    "tests/train/test_loop.py",
+    "tests/test_pretrain.py::test_a_job_says_how_to_stop_it_then_how_far_it_is",
+)
 
 
 def test_every_requirement_has_a_lowest_version() -> None:
@@ -70,3 +101,19 @@ def test_the_light_install_works_at_its_lowest_versions(tmp_path: Path) -> None:
     found, encoder = np.load(tmp_path / "features.npz"), package.load_encoder(str(tmp_path / "encoder"))
     np.testing.assert_allclose(found["clips"], encoder.embed(clips()).numpy(), atol=1e-6)
     np.testing.assert_allclose(found["video"], encoder.embed(video).numpy(), atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize(
+    ("extras", "tests"),
+    [("cluster,dev,onnx", TESTS), ("cluster,dev,services", ("tests/cluster/test_gateway.py",))],
+    ids=["all", "services"],
+)
+def test_everything_works_at_its_lowest_version(extras: str, tests: tuple[str, ...], tmp_path: Path) -> None:
+    """Tests of each package, an ingest, a pretraining and the services pass with the lowest versions."""
+    python = lowest_environment(tmp_path / "environment", f"vmoco[{extras}]")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow or cluster", *tests]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, check=False)
+    assert done.returncode == 0, "see the output of the tests"
