@@ -8,7 +8,8 @@ Another checkpoint that the run has kept:
 
     python jobs/register.py RUN --name videomoco-kinetics --step 4000
 
-A local file with weights of torchvision, or of the released VideoMoCo code:
+A local file with weights of torchvision, or of the released VideoMoCo code. Networks of torchvision are also found
+inside DDP, torch.compile and Lightning, and so is mmaction2's ResNet3d where its layers compute the same:
 
     python jobs/register.py r2plus1d_18-91a641e6.pth --name kinetics-r2plus1d
 

@@ -151,6 +151,24 @@ def test_weights_of_the_released_code(tracker_home: Path, tmp_path: Path) -> Non
     assert pulled.card["data"]["licence"] == "ask them"
 
 
+def test_weights_inside_something_else(tracker_home: Path, tmp_path: Path) -> None:
+    """Of DDP: the features of the network alone. The card says what was removed, and claims no data and no licence."""
+    theirs = torchvision_video.r3d_18()
+    torch.save({"model": nn.DataParallel(theirs).state_dict(), "epoch": 9}, tmp_path / "mine.pth")
+    lines: list[str] = []
+    publish_file(tmp_path / "mine.pth", RegisterSettings(name="mine"), show=lines.append)
+    pulled = load_encoder("models:/mine@candidate")
+    frames = clips(num_frames=4, height=112, width=112)
+    assert torch.equal(pulled.embed(frames), features_of(theirs, pulled.preprocess(frames)))
+    assert lines == [pulled.card["imported"]["found"]]
+    assert lines[0].startswith("weights of r3d_18, in the entry model; removed module. before each key; the file does")
+    assert pulled.card["imported"]["format"] == "other"
+    assert "not recorded" in pulled.card["data"]["licence"]
+    assert "Kinetics" not in pulled.card["data"]["description"]
+    page = Path(registry.versions()[0].source, "README.md").read_text()
+    assert lines[0] in page
+
+
 def test_a_file_that_is_no_such_weights_is_said(tracker_home: Path, tmp_path: Path) -> None:
     """Weights of another network, or a flag that does not apply: an error of one line, and nothing is registered."""
     torch.save(torchvision_video.mvit_v1_b().state_dict(), tmp_path / "mvit.pth")

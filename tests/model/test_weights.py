@@ -13,7 +13,7 @@ from torchvision.models import video as torchvision_video
 
 from vmoco.model.backbone import build_backbone
 from vmoco.model.moco import MocoEncoder
-from vmoco.model.weights import load_released, load_torchvision, read_checkpoint, recognise
+from vmoco.model.weights import load_released, load_torchvision, read_checkpoint, recognise, unwrap
 
 BUILDERS = {name: getattr(torchvision_video, name) for name in ("r3d_18", "mc3_18", "r2plus1d_18", "s3d")}
 
@@ -141,6 +141,143 @@ def test_other_weights_are_not_recognised() -> None:
     for wrong in ({k: v for k, v in theirs.items() if k != "stem.0.weight"}, theirs | {"more": torch.zeros(1)}, {}):
         with pytest.raises(ValueError, match=r"of no network that is known, their first keys are"):
             recognise(wrong)
+
+
+class Wrapped(nn.Module):
+    """A network inside another module, beside one of its own, as in Lightning."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.model = network
+        self.criterion = nn.Linear(2, 3)
+
+
+@pytest.mark.parametrize("name", ["r2plus1d_18", "s3d"])
+def test_networks_are_found_inside_what_wraps_them(name: str) -> None:
+    """DDP, torch.compile, Lightning and both: the weights are those of the network alone, and the sentence says it."""
+    network = BUILDERS[name]()
+    compiled = torch.compile(BUILDERS[name]())
+    compiled.load_state_dict({f"_orig_mod.{key}": value for key, value in network.state_dict().items()})
+    inside = Wrapped(network)
+    both = {f"module.{key}": value for key, value in Wrapped(compiled).state_dict().items()}
+    for wrapped, said in (
+        (nn.DataParallel(network).state_dict(), "removed module. before each key"),
+        (compiled.state_dict(), "removed _orig_mod. in keys"),
+        (
+            {"state_dict": inside.state_dict(), "epoch": 3, "pytorch-lightning_version": "2.5"},
+            "in the entry state_dict; removed model. before each key; left out criterion.weight, criterion.bias",
+        ),
+        ({"model": network.state_dict(), "epoch": 3}, "in the entry model"),
+        (both, "removed _orig_mod. in keys and module.model. before each key; left out module.criterion.weight, "),
+    ):
+        checkpoint, found = unwrap(wrapped)
+        assert found.startswith(said)
+        assert recognise(checkpoint) == ("torchvision", name, 0, "")
+        tensors = checkpoint["state_dict"]
+        assert isinstance(tensors, dict)
+        assert tensors.keys() == network.state_dict().keys()
+        assert all(torch.equal(tensors[key], value) for key, value in network.state_dict().items())
+    assert unwrap(network.state_dict())[1] == ""
+    assert unwrap(released("r3d_18")[0])[1] == ""
+
+
+def test_several_networks_are_refused() -> None:
+    """Nobody can say which of them is meant: the sentence names where they are."""
+    pair = nn.ModuleDict({"student": BUILDERS["r3d_18"](), "teacher": BUILDERS["r3d_18"]()})
+    with pytest.raises(ValueError, match=r"of 2 networks, whose keys begin with student\., teacher\.: save the state"):
+        unwrap({"state_dict": pair.state_dict()})
+
+
+class ConvModule(nn.Module):
+    """A convolution and its normalisation under the names of mmcv."""
+
+    def __init__(self, narrow: int, wide: int, kernel: tuple[int, ...], stride: tuple[int, ...], *, relu: bool) -> None:
+        super().__init__()
+        padding = tuple(size // 2 for size in kernel)
+        self.conv = nn.Conv3d(narrow, wide, kernel, stride=stride, padding=padding, bias=False)  # type: ignore[arg-type]
+        self.bn = nn.BatchNorm3d(wide)
+        self.activate = nn.ReLU() if relu else nn.Identity()
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.activate(self.bn(self.conv(clips)))
+        return found
+
+
+class BasicBlock3d(nn.Module):
+    """Two convolutions and a shortcut under the names of mmaction2."""
+
+    def __init__(self, narrow: int, wide: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = ConvModule(narrow, wide, (3, 3, 3), (stride,) * 3, relu=True)
+        self.conv2 = ConvModule(wide, wide, (3, 3, 3), (1, 1, 1), relu=False)
+        self.downsample = ConvModule(narrow, wide, (1, 1, 1), (stride,) * 3, relu=False) if stride > 1 else None
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        shortcut = clips if self.downsample is None else self.downsample(clips)
+        return F.relu(self.conv2(self.conv1(clips)) + shortcut)
+
+
+class Recognizer3D(nn.Module):
+    """mmaction2's ResNet3d of depth 18 without pooling, and its classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.cls_head = nn.Module(), nn.Module()
+        self.backbone.conv1 = ConvModule(3, 64, (3, 7, 7), (1, 2, 2), relu=True)
+        for number, (narrow, wide) in enumerate(((64, 64), (64, 128), (128, 256), (256, 512)), start=1):
+            blocks = [BasicBlock3d(narrow, wide, 1 if number == 1 else 2), BasicBlock3d(wide, wide, 1)]
+            self.backbone.add_module(f"layer{number}", nn.Sequential(*blocks))
+        self.cls_head.fc_cls = nn.Linear(512, 400)
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = clips
+        for layer in self.backbone.children():
+            found = layer(found)
+        return found.mean(dim=(2, 3, 4))
+
+
+FITS = """model = dict(type='Recognizer3D', backbone=dict(type='ResNet3d', depth=18, conv1_kernel=(3, 7, 7),
+    conv1_stride_t=1, with_pool1=False, with_pool2=False, temporal_strides=(
+        1,
+        2,
+        2,
+        2,
+    ), norm_cfg=dict(type='BN3d', requires_grad=True), zero_init_residual=False))"""
+
+
+def test_mmaction2_weights_give_mmaction2_features() -> None:
+    """Where its configuration, in the file, says that layers do what those of r3d_18 do; the classifier is dropped."""
+    theirs = with_statistics(Recognizer3D())
+    checkpoint, found = unwrap({"meta": {"cfg": FITS}, "state_dict": theirs.state_dict()})
+    assert found == (
+        "in the entry state_dict; of mmaction2's ResNet3d; removed backbone. before each key; left out "
+        "cls_head.fc_cls.weight, cls_head.fc_cls.bias"
+    )
+    assert recognise(checkpoint) == ("torchvision", "r3d_18", 0, "")
+    ours = build_backbone("r3d_18").eval()
+    tensors = checkpoint["state_dict"]
+    assert isinstance(tensors, dict)
+    load_torchvision(ours, tensors)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(clips()), theirs(clips()))
+
+
+def test_weights_whose_layers_do_something_else_are_refused() -> None:
+    """The sentence says what differs: pooling, strides or eps of mmaction2, its R(2+1)D, and PySlowFast."""
+    state = Recognizer3D().state_dict()
+    for text, said in (
+        (FITS.replace("with_pool1=False", "with_pool1=True"), "has with_pool1=True: only with with_pool1=False, "),
+        (FITS.replace("        2,\n", "        1,\n"), r"has temporal_strides=\(1,1,1,1\): only"),
+        (FITS.replace("requires_grad=True)", "requires_grad=True, eps=1e-3)"), "has eps=1e-3: only"),
+        ("", "has with_pool1=nothing, with_pool2=nothing, conv1_stride_t=nothing, temporal_strides=nothing: only"),
+    ):
+        with pytest.raises(ValueError, match=f"mmaction2's ResNet3d, and the configuration in the file {said}"):
+            unwrap({"meta": {"cfg": text}, "state_dict": state})
+    one = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"mmaction2's R\(2\+1\)D, which pools after its first convolution"):
+        unwrap({"state_dict": {"backbone.conv1.conv.conv_s.weight": one, "backbone.conv1.conv.bn_s.weight": one}})
+    with pytest.raises(ValueError, match=r"of PySlowFast, whose networks keep the number of frames"):
+        unwrap({"model_state": {"s1.pathway0_stem.conv.weight": one}})
 
 
 class Trap:

@@ -22,24 +22,38 @@ _S3D = Preprocessing(num_frames=16, fps=15.0, size=224)
 _RELEASED = Preprocessing(num_frames=32, fps=25.0, size=112, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
-def read(path: Path) -> tuple[str, Encoder]:
-    """Reads weights of torchvision or of the released code from a local file. The keys show which of the two it is.
+def read(path: Path) -> tuple[str, Encoder, str]:
+    """Reads weights of torchvision, of the released code, or of a network of torchvision inside something else.
+
+    The keys show which it is. The weights do not tell how clips were prepared: others get torchvision's preprocessing,
+    those of mmaction2 its normalisation, which is that of ImageNet.
 
     Returns:
-        "torchvision" or "released", and the encoder.
+        "torchvision", "released" or "other", the encoder, and for "other" a sentence about what was found and assumed.
 
     Raises:
         ValueError: the file has no weights, or weights of an unknown network.
     """
-    checkpoint = weights.read_checkpoint(path)
+    checkpoint, found = weights.unwrap(weights.read_checkpoint(path))
     kind, name, width, head = weights.recognise(checkpoint)
     if kind == "torchvision":
-        entry = checkpoint.get("state_dict", checkpoint)
+        entry = checkpoint["state_dict"]
         assert isinstance(entry, dict), "recognised"
-        return kind, _torchvision(name, entry)
+        encoder = _torchvision(name, entry)
+        if not found:
+            return kind, encoder, ""
+        if "mmaction2" in found:
+            values = encoder.preprocessing.to_json() | {"mean": _RELEASED.mean, "std": _RELEASED.std}
+            encoder = Encoder(encoder.backbone, Preprocessing.from_json(values), encoder.card).eval()
+        assumed = encoder.preprocessing
+        said = (
+            f"weights of {name}, {found}; the file does not tell how clips were prepared: assumed {assumed.num_frames} "
+            f"frames at {assumed.fps:g} per second, {assumed.size} pixels, normalised by mean {assumed.mean}"
+        )
+        return "other", encoder, said
     released = MocoEncoder(name, embedding_dim=width, head=head)
     weights.load_released(released, checkpoint)
-    return kind, Encoder(released.backbone, _RELEASED, {"backbone": name}).eval()
+    return kind, Encoder(released.backbone, _RELEASED, {"backbone": name}).eval(), ""
 
 
 def supervised(name: str) -> Encoder:

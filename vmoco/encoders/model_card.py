@@ -35,10 +35,11 @@ def write(folder: Path, card: Mapping[str, Any], *, histories: Histories) -> Non
 
 def _origin(card: Mapping[str, Any]) -> str:
     if imported := card.get("imported"):
-        return (
+        text = (
             f"Weights from the file `{imported['file']}` ({imported['format']}), not trained by vmoco; SHA-256 of the "
             f"file `{imported['sha256']}`."
         )
+        return f"{text} Read as {found}." if (found := imported.get("found")) else text
     text = (
         f"Pretrained without labels (VideoMoCo, Pan et al., CVPR 2021) by vmoco, {card['step']} steps; MLflow run "
         f"`{card['run_id']}`, settings hash `{card['settings_hash']}`. `settings.json` has all settings."

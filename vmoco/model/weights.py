@@ -6,6 +6,8 @@
     encoder = MocoEncoder("r2plus1d_18", embedding_dim=128, head="linear")
     load_released(encoder, read_checkpoint(Path("r2d_200.pth.tar")))
 
+Others save a network of torchvision inside something: DDP, torch.compile, Lightning. `unwrap` finds it there.
+
 Every key must fit: a missing or unknown key, or another shape, is refused by name, and nothing is loaded then. Only the
 classifier of a torchvision model is dropped. The weights do not include the normalisation of the pixels. Those of
 torchvision expect the same as ours, those of the released code the mean and deviation of ImageNet.
@@ -13,8 +15,10 @@ torchvision expect the same as ours, those of the released code the mean and dev
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -76,6 +80,116 @@ def load_released(encoder: MocoEncoder, checkpoint: Mapping[str, object], *, whi
         for name, tensor in found.items()
     }
     _load(encoder, renamed, "the checkpoint does not fit this encoder")
+
+
+_CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model")
+"""Entries of a checkpoint that hold weights: of Lightning and mmaction2, torch's tutorials, PySlowFast, torchvision."""
+_FIRST = ("stem.0.weight", "features.0.0.0.weight")
+"""The first key of torchvision's ResNets, and of its S3D: what stands before it is where the network lies."""
+_COMPILED = "_orig_mod."
+
+
+def unwrap(checkpoint: Mapping[str, Any]) -> tuple[dict[str, object], str]:
+    """The weights of a checkpoint without what DDP, torch.compile, Lightning or a module around them add to the keys.
+
+    Args:
+        checkpoint: what `read_checkpoint` returned.
+
+    Returns:
+        The checkpoint for `recognise`, and a sentence about what was removed; empty if nothing was.
+
+    Raises:
+        ValueError: there are several networks, or one of another project whose layers compute something else.
+    """
+    container = next((name for name in _CONTAINERS if isinstance(checkpoint.get(name), Mapping)), "")
+    entry = checkpoint[container] if container else checkpoint
+    named = {name: value for name, value in entry.items() if isinstance(value, torch.Tensor)}
+    if not named:
+        return dict(entry), ""
+    tensors = {name.replace(_COMPILED, ""): tensor for name, tensor in named.items()}
+    if any(name.startswith(tuple(ENCODERS.values())) for name in tensors):
+        return {"state_dict": tensors}, ""
+    _refuse_pyslowfast(tensors)
+    translated, project = _from_mmaction2(tensors, checkpoint)
+    prefixes = sorted({name.removesuffix(first) for name in translated for first in _FIRST if _ends(name, first)})
+    if len(prefixes) > 1:
+        raise ValueError(
+            f"the weights are of {len(prefixes)} networks, whose keys begin with "
+            f"{', '.join(prefix or repr('') for prefix in prefixes)}: save the state dict of one of them in a file"
+        )
+    prefix = prefixes[0] if prefixes else ""
+    kept = {name.removeprefix(prefix): value for name, value in translated.items() if name.startswith(prefix)}
+    removed = f"{prefix} before each key" if prefix else ""
+    if tensors.keys() != named.keys():
+        removed = " and ".join(filter(None, [f"{_COMPILED} in keys", removed]))
+    outside = [name for name in translated if not name.startswith(prefix)]
+    said = [
+        f"in the entry {container}" if container else "",
+        project,
+        f"removed {removed}" if removed else "",
+        f"left out {_first(outside)}" if outside else "",
+    ]
+    return {"state_dict": kept}, "; ".join(filter(None, said))
+
+
+def _ends(name: str, with_what: str) -> bool:
+    return name == with_what or name.endswith(f".{with_what}")
+
+
+def _refuse_pyslowfast(tensors: StateDict) -> None:
+    if any(_ends(name, "s1.pathway0_stem.conv.weight") for name in tensors):
+        raise ValueError(
+            "the weights are of PySlowFast, whose networks keep the number of frames from stage to stage, and whose "
+            f"blocks are others: no layer corresponds to one of {', '.join(TORCHVISION)}, which are needed"
+        )
+
+
+# Key of a layer of mmaction2's ResNet3d: a ConvModule with the parts `conv` and `bn`, where torchvision has 0 and 1.
+_MMACTION2 = re.compile(r"^(.*?)(?:conv1|(layer\d\.\d+)\.(conv1|conv2|downsample))\.(conv|bn)\.(\w+)$")
+_MMACTION2_SETTINGS = {
+    "with_pool1": "False",
+    "with_pool2": "False",
+    "conv1_stride_t": "1",
+    "temporal_strides": "(1,2,2,2)",
+}
+"""With these a ResNet3d of depth 18 computes what r3d_18 does. No tensor tells of them."""
+
+
+def _from_mmaction2(tensors: StateDict, checkpoint: Mapping[str, Any]) -> tuple[StateDict, str]:
+    """Weights of mmaction2 under torchvision's keys, and that they are of mmaction2; other weights as they are.
+
+    Raises:
+        ValueError: they are of a network that computes something else than r3d_18.
+    """
+    if any(_ends(name, "conv1.conv.conv_s.weight") for name in tensors):
+        raise ValueError(
+            "the weights are of mmaction2's R(2+1)D, which pools after its first convolution and has other widths "
+            f"between space and time: they do not fit r2plus1d_18; {', '.join(TORCHVISION)} of torchvision are known"
+        )
+    if not any(_ends(name, "conv1.conv.weight") for name in tensors):
+        return tensors, ""
+    about = checkpoint.get("meta")
+    written = [about.get(name) for name in ("cfg", "config")] if isinstance(about, Mapping) else []
+    text = re.sub(r"\s", "", next((each for each in written if isinstance(each, str)), "")).replace(",)", ")")
+    found = {name: re.search(rf"\b{name}=(\([^)]*\)|[^,)]*)", text) for name in _MMACTION2_SETTINGS}
+    values = {name: match[1] if match else "nothing" for name, match in found.items()}
+    wrong = [f"{name}={value}" for name, value in values.items() if value != _MMACTION2_SETTINGS[name]]
+    epsilon = re.search(r"norm_cfg=dict\([^)]*eps=([^,)]*)", text)
+    if epsilon and float(epsilon[1]) != 1e-5:
+        wrong.append(f"eps={epsilon[1]}")
+    if wrong:
+        needed = ", ".join(f"{name}={value}" for name, value in _MMACTION2_SETTINGS.items())
+        raise ValueError(
+            f"the weights are of mmaction2's ResNet3d, and the configuration in the file has {', '.join(wrong)}: only "
+            f"with {needed} and the usual eps does it compute what torchvision's r3d_18 does"
+        )
+    renamed = {}
+    for name, tensor in tensors.items():
+        if match := _MMACTION2.match(name):
+            before, block, layer, part, rest = match.groups()
+            name = f"{before}{f'{block}.{layer}' if block else 'stem'}.{'01'[part == 'bn']}.{rest}"
+        renamed[name] = tensor
+    return renamed, "of mmaction2's ResNet3d"
 
 
 def recognise(checkpoint: Mapping[str, object]) -> tuple[str, str, int, str]:

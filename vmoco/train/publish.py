@@ -38,6 +38,7 @@ _ORIGIN = {
         "licence": "the released code and its weights carry no licence: ask their authors; the rights to the videos "
         "of Kinetics stay with those who uploaded them",
     },
+    "other": {"description": "not recorded: ask whoever trained these weights.", "licence": NO_LICENCE},
 }
 
 
@@ -207,18 +208,21 @@ def _publish_kept(
     return registered
 
 
-def publish_file(path: Path, options: RegisterSettings) -> Registered:
-    """Registers weights of torchvision, or of the released VideoMoCo code; their keys tell which.
+def publish_file(path: Path, options: RegisterSettings, *, show: Callable[[str], None] = print) -> Registered:
+    """Registers weights of another project; their keys tell of which, as in `foreign.read`.
 
     Args:
         path: local file, as downloaded.
         options: see `RegisterSettings`.
+        show: prints a line.
 
     Raises:
         ValueError: it cannot be read as weights, or they are of an unknown network.
     """
     registry.check_alias(options.alias)
-    kind, encoder = foreign.read(path)
+    kind, encoder, found = foreign.read(path)
+    if found:
+        show(found)
     name = encoder.card["backbone"]
     sha256 = storage.file_sha256(str(path))
     run_id = tracking.create_import(f"{kind}-{name}-{sha256[:8]}", tags={"vmoco.imported_sha256": sha256})
@@ -226,7 +230,7 @@ def publish_file(path: Path, options: RegisterSettings) -> Registered:
     lineage = {
         "step": None,
         "run_id": run_id,
-        "imported": {"file": path.name, "format": kind, "sha256": sha256},
+        "imported": {"file": path.name, "format": kind, "sha256": sha256, **({"found": found} if found else {})},
         "data": {"manifest_hash": None, "uri": None, "counts": None, **data},
     }
     with tempfile.TemporaryDirectory() as place:
