@@ -97,7 +97,7 @@ CASES: dict[str, tuple[Groups, Groups]] = {
     "nothing compiled": ({}, {"train": {"compile_generator_steps": True, "compile_generator": True}}),
     "no odd channels": ({}, {"train": {"pad_channels": True}}),
     "deterministic": (
-        {"train": {"deterministic": True}, "model": {"backbone": "r2plus1d_nano"}, "scaling": {"use_gpu": True}},
+        {"train": {"deterministic": True}, "model": {"backbone": "r2plus1d_nano"}, "scaling": {"device": "gpu"}},
         {"train": dict.fromkeys(get_args(SpeedSwitch), True)},
     ),
     "stop after the end": ({}, {"train": {"stop_after": 5}}),
@@ -119,10 +119,20 @@ ALWAYS = {
     "model": {"backbone", "embedding_dim", "head", "init"},
     "moco": {"queue_size", "momentum", "temperature", "reversed_negatives_percent"},
     "train": {
-        *("steps", "global_batch", "micro_batch", "learning_rate", "weight_decay", "optimizer", "schedule"),
+        *(
+            "steps",
+            "epochs",
+            "warmup_percent",
+            "global_batch",
+            "micro_batch",
+            "learning_rate",
+            "weight_decay",
+            "optimizer",
+            "schedule",
+        ),
         *("precision", "log_every", "checkpoint_every", "keep_checkpoints"),
     },
-    "scaling": {"num_workers", "use_gpu", "cpus_per_worker", "max_failures", "wait_for_nodes"},
+    "scaling": {"num_workers", "device", "cpus_per_worker", "max_failures", "wait_for_nodes"},
     "evaluation": {"enabled", "max_videos"},
     "tracking": {"experiment", "register_as", "data_licence"},
 }
@@ -193,7 +203,7 @@ def test_settings_in_use_are_not_reported() -> None:
         "data": {"uri": "s3://bucket/data", "positives": "two_clips", "cache": "/fast", "cache_gib": 3.0},
         "train": {"warmup_steps": 2, "stop_after": 3, "keep_best": 4, **dict.fromkeys(get_args(SpeedSwitch), True)},
         "model": {"backbone": "r2plus1d_nano"},
-        "scaling": {"num_workers": 2, "min_workers": 1, "resize_seconds": 5.0, "use_gpu": True},
+        "scaling": {"num_workers": 2, "min_workers": 1, "resize_seconds": 5.0, "device": "gpu"},
         "evaluation": {"num_cpus": 3, "use_gpu": True},
         "tracking": {"register_as": "mine", "alias": "best-of-march"},
     }

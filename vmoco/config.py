@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field, model_validator
 
+from vmoco.places import EvaluationSettings, ScalingSettings, TrackingSettings
 from vmoco.settings import HashedIfSet, OmittedIfDefault, Settings, Unhashed
 
 
@@ -204,8 +205,11 @@ class TrainSettings(Settings):
 
     group = "train"
 
-    steps: int = Field(..., ge=1)
-    """Number of optimizer steps of the run. Schedules depend on it, so it must stay the same when a run is resumed."""
+    steps: int = Field(0, ge=0)
+    """Number of optimizer steps of the run. Schedules depend on it, so it must stay the same when a run is resumed. 0
+    takes as many as --train.epochs needs."""
+    epochs: Annotated[float | None, OmittedIfDefault] = Field(None, gt=0)
+    """Length of the run in epochs of the data set, in place of --train.steps. Example: 200."""
     stop_after: Annotated[int | None, Unhashed] = Field(None, ge=1)
     """Ends the run early, after this step. The schedules still follow --train.steps, so the run can go on later."""
     global_batch: int = Field(256, ge=2)
@@ -226,6 +230,8 @@ class TrainSettings(Settings):
     or not at all."""
     warmup_steps: int = Field(0, ge=0)
     """Number of steps in which the learning rate rises linearly from zero. Use some with a high learning rate."""
+    warmup_percent: Annotated[float | None, OmittedIfDefault] = Field(None, ge=0, lt=100)
+    """The same as a percentage of the steps, in place of --train.warmup-steps. Example: 2.5."""
     precision: Precision = "auto"
     """Arithmetic of the encoders. auto is bf16 on GPUs that support it, and fp32 elsewhere. The loss is always fp32."""
     compile: bool = False
@@ -253,66 +259,16 @@ class TrainSettings(Settings):
     keep_best: Annotated[int, Unhashed] = Field(1, ge=0)
     """Number of checkpoints with the best scores that are kept besides the newest ones."""
 
+    @model_validator(mode="after")
+    def _check(self) -> TrainSettings:
+        if not self.steps and self.epochs is None:
+            raise ValueError("--train.steps is missing: give it, or --train.epochs")
+        return self
+
     def speeds_up_by(self, switch: SpeedSwitch) -> bool:
         """Whether a switch for speed is on and has an effect: none has where the run must be deterministic."""
         on: bool = getattr(self, switch) and (self.compile or not switch.startswith("compile"))
         return on and not self.deterministic
-
-
-class ScalingSettings(Settings):
-    """Where the run computes. A change has no effect on the batches, their order, their augmentation or the queue."""
-
-    group = "scaling"
-
-    num_workers: int = Field(1, ge=1)
-    """Number of Ray Train workers: one per GPU, or processes on CPUs. At most --train.global-batch divided by
-    --train.micro-batch."""
-    min_workers: int | None = Field(None, ge=1)
-    """Smallest number of workers to go on with while nodes are missing, for example 4 of 8. When left out, the run
-    waits until all workers are back."""
-    resize_seconds: float = Field(60.0, ge=1)
-    """Seconds between two checks for new nodes, if --scaling.min-workers is given. To grow, the run restarts from its
-    last checkpoint."""
-    use_gpu: bool = False
-    """Gives each worker one GPU, with NCCL between workers. Otherwise they compute on CPUs, with gloo between them."""
-    cpus_per_worker: int = Field(1, ge=1)
-    """Number of CPU cores, and of threads, of each worker."""
-    max_failures: int = Field(3, ge=0)
-    """How often the run restarts from one checkpoint after losing workers. A new checkpoint resets the count."""
-    wait_for_nodes: bool = False
-    """Waits until an autoscaler has added the nodes that the cluster lacks. Otherwise the job fails at once."""
-
-
-class EvaluationSettings(Settings):
-    """Scores each new checkpoint in a separate Ray task during training. The score chooses the best checkpoint."""
-
-    group = "evaluation"
-
-    enabled: bool = True
-    """Whether checkpoints are scored."""
-    num_cpus: int = Field(1, ge=0)
-    """Number of CPU cores reserved for scoring. 0 shares the cores of the workers, for a small machine."""
-    use_gpu: bool = False
-    """Reserves a GPU for scoring. Otherwise checkpoints are scored on CPUs, which takes hours for a large network."""
-    max_videos: int = Field(500, ge=2)
-    """Largest number of held-out videos used for a score, with up to 8 clips each, and 4 of them also played
-    backwards. Lower it to score faster."""
-
-
-class TrackingSettings(Settings):
-    """What MLflow records. Its address is MLFLOW_TRACKING_URI; when that is not set, a database in $VMOCO_HOME."""
-
-    group = "tracking"
-
-    experiment: str = "vmoco"
-    """MLflow experiment of the run. It is created if it does not exist."""
-    register_as: str | None = None
-    """Name under which the trained encoder is registered, for example videomoco-kinetics. When left out, it is not
-    registered."""
-    alias: str = "candidate"
-    """Alias of the registered version: models:/NAME@ALIAS loads the encoder."""
-    data_licence: str = ""
-    """Note on the owner and the licence of the videos, which is saved with the encoder. Example: 'CC BY 4.0, by us'."""
 
 
 class PretrainSettings(Settings):
@@ -352,7 +308,7 @@ class PretrainSettings(Settings):
                 + (f"give --train.micro-batch {smaller}, or " if smaller >= 2 and not rest else "")
                 + f"lower the number of workers to {self.num_micro_batches}, or raise --train.global-batch"
             )
-        if (self.scaling.min_workers or 1) > self.scaling.num_workers:
+        if (self.scaling.min_workers or 1) > self.scaling.num_workers > 0:
             raise ValueError(
                 f"--scaling.min-workers {self.scaling.min_workers} is above --scaling.num-workers "
                 f"{self.scaling.num_workers}: lower the first or raise the second"
@@ -398,7 +354,7 @@ class PretrainSettings(Settings):
                 "--generator.objective contrast does not measure the difference from which --moco.decay-schedule "
                 "adversarial takes the decay: set the objective to difference, or choose another schedule"
             )
-        if train.warmup_steps >= train.steps:
+        if train.warmup_steps >= train.steps > 0:
             raise ValueError(
                 f"--train.warmup-steps {train.warmup_steps} is not below --train.steps {train.steps}: lower the first "
                 "or raise the second"

@@ -9,15 +9,13 @@ from __future__ import annotations
 from vmoco.config import (
     AugmentSettings,
     DataSettings,
-    EvaluationSettings,
     GeneratorSettings,
     MocoSettings,
     ModelSettings,
     PretrainSettings,
-    ScalingSettings,
-    TrackingSettings,
     TrainSettings,
 )
+from vmoco.places import EvaluationSettings, ScalingSettings, TrackingSettings
 
 # 200 epochs of one clip from each of Kinetics-400's about 240,000 training videos, in batches of 256.
 PAPER_STEPS = 200 * 240_000 // 256
@@ -36,6 +34,7 @@ PRESETS: dict[str, tuple[str, PretrainSettings]] = {
             moco=MocoSettings(queue_size=64, momentum=0.9),
             # Two micro-batches, so that it runs on 1 or 2 workers; two checkpoints, so that it can be resumed.
             train=TrainSettings(steps=20, global_batch=8, micro_batch=4, log_every=5, checkpoint_every=10),
+            scaling=ScalingSettings(num_workers=1, device="cpu"),
             # No core of its own for scoring: a machine with one core can run it.
             evaluation=EvaluationSettings(num_cpus=0, max_videos=20),
         ),
@@ -61,11 +60,11 @@ PRESETS: dict[str, tuple[str, PretrainSettings]] = {
                 optimizer="adamw",  # learns in fewer steps than SGD on small networks (tests/train/test_learning.py)
                 learning_rate=0.002,
                 schedule="cosine",
-                warmup_steps=20,
+                warmup_percent=10,
                 log_every=20,
                 checkpoint_every=100,
             ),
-            scaling=ScalingSettings(num_workers=2),
+            scaling=ScalingSettings(num_workers=2, device="cpu"),
             # No core of its own for scoring: the workers have both.
             evaluation=EvaluationSettings(num_cpus=0, max_videos=50),
             tracking=TrackingSettings(register_as="videomoco-demo"),
@@ -94,13 +93,13 @@ PRESETS: dict[str, tuple[str, PretrainSettings]] = {
                 log_every=50,
                 checkpoint_every=1000,
             ),
-            scaling=ScalingSettings(num_workers=8, use_gpu=True),
+            scaling=ScalingSettings(num_workers=8, device="gpu"),
             # 500 videos would take this encoder hours on CPUs; 50 take about 11 min on 4 cores.
             evaluation=EvaluationSettings(num_cpus=4, max_videos=50),
         ),
     ),
     "recommended": (
-        "What we advise for new encoders, on 8 GPUs. Ingest with --num-frames 32 or more.",
+        "What we advise for new encoders, on all GPUs of the cluster. Best with clips of --num-frames 32 or more.",
         PretrainSettings(
             preset="recommended",
             # 16 frames, every second one: they span the same time as 32 frames, at half the cost.
@@ -117,14 +116,13 @@ PRESETS: dict[str, tuple[str, PretrainSettings]] = {
             # Temperature 0.2 belongs to the MLP head (MoCo v2).
             moco=MocoSettings(temperature=0.2, age_unit="key", decay_on="exp"),
             train=TrainSettings(
-                steps=PAPER_STEPS,
+                epochs=200,
                 # A cosine to zero (MoCo v2, rho-MoCo), and a warm-up of 5 epochs, because the queue starts empty.
                 schedule="cosine",
-                warmup_steps=PAPER_STEPS // 40,
+                warmup_percent=2.5,
                 log_every=50,
                 checkpoint_every=1000,
             ),
-            scaling=ScalingSettings(num_workers=8, use_gpu=True),
             # About 11 min on 4 cores for each checkpoint.
             evaluation=EvaluationSettings(num_cpus=4, max_videos=100),
         ),

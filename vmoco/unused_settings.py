@@ -117,7 +117,7 @@ def _train_and_places(settings: PretrainSettings) -> Reasons:
     if train.stop_after and train.stop_after > train.steps:
         found["train", "stop_after"] = f"the run ends after --train.steps {train.steps}"
     if not scaling.use_gpu and not any(getattr(train, name) for name in _SPEED):
-        found["train", "deterministic"] = "CPUs are deterministic already (--scaling.no-use-gpu)"
+        found["train", "deterministic"] = "CPUs are deterministic already (--scaling.device cpu)"
     found |= _speed(settings)
     if scaling.min_workers == scaling.num_workers:
         found["scaling", "min_workers"] = "it is equal to --scaling.num-workers"
@@ -138,7 +138,7 @@ def _speed(settings: PretrainSettings) -> Reasons:
     if settings.model.backbone not in _PADDED:
         found["train", "pad_channels"] = f"--model.backbone {settings.model.backbone} has no odd numbers of channels"
     if not settings.scaling.use_gpu:
-        found["train", "cudnn_benchmark"] = "CPUs do not use cuDNN (--scaling.no-use-gpu)"
+        found["train", "cudnn_benchmark"] = "CPUs do not use cuDNN (--scaling.device cpu)"
     if generator.objective == "contrast" or settings.generator_start >= train.steps:
         found["train", "compile_generator_steps"] = "no step compares two embeddings for the generator"
     if not train.compile:

@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vmoco.config import PretrainSettings, ScalingSettings
+from vmoco.config import PretrainSettings
 from vmoco.model.cost import step_cost
+from vmoco.places import ScalingSettings
 from vmoco.presets import PRESETS
 
 FRAMES_PER_CORE = 475
@@ -90,7 +91,7 @@ def scales() -> Iterator[str]:
 
 def _scaled(gpus: int) -> PretrainSettings:
     settings = PRESETS["recommended"][1]
-    scaling = ScalingSettings(num_workers=gpus, use_gpu=True)
+    scaling = ScalingSettings(num_workers=gpus, device="gpu")
     return settings.model_copy(
         update={"scaling": scaling, "train": settings.train.model_copy(update={"global_batch": 32 * gpus})}
     )

@@ -119,7 +119,7 @@ def test_a_node_that_cannot_compile_is_named_where_the_run_compiles() -> None:
     assert problem.startswith(
         "node 192.0.2.11 has no C compiler, which --train.compile needs: install gcc in its image"
     )
-    on_gpus = changed(compiled, scaling={"use_gpu": True})
+    on_gpus = changed(compiled, scaling={"device": "gpu"})
     assert find_problems(on_gpus, [GOOD, bare], tracker=SERVER) == []
     assert len(find_problems(on_gpus, [GOOD, replace(bare, gpus=(gpu,))], tracker=SERVER)) == 1
 
@@ -143,7 +143,7 @@ def test_a_real_cluster_is_checked(
     assert local_cluster.submit(["python", "jobs/check.py", "cluster", "tiny", *flags], ROOT) == 0
     said = capfd.readouterr().out
     assert "storage and tracker reached" in said
-    assert "time: about 0.0 hours for 20 steps on 2 workers" in said
+    assert "time: about 0.0 hours for 20 steps; on 2 workers" in said
     assert "the cluster is ready for this run" in said
     assert list(place.iterdir()) == []
 

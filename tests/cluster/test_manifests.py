@@ -169,6 +169,7 @@ def test_the_jobs_accept_the_entry_points() -> None:
             continue
         settings = tyro.extras.overridable_config_cli(PRESETS, args=flags)
         assert settings.scaling.wait_for_nodes
+        assert settings.scaling.device != "auto"  # the nodes are not there yet
         kind = "gpu" if settings.scaling.use_gpu else "cpu"
         (cluster,) = documents(ROOT / f"cluster/kubernetes/raycluster-{kind}.yaml")
         (pool,) = [group for group in cluster["spec"]["workerGroupSpecs"] if group["groupName"] == kind]

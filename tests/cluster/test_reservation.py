@@ -29,7 +29,7 @@ SETTINGS = PRESETS["tiny"][1]
         ({"num_workers": 1, "cpus_per_worker": 4}, 2, [4, 2], True),  # the evaluation goes to the smaller node
         ({"num_workers": 1, "cpus_per_worker": 4}, 3, [4, 2], False),
         ({"num_workers": 1}, 3, [2, 2], False),  # no node can hold the evaluation
-        ({"num_workers": 1, "use_gpu": True}, 0, [4], False),
+        ({"num_workers": 1, "device": "gpu"}, 0, [4], False),
         ({"num_workers": 1}, 0, [], False),
     ],
 )
@@ -52,6 +52,48 @@ def test_the_message_says_what_does_not_fit() -> None:
         "(4 CPU, 2 CPU): lower --scaling.num-workers, --scaling.cpus-per-worker or --evaluation.num-cpus, add nodes, "
         "or set --scaling.wait-for-nodes where an autoscaler adds them"
     )
+
+
+GPUS = [{"CPU": 16.0, "GPU": 8.0}, {"CPU": 4.0}]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "evaluation_cpus", "nodes", "device", "workers"),
+    [
+        ({}, 0, [{"CPU": 2.0}], "cpu", 2),
+        ({}, 1, [{"CPU": 2.0}], "cpu", 1),  # the evaluation takes a core
+        ({}, 0, [{"CPU": 64.0}], "cpu", 8),  # as many as there are micro-batches
+        ({"cpus_per_worker": 3}, 0, [{"CPU": 4.0}, {"CPU": 7.0}], "cpu", 3),
+        ({}, 4, [{"CPU": 1.0}], "cpu", 1),  # too small: refused later, with what is missing
+        ({}, 4, GPUS, "gpu", 8),
+        ({"device": "cpu"}, 4, GPUS[1:], "cpu", 1),
+        ({"device": "gpu"}, 0, [{"CPU": 4.0}], "gpu", 1),
+        ({"num_workers": 3}, 0, GPUS, "gpu", 3),
+        ({"min_workers": 2}, 0, [{"CPU": 1.0}], "cpu", 2),
+    ],
+)
+def test_a_run_takes_what_the_cluster_has(
+    scaling: dict[str, Any], evaluation_cpus: int, nodes: list[dict[str, float]], device: str, workers: int
+) -> None:
+    """GPUs if there are any, as many workers as fit, and a line that says so; fitted twice it is the same."""
+    from vmoco.cluster.reservation import fit_to_cluster
+
+    settings = changed(PRESETS["recommended"][1], scaling=scaling, evaluation={"num_cpus": evaluation_cpus})
+    fitted, (line,) = fit_to_cluster(settings, nodes)
+    assert (fitted.scaling.device, fitted.scaling.num_workers) == (device, workers)
+    assert f"--scaling.num-workers {workers}" in line
+    assert ("of 64 that fit: a smaller --train.micro-batch 32 allows more" in line) == (nodes == [{"CPU": 64.0}])
+    assert line.startswith(f"--scaling.device {device}: workers compute on") == ("device" not in scaling)
+    assert fit_to_cluster(fitted, nodes) == (fitted, [])
+
+
+def test_nodes_that_are_to_come_are_not_guessed() -> None:
+    """An autoscaler may add any node."""
+    from vmoco.cluster.reservation import fit_to_cluster
+
+    waiting = changed(PRESETS["recommended"][1], scaling={"wait_for_nodes": True})
+    with pytest.raises(ValueError, match=r"--scaling\.wait-for-nodes .*: give --scaling\.device and --scaling\.num-w"):
+        fit_to_cluster(waiting, [{"CPU": 1.0}])
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from tests import dataset
 from tests.dataset import make_data_set
 from vmoco.config import PretrainSettings
 from vmoco.data import augment
-from vmoco.data.loader import BatchMemory, Loader, RankBatch, check_fits
+from vmoco.data.fit import check_fits
+from vmoco.data.loader import BatchMemory, Loader, RankBatch
 from vmoco.data.manifest import Manifest
 from vmoco.presets import PRESETS
 

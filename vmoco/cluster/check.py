@@ -25,6 +25,8 @@ from typing import Any
 from vmoco import storage, tracking
 from vmoco.cluster.gpus import Gpu, gpus_here, shared_gpus
 from vmoco.config import PretrainSettings
+from vmoco.data.fit import fit_to_data
+from vmoco.data.manifest import Manifest
 from vmoco.model.cost import Speed, StepCost, measure_speed, step_cost
 
 _PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "numpy", "av", "mlflow")
@@ -280,6 +282,9 @@ def check_cluster(settings: PretrainSettings, *, show: Callable[[str], None] = p
     places = {"--run.storage": place}
     if settings.data.uri:
         places["--data.uri"] = storage.require_absolute(settings.data.uri, "--data.uri")
+    from vmoco.cluster.reservation import alive_nodes, fit_to_cluster
+
+    settings, chosen = fit_to_cluster(settings, alive_nodes())
     reports, silent = ask_nodes(
         ask_all, places, writes="--run.storage", seconds=_CLUSTER_SECONDS, tracker=tracking.tracking_uri()
     )
@@ -287,6 +292,9 @@ def check_cluster(settings: PretrainSettings, *, show: Callable[[str], None] = p
         f"node {address} did not answer within {_CLUSTER_SECONDS:.0f} s: repair it, or remove it" for address in silent
     ]
     problems += find_problems(settings, reports, tracker=tracking.tracking_uri())
+    if "--data.uri" in places and not any("--data.uri" in each.problems for each in reports):
+        settings, fitted = fit_to_data(settings, Manifest.load(places["--data.uri"]))
+        chosen += fitted
     problems += _resource_problems(settings)
     for each in sorted(reports, key=lambda each: each.address):
         gpus = ", ".join(f"{gpu.name} ({gpu.memory_bytes / 2**30:.0f} GiB)" for gpu in each.gpus) or "no GPU"
@@ -295,6 +303,8 @@ def check_cluster(settings: PretrainSettings, *, show: Callable[[str], None] = p
             f"{each.shared_memory_bytes / 2**30:.1f} GiB, "
             + (", ".join(f"{what} FAILS" for what in each.problems) or "storage and tracker reached")
         )
+    for line in chosen:
+        show(line)
     if not any("GPU" in problem for problem in problems):
         speed = _measure(settings)
         gpu_bytes = min((gpu.memory_bytes for each in reports for gpu in each.gpus), default=0)
@@ -376,9 +386,13 @@ def _time_line(settings: PretrainSettings, cost: StepCost, speed: Speed) -> str:
     slow = cost.flops_after / workers / speed.flops_per_second
     hours = cost.run_flops(settings) / workers / speed.flops_per_second / 3600
     length = f"{hours:.1f} hours" if hours < 100 else f"{hours / 24:.0f} days"
+    if settings.train.steps:
+        length = f"about {length} for {settings.last_step} steps"
+    else:
+        length = f"that of --train.epochs {settings.train.epochs:g} depends on the data set: give --data.uri"
     return (
-        f"time: about {length} for {settings.last_step} steps on {workers} workers, {slow:.2g} s a step with the "
-        f"generator; measured: {speed.flops_per_second / 1e12:.3g} TFLOP/s for a worker's encoder, without reading, "
+        f"time: {length}; on {workers} workers, {slow:.2g} s a step with the generator; "
+        f"measured: {speed.flops_per_second / 1e12:.3g} TFLOP/s for a worker's encoder, without reading, "
         "augmentation and network"
     )
 
@@ -386,7 +400,7 @@ def _time_line(settings: PretrainSettings, cost: StepCost, speed: Speed) -> str:
 def _resource_problems(settings: PretrainSettings) -> list[str]:
     import ray  # in each function: Ray reads how to authenticate when it is imported, and a job connects first
 
-    from vmoco.cluster.reservation import shortage
+    from vmoco.cluster.reservation import alive_nodes, shortage
 
     scaling = settings.scaling
     if scaling.wait_for_nodes:
@@ -396,7 +410,7 @@ def _resource_problems(settings: PretrainSettings) -> list[str]:
             f"preset {settings.preset} needs {scaling.num_workers} GPUs and the cluster has none: add GPU nodes, set "
             "--scaling.wait-for-nodes where an autoscaler adds them, or choose a preset for CPUs"
         ]
-    problem = shortage(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    problem = shortage(settings, alive_nodes())
     return [problem] if problem else []
 
 

@@ -25,7 +25,8 @@ import ray.util
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
 from vmoco import ray_internals
-from vmoco.config import EvaluationSettings, PretrainSettings
+from vmoco.config import PretrainSettings
+from vmoco.places import EvaluationSettings
 
 NAMESPACE = "vmoco"
 """Ray's namespace of our named actors, and of our records in the store of Ray's head."""
@@ -149,6 +150,48 @@ def _node_of(group: PlacementGroup) -> dict[str, float]:
     return {f"node:{node['NodeManagerAddress']}": 0.001 for node in found}
 
 
+def fit_to_cluster(
+    settings: PretrainSettings, nodes: Sequence[Mapping[str, float]]
+) -> tuple[PretrainSettings, list[str]]:
+    """The settings with a device and a number of workers, where these depend on the cluster; and lines that say them.
+
+    Args:
+        settings: of the run.
+        nodes: resources of each, such as {"CPU": 8.0, "GPU": 1.0}.
+
+    Raises:
+        ValueError: the nodes that an autoscaler will add are not known; or a number that does not fit was chosen.
+    """
+    scaling = settings.scaling
+    if scaling.device != "auto" and scaling.num_workers:
+        return settings, []
+    if scaling.wait_for_nodes:
+        raise ValueError(
+            "--scaling.wait-for-nodes does not know which nodes will come: give --scaling.device and "
+            "--scaling.num-workers"
+        )
+    device, idle = scaling.device, ""
+    if device == "auto":
+        device = "gpu" if any(node.get("GPU", 0.0) >= 1 for node in nodes) else "cpu"
+    chosen = settings.model_copy(update={"scaling": scaling.model_copy(update={"device": device})})
+    number = scaling.num_workers
+    if not number:
+        fits = _most_workers(nodes, _worker(chosen), resources(settings.evaluation))
+        number = max(1, min(fits, settings.num_micro_batches), scaling.min_workers or 1)
+        if fits > number:
+            idle = f" of {fits} that fit: a smaller --train.micro-batch {settings.train.micro_batch} allows more"
+    values = chosen.model_dump()
+    values["scaling"]["num_workers"] = number
+    what = "GPUs of the cluster" if device == "gpu" else "CPUs, because the cluster has no GPU"
+    given = "" if device == scaling.device else f"--scaling.device {device}: workers compute on the {what}; "
+    return PretrainSettings(**values), [f"{given}--scaling.num-workers {number}{idle}"]
+
+
+def alive_nodes() -> list[dict[str, float]]:
+    """Resources of each node of the cluster."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def check_capacity(settings: PretrainSettings) -> None:
     """Checks that the cluster can hold the workers and the evaluation, because Ray would wait for them without end.
 
@@ -157,7 +200,7 @@ def check_capacity(settings: PretrainSettings) -> None:
     """
     if settings.scaling.wait_for_nodes:
         return
-    if problem := shortage(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]]):
+    if problem := shortage(settings, alive_nodes()):
         raise ValueError(problem)
 
 

@@ -24,6 +24,7 @@ import torch
 from vmoco.config import PretrainSettings
 from vmoco.data import augment
 from vmoco.data.clip_cache import cache_for
+from vmoco.data.fit import check_fits, span
 from vmoco.data.manifest import Manifest
 from vmoco.data.plan import Draws, Int64Array, Plan
 from vmoco.data.shard_reader import ClipReader
@@ -235,7 +236,7 @@ class Loader:
         frames = self._memory.take(shape)
         target = frames.numpy()
         starts = self._window_starts(window_seeds).tolist()
-        windows = (range(start, start + _span(self._settings), data.stride) for start in starts)
+        windows = (range(start, start + span(self._settings), data.stride) for start in starts)
         for place, window in enumerate(self._reader.several(clips.tolist(), windows)):
             target[place] = window
         table = augment.draw(self._view_seeds(draws, name), self._settings.augment, height=height, width=width)
@@ -251,41 +252,5 @@ class Loader:
 
     def _window_starts(self, seeds: UInt64Array) -> Int64Array:
         """First frame of each training clip in its stored clip."""
-        places = self._manifest.frame_shape[0] - _span(self._settings) + 1
+        places = self._manifest.frame_shape[0] - span(self._settings) + 1
         return np.floor(uniform(seeds, hash64("window")) * places).astype(np.int64)
-
-
-def check_fits(manifest: Manifest, settings: PretrainSettings) -> None:
-    """Checks that a run can be trained on a data set.
-
-    Raises:
-        ValueError: clips too short or too small for the settings, or no clip to train on.
-    """
-    stored_frames, height, width, _ = manifest.frame_shape
-    span, size = _span(settings), settings.augment.size
-    if span > stored_frames:
-        raise ValueError(
-            f"--data.num-frames {settings.data.num_frames} at --data.stride {settings.data.stride} spans {span} "
-            f"frames, the clips of {manifest.uri} have {stored_frames}: lower one of them, or ingest longer clips"
-        )
-    if size > min(height, width):
-        raise ValueError(
-            f"--augment.size {size} is larger than the stored frames of {manifest.uri} ({height}x{width}): lower it, "
-            "or ingest with a larger --height and --width"
-        )
-    if manifest.counts["videos"] == manifest.counts["held_out"]:
-        raise ValueError(f"every video of {manifest.uri} is held out: ingest more videos, or lower --held-out-percent")
-    if settings.data.positives == "two_clips" and span == stored_frames and not _has_second_clips(manifest):
-        raise ValueError(
-            f"--data.positives two_clips: each video of {manifest.uri} has a single clip of --data.num-frames x "
-            f"--data.stride = {span} frames, so lower one of them, ingest more clips, or give same_clip"
-        )
-
-
-def _has_second_clips(manifest: Manifest) -> bool:
-    videos = manifest.table.filter(pc.invert(manifest.table["held_out"]))["video_id"]
-    return len(videos) > len(videos.unique())
-
-
-def _span(settings: PretrainSettings) -> int:
-    return (settings.data.num_frames - 1) * settings.data.stride + 1

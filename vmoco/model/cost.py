@@ -83,7 +83,7 @@ def step_cost(settings: PretrainSettings, *, bf16: bool) -> StepCost:
     activations = sum(size for storage, size in saved.items() if storage not in weights) // len(clips)
     activations = activations // 2 if bf16 else activations
     forward = counter.get_total_flops() / len(clips)
-    ranks = settings.scaling.num_workers
+    ranks = settings.scaling.num_workers or 1  # 0 before the run knows its cluster
     learns_from = settings.num_generator_clips / train.micro_batch
     adversarial = (2 if learns_from == 1 else 3 * learns_from) * forward
     if settings.generator.objective == "contrast":

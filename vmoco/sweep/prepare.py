@@ -8,10 +8,12 @@ import json
 from dataclasses import dataclass
 
 from vmoco import storage
-from vmoco.config import PretrainSettings, RunSettings, TrackingSettings
+from vmoco.config import PretrainSettings, RunSettings
+from vmoco.data.fit import fit_to_data
 from vmoco.data.manifest import Manifest
 from vmoco.evaluate.score import scored_clips
 from vmoco.job_settings import SweepSettings
+from vmoco.places import TrackingSettings
 from vmoco.sweep import space as spaces
 from vmoco.sweep.record import Sweep, Trial, read_sweep
 from vmoco.sweep.space import Point, Points, Space, Values, as_text, load_space
@@ -111,6 +113,11 @@ def prepare(settings: SweepSettings) -> PreparedSweep:
         ValueError: space, data, storage or metric cannot be used, or the name belongs to another sweep.
     """
     base = settings.pretrain
+    if base.data.uri:
+        base, _ = fit_to_data(base, Manifest.load(storage.absolute_uri(base.data.uri)))
+    if not base.scaling.num_workers:  # trials side by side waste less than workers that wait for each other
+        base = base.model_copy(update={"scaling": base.scaling.model_copy(update={"num_workers": 1})})
+    settings = settings.model_copy(update={"pretrain": base})
     if not base.evaluation.enabled:
         raise ValueError("--evaluation.no-enabled leaves a sweep without a score: leave the flag out")
     axes = load_space(settings.space)

@@ -14,13 +14,12 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from vmoco import job, ray_internals, storage, tracking
-from vmoco.cluster.reservation import trials_at_once
+from vmoco.cluster.reservation import alive_nodes, fit_to_cluster, trials_at_once
 from vmoco.config import PretrainSettings
 from vmoco.job_settings import RegisterSettings
 from vmoco.sweep.prepare import PreparedSweep
@@ -85,8 +84,12 @@ def run_sweep(prepared: PreparedSweep, *, show: Callable[[str], None]) -> Sweep:
     for reason in prepared.refused:
         show(f"warning: left out, because it is not valid: {reason}")
     num_shown = len(prepared.refused)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    at_once = trials_at_once([settings.pretrain, *(each.settings for each in prepared.runs)], nodes)
+    nodes = alive_nodes()
+    planned = [settings.pretrain, *(each.settings for each in prepared.runs)]
+    fitted = [fit_to_cluster(each, nodes) for each in planned]
+    for line in fitted[0][1]:
+        show(f"each trial: {line}")
+    at_once = trials_at_once([each for each, _ in fitted], nodes)
     check_places(prepared.runs[0].settings if prepared.runs else settings.pretrain, show=show)
     at_once = min(at_once, settings.max_concurrent or at_once)
     if sweep.parent_run:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vmoco import ray_internals, storage, tracking
 from vmoco.cluster.check import check_nodes
-from vmoco.cluster.reservation import NAMESPACE, Reservation, check_capacity
+from vmoco.cluster.reservation import NAMESPACE, Reservation, alive_nodes, check_capacity, fit_to_cluster
 from vmoco.config import PretrainSettings
 from vmoco.encoders import registry
 from vmoco.encoders.promotion import Score
@@ -79,6 +79,8 @@ def pretrain(
             error that the user has to fix.
         ray.train.TrainingFailedError: the workers failed more often than --scaling.max-failures allows.
     """
+    fitted, chosen = fit_to_cluster(prepared.settings, alive_nodes())
+    prepared = replace(prepared, settings=fitted, fitted=(*prepared.fitted, *chosen))
     check_capacity(prepared.settings)
     if parent_run is None:  # a sweep has checked them once for all its trials
         check_places(prepared.settings, show=show)

@@ -15,8 +15,8 @@ import torch
 
 from vmoco import storage, tracking
 from vmoco.config import PretrainSettings
+from vmoco.data.fit import check_fits, epoch_clips, fit_to_data
 from vmoco.data.held_out import scoring_problem
-from vmoco.data.loader import check_fits
 from vmoco.data.manifest import Manifest
 from vmoco.encoders import package
 from vmoco.model.cost import SCORE_SECONDS, scoring_seconds
@@ -38,14 +38,16 @@ class PreparedRun:
     """URI of the run's folder."""
     finished: str | None
     """Where its encoder is, if this run has finished: a URI of MLflow, or of a trial's last checkpoint."""
+    fitted: tuple[str, ...] = ()
+    """What was chosen to fit the data set, one line each."""
 
 
 @dataclass(frozen=True)
 class Run(PreparedRun):
     """A run that has its folder and its MLflow run."""
 
-    run_id: str
-    is_new: bool
+    run_id: str = ""
+    is_new: bool = True
     start: str = ""
     """Which weights of `model.init` it starts from, in words."""
     warning: str = ""
@@ -79,6 +81,7 @@ def prepare(settings: PretrainSettings) -> PreparedRun:
         }
     )
     manifest = Manifest.load(resolved.data.uri)
+    resolved, fitted = fit_to_data(resolved, manifest)
     check_fits(manifest, resolved)
     folder = storage.join(storage.absolute_uri(place), name)
     storage.check_writable(folder)
@@ -109,7 +112,7 @@ def prepare(settings: PretrainSettings) -> PreparedRun:
     ended = record is not None and record.get("finished_step", resolved.train.steps) >= resolved.last_step
     if not ended:
         _checkpoint_space(resolved, folder)
-    return PreparedRun(resolved, manifest, folder, record["finished"] if record and ended else None)
+    return PreparedRun(resolved, manifest, folder, record["finished"] if record and ended else None, tuple(fitted))
 
 
 def _checkpoint_space(settings: PretrainSettings, folder: str) -> str:
@@ -225,7 +228,7 @@ def introduce(run: Run) -> list[str]:
     """Lines to print before the first step: where the run is, its size, and warnings."""
     settings, counts = run.settings, run.manifest.counts
     moco, train = settings.moco, settings.train
-    epoch = (counts["videos"] - counts["held_out"]) * settings.data.draws_per_video
+    epoch = epoch_clips(settings, run.manifest)
     lines = [
         f"run {settings.run.name}: {'new' if run.is_new else 'resumed'}, folder {run.folder}",
         f"tracked as {run.run_id} in {tracking.tracking_uri()}",
@@ -236,6 +239,7 @@ def introduce(run: Run) -> list[str]:
         f"the generator drops {settings.num_dropped} of {settings.data.num_frames} frames from step "
         f"{settings.generator_start}; the oldest of {moco.queue_size} keys weighs {_oldest_key(settings)}",
     ]
+    lines += run.fitted
     lines.append(f"checkpoints: {_checkpoint_space(settings, run.folder)}")
     if settings.model.init:
         lines.append(f"starts from {run.start or settings.model.init}")

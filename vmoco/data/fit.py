@@ -1,0 +1,111 @@
+"""A run and its data set: settings that follow from the data, and whether it can be trained on."""
+
+from __future__ import annotations
+
+import math
+
+import pyarrow.compute as pc
+
+from vmoco.config import PretrainSettings
+from vmoco.data.manifest import Manifest
+from vmoco.presets import PRESETS
+from vmoco.settings import flag
+
+
+def fit_to_data(settings: PretrainSettings, manifest: Manifest) -> tuple[PretrainSettings, list[str]]:
+    """The settings with numbers where they are relative to the data set, and lines that say what was chosen.
+
+    Settings that are fitted already stay as they are, so a run that is resumed gets its own again.
+
+    Raises:
+        ValueError: both ways to give a number were used.
+    """
+    lines = []
+    steps, warmup = settings.train.steps, settings.train.warmup_steps
+    epochs, percent = settings.train.epochs, settings.train.warmup_percent
+    if epochs is not None and _counts(settings, "epochs", "steps"):
+        epoch = epoch_clips(settings, manifest)
+        steps = max(1, round(epochs * epoch / settings.train.global_batch))
+        lines.append(f"{epochs:g} epochs of {epoch:,} clips are {steps:,} steps of {settings.train.global_batch}")
+    if percent is not None and _counts(settings, "warmup_percent", "warmup_steps"):
+        warmup = math.floor(steps * percent / 100)
+    stride = _fitting_stride(settings, manifest.frame_shape[0])
+    if stride != settings.data.stride:
+        lines.append(
+            f"--data.stride {stride}, and not {settings.data.stride} as in preset {settings.preset}, because the clips "
+            f"of {manifest.uri} have {manifest.frame_shape[0]} frames: ingest with --num-frames "
+            f"{span(settings)} for longer ones"
+        )
+    values = settings.model_dump()
+    values["train"] |= {"steps": steps, "epochs": None, "warmup_steps": warmup, "warmup_percent": None}
+    values["data"]["stride"] = stride
+    return PretrainSettings(**values), lines
+
+
+def epoch_clips(settings: PretrainSettings, manifest: Manifest) -> int:
+    """Number of clips that one epoch draws."""
+    counts = manifest.counts
+    return (counts["videos"] - counts["held_out"]) * settings.data.draws_per_video
+
+
+def _counts(settings: PretrainSettings, share: str, number: str) -> bool:
+    """Whether a share counts, and not the number. Where both are set, one comes from the preset, and the other counts.
+
+    Raises:
+        ValueError: both were given.
+    """
+    train = settings.train
+    if not getattr(train, number):
+        return True
+    preset = PRESETS[settings.preset][1].train if settings.preset in PRESETS else None
+    own = [name for name in (share, number) if not preset or getattr(train, name) != getattr(preset, name)]
+    if len(own) == 2:
+        values = [f"{flag('train', name)} {getattr(train, name):g}" for name in own]
+        raise ValueError(f"{values[0]} and {values[1]} both say the same thing: leave one of them out")
+    return own == [share]
+
+
+def _fitting_stride(settings: PretrainSettings, stored_frames: int) -> int:
+    """The stride of the settings, or a smaller one if it is the preset's and the stored clips are too short for it."""
+    data, preset = settings.data, PRESETS.get(settings.preset)
+    if preset is None or data.stride != preset[1].data.stride:
+        return data.stride
+    longest = (stored_frames - 1) // (data.num_frames - 1)
+    return min(data.stride, longest) if longest else data.stride
+
+
+def check_fits(manifest: Manifest, settings: PretrainSettings) -> None:
+    """Checks that a run can be trained on a data set.
+
+    Raises:
+        ValueError: clips too short or too small for the settings, or no clip to train on.
+    """
+    stored_frames, height, width, _ = manifest.frame_shape
+    frames, size = span(settings), settings.augment.size
+    if frames > stored_frames:
+        raise ValueError(
+            f"--data.num-frames {settings.data.num_frames} at --data.stride {settings.data.stride} spans {frames} "
+            f"frames, the clips of {manifest.uri} have {stored_frames}: lower one of them, or ingest longer clips"
+        )
+    if size > min(height, width):
+        raise ValueError(
+            f"--augment.size {size} is larger than the stored frames of {manifest.uri} ({height}x{width}): lower it, "
+            "or ingest with a larger --height and --width"
+        )
+    if manifest.counts["videos"] == manifest.counts["held_out"]:
+        raise ValueError(f"every video of {manifest.uri} is held out: ingest more videos, or lower --held-out-percent")
+    if settings.data.positives == "two_clips" and frames == stored_frames and not _has_second_clips(manifest):
+        raise ValueError(
+            f"--data.positives two_clips: each video of {manifest.uri} has a single clip of --data.num-frames x "
+            f"--data.stride = {frames} frames, so lower one of them, ingest more clips, or give same_clip"
+        )
+
+
+def _has_second_clips(manifest: Manifest) -> bool:
+    videos = manifest.table.filter(pc.invert(manifest.table["held_out"]))["video_id"]
+    return len(videos) > len(videos.unique())
+
+
+def span(settings: PretrainSettings) -> int:
+    """Number of stored frames from the first to the last one of a training clip."""
+    return (settings.data.num_frames - 1) * settings.data.stride + 1
