@@ -28,7 +28,7 @@ GROUPS = {name: type(value) for name, value in TINY if isinstance(value, Setting
 # Settings that change no number of a run: its name, its paths, how often it reports, where it runs.
 SILENT = {
     *{("run", name) for name in ("name", "storage")},
-    *{("data", name) for name in ("uri", "batches_ahead", "cache", "cache_gib")},
+    *{("data", name) for name in ("uri", "batches_ahead", "loader_threads", "cache", "cache_gib")},
     *{("train", name) for name in ("stop_after", "log_every", "checkpoint_every", "keep_checkpoints", "keep_best")},
     *{(group, name) for group in ("scaling", "evaluation", "tracking") for name in GROUPS[group].model_fields},
 }

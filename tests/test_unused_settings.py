@@ -114,7 +114,10 @@ IN_USE = {("data", "two_clips_from_percent")}
 # Fields that always have an effect. A new field belongs here or into a case.
 ALWAYS = {
     "run": {"name", "storage", "fork", "seed"},
-    "data": {"uri", "num_frames", "stride", "draws_per_video", "two_clips_from_percent", "batches_ahead"},
+    "data": {
+        *("uri", "num_frames", "stride", "draws_per_video", "two_clips_from_percent", "batches_ahead"),
+        "loader_threads",
+    },
     "augment": {"size", "min_area", "grey_probability", "blur_probability", "flip_probability", "standardise"},
     "model": {"backbone", "embedding_dim", "head", "init"},
     "moco": {"queue_size", "momentum", "temperature", "reversed_negatives_percent"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import resource
 import sys
@@ -53,6 +54,16 @@ def test_frames_are_those_of_the_shard(manifest: Manifest, numbers: range | list
     order = [5, 0, 23, 23, 7]
     for clip, frames in zip(order, reader.several(order, [numbers] * 5), strict=True):
         np.testing.assert_array_equal(frames, expected[clip][at])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_change_no_clip(manifest: Manifest, threads: int) -> None:
+    """The same frames in the same order, on the first read, which hashes a clip, and on the second."""
+    reader, expected = ClipReader.of(manifest, threads=threads), stored_clips(manifest)
+    order = [*range(len(expected)), 3, 3, 0]
+    for _ in range(2):
+        for clip, frames in zip(order, reader.several(order, itertools.repeat(range(1, 10, 4))), strict=True):
+            np.testing.assert_array_equal(frames, expected[clip][1:10:4])
 
 
 def test_only_the_frames_that_are_asked_for_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

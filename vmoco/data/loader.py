@@ -137,7 +137,7 @@ class Loader:
         self.clip_ids: list[str] = self._rows["clip_id"].to_pylist()
         data = settings.data
         cache = cache_for(manifest.uri, folder=data.cache, gib=data.cache_gib)
-        self._reader = ClipReader.of(manifest, self._rows, cache=cache)
+        self._reader = ClipReader.of(manifest, self._rows, cache=cache, threads=data.loader_threads)
         videos = self._rows["video_id"].combine_chunks().dictionary_encode()
         names = videos.dictionary.to_pylist()
         # A hash and not an index, so that a key still names its video when the data set grows between two runs.

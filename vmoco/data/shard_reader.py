@@ -33,8 +33,8 @@ MAX_OPEN = 64
 """Shards that a reader keeps open: memory maps, or connections to a store."""
 _FETCH_THREADS = 16
 """Clips that are fetched from remote shards at once: each waits for one round trip to the store."""
-_DECODE_THREADS = 8
-"""Most threads that decode JPEGs; the decoder lets other threads run."""
+_MOST_THREADS = 8
+"""Most threads that hash and decode clips of this machine's disk; while they do, other threads run."""
 _PIECE = 2**22  # bytes
 _FIX = "restore the shard, or remove it and run jobs/ingest.py again"
 
@@ -51,6 +51,7 @@ class ClipReader:
         crop: cut off the padding of pictures that do not fill the frame; `rows` then has their height and width.
         cache: for clips of remote shards that are read more than once; without one they are fetched each time.
         max_open: shards that are kept open; the one that was used longest ago is closed first.
+        threads: that read several clips at once; 0 chooses.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class ClipReader:
         crop: bool = False,
         cache: ClipCache | None = None,
         max_open: int = MAX_OPEN,
+        threads: int = 0,
     ) -> None:
         self._uri, self._frame_shape, self._encoding, self._shard_bytes = uri, frame_shape, encoding, shard_bytes or {}
         self._clip_ids = rows["clip_id"].combine_chunks()
@@ -77,14 +79,19 @@ class ClipReader:
         self._open: OrderedDict[int, Future[Any]] = OrderedDict()
         self._max_open = max_open
         self._lock = threading.Lock()  # of `_open`; never held while a file is opened or read
-        threads = _FETCH_THREADS if self._is_remote else min(_DECODE_THREADS, os.cpu_count() or 1)
-        # A view of a mapped file costs less than a task of a pool.
-        self._pool = ThreadPoolExecutor(threads, "clips") if self._is_remote or encoding == "jpeg" else None
+        threads = threads or (_FETCH_THREADS if self._is_remote else min(_MOST_THREADS, os.cpu_count() or 1))
+        self._pool = ThreadPoolExecutor(threads, "clips") if threads > 1 or self._is_remote else None
         self._ahead = 2 * threads
 
     @classmethod
     def of(
-        cls, manifest: Manifest, rows: pa.Table | None = None, *, crop: bool = False, cache: ClipCache | None = None
+        cls,
+        manifest: Manifest,
+        rows: pa.Table | None = None,
+        *,
+        crop: bool = False,
+        cache: ClipCache | None = None,
+        threads: int = 0,
     ) -> ClipReader:
         """A reader of some rows of a manifest's table, or of all."""
         return cls(
@@ -95,6 +102,7 @@ class ClipReader:
             shard_bytes={name: file.num_bytes for name, file in manifest.shards.items()},
             crop=crop,
             cache=cache,
+            threads=threads,
         )
 
     def frames(self, clip: int, numbers: Sequence[int] | None = None) -> Frames:
@@ -124,7 +132,7 @@ class ClipReader:
     def several(
         self, clips: Iterable[int], numbers: Iterable[Sequence[int] | None] = itertools.repeat(None)
     ) -> Iterator[Frames]:
-        """`frames` of each clip, in the order asked for; JPEG and remote clips are read by several threads.
+        """`frames` of each clip, in the order asked for; several threads fetch, hash and decode what needs it.
 
         Reads only a few clips ahead of the caller, so any number of clips may be asked for.
         """
@@ -134,7 +142,7 @@ class ClipReader:
         waiting: deque[Future[Frames]] = deque()
         try:
             for clip, wanted in zip(clips, numbers, strict=False):
-                waiting.append(self._pool.submit(self.frames, clip, wanted))
+                waiting.append(self._start(self._pool, clip, wanted))
                 if len(waiting) == self._ahead:
                     yield waiting.popleft().result()
             while waiting:
@@ -142,6 +150,14 @@ class ClipReader:
         finally:
             for future in waiting:
                 future.cancel()
+
+    def _start(self, pool: ThreadPoolExecutor, clip: int, numbers: Sequence[int] | None) -> Future[Frames]:
+        """`frames` in a thread; of a raw clip on disk that was read before, here: a view costs less than a thread."""
+        if self._is_remote or self._encoding != "raw" or not self._checked[clip]:
+            return pool.submit(self.frames, clip, numbers)
+        future: Future[Frames] = Future()
+        future.set_result(self.frames(clip, numbers))
+        return future
 
     def _stored(self, clip: int) -> memoryview:
         """The stored bytes of a clip, hashed when they are read for the first time."""
