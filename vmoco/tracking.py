@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import logging
 import os
+import subprocess
 import tempfile
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +80,31 @@ def _check_database(path: str) -> None:
     storage.check_writable(os.path.dirname(os.path.abspath(path)))
 
 
+@dataclass(frozen=True)
+class DataInput:
+    """The data set of a run, as MLflow shows it beside the run's parameters."""
+
+    uri: str
+    digest: str
+    """Hash of its manifest."""
+    counts: Mapping[str, int]
+    """Clips, videos and so on."""
+
+
 def create_run(
-    settings: PretrainSettings, *, tags: Mapping[str, str], note: str = "", parent_run: str | None = None
+    settings: PretrainSettings,
+    *,
+    tags: Mapping[str, str],
+    data: DataInput | None = None,
+    note: str = "",
+    parent_run: str | None = None,
 ) -> str:
     """Creates the MLflow run of a pretraining, with all its settings, and returns its id.
 
     Args:
         settings: of the run.
         tags: of the run.
+        data: what it trains on.
         note: Markdown that is shown above its metrics.
         parent_run: run below which it is shown.
 
@@ -98,6 +118,7 @@ def create_run(
         tracker = client()
         experiment = _experiment(tracker, settings.tracking.experiment)
         own = {"mlflow.note.content": note} | ({"mlflow.parentRunId": parent_run} if parent_run else {})
+        own |= {"mlflow.source.git.commit": commit} if (commit := _commit()) else {}
         run = tracker.create_run(experiment, run_name=settings.run.name, tags=own | dict(tags))
         flat = [
             Param(f"{group}.{field}", str(value))
@@ -107,9 +128,37 @@ def create_run(
         for first in range(0, len(flat), 100):  # MLflow takes 100 at a time
             tracker.log_batch(run.info.run_id, params=flat[first : first + 100])
         tracker.log_text(run.info.run_id, settings.canonical_json(), "settings.json")
+        if data is not None:
+            tracker.log_inputs(run.info.run_id, datasets=[_as_input(data)])
     except MlflowException as error:
         raise _unusable(error) from error
     return str(run.info.run_id)
+
+
+def _as_input(data: DataInput) -> Any:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    scheme = data.uri.partition("://")[0] if "://" in data.uri else "local"
+    entry = Dataset(
+        name=data.uri.rstrip("/").rpartition("/")[2],
+        digest=data.digest,
+        source_type=scheme.replace("file", "local"),
+        source=json.dumps({"uri": data.uri}),
+        profile=json.dumps(dict(data.counts)),
+    )
+    return DatasetInput(dataset=entry, tags=[InputTag("mlflow.data.context", "training")])
+
+
+def _commit() -> str:
+    """Commit of this code, where it runs from a repository; with a plus if files differ from it."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return os.environ.get("VMOCO_COMMIT", "")
+    try:
+        ask = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+        return subprocess.run(ask, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git here, or a repository of another user
+        return ""
 
 
 def create_import(name: str, *, tags: Mapping[str, str]) -> str:

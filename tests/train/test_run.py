@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +225,19 @@ def test_a_setting_without_effect_is_reported_at_the_start_and_the_run_resumes(s
         run = open_run(prepare(unused))
         assert run.is_new == is_new
         assert [line for line in introduce(run) if "has no effect" in line] == expected
+
+
+def test_the_tracker_knows_data_set_and_commit(settings: PretrainSettings) -> None:
+    """MLflow shows the data set as an input of the run, with its hash, counts and place, and the commit of the code."""
+    run = open_run(prepare(settings))
+    manifest = run.manifest
+    kept = tracking.client().get_run(run.run_id)
+    (entry,) = kept.inputs.dataset_inputs
+    data = entry.dataset
+    assert (data.name, data.digest, data.source_type) == (Path(manifest.uri).name, manifest.hash, "local")
+    assert json.loads(data.source) == {"uri": manifest.uri}
+    assert json.loads(data.profile) == manifest.counts
+    assert [(tag.key, tag.value) for tag in entry.tags] == [("mlflow.data.context", "training")]
+    command = ["git", "-C", str(Path(__file__).parents[2]), "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert kept.data.tags["mlflow.source.git.commit"].removesuffix("+") == commit

@@ -161,7 +161,11 @@ def open_run(prepared: PreparedRun, *, parent_run: str | None = None) -> Run:
         start, origin = _copy_weights(settings, folder)
         tags |= origin
     run_id = tracking.create_run(
-        settings, tags={f"vmoco.{key}": value for key, value in tags.items()}, note=metrics.NOTE, parent_run=parent_run
+        settings,
+        tags={f"vmoco.{key}": value for key, value in tags.items()},
+        data=tracking.DataInput(manifest.uri, manifest.hash, manifest.counts),
+        note=metrics.NOTE,
+        parent_run=parent_run,
     )
     folder.write_run(
         {
