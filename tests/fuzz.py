@@ -53,9 +53,14 @@ def make_seeds(folder: Path) -> list[Path]:
     seeds = []
     for name, given in _SEEDS.items():
         options = {"g": KEY_FRAMES, **given.get("options", {})}
+        if given.get("codec", "libx264") == "libx264":
+            options.setdefault("x264-params", "mbtree=0")  # with it, the same pictures give other bytes each time
         if given.get("codec") == "libx265":
             options["x265-params"] += f":keyint={KEY_FRAMES}:min-keyint={KEY_FRAMES}"
-        seeds.append(videos.write_video(folder / name, noisy, **{**given, "options": options}))
+        # Without random numbers in Matroska: the same files in every run.
+        container = {**given.get("container_options", {}), "fflags": "bitexact"}
+        made = {**given, "options": options, "container_options": container}
+        seeds.append(videos.write_video(folder / name, noisy, **made))
     return seeds
 
 
@@ -236,7 +241,7 @@ def reported_seconds(path: Path) -> list[float]:
     conceals.
     """
     reported: set[int] = set()
-    marked: list[float] = []
+    marked: list[tuple[int, float]] = []
     shown: list[tuple[float, bool]] = []
     try:
         with (
@@ -261,7 +266,6 @@ def reported_seconds(path: Path) -> list[float]:
                     frames, bad = [], True
                 bad = bad or packet.is_corrupt or _reports(log)
                 log.clear()
-                marked += [frame.time for frame in frames if frame.is_corrupt and frame.time is not None]
                 if time is not None and packet.size:
                     shown.append((time, packet.is_keyframe))
                     reported |= {len(shown) - 1} if bad else set()
@@ -269,11 +273,13 @@ def reported_seconds(path: Path) -> list[float]:
                         time < key
                     ):  # shown before the key frame that precedes it in the file: no later frame refers to it
                         bad = before
+                marked += [(len(shown), frame.time) for frame in frames if frame.is_corrupt and frame.time is not None]
     except Exception:  # the frames before the error count
         pass
-    for time in marked:  # a decoder gives a frame some packets after the one that holds it
-        until = min((at for at, key in shown if key and at > time), default=float("inf"))
-        reported |= {number for number, (at, _) in enumerate(shown) if time <= at < until}
+    for given, time in marked:  # a decoder gives a frame some packets after the one that holds it
+        owner = max((number for number, (at, _) in enumerate(shown[:given]) if at == time), default=0)
+        until = min((at for at, key in shown[owner + 1 :] if key and at > time), default=float("inf"))
+        reported |= {number for number, (at, _) in enumerate(shown) if number >= owner and time <= at < until}
     others = {at for number, (at, _) in enumerate(shown) if number not in reported}
     return sorted({shown[number][0] for number in reported} - others)
 
