@@ -140,7 +140,7 @@ def _compare(
                 held = [
                     at
                     for clip in clips_of[video]
-                    for at in fuzz.held(plain.reported, float(starting[clip]), fps=rates[clip])
+                    for at in fuzz.held(plain.reported, float(starting[clip]), fps=rates[clip] * fuzz.STRIDE)
                 ]
                 wrong += [f"{video!r} has a clip with a frame that was reported, at {at:.2f} s" for at in held[:1]]
                 continue
