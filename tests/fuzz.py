@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,6 @@ from vmoco.data.video import FORMATS
 
 SIZE, NUM_FRAMES, STRIDE = (24, 32), 8, 2
 MAX_CLIPS = 4
-SECONDS = (NUM_FRAMES - 1) * STRIDE / 25
-"""Seconds from the first to the last frame of a clip."""
 FRAMES, KEY_FRAMES = 72, "12"
 """Frames of an undamaged video, and frames from one of its key frames to the next."""
 
@@ -282,6 +280,12 @@ def reported_seconds(path: Path) -> list[float]:
         reported |= {number for number, (at, _) in enumerate(shown) if number >= owner and time <= at < until}
     others = {at for number, (at, _) in enumerate(shown) if number not in reported}
     return sorted({shown[number][0] for number in reported} - others)
+
+
+def held(reported: Iterable[float], start: float, *, fps: float) -> list[float]:
+    """Those of the times that lie in the clip that begins at `start`; damage may have changed the rate of the file."""
+    near = min(1e-3, 0.1 / fps)
+    return [at for at in reported if -near <= at - start <= (NUM_FRAMES - 1) * STRIDE / max(fps, 25) + near]
 
 
 @contextlib.contextmanager

@@ -55,6 +55,8 @@ def lowest_environment(folder: Path, root: str, without: Iterable[str] = ()) -> 
     """
     wanted = named(root)
     pins = {name: version for name, version in lowest(wanted).items() if name not in REUSED}
+    if "mlflow" in pins:  # which asks for its own version of the other
+        pins["mlflow-skinny"] = pins["mlflow"]
     reused = requirements(map(str, wanted)) - set(pins)
     # Outside of the environment: pip takes what is there, and removes nothing from it.
     linked = folder.with_name(f"{folder.name}-linked")

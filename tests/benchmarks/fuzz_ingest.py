@@ -128,7 +128,7 @@ def _compare(
     for clip, video in enumerate(manifest.table["video_id"].to_pylist()):
         clips_of.setdefault(video, []).append(clip)
     starting = manifest.table["start_seconds"].to_pylist()
-    notes = manifest.table["notes"].to_pylist()
+    notes, rates = manifest.table["notes"].to_pylist(), manifest.table["fps"].to_pylist()
     reader = ClipReader.of(manifest)
     decodable = sorted(name for name in names if (folder / "in" / name).is_file())
     for name, plain in plainly([folder / "in" / name for name in decodable]).items():
@@ -137,8 +137,11 @@ def _compare(
             own = [reader.frames(clip) for clip in clips_of[video]]
             kept.add(video, own)
             if video in damaged:
-                starts = [float(starting[clip]) for clip in clips_of[video]]
-                held = [at for at in plain.reported for start in starts if -1e-3 <= at - start <= fuzz.SECONDS + 1e-3]
+                held = [
+                    at
+                    for clip in clips_of[video]
+                    for at in fuzz.held(plain.reported, float(starting[clip]), fps=rates[clip] * fuzz.STRIDE)
+                ]
                 wrong += [f"{video!r} has a clip with a frame that was reported, at {at:.2f} s" for at in held[:1]]
                 continue
             if plain.frames is None:

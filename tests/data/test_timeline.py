@@ -5,9 +5,10 @@ from __future__ import annotations
 from fractions import Fraction
 
 import numpy as np
+import pytest
 
 from vmoco.data.clips import ClipPlan, Int64Array
-from vmoco.data.timeline import Timeline, filled, find_seams, lay_out, on_clock, when_shown
+from vmoco.data.timeline import Timeline, filled, find_cut_in, find_seams, lay_out, on_clock, when_shown
 
 MILLISECOND = Fraction(1, 1000)
 
@@ -74,3 +75,26 @@ def test_seconds_count_on_the_clock_of_the_container() -> None:
     assert (equal.start_seconds, equal.end_seconds) == (2.0, 3.5)
     assert on_clock(ClipPlan(8), film) == ClipPlan(8)
     assert on_clock(plan, Timeline(stamps(), stamps(), MILLISECOND, 25.0)) == plan
+
+
+@pytest.mark.parametrize(
+    ("begins", "keys", "early", "found"),
+    [
+        (0, (0, 4), 0, []),  # with a key frame
+        (0, (2,), 0, [8]),  # without one
+        (0, (0, 4), 1, [8]),  # with one, and a frame is shown before it
+        (0, (), 0, [8]),  # no key frame at all
+        (20_000, (2,), 0, []),  # a gap: the frames before it are there
+        (80 - 2**33, (2,), 0, []),  # the clock has reached its largest value
+    ],
+)
+def test_recordings_that_lack_their_first_references(
+    begins: int, keys: tuple[int, ...], early: int, found: list[int]
+) -> None:
+    """Only where another recording begins, and its first frames refer to others; not where one recording goes on."""
+    shown = np.array([*range(1000, 1080, 10), *range(begins, begins + 80, 10)], np.int64)
+    if early:  # the second packet after the seam is shown before the first one
+        shown[9] = shown[8] - 1
+    decoding = np.array([*range(990, 1070, 10), *range(begins - 10, begins + 70, 10)], np.int64)
+    is_key = [number in (0, 4) for number in range(8)] + [number in keys for number in range(8)]
+    assert find_cut_in(shown, decoding, is_key, (8,)) == found

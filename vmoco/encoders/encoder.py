@@ -117,7 +117,9 @@ class Encoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights, in which the network computes: float32 unless it was changed, as by `half()`."""
-        return next((weights.dtype for weights in self.backbone.parameters()), torch.float32)
+        for weights in self.backbone.parameters():  # a loop, because torch 2.7 does not compile `next` of a generator
+            return weights.dtype
+        return torch.float32
 
     @property
     def min_frames(self) -> int:
