@@ -104,7 +104,7 @@ CASES: dict[str, tuple[Groups, Groups]] = {
     "workers not elastic": ({"scaling": {"num_workers": 2}}, {"scaling": {"min_workers": 2, "resize_seconds": 5.0}}),
     "no evaluation": (
         {"evaluation": {"enabled": False}},
-        {"evaluation": {"num_cpus": 3, "use_gpu": True}, "train": {"keep_best": 4}},
+        {"evaluation": {"num_cpus": 3, "device": "gpu"}, "train": {"keep_best": 4}},
     ),
     "not registered": ({"tracking": {"register_as": None}}, {"tracking": {"alias": "best-of-march"}}),
 }
@@ -207,7 +207,7 @@ def test_settings_in_use_are_not_reported() -> None:
         "train": {"warmup_steps": 2, "stop_after": 3, "keep_best": 4, **dict.fromkeys(get_args(SpeedSwitch), True)},
         "model": {"backbone": "r2plus1d_nano"},
         "scaling": {"num_workers": 2, "min_workers": 1, "resize_seconds": 5.0, "device": "gpu"},
-        "evaluation": {"num_cpus": 3, "use_gpu": True},
+        "evaluation": {"num_cpus": 3, "device": "gpu"},
         "tracking": {"register_as": "mine", "alias": "best-of-march"},
     }
     assert without_effect(changed(BASE, **active)) == {}

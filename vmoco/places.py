@@ -9,6 +9,18 @@ from pydantic import Field, model_validator
 from vmoco.settings import Settings
 
 Device = Literal["auto", "cpu", "gpu"]
+ScoringDevice = Literal["auto", "cpu", "gpu", "shared-gpu"]
+
+GPU_SHARE = 0.02
+"""Part of a GPU that Ray counts for the evaluation on a GPU that a worker uses too. It limits neither memory nor time.
+So small that the rests of a node's GPUs never look like one GPU more, up to 48 GPUs."""
+
+
+def _device_for_use_gpu(values: Any) -> Any:
+    if isinstance(values, dict) and isinstance(values.get("use_gpu"), bool):
+        rest = {name: value for name, value in values.items() if name != "use_gpu"}
+        return {"device": "gpu" if values["use_gpu"] else "cpu", **rest}
+    return values
 
 
 class ScalingSettings(Settings):
@@ -44,10 +56,7 @@ class ScalingSettings(Settings):
     @classmethod
     def _read_earlier(cls, values: Any) -> Any:
         """Runs and encoders from before `device` have `use_gpu`."""
-        if isinstance(values, dict) and isinstance(values.get("use_gpu"), bool):
-            rest = {name: value for name, value in values.items() if name != "use_gpu"}
-            return {"device": "gpu" if values["use_gpu"] else "cpu", **rest}
-        return values
+        return _device_for_use_gpu(values)
 
 
 class EvaluationSettings(Settings):
@@ -59,11 +68,23 @@ class EvaluationSettings(Settings):
     """Whether checkpoints are scored."""
     num_cpus: int = Field(1, ge=0)
     """Number of CPU cores reserved for scoring. 0 shares the cores of the workers, for a small machine."""
-    use_gpu: bool = False
-    """Reserves a GPU for scoring. Otherwise checkpoints are scored on CPUs, which takes hours for a large network."""
+    device: ScoringDevice = "auto"
+    """Where checkpoints are scored: on CPUs (hours for a large network), a GPU of its own, or a worker's GPU, which
+    slows the workers meanwhile. auto, if workers use GPUs, takes a free GPU, else a worker's."""
     max_videos: int = Field(500, ge=2)
     """Largest number of held-out videos used for a score, with up to 8 clips each, and 4 of them also played
     backwards. Lower it to score faster."""
+
+    @property
+    def use_gpu(self) -> bool:
+        """Whether checkpoints are scored on a GPU; not before `reservation.fit_to_cluster`, if it depends on it."""
+        return self.device in ("gpu", "shared-gpu")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_earlier(cls, values: Any) -> Any:
+        """Runs and encoders from before `device` have `use_gpu`."""
+        return _device_for_use_gpu(values)
 
 
 class TrackingSettings(Settings):

@@ -14,7 +14,7 @@ from tests.train.test_step import changed
 from vmoco.cluster.check import NodeReport, estimate, find_problems, skew
 from vmoco.cluster.gpus import Gpu
 from vmoco.cluster.local import LocalCluster
-from vmoco.model.cost import Speed
+from vmoco.model.cost import GPU_PROCESS_BYTES, Speed
 from vmoco.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -102,11 +102,23 @@ def test_time_follows_the_measured_speed_and_memory_the_smallest_gpu() -> None:
     hours = 187_500 * 256 * 5 * 162.1e9 / 8 / 40e12 / 3600
     assert f"about {hours / 24:.0f} days" in slow[-1] or f"about {hours:.1f} hours" in slow[-1]
     assert slow[-1] != fast[-1]
-    _, problems = estimate(settings, None, gpu_bytes=8 * 2**30)
+    lines, problems = estimate(settings, None, gpu_bytes=8 * 2**30)
+    assert "of each worker's GPU with CUDA, NCCL and cuDNN, and" in lines[2]
     assert len(problems) == 1
     assert "the smallest GPU has 8.0: lower --train.micro-batch 32" in problems[0]
     _, problems = estimate(changed(settings, train={"micro_batch": 8}), None, gpu_bytes=8 * 2**30)
     assert problems == []
+
+
+def test_an_evaluation_on_a_workers_gpu_counts_its_memory() -> None:
+    """It is a second process on that GPU, with a CUDA context of its own."""
+    alone = changed(PRESETS["paper"][1], evaluation={"device": "gpu"})
+    shared = changed(alone, evaluation={"device": "shared-gpu"})
+    needed = []
+    for settings in (alone, shared):
+        (problem,) = estimate(settings, None, gpu_bytes=2**30)[1]
+        needed.append(float(problem.split("about ")[1].split(" GiB")[0]))
+    assert needed[1] - needed[0] == pytest.approx(GPU_PROCESS_BYTES / 2**30, abs=0.11)
 
 
 def test_a_node_that_cannot_compile_is_named_where_the_run_compiles() -> None:

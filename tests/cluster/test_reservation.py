@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -79,12 +83,103 @@ def test_a_run_takes_what_the_cluster_has(
     from vmoco.cluster.reservation import fit_to_cluster
 
     settings = changed(PRESETS["recommended"][1], scaling=scaling, evaluation={"num_cpus": evaluation_cpus})
-    fitted, (line,) = fit_to_cluster(settings, nodes)
+    fitted, (line, *_) = fit_to_cluster(settings, nodes)
     assert (fitted.scaling.device, fitted.scaling.num_workers) == (device, workers)
     assert f"--scaling.num-workers {workers}" in line
     assert ("of 64 that fit: a smaller --train.micro-batch 32 allows more" in line) == (nodes == [{"CPU": 64.0}])
     assert line.startswith(f"--scaling.device {device}: workers compute on") == ("device" not in scaling)
     assert fit_to_cluster(fitted, nodes) == (fitted, [])
+
+
+@pytest.mark.parametrize(
+    ("scaling", "given", "nodes", "device", "workers"),
+    [
+        ({}, {}, GPUS, "shared-gpu", 8),  # all GPUs train
+        ({"num_workers": 7}, {}, GPUS, "gpu", 7),
+        ({"num_workers": 8}, {}, [*GPUS, {"CPU": 4.0, "GPU": 1.0}], "gpu", 8),
+        ({"num_workers": 8, "min_workers": 4, "device": "gpu"}, {}, GPUS, "shared-gpu", 8),
+        ({"num_workers": 8, "device": "gpu", "wait_for_nodes": True}, {}, [], "shared-gpu", 8),
+        ({"num_workers": 7}, {"device": "cpu"}, GPUS, "cpu", 7),
+        ({}, {"device": "gpu"}, GPUS, "gpu", 7),
+        ({"device": "cpu"}, {}, [{"CPU": 8.0}], "cpu", 7),
+    ],
+)
+def test_scores_use_a_gpu_that_is_free_or_share_one(
+    scaling: dict[str, Any], given: dict[str, Any], nodes: list[dict[str, float]], device: str, workers: int
+) -> None:
+    """No worker loses its GPU to the scores, which take a free one, unless it was asked for; a line says so."""
+    from vmoco.cluster.reservation import fit_to_cluster, resources, shortage, worker_resources
+
+    settings = changed(PRESETS["recommended"][1], scaling=scaling, evaluation={"num_cpus": 1, **given})
+    fitted, lines = fit_to_cluster(settings, nodes)
+    assert (fitted.evaluation.device, fitted.scaling.num_workers) == (device, workers)
+    assert any(line.startswith(f"--evaluation.device {device}") for line in lines) == (not given and device != "cpu")
+    assert shortage(fitted, nodes or GPUS) is None
+    shares = [worker_resources(fitted).get("GPU", 0.0), resources(fitted.evaluation).get("GPU", 0.0)]
+    assert (
+        shares == {"cpu": [float(fitted.scaling.use_gpu), 0.0], "gpu": [1.0, 1.0], "shared-gpu": [0.98, 0.02]}[device]
+    )
+
+
+def test_a_share_of_a_gpu_needs_a_worker_with_one() -> None:
+    """On CPUs there is nothing to share, and a node without a GPU cannot hold the evaluation."""
+    from vmoco.cluster.reservation import fit_to_cluster, shortage, trials_at_once
+
+    settings = changed(SETTINGS, evaluation={"num_cpus": 1, "device": "shared-gpu"})
+    with pytest.raises(
+        ValueError, match=r"--evaluation\.device shared-gpu is the GPU of a worker, and workers compute on"
+    ):
+        fit_to_cluster(settings, [{"CPU": 4.0}])
+    shared = changed(settings, scaling={"device": "gpu", "num_workers": 2})
+    assert shortage(shared, [{"CPU": 2.0, "GPU": 2.0}, {"CPU": 8.0}]) is not None  # no CPU beside the GPUs
+    assert shortage(shared, [{"CPU": 3.0, "GPU": 2.0}]) is None
+    assert trials_at_once([shared], [{"CPU": 64.0, "GPU": 8.0}]) == 4
+
+
+_SHARES = """
+import ray
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as Within
+
+from tests.cluster.test_reservation import SETTINGS, changed
+from vmoco.cluster.reservation import resources, worker_resources
+
+settings = changed(SETTINGS, evaluation={"device": "shared-gpu"}, scaling={"device": "gpu", "num_workers": 2})
+ray.init(num_cpus=8, num_gpus=2, include_dashboard=False)
+scores, workers = placement_group([resources(settings.evaluation)]), placement_group([worker_resources(settings)] * 2)
+ray.get([scores.ready(), workers.ready()], timeout=60)
+ids = ray.remote(lambda: ray.get_runtime_context().get_accelerator_ids()["GPU"])
+asked = [
+    ids.options(
+        num_cpus=bundle.get("CPU", 0), num_gpus=bundle["GPU"], scheduling_strategy=Within(group, at)
+    ).remote()
+    for group, at, bundle in [
+        (scores, 0, resources(settings.evaluation)), *((workers, at, worker_resources(settings)) for at in range(2))
+    ]
+]
+print("ids", *(gpu for (gpu,) in ray.get(asked, timeout=60)))
+third = placement_group([worker_resources(settings)])
+print("third", third.wait(3))
+"""
+
+
+@pytest.mark.slow
+def test_ray_gives_each_worker_a_gpu_and_the_evaluation_a_part_of_one() -> None:
+    """On two GPUs that Ray only counts: no two workers share one, and there is no place for a third worker."""
+    done = subprocess.run(
+        [sys.executable, "-c", _SHARES],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "0,1", "RAY_AUTH_TOKEN": secrets.token_hex(32)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith(("ids", "third"))]
+    (scores, *workers), (third,) = lines
+    assert sorted(workers) == ["0", "1"]
+    assert scores in workers
+    assert third == "False"
 
 
 def test_nodes_that_are_to_come_are_not_guessed() -> None:

@@ -108,7 +108,7 @@ def test_scoring_fits_the_preset(preset: str) -> None:
     assert scoring_seconds(settings, num_videos=12_000) < SCORE_SECONDS / 2
     defaults = changed(settings, evaluation={"num_cpus": 1, "max_videos": 500})
     assert scoring_seconds(defaults, num_videos=12_000) > 2 * 3600
-    assert scoring_seconds(changed(defaults, evaluation={"use_gpu": True}), num_videos=12_000) < SCORE_SECONDS
+    assert scoring_seconds(changed(defaults, evaluation={"device": "shared-gpu"}), num_videos=12_000) < SCORE_SECONDS
 
 
 def test_scoring_time_is_that_of_its_forwards() -> None:

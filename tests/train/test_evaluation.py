@@ -97,7 +97,7 @@ def test_a_score_that_takes_too_long_is_cancelled(ray_cluster: LocalCluster, tmp
 
 
 def test_a_score_computes_where_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --evaluation.use-gpu off it stays on the CPU of a machine with a GPU, and its task sees none."""
+    """With --evaluation.device cpu it stays on the CPU of a machine with a GPU, and its task sees none."""
     from vmoco.train.evaluation import score_checkpoint, task_options
 
     manifest = make_data_set(tmp_path / "data", num_videos=16, clips_per_video=3, num_held_out=6)
@@ -112,9 +112,10 @@ def test_a_score_computes_where_it_is_told_to(tmp_path: Path, monkeypatch: pytes
     )
     hidden = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
     assert task_options(changed(SETTINGS, evaluation={"num_cpus": 2}), None)["runtime_env"] == hidden
-    with_gpu = task_options(changed(SETTINGS, evaluation={"use_gpu": True}), None)
-    assert with_gpu["num_gpus"] == 1
-    assert "runtime_env" not in with_gpu
+    for device, share in (("gpu", 1), ("shared-gpu", 0.02)):
+        with_gpu = task_options(changed(SETTINGS, evaluation={"device": device}), None)
+        assert with_gpu["num_gpus"] == share
+        assert "runtime_env" not in with_gpu
 
 
 def test_a_score_reads_through_the_cache_of_the_run(tmp_path: Path, store: Any, vmoco_home: Path) -> None:

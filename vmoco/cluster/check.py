@@ -27,7 +27,7 @@ from vmoco.cluster.gpus import Gpu, gpus_here, shared_gpus
 from vmoco.config import PretrainSettings
 from vmoco.data.fit import fit_to_data
 from vmoco.data.manifest import Manifest
-from vmoco.model.cost import Speed, StepCost, measure_speed, step_cost
+from vmoco.model.cost import GPU_PROCESS_BYTES, Speed, StepCost, measure_speed, step_cost
 
 _PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "numpy", "av", "mlflow")
 _OWN_DISK = (
@@ -367,11 +367,19 @@ def estimate(settings: PretrainSettings, speed: Speed | None, *, gpu_bytes: int)
         f"network: each worker sends {cost.gradient_bytes / 1e6:.0f} MB of gradients in a step",
     ]
     problems = []
-    if settings.scaling.use_gpu and gpu_bytes and cost.rank_bytes > gpu_bytes:
-        problems.append(
-            f"a worker needs about {cost.rank_bytes / 2**30:.1f} GiB of GPU memory, and the smallest GPU has "
-            f"{gpu_bytes / 2**30:.1f}: lower --train.micro-batch {settings.train.micro_batch}"
+    if settings.scaling.use_gpu:
+        shared = settings.evaluation.enabled and settings.evaluation.device == "shared-gpu"
+        needed = cost.rank_bytes + (2 if shared else 1) * GPU_PROCESS_BYTES
+        beside = "CUDA, NCCL and cuDNN" + (" and the evaluation on the same GPU" if shared else "")
+        lines.append(
+            f"memory: about {needed / 2**30:.1f} GiB of each worker's GPU with {beside}, and "
+            f"{cost.host_bytes / 2**30:.1f} GiB page-locked in its machine for batches and checkpoints"
         )
+        if gpu_bytes and needed > gpu_bytes:
+            problems.append(
+                f"a worker needs about {needed / 2**30:.1f} GiB of GPU memory, and the smallest GPU has "
+                f"{gpu_bytes / 2**30:.1f}: lower --train.micro-batch {settings.train.micro_batch}"
+            )
     if speed is None:
         lines.append(
             "time: not measured, because no node had enough free for one worker: try again when the cluster is idle"

@@ -26,7 +26,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from vmoco import ray_internals
 from vmoco.config import PretrainSettings
-from vmoco.places import EvaluationSettings
+from vmoco.places import GPU_SHARE, EvaluationSettings, ScoringDevice
 
 NAMESPACE = "vmoco"
 """Ray's namespace of our named actors, and of our records in the store of Ray's head."""
@@ -40,8 +40,17 @@ _NODES_SECONDS = 3600.0  # if an autoscaler has to add the node first
 
 def resources(settings: EvaluationSettings) -> dict[str, float]:
     """Resources that the evaluation needs; empty if it shares those of the workers."""
-    wanted = {"CPU": float(settings.num_cpus), "GPU": float(settings.use_gpu)}
+    gpus = {"gpu": 1.0, "shared-gpu": GPU_SHARE}
+    wanted = {"CPU": float(settings.num_cpus), "GPU": gpus.get(settings.device, 0.0)}
     return {name: number for name, number in wanted.items() if number and settings.enabled}
+
+
+def worker_resources(settings: PretrainSettings) -> dict[str, float]:
+    """Resources that Ray gives to each worker: it leaves the evaluation its part of a GPU that both use."""
+    worker = _worker(settings)
+    if "GPU" in worker and settings.evaluation.enabled and settings.evaluation.device == "shared-gpu":
+        worker["GPU"] -= GPU_SHARE
+    return worker
 
 
 def reserve(settings: EvaluationSettings, *, timeout: float) -> PlacementGroup | None:
@@ -58,8 +67,8 @@ def reserve(settings: EvaluationSettings, *, timeout: float) -> PlacementGroup |
         ray.util.remove_placement_group(group)
         raise ValueError(
             f"no node has {_as_text(wanted)} free for the evaluation of checkpoints (--evaluation.num-cpus "
-            f"{settings.num_cpus}): lower --evaluation.num-cpus (0 shares the CPUs of the workers), set "
-            "--evaluation.no-enabled, or add nodes"
+            f"{settings.num_cpus}, --evaluation.device {settings.device}): lower --evaluation.num-cpus (0 shares the "
+            "CPUs of the workers), choose another --evaluation.device, set --evaluation.no-enabled, or add nodes"
         )
     return group
 
@@ -153,7 +162,7 @@ def _node_of(group: PlacementGroup) -> dict[str, float]:
 def fit_to_cluster(
     settings: PretrainSettings, nodes: Sequence[Mapping[str, float]]
 ) -> tuple[PretrainSettings, list[str]]:
-    """The settings with a device and a number of workers, where these depend on the cluster; and lines that say them.
+    """The settings with devices and a number of workers, where these depend on the cluster; and lines that say them.
 
     Args:
         settings: of the run.
@@ -162,6 +171,30 @@ def fit_to_cluster(
     Raises:
         ValueError: the nodes that an autoscaler will add are not known; or a number that does not fit was chosen.
     """
+    fitted, lines = _fit_workers(settings, nodes)
+    if fitted.evaluation.enabled and fitted.evaluation.device == "shared-gpu" and not fitted.scaling.use_gpu:
+        raise ValueError(
+            "--evaluation.device shared-gpu is the GPU of a worker, and workers compute on CPUs: choose "
+            "--evaluation.device cpu or gpu, or --scaling.device gpu"
+        )
+    if fitted.evaluation.device != "auto" or not fitted.evaluation.enabled:
+        return fitted, lines
+    if not fitted.scaling.use_gpu:
+        return _scored_on(fitted, "cpu"), lines
+    alone = _scored_on(fitted, "gpu")
+    fits = _most_workers(nodes, _worker(alone), resources(alone.evaluation))
+    if not fitted.scaling.wait_for_nodes and fits >= fitted.scaling.num_workers:
+        return alone, [*lines, "--evaluation.device gpu: checkpoints are scored on a GPU that no worker uses"]
+    return _scored_on(fitted, "shared-gpu"), [
+        *lines,
+        "--evaluation.device shared-gpu: checkpoints are scored on a worker's GPU, which slows the workers meanwhile",
+    ]
+
+
+def _fit_workers(
+    settings: PretrainSettings, nodes: Sequence[Mapping[str, float]]
+) -> tuple[PretrainSettings, list[str]]:
+    """A device and a number of workers. The evaluation takes no GPU from the workers unless it was told to."""
     scaling = settings.scaling
     if scaling.device != "auto" and scaling.num_workers:
         return settings, []
@@ -185,6 +218,10 @@ def fit_to_cluster(
     what = "GPUs of the cluster" if device == "gpu" else "CPUs, because the cluster has no GPU"
     given = "" if device == scaling.device else f"--scaling.device {device}: workers compute on the {what}; "
     return PretrainSettings(**values), [f"{given}--scaling.num-workers {number}{idle}"]
+
+
+def _scored_on(settings: PretrainSettings, device: ScoringDevice) -> PretrainSettings:
+    return settings.model_copy(update={"evaluation": settings.evaluation.model_copy(update={"device": device})})
 
 
 def alive_nodes() -> list[dict[str, float]]:
@@ -255,9 +292,8 @@ def _most_workers(
     counts = [_count(node, worker) for node in nodes]
     if not beside:
         return sum(counts)
-    left = [{name: node.get(name, 0.0) - beside.get(name, 0.0) for name in {*node, *beside}} for node in nodes]
-    fits = [at for at, node in enumerate(left) if min(node.values()) >= 0]
-    return max((sum(counts) - counts[at] + _count(left[at], worker) for at in fits), default=-1)
+    left = [_left(node, beside) for node in nodes]
+    return max((sum(counts) - counts[at] + _count(rest, worker) for at, rest in enumerate(left) if rest), default=-1)
 
 
 def _count(node: Mapping[str, float], worker: Mapping[str, float]) -> int:
@@ -266,8 +302,9 @@ def _count(node: Mapping[str, float], worker: Mapping[str, float]) -> int:
 
 def _copies(settings: PretrainSettings, nodes: Sequence[Mapping[str, float]]) -> int:
     """How often all workers and the evaluation of one trial fit on the nodes."""
-    bundles = [_worker(settings)] * settings.scaling.num_workers
-    bundles += [each for each in [resources(settings.evaluation)] if each]
+    # The evaluation first: a share of a GPU is on one that a worker takes afterwards.
+    bundles = [each for each in [resources(settings.evaluation)] if each]
+    bundles += [_worker(settings)] * settings.scaling.num_workers
     free = [dict(node) for node in nodes]
     count = 0
     while all(_take(bundle, free) for bundle in bundles):
@@ -276,13 +313,23 @@ def _copies(settings: PretrainSettings, nodes: Sequence[Mapping[str, float]]) ->
 
 
 def _take(bundle: Mapping[str, float], free: list[dict[str, float]]) -> bool:
-    for node in free:
-        if all(node.get(name, 0.0) >= number for name, number in bundle.items()):
-            for name, number in bundle.items():
-                node[name] -= number
+    for at, node in enumerate(free):
+        if rest := _left(node, bundle):
+            free[at] = rest
             return True
     return False
 
 
+def _left(node: Mapping[str, float], bundle: Mapping[str, float]) -> dict[str, float] | None:
+    """What is left of a node's resources beside a bundle; None if the bundle does not fit.
+
+    A share of a GPU is on a GPU that a worker takes: the node must have one, and keeps it.
+    """
+    if any(node.get(name, 0.0) < (1.0 if number == GPU_SHARE else number) for name, number in bundle.items()):
+        return None
+    taken = {name: number for name, number in bundle.items() if number != GPU_SHARE}
+    return {name: number - taken.get(name, 0.0) for name, number in node.items()}
+
+
 def _as_text(wanted: Mapping[str, float]) -> str:
-    return " + ".join(f"{number:.0f} {name}" for name, number in wanted.items())
+    return " + ".join(f"{number:g} {name}" for name, number in wanted.items())

@@ -39,6 +39,9 @@ class StepCost:
     """Of a step after the generator has started: the mean over steps in which it trains and others."""
     rank_bytes: int
     """Memory of a rank: two encoders, gradients, optimizer, queue, and the activations of one micro-batch."""
+    host_bytes: int
+    """Of the first rank, if it computes on a GPU, page-locked in its machine's memory: batches that are read ahead, and
+    the copy of the state while a checkpoint is written."""
     gradient_bytes: int
     """What each rank sends in a ring all-reduce of the gradients: nearly twice their size."""
     key_bytes: int
@@ -90,6 +93,10 @@ def step_cost(settings: PretrainSettings, *, bf16: bool) -> StepCost:
         adversarial = stem[0]
     optimizer = 2 if train.optimizer == "adamw" else 1
     queue = moco.queue_size * (4 * model.embedding_dim + 16)  # with age and video id of each key
+    state_bytes = 4 * parameters * (2 + optimizer) + queue
+    views = 2 if settings.data.positives == "two_clips" else 1
+    batch_bytes = train.global_batch * views * 3 * settings.data.num_frames * _STORED_PIXELS * settings.augment.size**2
+    batches = settings.data.batches_ahead + 2  # one that is being read, and one in use
     share = (ranks - 1) / ranks
     keys = 1 + settings.num_reversed / train.micro_batch  # of a clip: some are also encoded backwards
     return StepCost(
@@ -99,11 +106,17 @@ def step_cost(settings: PretrainSettings, *, bf16: bool) -> StepCost:
         flops_before=(3 + keys) * forward * train.global_batch,
         flops_after=((3 + keys) * forward + adversarial / settings.generator.every) * train.global_batch,
         rank_bytes=4 * parameters * (3 + optimizer) + queue + activations * train.micro_batch,
+        host_bytes=round(state_bytes + batches * batch_bytes / ranks),
         gradient_bytes=round(2 * share * 4 * parameters),
         key_bytes=round(share * keys * train.global_batch * 4 * model.embedding_dim),
     )
 
 
+_STORED_PIXELS = 1.75
+"""Pixels of a stored frame for each one that the encoder sees: 128 x 171 for 112 x 112, as ingest makes them."""
+GPU_PROCESS_BYTES = 3 * 2**29
+"""What a process takes of a GPU besides its tensors: CUDA's context and kernels, NCCL's buffers, cuDNN's workspaces.
+An estimate: it depends on the driver and was not measured."""
 SCORE_SECONDS = 1800.0
 """Longest time in which a checkpoint must be scored; the presets need about a third of it."""
 _CLIPS_PER_VIDEO = 20  # 8 for the label-free score, 4 backwards for `arrow`, 8 for kNN where the videos have labels

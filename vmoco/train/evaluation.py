@@ -116,7 +116,7 @@ def score_in_task(
         raise TimeoutError(
             f"the score took more than {timeout / 60:.0f} min: lower --evaluation.max-videos "
             f"{settings.evaluation.max_videos}, raise --evaluation.num-cpus {settings.evaluation.num_cpus}, or set "
-            "--evaluation.use-gpu"
+            "--evaluation.device gpu"
         ) from None
     return scored
 

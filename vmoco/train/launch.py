@@ -26,7 +26,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vmoco import ray_internals, storage, tracking
 from vmoco.cluster.check import check_nodes
-from vmoco.cluster.reservation import NAMESPACE, Reservation, alive_nodes, check_capacity, fit_to_cluster
+from vmoco.cluster.reservation import (
+    NAMESPACE,
+    Reservation,
+    alive_nodes,
+    check_capacity,
+    fit_to_cluster,
+    worker_resources,
+)
 from vmoco.config import PretrainSettings
 from vmoco.encoders import registry
 from vmoco.encoders.promotion import Score
@@ -164,7 +171,6 @@ def _fit(
 ) -> Checkpoint:
     """Trains to the end, or until a stop; returns the last checkpoint."""
     settings, scaling = run.settings, run.settings.scaling
-    per_worker = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1} if scaling.use_gpu else {})
     elastic = scaling.min_workers is not None and scaling.min_workers < scaling.num_workers
     if elastic:
         # How long Ray waits for workers whose node is gone, 60 s by default, before it goes on with fewer.
@@ -183,7 +189,7 @@ def _fit(
         scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
             num_workers=(scaling.min_workers, scaling.num_workers) if elastic else scaling.num_workers,  # type: ignore[arg-type]
             use_gpu=scaling.use_gpu,
-            resources_per_worker=per_worker,
+            resources_per_worker=worker_resources(settings),
             elastic_resize_monitor_interval_s=scaling.resize_seconds,
         ),
         torch_config=torch_config(use_gpu=scaling.use_gpu),

@@ -275,7 +275,8 @@ def _scoring(settings: PretrainSettings, *, num_videos: int) -> list[str]:
     """How long the score of a checkpoint takes, with a warning where it takes too long."""
     evaluation = settings.evaluation
     seconds = scoring_seconds(settings, num_videos=num_videos)
-    where = "a GPU" if evaluation.use_gpu else f"{max(evaluation.num_cpus, 1)} CPU"
+    gpus = {"gpu": "a GPU", "shared-gpu": "a worker's GPU"}
+    where = gpus.get(evaluation.device, f"{max(evaluation.num_cpus, 1)} CPU")
     videos = min(num_videos, evaluation.max_videos)
     duration = f"about {seconds / 60:.0f} min" if seconds >= 60 else "less than a minute"
     lines = [f"each checkpoint is scored on {videos} held-out videos: {duration} on {where}"]
@@ -283,7 +284,7 @@ def _scoring(settings: PretrainSettings, *, num_videos: int) -> list[str]:
         lines.append(
             f"warning: a score that takes more than {SCORE_SECONDS / 60:.0f} min is cancelled, so checkpoints may have "
             f"no score: lower --evaluation.max-videos {evaluation.max_videos}, raise --evaluation.num-cpus "
-            f"{evaluation.num_cpus}, or set --evaluation.use-gpu"
+            f"{evaluation.num_cpus}, or set --evaluation.device gpu"
         )
     return lines
 
