@@ -23,6 +23,7 @@ import torch
 
 from vmoco.config import PretrainSettings
 from vmoco.data import augment
+from vmoco.data.checked_clips import CheckedClips
 from vmoco.data.clip_cache import cache_for
 from vmoco.data.fit import check_fits, span
 from vmoco.data.manifest import Manifest
@@ -110,6 +111,7 @@ class Loader:
         world_size: number of ranks.
         start_step: first step to yield.
         pin_memory: put batches into page-locked memory, for a GPU.
+        checked: clips on this node's disk that need no hash, because another rank has hashed them.
 
     Attributes:
         plan: order of training.
@@ -129,6 +131,7 @@ class Loader:
         world_size: int,
         start_step: int = 0,
         pin_memory: bool = False,
+        checked: CheckedClips | None = None,
     ) -> None:
         check_fits(manifest, settings)
         self._settings = settings
@@ -137,7 +140,7 @@ class Loader:
         self.clip_ids: list[str] = self._rows["clip_id"].to_pylist()
         data = settings.data
         cache = cache_for(manifest.uri, folder=data.cache, gib=data.cache_gib)
-        self._reader = ClipReader.of(manifest, self._rows, cache=cache, threads=data.loader_threads)
+        self._reader = ClipReader.of(manifest, self._rows, cache=cache, threads=data.loader_threads, checked=checked)
         videos = self._rows["video_id"].combine_chunks().dictionary_encode()
         names = videos.dictionary.to_pylist()
         # A hash and not an index, so that a key still names its video when the data set grows between two runs.

@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from vmoco import storage
 from vmoco.data import frames as storing
+from vmoco.data.checked_clips import CheckedClips, file_mark
 from vmoco.data.clip_cache import ClipCache, map_file
 from vmoco.data.frames import Encoding, Frames, Shape
 from vmoco.data.manifest import Manifest, shard_uri
@@ -52,6 +53,7 @@ class ClipReader:
         cache: for clips of remote shards that are read more than once; without one they are fetched each time.
         max_open: shards that are kept open; the one that was used longest ago is closed first.
         threads: that read several clips at once; 0 chooses.
+        checked: clips on this node's disk that need no hash, because another rank has hashed them.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class ClipReader:
         cache: ClipCache | None = None,
         max_open: int = MAX_OPEN,
         threads: int = 0,
+        checked: CheckedClips | None = None,
     ) -> None:
         self._uri, self._frame_shape, self._encoding, self._shard_bytes = uri, frame_shape, encoding, shard_bytes or {}
         self._clip_ids = rows["clip_id"].combine_chunks()
@@ -76,8 +79,10 @@ class ClipReader:
         self._pictures = (rows["height"].to_numpy(), rows["width"].to_numpy()) if crop else None
         self._checked = np.zeros(rows.num_rows, bool)
         self._cache, self._is_remote = cache, storage.local_path(uri) is None
+        self._known = None if self._is_remote else checked
         self._open: OrderedDict[int, Future[Any]] = OrderedDict()
         self._max_open = max_open
+        self._file_marks: dict[int, str] = {}  # of the shards that are or were open
         self._lock = threading.Lock()  # of `_open`; never held while a file is opened or read
         threads = threads or (_FETCH_THREADS if self._is_remote else min(_MOST_THREADS, os.cpu_count() or 1))
         self._pool = ThreadPoolExecutor(threads, "clips") if threads > 1 or self._is_remote else None
@@ -92,6 +97,7 @@ class ClipReader:
         crop: bool = False,
         cache: ClipCache | None = None,
         threads: int = 0,
+        checked: CheckedClips | None = None,
     ) -> ClipReader:
         """A reader of some rows of a manifest's table, or of all."""
         return cls(
@@ -103,6 +109,7 @@ class ClipReader:
             crop=crop,
             cache=cache,
             threads=threads,
+            checked=checked,
         )
 
     def frames(self, clip: int, numbers: Sequence[int] | None = None) -> Frames:
@@ -162,14 +169,25 @@ class ClipReader:
     def _stored(self, clip: int) -> memoryview:
         """The stored bytes of a clip, hashed when they are read for the first time."""
         stored = self._read(clip)
-        if not self._checked[clip]:
+        if not self._checked[clip] and not self._is_known(clip):
             if not self._is_intact(clip, stored):
                 if not self._is_remote or self._cache is None:
                     raise ValueError(self._damage(clip, stored))
                 self._cache.drop(self._sha256[clip].as_py())  # this disk has damaged it: the store has the original
                 stored = self._read(clip)
-            self._checked[clip] = True
+            if self._known is not None and (mark := self._mark(clip)):
+                self._known.add(mark)
+        self._checked[clip] = True
         return stored
+
+    def _is_known(self, clip: int) -> bool:
+        """Whether a rank of this node has hashed the clip."""
+        mark = self._mark(clip)
+        return mark is not None and self._known is not None and mark in self._known
+
+    def _mark(self, clip: int) -> tuple[int, int] | None:
+        shard = self._file_marks.get(int(self._shard_of[clip]))
+        return self._known.mark(self._sha256[clip].as_py(), shard) if self._known and shard else None
 
     def _read(self, clip: int) -> memoryview:
         if not self._is_remote:
@@ -224,7 +242,11 @@ class ClipReader:
         try:
             if self._is_remote:
                 return filesystem.open_input_file(path)
+            before = file_mark(path)
             mapped = map_file(Path(path))
+            # A file that is replaced just now has no mark, so all its clips are hashed.
+            if file_mark(path) == before:
+                self._file_marks[int(self._shard_of[clip])] = before
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"shard {uri} is missing: {_FIX}") from None
         known = self._shard_bytes.get(self._shard_name(clip), mapped.nbytes)

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from vmoco.config import PretrainSettings
+from vmoco.data.checked_clips import CheckedClips
 from vmoco.data.contact_sheet import dropped_frames_sheet
 from vmoco.data.loader import Loader, RankBatch
 from vmoco.data.manifest import Manifest
@@ -54,9 +55,23 @@ class Host(Protocol):
 
 
 def train(
-    settings: PretrainSettings, manifest: Manifest, state: TrainState, *, device: torch.device, host: Host
+    settings: PretrainSettings,
+    manifest: Manifest,
+    state: TrainState,
+    *,
+    device: torch.device,
+    host: Host,
+    checked: CheckedClips | None = None,
 ) -> bool:
     """Trains from the state's step to the last one.
+
+    Args:
+        settings: of the run.
+        manifest: its data set.
+        state: from which it goes on; changed in place.
+        device: of this rank.
+        host: what the run needs of the world around it.
+        checked: clips that ranks of this node have hashed.
 
     Returns:
         False if it stopped before the end because it was asked to. In both cases the host has the last state.
@@ -72,6 +87,7 @@ def train(
         world_size=distributed.world_size(),
         start_step=state.step,
         pin_memory=device.type == "cuda",
+        checked=checked,
     )
     step = TrainStep(settings, state, device)
     is_first = distributed.rank() == 0

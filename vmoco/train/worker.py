@@ -16,6 +16,7 @@ import torch
 
 from vmoco import ray_internals, tracking
 from vmoco.config import PretrainSettings
+from vmoco.data.checked_clips import CheckedClips
 from vmoco.data.manifest import Manifest
 from vmoco.model.backbone import autocast_dtype, require_determinism
 from vmoco.spool import Document
@@ -67,7 +68,8 @@ def _run(config: dict[str, Any]) -> dict[str, Any] | None:
         host.begin(state, damaged=damaged)
         if host.is_first:
             host.show(f"{host.num_ranks} workers on {device.type}, {reason}, from step {state.step}")
-        reached_end = train(settings, manifest, state, device=device, host=host)
+        checked = CheckedClips(config["lease"], num_clips=manifest.table.num_rows)
+        reached_end = train(settings, manifest, state, device=device, host=host, checked=checked)
         if host.writer is not None:
             host.writer.finish(state.step)
         finished = reached_end
