@@ -131,6 +131,7 @@ FURTHER: dict[str, PretrainSettings] = {
     "MoCo + adversarial dropping": changed(BASE, generator=ADVERSARIAL),
     "MoCo + adversarial dropping, relative, contrast": changed(BASE, generator=RELATIVE | CONTRAST),
     "MoCo + adversarial dropping, relative, sampled, contrast": changed(BASE, generator=SAMPLED | CONTRAST),
+    "MoCo + adversarial dropping, relative, every 4th step": changed(BASE, generator=RELATIVE | {"every": 4}),
     "MoCo, old keys": changed(BASE, moco=STALE),
     "MoCo, old keys + decay": changed(BASE, moco=STALE | DECAY),
     "MoCo + two clips + random dropping": changed(BASE, data=TWO_CLIPS, generator=RANDOM),

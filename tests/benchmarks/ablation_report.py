@@ -25,6 +25,7 @@ PAIRS = (
     (f"{ADVERSARY}, relative", ADVERSARY),
     (f"{ADVERSARY}, relative, sampled", f"{ADVERSARY}, relative"),
     (f"{ADVERSARY}, relative, contrast", f"{ADVERSARY}, relative"),
+    (f"{ADVERSARY}, relative, every 4th step", f"{ADVERSARY}, relative"),
     (f"{ADVERSARY}, relative, sampled, contrast", f"{ADVERSARY}, relative, sampled"),
     ("MoCo + two clips + random dropping", "MoCo + two clips"),
     ("MoCo, old keys + decay", "MoCo, old keys"),

@@ -79,7 +79,7 @@ def test_the_arms_that_the_report_compares_exist() -> None:
     """Every name in the report is an arm: a renamed arm would silently leave a comparison out."""
     named = {report.REFERENCE, report.CONTROL, *(name for pair in report.PAIRS for name in pair)}
     assert named <= set(ARMS)
-    assert sum(arm.startswith(report.ADVERSARY) for arm in ARMS) == 5
+    assert sum(arm.startswith(report.ADVERSARY) for arm in ARMS) == 6
 
 
 def test_the_report_is_written_beside_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
