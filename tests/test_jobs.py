@@ -33,6 +33,7 @@ SHOWN = {
     "pretrain paper": "--train.global-batch",
     "register": "--data-licence",
     "registry": "rollback",
+    "replay": "--ranks",
     "setup": "--buckets",
     "sweep": "recommended",
     "sweep demo": "--max-concurrent",

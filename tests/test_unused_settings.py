@@ -101,6 +101,7 @@ CASES: dict[str, tuple[Groups, Groups]] = {
         {"train": dict.fromkeys(get_args(SpeedSwitch), True)},
     ),
     "stop after the end": ({}, {"train": {"stop_after": 5}}),
+    "profile after the end": ({"train": {"stop_after": 3}}, {"train": {"profile_steps": "3:4"}}),
     "workers not elastic": ({"scaling": {"num_workers": 2}}, {"scaling": {"min_workers": 2, "resize_seconds": 5.0}}),
     "no evaluation": (
         {"evaluation": {"enabled": False}},

@@ -199,6 +199,7 @@ class MocoSettings(Settings):
     Set for example 25 if the direction of time matters. Clips without motion look the same backwards."""
 
 
+_PROFILED_STEPS = 50  # a step of a small network is about a megabyte of trace
 Precision = Literal["auto", "bf16", "fp32"]
 SpeedSwitch = Literal["compile", "compile_generator_steps", "compile_generator", "cudnn_benchmark", "pad_channels"]
 
@@ -261,12 +262,25 @@ class TrainSettings(Settings):
     """Number of newest checkpoints that are kept."""
     keep_best: Annotated[int, Unhashed] = Field(1, ge=0)
     """Number of checkpoints with the best scores that are kept besides the newest ones."""
+    profile_steps: Annotated[str | None, Unhashed, OmittedIfDefault] = Field(None, pattern=r"^\d+:\d+$")
+    """Profiles from one step to another, at most 50. Example: 100:110. Writes traces for Perfetto into profile/ in the
+    run's folder, and to MLflow if they are small. Changes no number."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainSettings:
         if not self.steps and self.epochs is None:
             raise ValueError("--train.steps is missing: give it, or --train.epochs")
+        if self.profile_steps is not None and not 0 < len(self.profiled_steps) <= _PROFILED_STEPS:
+            raise ValueError(
+                f"--train.profile-steps {self.profile_steps} names {len(self.profiled_steps)} steps: give FIRST:END "
+                f"with at least 1 and at most {_PROFILED_STEPS} steps between them, for example 100:110"
+            )
         return self
+
+    @property
+    def profiled_steps(self) -> range:
+        """Steps (counted from 0) that `profile_steps` names."""
+        return range(*map(int, self.profile_steps.split(":"))) if self.profile_steps else range(0)
 
     def speeds_up_by(self, switch: SpeedSwitch) -> bool:
         """Whether a switch for speed is on and has an effect: none has where the run must be deterministic."""

@@ -116,6 +116,8 @@ def _train_and_places(settings: PretrainSettings) -> Reasons:
         found["train", "warmup_steps"] = "the first step already has the full learning rate"
     if train.stop_after and train.stop_after > train.steps:
         found["train", "stop_after"] = f"the run ends after --train.steps {train.steps}"
+    if train.profiled_steps and train.profiled_steps.start >= settings.last_step:
+        found["train", "profile_steps"] = f"the run ends after step {settings.last_step}"
     if not scaling.use_gpu and not any(getattr(train, name) for name in _SPEED):
         found["train", "deterministic"] = "CPUs are deterministic already (--scaling.device cpu)"
     found |= _speed(settings)

@@ -19,7 +19,7 @@ from vmoco.presets import PRESETS
 from vmoco.spool import Document
 from vmoco.train import distributed
 from vmoco.train import loop as module
-from vmoco.train.loop import Requests, _fingerprint, check_state, train
+from vmoco.train.loop import Requests, check_state, fingerprint, train
 from vmoco.train.state import TrainState
 from vmoco.train.step import NonFiniteError, TrainStep
 
@@ -34,6 +34,8 @@ class Notes:
         self.lines: list[str] = []
         self.kept: list[int] = []
         self.documents: dict[str, Document] = {}
+        self.files: dict[str, bytes] = {}
+        self.limits: list[float] = []
         self._stop_after = stop_after
         self._preempted_at = preempted_at
         self._asked = 0
@@ -52,6 +54,12 @@ class Notes:
     def checkpoint(self, state: TrainState, documents: Mapping[str, Document]) -> None:
         self.kept.append(state.step)
         self.documents |= documents
+
+    def keep_file(self, name: str, content: bytes) -> None:
+        self.files[name] = content
+
+    def expect_step(self, within_seconds: float) -> None:
+        self.limits.append(within_seconds)
 
 
 def run(folder: Path, host: Notes) -> tuple[bool, TrainState]:
@@ -152,11 +160,11 @@ def test_what_is_tracked(tmp_path: Path) -> None:
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    return int(_fingerprint(tensor)[0])
+    return int(fingerprint(tensor)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
-def test_a_fingerprint_is_a_sum_of_integers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_afingerprint_is_a_sum_of_integers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is sum(bits[i] * (2 i + 1)) modulo 2**64, in plain Python, whatever the order in which a processor adds up.
 
     Ranks on CPUs of different types add up in different orders. Here that is other sizes of the pieces.
@@ -166,7 +174,7 @@ def test_a_fingerprint_is_a_sum_of_integers(dtype: torch.dtype, monkeypatch: pyt
     expected = sum(bit * (2 * place + 1) for place, bit in enumerate(bits)) % 2**64
     for size in (1000, 64, 7):
         monkeypatch.setattr(module, "_PIECE", {"cpu": size})
-        found, finite = _fingerprint(values)
+        found, finite = fingerprint(values)
         assert int(found) % 2**64 == expected
         assert int(finite) == 1
 
@@ -192,7 +200,7 @@ def test_ranks_that_differ_in_one_bit_are_noticed() -> None:
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 2**18 + 5), (4, 3, 2, 5, 5)])
-def test_a_fingerprint_sees_a_value_and_a_swap(shape: tuple[int, ...]) -> None:
+def test_afingerprint_sees_a_value_and_a_swap(shape: tuple[int, ...]) -> None:
     """One value among many, or two that change places, near or far, in either memory layout; equal ones give equal."""
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     for layout in (tensor, tensor.to(memory_format=torch.channels_last_3d) if tensor.ndim == 5 else tensor):

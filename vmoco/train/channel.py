@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import textwrap
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vmoco import ray_internals
+from vmoco import ray_internals, storage
 from vmoco.job import describe, is_user_error, root_cause
-from vmoco.train.run_folder import RunFolder
+from vmoco.train.run_folder import FAULTS, RunFolder
+from vmoco.train.stacks import Watched, read_stacks, stacks_document
+
+_STACKS_SECONDS = 20.0  # how long a restart waits for the stacks of the ranks
 
 
 @ray.remote(num_cpus=0)
@@ -31,11 +38,26 @@ class Channel:
         self._stop = asyncio.Event()
         self._error = ""
         self._starts = -1
+        self._watched: dict[int, Watched] = {}
+        self._progress = time.monotonic()
 
     async def started(self) -> int:
         """Counts groups of workers; returns how many there were before this one."""
         self._starts += 1
+        self._progress = time.monotonic()
         return self._starts
+
+    async def watch(self, rank: int, where: Watched) -> None:
+        """Keeps where a rank of the newest group writes its stacks if it hangs."""
+        self._watched[rank] = where
+
+    async def progressed(self) -> None:
+        """Notes that training goes on; the first rank calls it with each log line."""
+        self._progress = time.monotonic()
+
+    async def watched(self) -> tuple[dict[int, Watched], float]:
+        """Where the ranks write their stacks, and the seconds since the last sign of progress."""
+        return self._watched, time.monotonic() - self._progress
 
     async def num_started(self) -> int:
         """How many groups of workers there have been."""
@@ -141,6 +163,8 @@ class RestartLimit(ray.train.UserCallback):
         self._step = step
         failure = ray.train.WorkerGroupError("", worker_exceptions)
         cause = textwrap.shorten(describe(failure).removeprefix("error: "), 500)
+        if stacks := self._keep_stacks():
+            cause += f"; where each rank was is in {stacks}"
         since = "its start" if step is None else f"its checkpoint of step {step}"
         if self._failures <= self._max_failures:
             restart = f"restart {self._failures} of at most {self._max_failures} since {since}"
@@ -156,12 +180,45 @@ class RestartLimit(ray.train.UserCallback):
             f"{self._name} to resume, or raise --scaling.max-failures"
         )
 
+    def _keep_stacks(self) -> str:
+        """Writes the stacks of all ranks into the run's folder, if the run hung; returns where, or nothing."""
+        watched, silent_seconds = ray.get(self._channel.watched.remote())
+        # The nodes are asked only where a hang is possible: a lost machine must not delay each restart.
+        if not watched or silent_seconds < min(where.after_seconds for where in watched.values()):
+            return ""
+        stacks = collect_stacks(watched)
+        if not any(stacks.values()):
+            return ""
+        now = datetime.datetime.now(tz=datetime.UTC)
+        uri = RunFolder(self._folder).path(FAULTS, f"stacks-{now:%Y%m%d-%H%M%S}.txt")
+        try:
+            storage.write_atomic(uri, stacks_document(watched, stacks).encode())
+        except ValueError as error:  # the restart is more important
+            self._channel.say.remote(f"warning: the stacks of the ranks were not kept: {error}")
+            return ""
+        return uri
+
     def _newest_step(self) -> int | None:
         try:
             found = RunFolder(self._folder).steps()
         except (OSError, ValueError):  # the storage does not answer: no progress that is known
             return self._step
         return found[-1] if found else None
+
+
+def collect_stacks(watched: Mapping[int, Watched]) -> dict[int, str | None]:
+    """Asks the machine of each rank for the stacks that the rank has written there; None where it does not answer."""
+    asked: dict[Any, int] = {}
+    for rank, where in watched.items():
+        pinned = NodeAffinitySchedulingStrategy(where.node_id, soft=False)
+        task = ray.remote(read_stacks).options(num_cpus=0, max_retries=0, scheduling_strategy=pinned)
+        asked[task.remote(where.path)] = rank
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_STACKS_SECONDS)
+    found: dict[int, str | None] = dict.fromkeys(watched)
+    for answer in answered:
+        with contextlib.suppress(ray.exceptions.RayError):  # the machine is lost
+            found[asked[answer]] = ray.get(answer)
+    return found
 
 
 class StopWatch:

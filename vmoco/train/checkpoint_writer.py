@@ -75,6 +75,15 @@ class CheckpointWriter:
         """Whether a checkpoint is being published."""
         return self._publishing is not None and not self._publishing.done()
 
+    def newest(self) -> Checkpoint | None:
+        """The newest complete checkpoint, once the one that is being published is complete.
+
+        Raises:
+            FencedError: another group of workers writes to the folder.
+        """
+        self._wait()
+        return self._folder.newest()
+
     def finish(self, step: int) -> None:
         """Waits until the checkpoint of the last step is published.
 
@@ -82,8 +91,7 @@ class CheckpointWriter:
             ValueError: it could not be published.
             FencedError: another group of workers writes to the folder.
         """
-        self._wait()
-        newest = self._folder.newest()
+        newest = self.newest()
         if newest is None or newest.step != step:
             before = f"the run can resume from step {newest.step}" if newest else "the run has no checkpoint"
             raise ValueError(f"the checkpoint of step {step} could not be kept ({self._error}): {before}")

@@ -45,6 +45,7 @@ from vmoco.train.lease import Lease
 from vmoco.train.publish import publish, write_encoder
 from vmoco.train.run import PreparedRun, Run, close_run, introduce, open_run
 from vmoco.train.run_folder import SPOOL, Checkpoint, local_copy
+from vmoco.train.system_metrics import Gauges
 from vmoco.train.worker import run_worker
 
 _TRACKER_SECONDS = 300.0  # how long a run that has trained waits for a tracker that does not answer
@@ -127,7 +128,9 @@ def _pretrain(
 ) -> Outcome:
     for line in introduce(run):
         show(line)
-    listener = Listener(channel, show)
+    assert run.settings.run.name is not None, "resolved"
+    listener, gauges = Listener(channel, show), Gauges(run.settings.run.name)
+    gauges.running(True)  # with it an alert knows that steps are missing, and that the run has not just ended
     with _stop_requests(channel) as stop:
         status = "FAILED"
         try:
@@ -143,9 +146,9 @@ def _pretrain(
                 close_run(run, registered.uri if registered else logged)
         finally:
             listener.close()
+            gauges.running(False)
             if problem := tracking.finish_run(run.run_id, status):
                 show(f"warning: {problem}")
-    assert run.settings.run.name is not None
     signal_name = stop.signal_name if stop and not finished else None
     return Outcome(run.settings.run.name, run.run_id, last.uri, last.step, signal_name, registered)
 

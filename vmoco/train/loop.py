@@ -16,8 +16,10 @@ from vmoco.data.manifest import Manifest
 from vmoco.spool import Document
 from vmoco.train import distributed
 from vmoco.train.metrics import DroppedFrames, Interval
+from vmoco.train.rank_times import RankTimes
 from vmoco.train.state import TrainState
 from vmoco.train.step import NonFiniteError, TrainStep
+from vmoco.train.step_profile import StepProfile
 from vmoco.train.system_metrics import Utilisation, oldest_key_similarity
 
 _CLIPS_SHOWN = 4
@@ -52,6 +54,12 @@ class Host(Protocol):
             state: finite, and equal on all ranks.
             documents: texts and pictures for the tracker, by name; empty on other ranks than 0.
         """
+
+    def keep_file(self, name: str, content: bytes) -> None:
+        """Keeps a file in the run's folder, and with the tracker if it is small; any rank may call it alone."""
+
+    def expect_step(self, within_seconds: float) -> None:
+        """A step begins, and the ranks give up if it takes longer than this."""
 
 
 def train(
@@ -93,44 +101,54 @@ def train(
     is_first = distributed.rank() == 0
     utilisation = Utilisation(settings, device, state.moco.query.autocast_dtype) if is_first else None
     interval = Interval(settings, state, loader, utilisation)
+    ranks = RankTimes(state.step)
     dropped = DroppedFrames(settings.data.num_frames, settings.num_dropped)  # since the last checkpoint
     stopping = False
     # In these steps a rank may be minutes later than another: it resumes from a slow store, or it compiles.
     slow_steps = {state.step} | (
         compiling_steps(settings, state.step) if settings.train.speeds_up_by("compile") else set()
     )
-    for batch in loader:
-        slow = batch.step in slow_steps
-        distributed.wait_at_most(distributed.SLOW_STEP_SECONDS if slow else distributed.STEP_SECONDS)
-        requests = host.requests()
-        metrics = step(batch, stop_requested=requests.stop, checkpoint_requested=requests.checkpoint)
-        interval.add(metrics)
-        dropped.add(metrics.dropped())
-        is_last = state.step == settings.last_step
-        logs = state.step % settings.train.log_every == 0 or is_last
-        keeps = state.step % settings.train.checkpoint_every == 0 or is_last
-        # Every rank sees the same sum of requests, so all of them stop and keep at the same step.
-        stopping, asked_to_keep = step.requested(now=logs or keeps)
-        if logs:
-            numbers = {}
-            if is_first:
-                numbers = interval.numbers(metrics)
-                if (similarity := oldest_key_similarity(step, state, loader)) is not None:
-                    numbers["oldest_key_similarity"] = similarity
-                if (hardness := step.adversary_hardness(batch)) is not None:
-                    numbers["adversary_hardness"] = hardness
-                host.show(interval.line(numbers))
-            host.track(numbers, step=state.step)
-        if keeps or stopping or asked_to_keep:
-            shown = is_first and dropped.num_clips() > 0
-            documents = generator_documents(batch, step, dropped, settings=settings) if shown else {}
-            started = time.perf_counter()
-            check_state(state)
-            host.checkpoint(state, documents)
-            interval.stalled(time.perf_counter() - started)
-            dropped.begin()
-        if stopping:
-            break
+    with StepProfile(settings.train, device, host.keep_file) as profile:
+        slow_steps |= profile.slow_steps
+        for batch in loader:
+            limit = distributed.SLOW_STEP_SECONDS if batch.step in slow_steps else distributed.STEP_SECONDS
+            distributed.wait_at_most(limit)
+            host.expect_step(limit)
+            requests = host.requests()
+            profile.before(batch.step)
+            metrics = step(batch, stop_requested=requests.stop, checkpoint_requested=requests.checkpoint)
+            interval.add(metrics)
+            dropped.add(metrics.dropped())
+            is_last = state.step == settings.last_step
+            logs = state.step % settings.train.log_every == 0 or is_last
+            keeps = state.step % settings.train.checkpoint_every == 0 or is_last
+            # Every rank sees the same sum of requests, so all of them stop and keep at the same step.
+            stopping, asked_to_keep = step.requested(now=logs or keeps)
+            profile.after(batch.step)
+            if logs:
+                own, waited = step.own_time.take(), loader.seconds_waited
+                compared = ranks.compare(own_seconds=own, waited_seconds=waited, step=state.step)
+                numbers = {}
+                if is_first:
+                    numbers = interval.numbers(metrics) | compared
+                    if (similarity := oldest_key_similarity(step, state, loader)) is not None:
+                        numbers["oldest_key_similarity"] = similarity
+                    if (hardness := step.adversary_hardness(batch)) is not None:
+                        numbers["adversary_hardness"] = hardness
+                    host.show("  ".join([interval.line(numbers), *ranks.remarks()]))
+                host.track(numbers, step=state.step)
+            if keeps or stopping or asked_to_keep:
+                shown = is_first and dropped.num_clips() > 0
+                documents = generator_documents(batch, step, dropped, settings=settings) if shown else {}
+                if is_first and ranks.num_ranks > 1:
+                    documents["ranks.json"] = ranks.document(step=state.step)
+                started = time.perf_counter()
+                check_state(state)
+                host.checkpoint(state, documents)
+                interval.stalled(time.perf_counter() - started)
+                dropped.begin()
+            if stopping:
+                break
     return not stopping or state.step == settings.last_step
 
 
@@ -167,14 +185,15 @@ def check_state(state: TrainState) -> None:
     # Each rank has its own count of the batches that a normalisation has seen, and it decides nothing.
     named = {name: tensor for name, tensor in state.tensors().items() if "num_batches_tracked" not in name}
     device = state.moco.queue.keys.device
-    mine = torch.stack([torch.stack(_fingerprint(tensor)).to(device) for tensor in named.values()])  # int64 (N, 2)
+    mine = torch.stack([torch.stack(fingerprint(tensor)).to(device) for tensor in named.values()])  # int64 (N, 2)
     # Every rank waits for all. One transfer, because each read of a number waits for the device.
     everyone = distributed.gather_rows(mine[None], [1] * distributed.world_size()).cpu()
     broken = [name for name, finite in zip(named, everyone[:, :, 1].all(dim=0).tolist(), strict=True) if not finite]
     if broken:
         raise NonFiniteError(
             f"the state after step {state.step} is not finite ({', '.join(broken[:3])}): it is not kept. Lower "
-            "--train.learning-rate, or set --train.precision fp32"
+            "--train.learning-rate, or set --train.precision fp32",
+            step=state.step - 1,
         )
     equal = (everyone[:, :, 0] == everyone[:1, :, 0]).all(dim=0).tolist()
     differing = [name for name, same in zip(named, equal, strict=True) if not same]
@@ -184,7 +203,7 @@ def check_state(state: TrainState) -> None:
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _fingerprint(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def fingerprint(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A checksum of the bits, and 1 if all values are finite (else 0): two int64 scalars on the tensor's device.
 
     The checksum is the sum of bits[i] * (2 i + 1), modulo 2**64. It changes when a value changes, or when two values

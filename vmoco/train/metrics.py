@@ -247,6 +247,9 @@ NOTE = """`loss` rises at first, because each key that enters the queue makes th
 - `adversary_hardness`: change of the embedding by the frames that the generator drops, over the change by as many
   random frames, on one micro-batch. Below 1 the generator is no adversary.
 - `data_wait_share`, `checkpoint_stall_share`: share of time in which training waits for data and for checkpoints.
+- `slowest_step_seconds`, `median_step_seconds`: own work of a rank in a step, up to where it waits for others, of the
+  `slowest_rank` and of the median. `most_data_wait_share` is that of `most_data_wait_rank`. `ranks.json` has all ranks
+  with their hosts. If one rank is much slower than the median, look at its machine.
 - `mfu`: arithmetic of the encoders over that of a large matrix product on this device.
 - `restarts`, `checkpoints_damaged`, `checkpoints_failed`, `evaluations_failed`: counted since the job began, mostly 0.
 """

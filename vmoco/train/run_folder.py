@@ -13,6 +13,8 @@
         settings.json       the settings of the run
         state.json          step, data set, SHA-256 of the tensors; written last, a folder without it is no checkpoint
         damaged.json        what state.json is renamed to when the tensors do not match it
+      faults/               steps that are not finite, ranks that hang    (vmoco/train/replay_file.py, stacks.py)
+      profile/              traces of steps                                              (vmoco/train/step_profile.py)
       .step-500.X.tmp/      a checkpoint that is being written; the next start removes what a kill leaves
 
 A run resumes from the newest folder that is complete, whatever the list says: the list may be older than the folders
@@ -55,7 +57,7 @@ from vmoco.train.state import (
 )
 
 RUN, INIT, CHECKPOINTS, SPOOL = "run.json", "init.safetensors", "checkpoints.json", "spool.json"
-DAMAGED = "damaged.json"
+DAMAGED, FAULTS = "damaged.json", "faults"
 _PREFIX = "step-"
 
 FIXED_BY_FORK = (

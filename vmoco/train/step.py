@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -35,6 +36,7 @@ from vmoco.model.queue import decay_at, key_weights
 from vmoco.train import distributed
 from vmoco.train.metrics import StepMetrics, hardness
 from vmoco.train.optimizer import learning_rate, take_step
+from vmoco.train.rank_times import OwnTime
 from vmoco.train.speed import compared_alike, compile_networks, uncompiled
 from vmoco.train.state import TrainState
 
@@ -43,7 +45,16 @@ class NonFiniteError(ValueError):
     """A loss, gradient or state is not finite: the run stops, and no checkpoint contains it.
 
     The state in memory contains it (running statistics, momentum) and must be thrown away.
+
+    Attributes:
+        step: the step with that loss or gradient, counted from 0; of a state the last step before it was looked at.
+        clip_ids: clips of each rank's queries in that step; empty for a state.
     """
+
+    def __init__(self, message: str, *, step: int = 0, clip_ids: Sequence[list[str]] = ()) -> None:
+        super().__init__(message)
+        self.step = step
+        self.clip_ids = list(clip_ids)
 
 
 class TrainStep:
@@ -53,6 +64,9 @@ class TrainStep:
         settings: of the run.
         state: what is trained; changed in place.
         device: where the networks are.
+
+    Attributes:
+        own_time: time that this rank works in a step before it has to wait for others.
     """
 
     def __init__(self, settings: PretrainSettings, state: TrainState, device: torch.device) -> None:
@@ -65,6 +79,7 @@ class TrainStep:
         self._unread: list[tuple[int, list[str], StepMetrics]] = []
         self._num_late = 0 if device.type == "cpu" else 1
         self._stop = self._checkpoint = False
+        self.own_time = OwnTime(device)
         compile_networks(state.moco, settings.train)
         self._query = distributed.data_parallel(state.moco.query, device)
         self._generator = distributed.data_parallel(state.moco.generator, device)
@@ -89,6 +104,7 @@ class TrainStep:
         settings, state, moco = self._settings, self._state, self._moco
         assert batch.step == state.step, f"batch of step {batch.step} at step {state.step}"
         self._set_learning_rates(batch.step)
+        self.own_time.begin()
 
         moco.update_key_encoder(settings.moco.momentum)
         keys = self._encode_all_keys(batch)
@@ -99,7 +115,7 @@ class TrainStep:
         weights = key_weights(moco.queue.ages(batch.step, unit=settings.moco.age_unit), metrics.decay)
         for micro, is_last in self._micro_batches(len(batch.clip_ids)):
             with self._gradients_reduced(is_last):
-                self._backward(batch, micro, keys=keys, weights=weights, metrics=metrics)
+                self._backward(batch, micro, keys=keys, weights=weights, metrics=metrics, is_last=is_last)
 
         # Both encoders have seen all their clips, so their running statistics are those of the step.
         average = distributed.start_average(moco.running_statistics())
@@ -217,6 +233,7 @@ class TrainStep:
         keys: Callable[[], tuple[torch.Tensor, ReversedKeys | None]],
         weights: torch.Tensor,
         metrics: StepMetrics,
+        is_last: bool,
     ) -> None:
         """Forward and backward of one micro-batch; adds to the gradients and to the metrics."""
         settings, moco = self._settings, self._moco
@@ -226,13 +243,18 @@ class TrainStep:
         # From D: G has a loss and a backward of its own.
         separately = trains and objective == "difference" and self._learns_from_all
         if trains and not self._learns_from_all:
+            if is_last:
+                self.own_time.end()  # DDP of G waits for the other ranks
             self._learn_from_some(clips, dropped, fill=fill, importance=importance, metrics=metrics)
         # Each clip has the weight 1 / G, on every rank. DDP takes the mean over ranks, hence the number of ranks.
         weight = distributed.world_size() / settings.train.global_batch
 
         with compared_alike(settings.train) if separately else contextlib.nullcontext():
             queries = self._query(dropped)
+        self.own_time.end()  # the next line waits for the keys of the other ranks, and a last backward for all
         positives, backwards = keys()
+        if not is_last:
+            self.own_time.begin()
         compared = contrast(
             queries,
             positives[batch.share][micro],
@@ -243,6 +265,7 @@ class TrainStep:
             decay_on=settings.moco.decay_on,
             reversed_keys=backwards[batch.share][micro] if backwards else None,
         )
+        self._look("the contrastive loss", compared.loss)
         metrics.add(compared)
         if self._is_adversarial(batch.step):
             metrics.add_dropped(mask)
@@ -251,7 +274,9 @@ class TrainStep:
             with torch.no_grad(), running_statistics_kept(moco.query), compared_alike(settings.train):
                 whole = moco.query(clips)
             loss = adversarial_loss(queries, whole, strength=settings.generator.strength)
+            self._look("the generator's loss", loss)
             (pixels,) = torch.autograd.grad(loss.sum() * weight, dropped, retain_graph=True)
+            self._look("the gradient of the generator's loss by the pixels", pixels)
             importance.backward(importance_gradient(pixels, clips, fill, estimator=settings.generator.estimator))
             metrics.add_generator(loss.detach())
         # The parameters alone, unless G needs the pixels: each further tensor costs a gradient of the stem's input.
@@ -292,7 +317,9 @@ class TrainStep:
                 whole = query(clips[:count])
         loss = adversarial_loss(queries, whole, strength=settings.generator.strength)
         weight = distributed.world_size() / (settings.num_micro_batches * count)
+        self._look("the generator's loss", loss)
         (pixels,) = torch.autograd.grad(loss.sum() * weight, some)
+        self._look("the gradient of the generator's loss by the pixels", pixels)
         gradient = torch.zeros_like(importance)
         gradient[:count] = importance_gradient(
             pixels, clips[:count], fill[:count], estimator=settings.generator.estimator
@@ -395,11 +422,17 @@ class TrainStep:
         for group in self._state.generator_optimizer.param_groups:
             group["lr"] = learning_rate(step, generator.learning_rate, train)
 
+    def _look(self, name: str, values: torch.Tensor) -> None:
+        """For a subclass that looks at intermediate values (`vmoco/train/first_non_finite.py`)."""
+
     def _raise_non_finite(self, step: int, clip_ids: list[str], bad_here: bool) -> None:
-        clips = f"rank {distributed.rank()}, clips {', '.join(clip_ids)}" if bad_here else ""
-        where = [text for text in distributed.gather_text(clips) if text]  # every rank waits for all
+        texts = distributed.gather_text(json.dumps([clip_ids, bad_here]))  # every rank waits for all
+        found: list[tuple[list[str], bool]] = [json.loads(text) for text in texts]
+        where = [f"rank {rank}, clips {', '.join(clips)}" for rank, (clips, is_bad) in enumerate(found) if is_bad]
         raise NonFiniteError(
             f"a loss or gradient of step {step} is not finite ({'; '.join(where) or 'in the gradient'}): the run "
             "stops, and no checkpoint contains it. Look at these clips, lower --train.learning-rate, or set "
-            "--train.precision fp32"
+            "--train.precision fp32",
+            step=step,
+            clip_ids=[clips for clips, _ in found],
         )

@@ -50,7 +50,7 @@ class SystemMetrics:
         return found
 
 
-PREFIX = "vmoco_"
+PREFIX, RUNNING = "vmoco_", "running"
 
 
 class Gauges:
@@ -70,6 +70,10 @@ class Gauges:
         """Sets the gauges; Ray exports them every few seconds."""
         for name, value in {**numbers, "step": float(step)}.items():
             self._gauge(name).set(value, tags={"run": self._run})
+
+    def running(self, is_running: bool) -> None:
+        """Sets the gauge that the driver shows until its run has ended, also while no worker can start."""
+        self._gauge(RUNNING).set(float(is_running), tags={"run": self._run})
 
     def _gauge(self, name: str) -> Any:
         from ray.util.metrics import Gauge  # not at the top: Ray reads its token when it is imported

@@ -6,6 +6,7 @@ The first rank alone has a checkpoint writer and an evaluator. It talks to the d
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,22 +15,27 @@ import ray.train
 import ray.train.torch
 import torch
 
-from vmoco import ray_internals, tracking
+from vmoco import ray_internals, storage, tracking
 from vmoco.config import PretrainSettings
 from vmoco.data.checked_clips import CheckedClips
 from vmoco.data.manifest import Manifest
 from vmoco.model.backbone import autocast_dtype, require_determinism
 from vmoco.spool import Document
-from vmoco.train import distributed
+from vmoco.train import distributed, replay_file
 from vmoco.train.channel import StopWatch, errors_reported
 from vmoco.train.checkpoint_writer import CheckpointWriter
 from vmoco.train.evaluation import Evaluator
+from vmoco.train.lease import FencedError
 from vmoco.train.loop import Requests, train
 from vmoco.train.run_folder import SPOOL, RunFolder
 from vmoco.train.speed import choose_kernels
+from vmoco.train.stacks import SHARE, StackDump, Watched
 from vmoco.train.state import TrainState
+from vmoco.train.step import NonFiniteError
 from vmoco.train.system_metrics import Gauges, SystemMetrics
 
+_TRACKED_BYTES = 5 * 2**20
+"""Largest file that the tracker receives too: it waits in the memory of the first rank until it is sent."""
 _LAST_SCORE_SECONDS = 600.0
 """Longest time that a finished run waits for the score of its last checkpoint; then the driver scores it."""
 
@@ -69,7 +75,10 @@ def _run(config: dict[str, Any]) -> dict[str, Any] | None:
         if host.is_first:
             host.show(f"{host.num_ranks} workers on {device.type}, {reason}, from step {state.step}")
         checked = CheckedClips(config["lease"], num_clips=manifest.table.num_rows)
-        reached_end = train(settings, manifest, state, device=device, host=host, checked=checked)
+        try:
+            reached_end = train(settings, manifest, state, device=device, host=host, checked=checked)
+        except NonFiniteError as error:
+            raise host.with_replay_file(error, state) from error
         if host.writer is not None:
             host.writer.finish(state.step)
         finished = reached_end
@@ -111,6 +120,11 @@ class RayHost:
         self._system: SystemMetrics | None = None
         may_send: Callable[[], None] = lambda: None  # noqa: E731
         file = None
+        self._stacks = StackDump()
+        rank, node_id = context.get_world_rank(), ray.get_runtime_context().get_node_id()
+        patience = SHARE * distributed.STEP_SECONDS
+        watched = Watched(node_id, socket.gethostname(), str(self._stacks.path), patience)
+        self._config["channel"].watch.remote(rank, watched)
         if self.is_first:
             self.folder.claim(lease=config["lease"])
             may_send, file = self.folder.check_fence, self.folder.path(SPOOL)
@@ -164,6 +178,36 @@ class RayHost:
             self.show(f"{preemption}: keeping a checkpoint now")
         return Requests(stop=stop, checkpoint=True)
 
+    def expect_step(self, within_seconds: float) -> None:
+        """Writes the stacks of this process if the next step does not come in time."""
+        self._stacks.expect(within_seconds)
+
+    def keep_file(self, name: str, content: bytes) -> None:
+        """Writes a file into the run's folder, and sends it to the tracker if it is small."""
+        try:
+            storage.write_atomic(self.folder.path(name), content)
+        except ValueError as error:  # training is more important
+            self.show(f"warning: {name} was not kept: {error}")
+            return
+        self.show(f"kept {self.folder.path(name)}")
+        if self._spool is not None and len(content) <= _TRACKED_BYTES:
+            self._spool.document(name, content)
+
+    def with_replay_file(self, error: NonFiniteError, state: TrainState) -> NonFiniteError:
+        """Writes what is needed to redo the step of an error. Every rank calls it; returns the error with the file."""
+        distributed.wait_at_most(distributed.SLOW_STEP_SECONDS)  # a checkpoint may be on its way to a slow store
+        hint = ""
+        if self.is_first:
+            assert self.writer is not None, "`begin` makes it"
+            try:
+                newest = self.writer.newest()
+                uri = replay_file.write(error, state, self.folder, newest=newest, ranks=self.num_ranks)
+                hint = f"To find its first value that is not finite: python jobs/replay.py {uri}"
+            except (OSError, ValueError, FencedError) as problem:
+                hint = f"No file for jobs/replay.py was written ({problem})"
+        (hint, *_) = distributed.gather_text(hint)  # every rank waits for the first one, and raises the same message
+        return NonFiniteError(f"{error}. {hint}", step=error.step, clip_ids=error.clip_ids)
+
     def show(self, line: str) -> None:
         """Prints a line in the driver."""
         self._config["channel"].say.remote(line)
@@ -176,6 +220,8 @@ class RayHost:
         if self.writer is not None:
             counts["checkpoints_failed"] = self.writer.num_failed
             counts["evaluations_failed"] = self._evaluator.num_failed if self._evaluator else 0
+        if self.is_first:
+            self._config["channel"].progressed.remote()
         tracked = {**numbers, **counts, **self._system.numbers()}
         self._spool.points(tracked, step=step)
         self._gauges.show(tracked, step=step)
@@ -192,6 +238,7 @@ class RayHost:
 
     def close(self, *, finished: bool) -> None:
         """Ends the threads. A finished run waits for its last score, and for the tracker."""
+        self._stacks.close()
         if self._evaluator is not None:
             wait = _LAST_SCORE_SECONDS if finished else 0.0
             if not self._evaluator.close(wait_seconds=wait) and finished:
