@@ -30,6 +30,7 @@ SILENT = {
     *{("run", name) for name in ("name", "storage")},
     *{("data", name) for name in ("uri", "batches_ahead", "loader_threads", "cache", "cache_gib")},
     *{("train", name) for name in ("stop_after", "log_every", "checkpoint_every", "keep_checkpoints", "keep_best")},
+    ("train", "profile_steps"),
     *{(group, name) for group in ("scaling", "evaluation", "tracking") for name in GROUPS[group].model_fields},
 }
 
@@ -64,6 +65,7 @@ def other_value(group: str, name: str) -> object:
         ("train", "micro_batch"): 2,
         ("train", "stop_after"): 7,
         ("train", "epochs"): 3.0,
+        ("train", "profile_steps"): "3:5",
         ("train", "warmup_percent"): 5.0,
         ("scaling", "num_workers"): 2,
         ("scaling", "min_workers"): 1,

@@ -8,6 +8,7 @@ one. `vmoco/settings.py` says what a group of settings is and which fields are h
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Literal
 
 import tyro
@@ -262,7 +263,7 @@ class TrainSettings(Settings):
     """Number of newest checkpoints that are kept."""
     keep_best: Annotated[int, Unhashed] = Field(1, ge=0)
     """Number of checkpoints with the best scores that are kept besides the newest ones."""
-    profile_steps: Annotated[str | None, Unhashed, OmittedIfDefault] = Field(None, pattern=r"^\d+:\d+$")
+    profile_steps: Annotated[str | None, Unhashed, OmittedIfDefault] = None
     """Profiles from one step to another, at most 50. Example: 100:110. Writes traces for Perfetto into profile/ in the
     run's folder, and to MLflow if they are small. Changes no number."""
 
@@ -272,15 +273,16 @@ class TrainSettings(Settings):
             raise ValueError("--train.steps is missing: give it, or --train.epochs")
         if self.profile_steps is not None and not 0 < len(self.profiled_steps) <= _PROFILED_STEPS:
             raise ValueError(
-                f"--train.profile-steps {self.profile_steps} names {len(self.profiled_steps)} steps: give FIRST:END "
-                f"with at least 1 and at most {_PROFILED_STEPS} steps between them, for example 100:110"
+                f"--train.profile-steps {self.profile_steps} is not allowed: give FIRST:END with at least 1 and at "
+                f"most {_PROFILED_STEPS} steps between them, for example 100:110"
             )
         return self
 
     @property
     def profiled_steps(self) -> range:
-        """Steps (counted from 0) that `profile_steps` names."""
-        return range(*map(int, self.profile_steps.split(":"))) if self.profile_steps else range(0)
+        """Steps (counted from 0) that `profile_steps` names; none if it is not FIRST:END."""
+        named = re.fullmatch(r"(\d+):(\d+)", self.profile_steps or "", re.ASCII)
+        return range(int(named[1]), int(named[2])) if named else range(0)
 
     def speeds_up_by(self, switch: SpeedSwitch) -> bool:
         """Whether a switch for speed is on and has an effect: none has where the run must be deterministic."""

@@ -59,9 +59,9 @@ def test_a_document_has_all_ranks(tmp_path: Path) -> None:
     """Those that hang, those that do not, and those whose machine is lost; what was read is taken away."""
     dump = StackDump(tmp_path)
     dump.path.write_text("Thread 1\n")
+    dump.close()  # the rank has given up, and its process ends
     assert read_stacks(str(dump.path)) == "Thread 1\n"
     assert read_stacks(str(dump.path)) == ""
-    dump.close()
     watched = {rank: Watched("node", f"host-{rank}", "path", 90.0) for rank in range(3)}
     text = stacks_document(watched, {0: "Thread 1\n", 1: "", 2: None})
     assert "==== rank 0 on host-0 ====\nThread 1\n" in text
@@ -107,8 +107,10 @@ def hang_once(config: dict[str, Any]) -> None:
 
     settings, manifest = changed(SETTINGS, train={"steps": 4}), Manifest.load(config["data"])
     state = TrainState(settings, manifest_hash=manifest.hash, device=CPU)
-    train(settings, manifest, state, device=CPU, host=Host())
-    dump.close()
+    try:
+        train(settings, manifest, state, device=CPU, host=Host())
+    finally:
+        dump.close()  # as a worker does, also one that has given up
 
 
 @pytest.mark.slow  # it waits for a time limit, and for workers
@@ -144,7 +146,7 @@ def test_stacks_of_all_ranks_are_kept_before_the_restart(
     listener.close()
     (file,) = Path(run.folder, "faults").glob("stacks-*.txt")
     (warning,) = [line for line in lines if line.startswith("warning: workers failed")]
-    assert f"where each rank was is in {file}: restart 1 of at most" in warning
+    assert f"where each rank was is in {file}): restart 1 of at most" in warning
     first, second = file.read_text().split("==== rank 1 on ")
     assert "in hangs_here" in second
     assert "in hangs_here" not in first

@@ -17,7 +17,7 @@ import torch
 
 from vmoco.train import distributed
 
-_SLOW, _WAITS = 1.25, 0.1
+_SLOW, _WAITS = 1.5, 0.1
 """What the progress line names: a rank that is so many times slower than the median, or waits for data so much of the
 time while another rank does not."""
 

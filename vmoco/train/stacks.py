@@ -48,10 +48,16 @@ class StackDump:
         faulthandler.dump_traceback_later(SHARE * within_seconds, file=self._file)
 
     def close(self) -> None:
-        """Stops to wait, and removes the file."""
+        """Stops to wait, and removes the file, unless the last step hung.
+
+        Then this process ends because it gave up, and its stacks are still to be fetched. The next process that makes
+        such a folder removes this one.
+        """
         faulthandler.cancel_dump_traceback_later()
+        hung = os.fstat(self._file).st_size > 0
         os.close(self._file)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if not hung:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class Watched(NamedTuple):
