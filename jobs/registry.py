@@ -28,7 +28,7 @@ def list_encoders() -> None:
     found = registry.versions()
     for version in found:
         print(f"models:/{version.name}/{version.version}  {', '.join(sorted(version.aliases)) or '-'}")
-        for line in [version.description, *map(str, promotion.scores_of(version))]:
+        for line in [version.description.partition("\n")[0], *map(str, promotion.scores_of(version))]:
             print(f"    {line}")
     if not found:
         print("nothing is registered yet")

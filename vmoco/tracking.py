@@ -68,8 +68,9 @@ def client(uri: str | None = None) -> Any:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a job's log is not a terminal
     from mlflow import MlflowClient  # 4 s: only where something is tracked
 
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # creating the database writes a line per table
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    # Creating the database writes a line per table, registering an encoder one about waiting and one about its example.
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "mlflow.pyfunc"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -228,6 +229,12 @@ def scores(run_id: str) -> dict[str, float]:
 def history(run_id: str, name: str) -> list[tuple[int, float]]:
     """Step and value of each point of a metric."""
     return [(point.step, point.value) for point in client().get_metric_history(run_id, name)]
+
+
+def artifact_page(run_id: str, path: str) -> str:
+    """Where MLflow's interface shows an artifact of a run, relative to the interface's own address."""
+    experiment = client().get_run(run_id).info.experiment_id
+    return f"#/experiments/{experiment}/runs/{run_id}/artifacts/{urllib.parse.quote(path)}"
 
 
 def note_run(run_id: str, *, tags: Mapping[str, str], documents: Mapping[str, Document] | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,24 +174,31 @@ def test_a_version_holds_a_model_card_with_plots(folder: Path, manifest: Manifes
     run_id = tracking.create_run(settings_for(manifest), tags={})
     spool = tracking.spool(tracking.tracking_uri(), run_id)
     for step in range(4):
-        spool.points({"loss": 4.0 - step}, step=step)
+        spool.points({"loss": 4.0 - step, "score/retrieval": 0.2 * step}, step=step)
     assert spool.close() == ""
     copied = Path(shutil.copytree(folder, tracker_home / "copy"))
     registry.attach(copied, run_id=run_id)
     registry.register(run_id, name="tested", alias="candidate")
     text = (stored() / "README.md").read_text()
-    for said in ("12 videos", manifest.hash, "Licence of the videos: not recorded", "loss 1", "(plots/loss.png)"):
+    for said in ("12 videos", manifest.hash, "Licence of the videos: not recorded", "loss 1, score/retrieval 0.6"):
         assert said in text
-    assert (stored() / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("loss", "scores"):
+        assert f"(plots/{name}.png)" in text
+        assert (stored() / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 PULL = """
-import sys, warnings
+import json, sys
 import mlflow, numpy as np
 model = mlflow.pyfunc.load_model("models:/tested@candidate")
 clips = np.load(sys.argv[1])
 np.save(sys.argv[2], model.predict(clips))
 assert not {"vmoco", "ray", "torchvision"} & set(sys.modules), "torch and MLflow are enough"
+folder, answers = sys.argv[3:]
+served = folder + "/serving_input_example.json"
+mlflow.models.predict(folder, input_path=served, content_type="json", output_path=answers, env_manager="local")
+found = np.array(json.load(open(answers))["predictions"], dtype=np.float32)
+np.testing.assert_allclose(found, model.predict(model.input_example), atol=1e-6)
 try:
     model.predict(clips[:, :4])
 except Exception as error:
@@ -201,15 +210,40 @@ except Exception as error:
 def test_mlflow_alone_gives_the_same_features(
     folder: Path, manifest: Manifest, tracker_home: Path, tmp_path: Path
 ) -> None:
-    """With torch and MLflow, but without vmoco and Ray, raw clips give the same features bit for bit."""
+    """With torch and MLflow, but without vmoco and Ray, raw clips give the same features bit for bit.
+
+    The version has a signature and an input example, and MLflow's own server takes the example as JSON.
+    """
     register(folder, manifest)
     python = light_environment(tmp_path / "environment", "torch", "mlflow", without=("ray", "vmoco", "torchvision"))
     frames = clips()
     np.save(tmp_path / "clips.npy", frames.numpy())
     command = [str(python), "-c", PULL, str(tmp_path / "clips.npy"), str(tmp_path / "features.npy")]
+    command += [str(stored()), str(tmp_path / "answers.json")]
     threads = str(torch.get_num_threads())  # another number may add up in another order
-    environment = {"MLFLOW_TRACKING_URI": tracking.tracking_uri(), "OMP_NUM_THREADS": threads, "PATH": "/usr/bin:/bin"}
+    environment = {"MLFLOW_TRACKING_URI": tracking.tracking_uri(), "OMP_NUM_THREADS": threads}
+    environment["PATH"] = f"{python.parent}:/usr/bin:/bin"
     pulled = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
     assert pulled.returncode == 0, pulled.stderr
     assert "refused" in pulled.stdout
     assert np.array_equal(np.load(tmp_path / "features.npy"), package.load_encoder(str(folder)).embed(frames).numpy())
+    inputs, outputs = (side.inputs[0] for side in signature_of(stored()))
+    assert (inputs.type, inputs.shape) == (np.uint8, (-1, 8, -1, -1, 3))
+    assert (outputs.type, outputs.shape) == (np.float32, (-1, 128))
+
+
+def signature_of(folder: Path) -> tuple[Any, Any]:
+    """Inputs and outputs of the signature that MLflow reads from a folder."""
+    from mlflow.models import Model
+
+    signature = Model.load(str(folder)).signature
+    assert signature is not None
+    return signature.inputs, signature.outputs
+
+
+@pytest.mark.parametrize("num_frames", [2, 16])
+def test_the_input_example_is_a_clip_that_moves(num_frames: int) -> None:
+    """Uint8, of the number of frames that the encoder takes; no two frames that follow each other are equal."""
+    clip = registry.example_clip(num_frames)
+    assert (clip.dtype, clip.shape[:2], clip.shape[-1]) == (np.uint8, (1, num_frames), 3)
+    assert all((before != after).any() for before, after in itertools.pairwise(clip[0]))

@@ -11,9 +11,21 @@ README, PLOTS = "README.md", "plots"
 
 Histories = Mapping[str, Sequence[tuple[int, float]]]
 
+DRAWN: Mapping[str, tuple[str, ...]] = {
+    "loss": ("loss",),
+    "scores": ("score/retrieval", "score/retrieval_by_colour", "score/arrow", "score/knn"),
+    "accuracy": ("accuracy",),
+    "effective_rank": ("effective_rank",),
+    "embedding_std": ("embedding_std",),
+    "generator_loss": ("generator_loss",),
+}
+"""The plots, and the metrics of a run in each, where they were tracked."""
+METRICS = tuple(metric for metrics in DRAWN.values() for metric in metrics)
+_FEW = 50  # points of a line that are marked
 
-def write(folder: Path, card: Mapping[str, Any], *, histories: Histories) -> None:
-    """Writes README.md and plots/*.png.
+
+def write(folder: Path, card: Mapping[str, Any], *, histories: Histories) -> list[str]:
+    """Writes README.md and plots/*.png; returns the names of the plots.
 
     Args:
         folder: of the encoder.
@@ -31,6 +43,7 @@ def write(folder: Path, card: Mapping[str, Any], *, histories: Histories) -> Non
         _versions(card),
     ]
     (folder / README).write_text("\n\n".join(section for section in sections if section) + "\n")
+    return drawn
 
 
 def _origin(card: Mapping[str, Any]) -> str:
@@ -105,8 +118,13 @@ def _scores(card: Mapping[str, Any]) -> str:
 def _training(drawn: Sequence[str], histories: Histories) -> str:
     if not drawn:
         return ""
-    last = ", ".join(f"{name} {histories[name][-1][1]:.4g}" for name in drawn)
-    return "## Training\n\nLast values: " + last + ".\n\n" + "\n".join(f"![{n}]({PLOTS}/{n}.png)" for n in drawn)
+    plots = "\n".join(f"![{name}]({PLOTS}/{name}.png)" for name in drawn)
+    return f"## Training\n\nLast values: {last_values(histories)}.\n\n{plots}"
+
+
+def last_values(histories: Histories) -> str:
+    """The last value of each metric that has any, as text."""
+    return ", ".join(f"{name} {points[-1][1]:.4g}" for name, points in histories.items() if points)
 
 
 def _versions(card: Mapping[str, Any]) -> str:
@@ -119,21 +137,29 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def draw(folder: Path, histories: Histories) -> list[str]:
-    """Draws `<metric>.png` for each metric with at least two points; returns the names of those drawn."""
-    drawn = [name for name, points in histories.items() if len(points) > 1]
-    if not drawn:
+    """Draws `DRAWN` as `<name>.png`, each with the metrics of at least two points; returns the names of those drawn."""
+    plots = {
+        name: {metric: sorted(histories[metric]) for metric in metrics if len(histories.get(metric, ())) > 1}
+        for name, metrics in DRAWN.items()
+    }
+    plots = {name: lines for name, lines in plots.items() if lines}
+    if not plots:
         return []
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     folder.mkdir(exist_ok=True)
-    for name in drawn:
+    for name, lines in plots.items():
         figure = Figure(figsize=(5, 2.6), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        points = sorted(histories[name])
-        axes.plot([step for step, _ in points], [value for _, value in points], linewidth=1)
+        for metric, points in lines.items():
+            label = metric.removeprefix("score/").replace("_", " ")
+            marker = "o" if len(points) <= _FEW else ""  # scores of some checkpoints: each of them is seen
+            axes.plot(*zip(*points, strict=True), linewidth=1, marker=marker, markersize=3, label=label)
+        if len(lines) > 1:
+            axes.legend(fontsize="small")
         axes.set(xlabel="step", title=name.replace("_", " "))
         axes.grid(alpha=0.3)
         figure.savefig(folder / f"{name}.png", dpi=100)
-    return drawn
+    return list(plots)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vmoco import tracking
-from vmoco.encoders import registry
+from vmoco.encoders import model_page, registry
 from vmoco.encoders.registry import CANDIDATE, CHAMPION
 
 LABEL_FREE = "label-free"
@@ -67,6 +67,9 @@ def record(uri: str, scores: Sequence[Score]) -> None:
         # MLflow takes no @ in the name of a tag; the protocol's own name is in the value.
         key = f"{_SCORE_TAG}.{score.protocol.replace('@', '-at-')}.{score.evaluation_set}"
         tracker.set_model_version_tag(version.name, version.version, key, json.dumps(asdict(score), sort_keys=True))
+    if scores:
+        known = scores_of(tracker.get_model_version(version.name, version.version))
+        model_page.show_scores(version.name, str(version.version), [asdict(score) for score in known])
 
 
 def scores_of(version: Any) -> list[Score]:
@@ -170,4 +173,5 @@ def _move(name: str, version: str, reason: str, *, kept: Sequence[Move] | None =
     tracker = tracking.client()
     tracker.set_registered_model_alias(name, CHAMPION, version)
     tracker.set_registered_model_tag(name, _HISTORY_TAG, json.dumps([asdict(each) for each in moves]))
+    model_page.describe_name(name)
     return move

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +33,6 @@ ARTIFACT_FOLDER = "encoder"
 CANDIDATE, CHAMPION = "candidate", "champion"
 _PAGE = 100  # entries in one answer of the registry
 _CACHE_GIB = 10.0
-_METRICS = ("loss", "accuracy", "retrieval", "effective_rank", "embedding_std", "generator_loss")
-"""Metrics of a run that its model card shows, if they were tracked."""
 
 
 @dataclass(frozen=True)
@@ -51,26 +48,30 @@ class Registered:
         return f"models:/{self.name}@{self.alias}"
 
 
-def attach(folder: Path, *, run_id: str, artifact_folder: str = ARTIFACT_FOLDER) -> None:
+def attach(folder: Path, *, run_id: str, artifact_folder: str = ARTIFACT_FOLDER) -> list[str]:
     """Adds a model card and what MLflow needs to an exported encoder, and logs it as artifacts of its run.
 
     Args:
         folder: what `package.write_folder` wrote.
         run_id: MLflow run that trained it, or the run of its import.
         artifact_folder: folder among the run's artifacts that receives it.
+
+    Returns:
+        Names of the plots of the model card.
     """
     tracker = tracking.client()
     card = json.loads((folder / CARD).read_text())
     tracked = tracker.get_run(run_id).data.metrics
     histories = {
         name: [(point.step, point.value) for point in tracker.get_metric_history(run_id, name)]
-        for name in _METRICS
+        for name in model_card.METRICS
         if name in tracked
     }
-    model_card.write(folder, card, histories=histories)
+    drawn = model_card.write(folder, card, histories=histories)
     _write_mlmodel(folder, card)
     tracker.log_artifacts(run_id, str(folder), artifact_folder)
     tracker.set_tag(run_id, f"{SHA256_TAG}.{artifact_folder}", file_sha256(str(folder / CARD)))
+    return drawn
 
 
 def register(
@@ -328,17 +329,32 @@ def _write_mlmodel(folder: Path, card: dict[str, Any]) -> None:
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, card["feature_dim"]))]),
     )
     loader = Path(encoder_program.__file__)
-    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():  # MLflow needs an empty folder
-        warnings.filterwarnings("ignore", ".*input example")  # clips of noise would add nothing to the signature
+    with tempfile.TemporaryDirectory() as place:  # MLflow needs an empty folder
         mlflow.pyfunc.save_model(
             str(Path(place, "model")),
             loader_module=loader.stem,
             code_paths=[str(loader)],
             signature=signature,
+            input_example=example_clip(card["preprocessing"]["num_frames"]),
             # An archive is read by the torch that wrote it and by later ones.
             pip_requirements=[f"torch>={card['versions']['torch'].partition('+')[0]}", "numpy", "pandas"],
         )
         shutil.copytree(Path(place, "model"), folder, dirs_exist_ok=True)
+
+
+def example_clip(num_frames: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The input example of an encoder: a bright square that moves over a grey ramp, uint8 (1, T, 12, 16, 3).
+
+    It is drawn, because a real clip would carry somebody's video into the registry, and small, because MLflow stores it
+    as JSON. The encoder scales frames of any size.
+    """
+    height, width, side = 12, 16, 4
+    ramp = np.linspace(32, 160, width, dtype=np.uint8)
+    clip = np.broadcast_to(ramp[None, None, None, :, None], (1, num_frames, height, width, 3)).copy()
+    for frame in range(num_frames):
+        left = frame % (width - side + 1)
+        clip[0, frame, side : 2 * side, left : left + side] = (255, 224, 64)
+    return clip
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Everything is read, checked and scored in a local folder first, so a failure lea
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ import pyarrow.parquet as pq
 
 from vmoco import storage, tracking
 from vmoco.data.manifest import Manifest
-from vmoco.encoders import foreign, registry
+from vmoco.encoders import foreign, model_page, registry
 from vmoco.encoders.encoder import Encoder, Preprocessing
+from vmoco.encoders.encoder_program import CARD
 from vmoco.encoders.package import NO_LICENCE, SETTINGS, VIDEO_FIELDS, VIDEOS, add_scores, write_folder
 from vmoco.encoders.promotion import Score, record
 from vmoco.encoders.registry import ARTIFACT_FOLDER, Registered
@@ -137,13 +139,21 @@ def publish(
     """
     if score is not None:
         add_scores(folder, {score.protocol: score.row()})
-    registry.attach(folder, run_id=run_id, artifact_folder=artifact_folder)
+    plots = registry.attach(folder, run_id=run_id, artifact_folder=artifact_folder)
     if name is None:
         return None
     registered = registry.register(
         run_id, name=name, alias=alias, description=description, artifact_folder=artifact_folder
     )
     record(f"models:/{registered.name}/{registered.version}", [score] if score else [])
+    model_page.describe_version(
+        name,
+        registered.version,
+        json.loads((folder / CARD).read_text()),
+        summary=description,
+        plots=plots,
+        artifact_page=tracking.artifact_page(run_id, artifact_folder),
+    )
     return registered
 
 
