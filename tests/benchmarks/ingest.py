@@ -45,8 +45,9 @@ import psutil
 from av.video.reformatter import VideoReformatter
 
 from vmoco.cluster.local import LocalCluster
-from vmoco.data import footage, video
+from vmoco.data import footage
 from vmoco.data.ingest import ingest
+from vmoco.data.pixels import SCALING
 from vmoco.data.shard_reader import ClipReader
 from vmoco.job_settings import IngestSettings
 
@@ -65,7 +66,7 @@ def clips_of(path: str) -> int:
         for frame in container.decode(stream):
             factor = max(HEIGHT / frame.height, WIDTH / frame.width)
             size = {"width": round(frame.width * factor), "height": round(frame.height * factor)}
-            reformatter.reformat(frame, **size, format="rgb24", interpolation=video.SCALING, threads=1)
+            reformatter.reformat(frame, **size, format="rgb24", interpolation=SCALING, threads=1)
             count += 1
     return count // FRAMES
 
