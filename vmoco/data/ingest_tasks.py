@@ -307,7 +307,7 @@ def _existing(plan: ShardPlan, uri: str, settings: IngestSettings) -> MadeShard 
     try:
         there = shard.read_rows(uri)
         rows = there.table.to_pylist()
-        scan = ShardScan(uri, rows)
+        scan = ShardScan(uri, rows, by_clips=True)  # its name says the version
         intact = all(whole for _, _, whole in scan)
         if intact and all(settled(rejection, settings) for rejection in there.metadata.rejected):
             return _made(plan, rows, scan.file, there.metadata, reused=True)
