@@ -72,7 +72,7 @@ def _probe(container: Any, index: int, source: Source, log: list[Any]) -> Timeli
     expected: list[tuple[int, int]] = []
     codec = stream.codec_context.codec.canonical_name
     hides, exact = reports.hides_frames(codec), codec in _SAID or codec in _ONE_FRAME
-    count_shown = _SAID.get(codec)
+    count_shown = _SAID.get(codec) or _units(codec, stream.codec_context.extradata)
     for packet in packets(container):
         if isinstance(packet, av.error.FFmpegError):
             broken = broken or VideoError("probe", "truncated", f"packet {count} cannot be read: {packet.strerror}")
@@ -144,6 +144,26 @@ def _probe(container: Any, index: int, source: Source, log: list[Any]) -> Timeli
         expected=tuple(np.split(wanted, np.searchsorted(owners, seams))),
         broken=broken,
     )
+
+
+def _units(codec: str, header: bytes | None) -> Callable[[Any], int] | None:
+    """Counts a frame for a packet of H.264 or HEVC whose units end where it ends; None where units have no lengths.
+
+    A wrong table of sizes or places makes packets of which this is not so (ISO/IEC 14496-15, 5.3.3 and 8.3.3).
+    """
+    places = {"h264": 4, "hevc": 21}
+    if codec not in places or not header or len(header) <= places[codec] or header[0] != 1:
+        return None
+    width = (header[places[codec]] & 3) + 1
+
+    def count(packet: Any) -> int:
+        content, at = memoryview(packet), 0
+        end = len(content)
+        while at + width < end:
+            at += width + int.from_bytes(content[at : at + width], "big")
+        return at == end
+
+    return count
 
 
 def _shown_by_mpeg4(packet: Any) -> int:
