@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.data import videos
+from vmoco.data.opening import FORMATS
 from vmoco.data.pixels import MAX_PIXELS, Scaler
-from vmoco.data.video import FORMATS
 
 SIZE, NUM_FRAMES, STRIDE = (24, 32), 8, 2
 MAX_CLIPS = 4

@@ -41,10 +41,11 @@ HOMES = {
     "av": {
         "vmoco.data.container",
         "vmoco.data.damage",
+        "vmoco.data.opening",
         "vmoco.data.pictures",
         "vmoco.data.pixels",
+        "vmoco.data.probing",
         "vmoco.data.reports",
-        "vmoco.data.video",
     },
     "optuna": {"vmoco.sweep.space"},
     "plotly": {"vmoco.sweep.report"},

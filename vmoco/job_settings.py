@@ -77,7 +77,7 @@ class IngestSettings(Settings):
     or a group of a list. A hash of its name chooses it, so adding videos changes nothing."""
     damaged: Annotated[Literal["drop-clips", "reject"], OmittedIfDefault] = "drop-clips"
     """What to do with a video that is damaged or cut off: take the clips without a damaged frame, or reject it. The
-    ledger names the seconds that are lost."""
+    ledger names the seconds that are lost. Only reject decodes every frame of long videos with few clips."""
     max_damaged_percent: Annotated[float, OmittedIfDefault] = Field(50.0, ge=0, le=100)
     """Percentage of a video that may be lost to damage. A video that has lost more is rejected."""
     max_rejected_percent: Annotated[float, Unhashed] = Field(50.0, ge=0, le=100)
@@ -89,7 +89,7 @@ class IngestSettings(Settings):
     videos_per_shard: Annotated[int, Unhashed] = Field(64, ge=1)
     """Largest number of videos in one shard. Lower it to spread a few videos over many workers."""
     part_seconds: Annotated[float, Unhashed] = Field(600.0, ge=1)
-    """A video that lasts more than 1.5 times this many seconds is decoded in parts of this length, by several tasks."""
+    """Several tasks decode a video of which more than 1.5 times this many seconds are decoded, about this many each."""
     seconds_per_video: Annotated[float, Unhashed] = Field(600.0, gt=0)
     """Time limit in seconds for decoding one video, or one part of a long one. A slower decoder is killed."""
 

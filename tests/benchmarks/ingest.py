@@ -20,9 +20,10 @@ Videos and shards are in memory (/dev/shm), because the bare decoders write noth
 
 On two cores of a virtual machine the efficiency is 0.71 to 0.76. In the steady state of a run under a profiler (0.69),
 both cores spent their time as follows: 66 % on what the bare decoders do too; 10 % on further work of the decoders (a
-second look at each video, copies of frames, caches shared with the rest); 6 % on two hashes of each clip; 8 % on
-writing clips to memory that the machine must first get from its host (2.5 of 2.8 ms a clip; real hardware does not have
-this cost); 8 % on Ray, most of which does not grow with the number of cores; and 2 % on waiting for Ray.
+second look at each video, copies of frames, caches shared with the rest); 6 % on two hashes of each clip, of which
+there is one now; 8 % on writing clips to memory that the machine must first get from its host (2.5 of 2.8 ms a clip;
+real hardware does not have this cost); 8 % on Ray, most of which does not grow with the number of cores; and 2 % on
+waiting for Ray.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ import psutil
 from av.video.reformatter import VideoReformatter
 
 from vmoco.cluster.local import LocalCluster
-from vmoco.data import footage, video
+from vmoco.data import footage
 from vmoco.data.ingest import ingest
+from vmoco.data.pixels import SCALING
 from vmoco.data.shard_reader import ClipReader
 from vmoco.job_settings import IngestSettings
 
@@ -65,7 +67,7 @@ def clips_of(path: str) -> int:
         for frame in container.decode(stream):
             factor = max(HEIGHT / frame.height, WIDTH / frame.width)
             size = {"width": round(frame.width * factor), "height": round(frame.height * factor)}
-            reformatter.reformat(frame, **size, format="rgb24", interpolation=video.SCALING, threads=1)
+            reformatter.reformat(frame, **size, format="rgb24", interpolation=SCALING, threads=1)
             count += 1
     return count // FRAMES
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -14,6 +18,7 @@ from tests.dataset import make_data_set
 from vmoco.data.check import check
 from vmoco.data.frames import Encoding
 from vmoco.data.manifest import NAME, Manifest
+from vmoco.data.shard_reader import ClipReader
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +46,40 @@ def test_a_whole_data_set_has_nothing_wrong(data_set: Manifest) -> None:
     assert re.fullmatch(r"check  read 2/2 shards  wrong 0  [\d.]+ shards/s  0:00 left", lines[-1])
 
 
+def as_version_2(data_set: Manifest) -> None:
+    """Turns a data set into one of the version before, whose shards have the hashes of all their bytes."""
+    for name in data_set.shards:
+        path = Path(data_set.shard_uri(name))
+        with pa.ipc.open_file(str(path)) as reader:
+            schema, batches = reader.schema, [reader.get_batch(row) for row in range(reader.num_record_batches)]
+        metadata = {key: value.replace(b'"version": 3', b'"version": 2') for key, value in schema.metadata.items()}
+        with pa.ipc.new_file(str(path), schema.with_metadata(metadata)) as writer:
+            for batch in batches:
+                writer.write_batch(batch.replace_schema_metadata(metadata))
+    path = Path(data_set.uri) / NAME
+    table = pq.read_table(path)
+    about = json.loads(table.schema.metadata[b"vmoco"]) | {"version": 2}
+    for name, file in about["shards"].items():
+        content = Path(data_set.shard_uri(name)).read_bytes()
+        file |= {"sha256": hashlib.sha256(content).hexdigest(), "num_bytes": len(content)}
+        del file["by_clips"]
+    pq.write_table(table.replace_schema_metadata({"vmoco": json.dumps(about)}), path)
+
+
+def test_a_data_set_of_the_version_before_is_read_and_checked(data_set: Manifest) -> None:
+    """With the clips as they are; a flipped bit is found in it too."""
+    expected = [ClipReader.of(data_set).frames(clip) for clip in range(3)]
+    as_version_2(data_set)
+    old = Manifest.load(data_set.uri)
+    assert not any(file.by_clips for file in old.shards.values())
+    assert check(old.uri, quiet) == []
+    for clip, frames in enumerate(expected):
+        np.testing.assert_array_equal(ClipReader.of(old).frames(clip), frames)
+    path = Path(old.shard_uri("0001"))
+    flip(path, path.stat().st_size - 1)
+    assert any(finding.startswith("shard 0001: ") for finding in check(old.uri, quiet))
+
+
 def test_a_flipped_bit_is_named(data_set: Manifest) -> None:
     """In a clip: the shard, the row and the clip; between clips: the shard."""
     row = data_set.table.to_pylist()[5]
@@ -52,7 +91,7 @@ def test_a_flipped_bit_is_named(data_set: Manifest) -> None:
     assert findings[1].startswith(f"shard {row['shard']}: its SHA-256 is ")
     assert len(findings) == 2
     flip(path, row["offset"] + row["num_bytes"] // 2)
-    flip(path, path.stat().st_size - 1)
+    flip(path, row["offset"] - 1)
     assert check(data_set.uri, quiet)[0].startswith(f"shard {row['shard']}: its SHA-256 is ")
 
 

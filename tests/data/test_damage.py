@@ -13,7 +13,7 @@ import pytest
 
 from tests import fuzz
 from tests.data import videos
-from vmoco.data import damage, video
+from vmoco.data import damage, opening, probing, video
 from vmoco.data.clips import ClipPlan
 from vmoco.data.collector import Collector
 from vmoco.data.damage import Survey
@@ -271,13 +271,13 @@ def test_two_readings_that_differ_are_an_error(tmp_path: Path) -> None:
     path = noisy(tmp_path / "a.mp4")
     spoil(path, 52)
     taken = videos.Kept()
-    line = video.probe(str(path))
-    with video.errors("decode", "x") as log, video.open_video(str(path)) as container:
-        found = damage.survey(container, video.video_stream(container, line.stream), log, line)
+    line = probing.probe(str(path))
+    with opening.errors("decode", "x") as log, opening.open_video(str(path)) as container:
+        found = damage.survey(container, opening.video_stream(container, line.stream), log, line)
     spoil(path, 20)
     collector = Collector(np.empty((0, 0), np.int64), taken, PLAN, height=48, width=64)
-    with video.errors("decode", "x") as log, video.open_video(str(path)) as container:
-        stream = video.video_stream(container, line.stream)
+    with opening.errors("decode", "x") as log, opening.open_video(str(path)) as container:
+        stream = opening.video_stream(container, line.stream)
         with pytest.raises(VideoError, match="the frames change between two readings"):
             damage.take_again(container, stream, log, collector=collector, found=found)
 
@@ -327,7 +327,7 @@ def test_joined_recordings_with_damage_in_one(tmp_path: Path, half: int) -> None
     lost = [start - first for start in whole.start_seconds if start not in made.start_seconds]
     assert 1 <= len(lost) <= 8
     assert all(half * length / 25 <= start < (half + 1) * length / 25 for start in lost)
-    assert [note.partition(":")[0] for note in video.probe(str(path)).notes] == ["joined"]
+    assert [note.partition(":")[0] for note in probing.probe(str(path)).notes] == ["joined"]
 
 
 def test_a_transport_stream_that_is_cut_off(tmp_path: Path) -> None:
@@ -361,9 +361,9 @@ def test_hdr_and_damaged(tmp_path: Path) -> None:
 def test_a_long_video_that_is_cut_off_is_not_split(tmp_path: Path) -> None:
     """Its parts would decode without an error, and nobody would say that its end is missing."""
     path = noisy(tmp_path / "a.mkv")
-    assert len(video.probe(str(path)).keyframes) == FRAMES // KEY_FRAMES
+    assert len(probing.probe(str(path)).keyframes) == FRAMES // KEY_FRAMES
     videos.truncate(path, 0.7)
-    line = video.probe(str(path))
+    line = probing.probe(str(path))
     assert line.broken is not None
     assert len(line.keyframes) == 0
     made, _ = cut(path)

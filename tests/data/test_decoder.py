@@ -28,7 +28,7 @@ PLAN = ClipPlan(4, max_clips=3)
 MISCHIEF = """
 import ctypes, os, signal, sys, time
 from vmoco.data import decoder, video
-honest = video.cut_clips
+honest = video.cut_whole
 def strange(source, *rest, **options):
     name = os.path.basename(source)
     if name == "hang.mp4":
@@ -41,7 +41,7 @@ def strange(source, *rest, **options):
     if name == "strange.mp4":
         raise ZeroDivisionError("strange")
     return honest(source, *rest, **options)
-video.cut_clips = strange
+video.cut_whole = strange
 decoder.main(*sys.argv[1:])
 """
 

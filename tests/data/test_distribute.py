@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmoco.data.clips import Part
 from vmoco.data.distribute import arrow_type, from_table, run_tasks, to_table
 from vmoco.data.ingest_tasks import MadeShard, Probed, ProbeTask, ShardPlan, Unit
 from vmoco.data.ledger import Loss, Rejection
+from vmoco.data.parts import Part, Run
 from vmoco.data.shard import ShardFile
 from vmoco.data.source import Found
 
@@ -25,7 +25,8 @@ maybe = st.none() | text
 found = st.builds(
     Found, text, int64, text, st.none() | numbers, st.none() | numbers, maybe, st.tuples(maybe, maybe, maybe)
 )
-parts = st.builds(Part, int64, st.none() | int64, int64, st.lists(st.lists(int64, max_size=3), max_size=3), numbers)
+runs = st.builds(Run, int64, int64, int64)
+parts = st.builds(Part, st.lists(runs, max_size=3), st.lists(st.lists(int64, max_size=3), max_size=3), numbers)
 stages = st.sampled_from(["list", "read", "probe", "decode", "clip"])
 rejections = st.builds(Rejection, text, stages, text, text, st.booleans(), text, text)
 lost = st.lists(st.tuples(numbers, numbers), max_size=3).map(tuple)

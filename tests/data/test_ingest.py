@@ -141,7 +141,10 @@ def test_a_changed_video_replaces_its_clips(tmp_path: Path, ray_cluster: object)
 
 
 def test_parts_change_nothing(tmp_path: Path, ray_cluster: object) -> None:
-    """Long videos in parts, or as a whole where parts fail, damaged ones too: the same clips, ledger and hash."""
+    """Long videos in parts, or as a whole where parts fail, damaged ones too: the same clips, ledger and hash.
+
+    A note counts those whose parts failed.
+    """
     coding = {"g": "10", "keyint_min": "10", "sc_threshold": "0"}
     videos.write_video(tmp_path / "in/long.mp4", videos.images(200), options=coding)
     # The times of H.264 in AVI are guessed; a picture that is refreshed bit by bit cannot be decoded from the middle.
@@ -149,14 +152,17 @@ def test_parts_change_nothing(tmp_path: Path, ray_cluster: object) -> None:
     refresh = {"x264-params": "intra-refresh=1:keyint=12:bframes=0:scenecut=0"}
     videos.write_video(tmp_path / "in/refresh.mp4", videos.images(200), options=refresh)
     videos.corrupt(videos.write_video(tmp_path / "in/noise.mp4", videos.images(200), options=coding), end=0.45)
-    found, lines = [], []
+    found, lines, noted = [], [], []
     for seconds in (600, 2):
         chosen = settings(tmp_path, part_seconds=seconds, output=f"{tmp_path}/{seconds}", max_clips_per_video=20)
         made = ingest(chosen, progress=lines.append)
         losses = [(loss.video_id, loss.lost, loss.percent) for loss in ledger.read_losses(made.uri)]
-        found.append((made.hash, made.counts, losses, made.table.select(["clip_id", "start_seconds", "fps"])))
+        counts = dict(made.counts)
+        noted.append(counts.pop("decoded-whole", 0))
+        found.append((made.hash, counts, losses, made.table.select(["clip_id", "start_seconds", "fps"])))
     assert found[0] == found[1]
     assert (found[0][1]["videos"], found[0][1]["rejected"]) == (4, 0)
+    assert noted == [0, 2]
     assert "ingest  2 long videos cannot be decoded in parts: each is decoded as a whole" in lines
     assert [name for name, _, _ in found[0][2]] == ["noise.mp4"]
 

@@ -235,6 +235,27 @@ def test_a_long_video_is_the_same_in_parts(root: Path, decoder: Decoder) -> None
     assert sorted(found[1]) == sorted(found[600])
 
 
+def test_runs_change_nothing_but_a_note(root: Path, decoder: Decoder) -> None:
+    """Clips of runs are those of every frame, also where the runs fail: then a note of the video says why."""
+    coding = {"g": "10", "bf": "2", "keyint_min": "10", "sc_threshold": "0"}
+    videos.write_video(root / "in/runs.mp4", videos.images(100), options=coding)
+    refresh = {"x264-params": "intra-refresh=1:keyint=12:bframes=0:scenecut=0"}
+    videos.write_video(root / "in/whole.mp4", videos.images(100), options=refresh)
+    found = {}
+    for whole in (False, True):
+        chosen = settings(root, output=f"{root}/{whole}")
+        both = [each for each in probed(chosen, decoder) if each.found.video_id in ("runs.mp4", "whole.mp4")]
+        assert [len(each.parts) for each in both] == [1, 1]
+        (plan,) = plan_shards(both, chosen, whole=whole)
+        made = make_shard(plan, root=chosen.videos, output=chosen.output, settings=chosen, decoder=decoder)
+        assert made.rejected == ()
+        found[whole] = [[row[name] for name in ("clip_id", "start_seconds", "fps", "sha256")] for row in made.rows]
+        kinds = {row["video_id"]: (row["notes"] or "").partition(":")[0] for row in made.rows}
+        assert kinds == {"runs.mp4": "", "whole.mp4": "" if whole else "decoded-whole"}
+    assert len(found[True]) == 6
+    assert found[False] == found[True]
+
+
 def test_results_of_a_first_look_are_kept(root: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second look at the same videos reads nothing, unless one of the results may change."""
     (root / "in/d.mp4").write_text("no video")

@@ -106,7 +106,7 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
     write(tmp_path)
     table = pq.read_table(tmp_path / NAME)
     pq.write_table(table.replace_schema_metadata({"vmoco": '{"version": 7}'}), tmp_path / NAME)
-    with pytest.raises(ValueError, match=r"has schema version 7, this vmoco reads version 2: use the vmoco"):
+    with pytest.raises(ValueError, match=r"has schema version 7, this vmoco reads the versions 2 and 3: use the vmoco"):
         Manifest.load(str(tmp_path))
     pq.write_table(table.replace_schema_metadata(None), tmp_path / NAME)
     with pytest.raises(ValueError, match=r"has schema version None"):

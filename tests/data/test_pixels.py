@@ -14,10 +14,12 @@ from PIL import Image
 
 from tests.data import videos
 from tests.data.test_hdr import COLOURS, FFMPEG
-from vmoco.data import video
-from vmoco.data.clips import ClipPlan, clip_indices, split
+from vmoco.data import probing, video
+from vmoco.data.clips import ClipPlan
 from vmoco.data.ledger import VideoError
+from vmoco.data.parts import plan_parts
 from vmoco.data.pixels import Scaler
+from vmoco.data.timeline import plan_clips
 
 SIZE = (72, 96)
 # The flags of our scaler. Chroma is sited as it sites it: at the left for a quarter of the samples, as in H.264.
@@ -108,17 +110,18 @@ def test_frames_keep_their_numbers(tmp_path: Path) -> None:
 
 
 def test_a_long_interlaced_video_is_decoded_as_a_whole(tmp_path: Path) -> None:
-    """The first frame of a part needs the last one of the part before, so a part says that it cannot be cut."""
+    """The first frame of a run needs the frame before it, so a run says that it cannot be cut, and the note says so."""
     path = interlaced(tmp_path / "a.mkv", 60, codec="mpeg2video", pix_fmt="yuv420p", g="10")
-    line = video.probe(str(path))
-    indices = clip_indices(line.times, line.time_base, ClipPlan(8))
-    plan = {"plan": ClipPlan(8), "seconds": 0.6, "fps": 25.0}
-    parts = split(line.times, line.keyframes, line.time_base, indices=indices, **plan)  # type: ignore[arg-type]
+    line = probing.probe(str(path))
+    few = ClipPlan(8, max_clips=2)
+    (part,) = plan_parts(line, few, indices=plan_clips(line, few), seconds=600)
     with pytest.raises(VideoError, match="not-seekable: interlaced frames"):
-        video.cut_part(str(path), parts[1], ClipPlan(8), height=SIZE[0], width=SIZE[1], sink=videos.Kept())
-    sink, off = videos.Kept(), ClipPlan(8, deinterlace="off")
-    video.cut_part(str(path), parts[1], off, height=SIZE[0], width=SIZE[1], sink=sink)
-    assert len(sink.clips) == len(parts[1].clips)
+        video.cut_part(str(path), part, few, height=SIZE[0], width=SIZE[1], sink=videos.Kept())
+    sink, off = videos.Kept(), ClipPlan(8, max_clips=2, deinterlace="off")
+    video.cut_part(str(path), part, off, height=SIZE[0], width=SIZE[1], sink=sink)
+    assert len(sink.clips) == len(part.clips)
+    made = video.cut_clips(str(path), few, height=SIZE[0], width=SIZE[1], sink=videos.Kept())
+    assert [note.partition(":")[0] for note in made.notes] == ["decoded-whole", "deinterlaced"]
 
 
 def hdr_video(

@@ -84,7 +84,12 @@ def test_the_range_of_a_row_is_its_stored_clip(tmp_path: Path, encoding: str) ->
     made = clips() if encoding == "raw" else jpegs()
     rows, file = write_shard(str(path), made, metadata=metadata)
     content = path.read_bytes()
-    assert file == ShardFile(len(content), hashlib.sha256(content).hexdigest())
+    outside, end = hashlib.sha256(), 0
+    for row in rows:
+        outside.update(content[end : row["offset"]] + bytes.fromhex(row["sha256"]))
+        end = row["offset"] + row["num_bytes"]
+    outside.update(content[end:])
+    assert file == ShardFile(len(content), outside.hexdigest(), by_clips=True)
     assert read_rows(str(path)).metadata.encoding == encoding
     for row, clip, frames in zip(rows, made, stored_frames(str(path)), strict=True):
         stored = content[row["offset"] : row["offset"] + row["num_bytes"]]
@@ -186,5 +191,7 @@ def test_what_is_no_shard_is_refused(tmp_path: Path) -> None:
     newer = json.dumps({"version": 99})
     with pa.ipc.new_file(str(path), pa.schema([("x", pa.int8())], metadata={shard.METADATA_KEY: newer})):
         pass
-    with pytest.raises(ValueError, match=r"has schema version 99, this vmoco reads version 2: use the vmoco"):
+    with pytest.raises(
+        ValueError, match=r"has schema version 99, this vmoco reads the versions 2 and 3: use the vmoco"
+    ):
         read_rows(str(path))

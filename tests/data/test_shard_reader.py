@@ -27,7 +27,7 @@ from vmoco.data import shard_reader
 from vmoco.data.clip_cache import ClipCache, cache_for
 from vmoco.data.frames import Encoding, Frames
 from vmoco.data.manifest import Manifest
-from vmoco.data.shard import write_shard
+from vmoco.data.shard import ShardFile, write_shard
 from vmoco.data.shard_reader import ClipReader, ShardScan
 
 
@@ -323,16 +323,28 @@ def test_a_data_set_on_s3_is_read_through_the_cache(tmp_path: Path, store: Any) 
         ClipReader.of(dataclasses.replace(manifest, uri="s3://bucket/none")).frames(0)
 
 
-def test_a_scan_gives_all_clips_and_the_hash_of_the_file(tmp_path: Path) -> None:
-    """Whatever the order of the rows; a damaged clip is marked, and the hash is that of the bytes that are there."""
+@pytest.mark.parametrize("by_clips", [True, False])
+def test_a_scan_gives_all_clips_and_the_hash_of_the_file(tmp_path: Path, by_clips: bool) -> None:
+    """Whatever the order of the rows; a damaged clip is marked, and any damaged byte changes the hash."""
     path = tmp_path / "s.arrow"
     rows, file = write_shard(str(path), clips(), metadata=METADATA)
-    scan = ShardScan(str(path), rows[::-1])
+    if not by_clips:
+        file = ShardFile(file.num_bytes, hashlib.sha256(path.read_bytes()).hexdigest())
+    scan = ShardScan(str(path), rows[::-1], by_clips=by_clips)
     assert [(row["clip_id"], stored, intact) for row, stored, intact in scan] == [
         (clip.clip_id, bytes(memoryview(clip.stored)), True) for clip in clips()
     ]
     assert scan.file == file
-    flip(path, rows[3]["offset"])
-    scan = ShardScan(str(path), rows)
-    assert [intact for _, _, intact in scan] == [True, True, True, False, True]
-    assert scan.file.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    seen = {file.sha256}
+    for place, damaged in (
+        (rows[3]["offset"], 3),
+        (rows[3]["offset"] - 1, None),
+        (file.num_bytes - 1, None),
+        (0, None),
+    ):
+        flip(path, place)
+        scan = ShardScan(str(path), rows, by_clips=by_clips)
+        assert [intact for _, _, intact in scan] == [number != damaged for number in range(5)]
+        seen.add(scan.file.sha256)
+        flip(path, place)
+    assert len(seen) == 5

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from tests.data import videos
-from vmoco.data import ledger, pixels, video
-from vmoco.data.clips import ClipPlan, clip_indices, split, start_indices
+from vmoco.data import ledger, pixels, probing, video
+from vmoco.data.clips import ClipPlan, start_indices
 from vmoco.data.ledger import VideoError
+from vmoco.data.probing import probe
 from vmoco.data.timeline import Timeline
-from vmoco.data.video import probe
 
 SETTINGS: dict[str, Any] = {"num_frames": 8, "stride": 2, "height": 48, "width": 64, "max_clips": 3}
 
@@ -232,13 +232,13 @@ def test_a_wrong_count_is_corrected(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Where packets and frames differ, the clips are spread over the frames that are really there."""
     path = str(videos.write_video(tmp_path / "a.mp4", videos.images(60)))
     right = cut_clips(path, **SETTINGS)
-    honest = video._probe
+    honest = probing._probe
     for wrong in (0, 50, 61, 200):
 
         def lying(*arguments: Any, wrong: int = wrong) -> Timeline:
             return dataclasses.replace(honest(*arguments), times=np.arange(wrong) * 512)
 
-        monkeypatch.setattr(video, "_probe", lying)
+        monkeypatch.setattr(probing, "_probe", lying)
         cut = cut_clips(path, **SETTINGS)
         np.testing.assert_array_equal(cut.frames, right.frames)
         assert cut.start_times == right.start_times
@@ -454,54 +454,6 @@ def test_a_bare_stream_has_seconds(tmp_path: Path) -> None:
     assert cut.start_seconds == pytest.approx([0.4, 1.04, 1.68])
 
 
-PARTED = {
-    "h264.mp4": {"options": {"g": "12", "bf": "2", "sc_threshold": "0"}},
-    "h264-open-gop.mkv": {"options": {"x264-params": "open-gop=1:keyint=12:bframes=3:scenecut=0"}},
-    "hevc-open-gop.mp4": {"codec": "libx265", "options": {"x265-params": "open-gop=1:keyint=12:log-level=none"}},
-    "vp9.webm": {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8", "g": "12"}},
-    "mpeg4.mkv": {"codec": "mpeg4", "options": {"g": "12"}},
-    "mpeg2.mkv": {"codec": "mpeg2video", "options": {"g": "12", "bf": "2"}},
-    "intra-refresh.mp4": {"options": {"x264-params": "intra-refresh=1:keyint=12:bframes=0:scenecut=0"}},
-}
-
-
-# Not everything can be decoded from the middle; that is found out, and not guessed.
-REFUSED = dict.fromkeys(["intra-refresh.mp4", "h264-open-gop.mkv"], "not-seekable")
-
-
-@pytest.mark.parametrize("name", PARTED)
-def test_parts_give_the_pixels_of_the_whole(tmp_path: Path, name: str) -> None:
-    """In each codec and container a part decoded alone gives the very bytes, or says that it cannot be."""
-    rng = np.random.default_rng(0)
-    images = [
-        np.clip(image + rng.integers(-9, 9, image.shape), 0, 255).astype(np.uint8) for image in videos.images(120)
-    ]
-    options: Any = PARTED[name]
-    expected = REFUSED.get(name, "")
-    path = str(videos.write_video(tmp_path / name, images, **options))
-    plan = ClipPlan(8, stride=2)
-    whole = cut_clips(path, **{**SETTINGS, "max_clips": 99})
-    line = probe(path)
-    indices = clip_indices(line.times, line.time_base, plan)
-    parts = split(line.times, line.keyframes, line.time_base, indices=indices, plan=plan, seconds=0.9, fps=line.fps)
-    assert len(parts) >= 4
-    clips: list[videos.Image] = []
-    seconds: list[float] = []
-    try:
-        for part in parts:
-            sink = videos.Kept()
-            seconds += video.cut_part(path, part, plan, height=48, width=64, sink=sink).start_seconds
-            clips += sink.clips
-    except VideoError as error:
-        refused = error.reason
-    else:
-        refused = ""
-    assert refused == expected
-    if not refused:
-        np.testing.assert_array_equal(np.stack(clips), whole.frames)
-        assert seconds == whole.start_seconds
-
-
 def noisy(path: Path, **options: Any) -> Path:
     """A video with so much detail that every part of the file is picture data."""
     rng = np.random.default_rng(0)
@@ -568,7 +520,7 @@ def test_broken_videos_are_rejected(tmp_path: Path, name: str) -> None:
 def test_a_huge_frame_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A frame above the limit, as coded or as scaled, is rejected before memory is taken for it."""
     path = videos.write_video(tmp_path / "a.mp4", videos.images(20))
-    monkeypatch.setattr(video, "MAX_PIXELS", 96 * 72 - 1)
+    monkeypatch.setattr(probing, "MAX_PIXELS", 96 * 72 - 1)
     with pytest.raises(VideoError, match=r"probe: frame-too-large: 96 x 72") as caught:
         cut_clips(str(path), **SETTINGS)
     monkeypatch.undo()

@@ -19,7 +19,8 @@ from tests.store import BUCKET, Store
 from vmoco import storage
 from vmoco.data.clips import ClipPlan
 from vmoco.data.decoder import Decoder, StoredClips
-from vmoco.data.video import cut_clips, probe
+from vmoco.data.probing import probe
+from vmoco.data.video import cut_clips
 from vmoco.encoders.dense import SlidingWindow, slide
 from vmoco.encoders.encoder import Encoder
 

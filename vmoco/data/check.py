@@ -81,14 +81,14 @@ def _check_shard(manifest: Manifest, name: str, rows: list[dict[str, Any]]) -> l
     """What is wrong with one shard and the clips of the manifest that lie in it."""
     findings: list[str] = []
     try:
-        findings += _check_bytes(manifest, name, rows)
         there = read_rows(manifest.shard_uri(name))
+        own = there.table.to_pylist()
+        findings += _check_bytes(manifest, name, own, listed={row["row"]: row["sha256"] for row in rows})
     except (OSError, ValueError) as error:
         return [*findings, f"shard {name}: {error}"]
     if there.metadata.encoding != manifest.encoding or there.metadata.frame_shape != manifest.frame_shape:
         stored = f"{there.metadata.encoding} {there.metadata.frame_shape}"
         findings.append(f"shard {name}: its clips are {stored}, not {manifest.encoding} {manifest.frame_shape}")
-    own = there.table.to_pylist()
     for row in rows:
         stands = own[row["row"]] if 0 <= row["row"] < len(own) else {}
         other = [field.name for field in ROW_FIELDS if stands.get(field.name) != row[field.name]]
@@ -97,11 +97,22 @@ def _check_shard(manifest: Manifest, name: str, rows: list[dict[str, Any]]) -> l
     return findings
 
 
-def _check_bytes(manifest: Manifest, name: str, rows: list[dict[str, Any]]) -> list[str]:
+def _check_bytes(manifest: Manifest, name: str, own: list[dict[str, Any]], *, listed: dict[int, str]) -> list[str]:
+    """What is wrong with the bytes of a shard.
+
+    Args:
+        manifest: Of the data set.
+        name: Of the shard.
+        own: The rows of the shard, in its order.
+        listed: Hashes in the manifest, by row; other rows are of videos that have changed since.
+    """
     expected = manifest.shards[name]
     findings: list[str] = []
-    scan = ShardScan(manifest.shard_uri(name), rows)
+    every = [row | {"row": number, "sha256": listed.get(number)} for number, row in enumerate(own)]
+    scan = ShardScan(manifest.shard_uri(name), every, by_clips=expected.by_clips)
     for row, stored, intact in scan:
+        if row["row"] not in listed:
+            continue
         wrong = [] if intact else ["its checksum is wrong"]
         try:
             frames.decode(stored, manifest.encoding, manifest.frame_shape)

@@ -17,6 +17,8 @@ from av.stream import Disposition
 
 from vmoco.data.ledger import VideoError
 
+# Formats whose stamps may start again: they are made to be joined.
+_RESTARTING = {"mpegts", "mpeg"}
 _DEMUX_ERRORS = 3
 """Errors in a row after which a file is read no further."""
 _DEFAULT_BONUS = 5_000_000
@@ -43,6 +45,11 @@ def packets(container: Any, *streams: Any) -> Iterator[Any]:
         else:
             errors = 0
             yield packet
+
+
+def stamps_restart(container: Any) -> bool:
+    """Whether the format allows that time stamps start again."""
+    return not _RESTARTING.isdisjoint(container.format.name.split(","))
 
 
 def film_streams(container: Any) -> list[Any]:

@@ -26,7 +26,7 @@ from vmoco.data.clips import ClipPlan, Int64Array, in_range
 from vmoco.data.collector import Collector
 from vmoco.data.container import packets
 from vmoco.data.ledger import Damage, VideoError
-from vmoco.data.reports import Log, around, never_shown, other_parts, report_in, shows_a_frame
+from vmoco.data.reports import Log, around, hides_frames, never_shown, other_parts, report_in, shows_a_frame
 from vmoco.data.timeline import Timeline, filled, lay_out, on_clock
 
 # Here FFmpeg finds the borders of frames itself, so a packet may hold the damage of the one after it.
@@ -68,6 +68,7 @@ class _Walk:
         self._context = stream.codec_context
         self._context.copy_opaque = True
         self._ignored = other_parts(container, stream)
+        self._hides = hides_frames(self._context.codec.canonical_name)
         self._parsed = not _PARSED.isdisjoint(container.format.name.split(","))
         self.packets: list[_Packet] = []
         self.frames: list[tuple[int, int | None]] = []
@@ -104,7 +105,9 @@ class _Walk:
     def _packet(self, packet: Any, taker: _Take | None) -> None:
         number = len(self.packets)
         time = packet.pts if packet.pts is not None else packet.dts
-        self.packets.append(_Packet(time, not packet.is_discard, shows_a_frame(packet), packet.is_keyframe))
+        shown = not packet.is_discard
+        expected = shown and shows_a_frame(packet.size, hides=self._hides)
+        self.packets.append(_Packet(time, shown, expected, packet.is_keyframe))
         corrupt = packet.is_corrupt and number not in self._around
         if corrupt:
             self._report(number, f"packet {number} is incomplete", demuxing=self._parsed)

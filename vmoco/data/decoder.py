@@ -37,13 +37,14 @@ from typing import Literal, TypeVar
 import numpy as np
 from pydantic import TypeAdapter
 
-from vmoco.data.clips import ClipPlan, Part, split
+from vmoco.data.clips import ClipPlan
 from vmoco.data.frames import Encoding, Frames, Shape
 from vmoco.data.ledger import Damage, ScratchError, Stage, VideoError, attributed
+from vmoco.data.parts import Part, plan_parts
 from vmoco.data.ranged_file import FileRange
 from vmoco.data.scratch import PieceSink, ScratchSink
 from vmoco.data.source import PictureFolder, Source, readable
-from vmoco.data.timeline import on_clock, plan_clips
+from vmoco.data.timeline import plan_clips
 
 MEMORY_BYTES = 768 * 2**20
 # Signals by which a decoder ends itself. Another one may not come again: the kernel kills when memory is short.
@@ -57,7 +58,7 @@ class Contents:
     num_clips: int
     """Clips that it will give."""
     parts: tuple[Part, ...]
-    """Parts of a long video; empty where it is decoded in one go."""
+    """What of it is decoded, by one task or by several; empty where it is decoded from its start to its end."""
     duration: float
     """Seconds from the first frame to the last."""
     notes: tuple[str, ...] = ()
@@ -189,7 +190,7 @@ class Decoder:
         Args:
             source: The video.
             plan: Which clips to cut.
-            part: The part of a long video; None decodes the video from its start.
+            part: What of the video to decode; None decodes every frame.
             size: Height and width of a frame in pixels.
             encoding: How frames are stored.
             quality: Of JPEG frames, 1 to 100.
@@ -323,25 +324,20 @@ class Decoder:
 
 
 def _probe(request: _Probe) -> Contents:
-    from vmoco.data import pictures, video
+    from vmoco.data import pictures, probing
 
     plan = request.plan
     if isinstance(request.source, PictureFolder):
         line = pictures.probe(request.source, damaged=plan.damaged)
     else:
-        line = video.probe(readable(request.source), damaged=plan.damaged)
+        line = probing.probe(readable(request.source), damaged=plan.damaged)
     indices = plan_clips(line, plan)
-    parts = split(
-        line.times,
-        line.keyframes,
-        line.time_base,
-        indices=indices,
-        plan=on_clock(plan, line),
-        seconds=request.part_seconds,
-        fps=line.fps,
-    )
+    parts = plan_parts(line, plan, indices=indices, seconds=request.part_seconds)
+    if (
+        isinstance(request.source, PictureFolder) and len(parts) == 1
+    ):  # no more than the pictures of clips is read anyway
+        parts = []
     duration = float((line.times[-1] - line.times[0]) * line.time_base) if len(line.times) else 0.0
-    parts = [dataclasses.replace(part, stream=line.stream) for part in parts]
     return Contents(len(indices), tuple(parts), duration, line.notes)
 
 
@@ -357,7 +353,7 @@ def _cut(request: _Cut, scratch: int) -> StoredClips:
     if request.part:
         cut = video.cut_part(source, request.part, request.plan, height=height, width=width, sink=sink)
     else:
-        cut = video.cut_clips(source, request.plan, height=height, width=width, sink=sink)
+        cut = video.cut_whole(source, request.plan, height=height, width=width, sink=sink)
     return StoredClips(cut.start_times, cut.start_seconds, cut.fps, sink.sizes, cut.notes, cut.damage)
 
 

@@ -35,6 +35,7 @@ from vmoco.data.ingest_tasks import (
 from vmoco.data.ledger import Loss, Rejection
 from vmoco.data.listing import Footage, labelled_by_folder, list_footage
 from vmoco.data.manifest import FIELDS, NAME, SHARDS, Manifest, note_counts, write_manifest
+from vmoco.data.parts import decoded_whole
 from vmoco.data.shard import ShardFile
 from vmoco.data.source import Found, Listing
 from vmoco.job_settings import IngestSettings, Layout
@@ -225,10 +226,15 @@ def _cut_all(
     rows = [row for made in shards for row in made.rows]
     rejected = [rejection for made in shards for rejection in made.rejected]
     losses = [loss for made in shards for loss in made.losses]
-    again = {rejection.video_id for rejection in rejected if rejection.reason == ledger.NOT_SEEKABLE}
+    again = {row.video_id: row.message for row in reversed(rejected) if row.reason == ledger.NOT_SEEKABLE}
     if again:
         progress(f"ingest  {len(again)} long videos cannot be decoded in parts: each is decoded as a whole")
-        second = make(plan_shards([each for each in good if each.found.video_id in again], settings, whole=True))
+        whole = [
+            dataclasses.replace(each, notes=(*each.notes, decoded_whole(again[each.found.video_id])))
+            for each in good
+            if each.found.video_id in again
+        ]
+        second = make(plan_shards(whole, settings, whole=True))
         rows = [row for row in rows if row["video_id"] not in again]
         rows += [row for made in second for row in made.rows]
         rejected = [rejection for rejection in rejected if rejection.video_id not in again]

@@ -23,11 +23,12 @@ from pydantic import TypeAdapter
 
 from vmoco import storage
 from vmoco.data import frame_folder, shard, source
-from vmoco.data.clips import ClipPlan, Part
+from vmoco.data.clips import ClipPlan
 from vmoco.data.decoder import Decoder, StoredClips
 from vmoco.data.held_out import is_held_out
-from vmoco.data.ledger import DAMAGE, Loss, Rejection, VideoError, attributed
+from vmoco.data.ledger import DAMAGE, NOT_SEEKABLE, Loss, Rejection, VideoError, attributed
 from vmoco.data.manifest import FIELDS, shard_uri
+from vmoco.data.parts import Part, decoded_whole
 from vmoco.data.shard import VERSION, ShardFile, ShardMetadata, Video
 from vmoco.data.shard_reader import ShardScan
 from vmoco.data.source import Found
@@ -58,7 +59,7 @@ class Probed:
     num_clips: int = 0
     """Clips that it will give, unless decoding finds other frames than the file lists."""
     parts: tuple[Part, ...] = ()
-    """Parts of a long video; empty where it is decoded in one go."""
+    """What of it is decoded, by one task or by several; empty where it is decoded from its start to its end."""
     duration: float = 0.0
     """Seconds."""
     notes: tuple[str, ...] = ()
@@ -166,11 +167,12 @@ class Unit:
     found: Found
     sha256: str
     part: Part | None = None
+    """What of it is decoded; None decodes it from its start to its end."""
     number: int = 0
     """Of the part."""
     num_parts: int = 1
     duration: float = 0.0
-    """Seconds of a video that is decoded in one go."""
+    """Seconds of the video."""
     notes: tuple[str, ...] = ()
     """What probing found unusual."""
 
@@ -207,7 +209,7 @@ def plan_shards(probed: Sequence[Probed], settings: IngestSettings, *, whole: bo
     Args:
         probed: The videos to cut, in the order of the shards; none is rejected.
         settings: Of the ingest.
-        whole: Decode long videos in one go too.
+        whole: Decode every video from its start to its end.
     """
     shape = settings.frame_shape
     clip_bytes = shape[0] * shape[1] * shape[2] * shape[3] * (1.0 if settings.encoding == "raw" else JPEG_SHARE)
@@ -229,12 +231,14 @@ def _units(each: Probed, *, whole: bool) -> Iterator[tuple[Unit, int]]:
         yield Unit(each.found, each.sha256, duration=each.duration, notes=each.notes), each.num_clips
         return
     for number, part in enumerate(each.parts):
-        yield Unit(each.found, each.sha256, part, number, len(each.parts), notes=each.notes), len(part.clips)
+        unit = Unit(each.found, each.sha256, part, number, len(each.parts), each.duration, each.notes)
+        yield unit, len(part.clips)
 
 
 def _name(group: list[Unit], settings: IngestSettings) -> str:
     units: list[list[Any]] = [
-        [unit.found.entry, unit.sha256, unit.part and [unit.part.start, unit.part.end]] for unit in group
+        [unit.found.entry, unit.sha256, unit.part and [unit.part.runs[0].start, unit.part.runs[-1].last]]
+        for unit in group
     ]
     for unit, named_so in zip(group, units, strict=True):
         if unit.found.source is not None:  # it decides what is held out, which is a column of the shard
@@ -303,7 +307,7 @@ def _existing(plan: ShardPlan, uri: str, settings: IngestSettings) -> MadeShard 
     try:
         there = shard.read_rows(uri)
         rows = there.table.to_pylist()
-        scan = ShardScan(uri, rows)
+        scan = ShardScan(uri, rows, by_clips=True)  # its name says the version
         intact = all(whole for _, _, whole in scan)
         if intact and all(settled(rejection, settings) for rejection in there.metadata.rejected):
             return _made(plan, rows, scan.file, there.metadata, reused=True)
@@ -313,24 +317,36 @@ def _existing(plan: ShardPlan, uri: str, settings: IngestSettings) -> MadeShard 
 
 
 def _cut(unit: Unit, *, root: str, settings: IngestSettings, decoder: Decoder, offset: int) -> StoredClips:
-    with attributed("decode"), contextlib.ExitStack() as stack:
-        with attributed("read"):
-            if unit.part:
-                video = source.ranged(root, unit.found)
-            else:
-                video = stack.enter_context(source.fetched(root, unit.found))
+    def cut(video: source.Source, part: Part | None, seconds: float) -> StoredClips:
         return decoder.cut(
             video,
             clip_plan(settings, unit.found),
-            part=unit.part,
+            part=part,
             size=settings.size,
             encoding=settings.encoding,
             quality=settings.jpeg_quality,
             offset=offset,
-            # A long video that could not be split takes as long as its parts would together.
-            # A wrong time stamp may say that it lasts for years.
-            seconds=min(settings.seconds_per_video * max(1.0, unit.duration / settings.part_seconds), _MOST_SECONDS),
+            seconds=seconds,
         )
+
+    with attributed("decode"), contextlib.ExitStack() as stack:
+        notes: tuple[str, ...] = ()
+        if unit.part:
+            with attributed("read"):
+                video = source.ranged(root, unit.found)
+            try:
+                return cut(video, unit.part, settings.seconds_per_video)
+            except VideoError as error:
+                if error.reason != NOT_SEEKABLE or unit.num_parts > 1:  # other tasks have the other parts
+                    raise
+                notes = (decoded_whole(error.message),)
+        with attributed("read"):
+            video = stack.enter_context(source.fetched(root, unit.found))
+        # Decoding a long video takes as long as its parts would together.
+        # A wrong time stamp may say that it lasts for years.
+        limit = min(settings.seconds_per_video * max(1.0, unit.duration / settings.part_seconds), _MOST_SECONDS)
+        made = cut(video, None, limit)
+        return dataclasses.replace(made, notes=(*notes, *made.notes))
 
 
 def _clips(

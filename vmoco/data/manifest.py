@@ -2,7 +2,8 @@
 
 A folder is a data set only if it has a manifest; shards without one are an ingest that has not finished. The hash
 covers the clips (names and pixels) and not how they are spread over shards, so two data sets with the same clips have
-the same hash. Schema version and row fields are those of shards (`shard.VERSION`, `shard.ROW_FIELDS`).
+the same hash. Schema version and row fields are those of shards (`shard.VERSION`, `shard.ROW_FIELDS`). A data set of an
+earlier version that is continued keeps its shards and gets the version of its new ones.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 
 from vmoco import storage
 from vmoco.data.frames import Encoding, Shape
-from vmoco.data.shard import METADATA_KEY, ROW_FIELDS, VERSION, ShardFile
+from vmoco.data.shard import METADATA_KEY, READABLE, READABLE_NAMES, ROW_FIELDS, VERSION, ShardFile
 
 NAME = "manifest.parquet"
 SHARDS = "shards"
@@ -90,9 +91,10 @@ class Manifest:
         except pa.ArrowInvalid as error:
             raise ValueError(f"{uri}/{NAME} cannot be read ({error}): remove it and run jobs/ingest.py again") from None
         about = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
-        if about.get("version") != VERSION:
+        if about.get("version") not in READABLE:
+            version = about.get("version")
             raise ValueError(
-                f"data set {uri} has schema version {about.get('version')}, this vmoco reads version {VERSION}: "
+                f"data set {uri} has schema version {version}, this vmoco reads the versions {READABLE_NAMES}: "
                 "use the vmoco that made it, or run jobs/ingest.py again into another folder"
             )
         _check_shards(uri, about["shards"])

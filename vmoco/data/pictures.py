@@ -16,15 +16,17 @@ import av
 import numpy as np
 
 from vmoco.data import damage
-from vmoco.data.clips import ClipPlan, Int64Array, Part, clip_span
+from vmoco.data.clips import ClipPlan, Int64Array, clip_span
 from vmoco.data.collector import Collector, Sink
 from vmoco.data.frame_folder import Frames, contents, frames_of
 from vmoco.data.ledger import NOT_SEEKABLE, VideoError
+from vmoco.data.opening import errors
+from vmoco.data.parts import Part
 from vmoco.data.pixels import MAX_PIXELS
 from vmoco.data.reports import report_in
 from vmoco.data.source import PictureFolder
 from vmoco.data.timeline import Timeline, plan_clips
-from vmoco.data.video import Cut, errors
+from vmoco.data.video import Cut
 
 _CODECS = {"jpeg": "mjpeg", "png": "png"}
 # FFmpeg shows a JPEG file without its last bytes with a warning, which in a recording may mean nothing.

@@ -65,10 +65,19 @@ def around(seams: tuple[int, ...]) -> frozenset[int]:
     return frozenset(seam - back for seam in seams for back in (0, 1, 2))
 
 
-def shows_a_frame(packet: Any) -> bool:
-    """Whether a frame must come of a packet: not of the short ones that repeat the frame before, nor of hidden ones."""
-    hidden = packet.stream.codec_context.codec.canonical_name in _WITH_HIDDEN_FRAMES
-    return bool(packet.size > _REPEATING_BYTES and not packet.is_discard and not hidden)
+def hides_frames(codec: str) -> bool:
+    """Whether packets of a codec may hold frames that are not shown."""
+    return codec in _WITH_HIDDEN_FRAMES
+
+
+def shows_a_frame(size: int, *, hides: bool) -> bool:
+    """Whether a frame must come of a packet: not of the short ones that repeat the frame before, nor of hidden ones.
+
+    Args:
+        size: Its bytes.
+        hides: Result of `hides_frames` for its codec.
+    """
+    return size > _REPEATING_BYTES and not hides
 
 
 def never_shown(expected: Int64Array, shown: Int64Array) -> Int64Array:

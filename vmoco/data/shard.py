@@ -3,10 +3,13 @@
 The file is not compressed and has one record batch per clip. So the frames of a clip are one range of the file, row i
 is record batch i, and a reader touches only what it asks for. All types are Arrow's own, so any Arrow reader opens it.
 
-Schema, version 2. Each row is a clip: ROW_FIELDS, then `frames`:
+Schema, versions 2 and 3. Each row is a clip: ROW_FIELDS, then `frames`:
 
     raw    fixed_shape_tensor<uint8>[T, H, W, C]      the range (offset, num_bytes) is the pixels
     jpeg   list<binary>, T items, each a JPEG file    the range is Arrow's offsets of the items, and the items
+
+No byte is hashed twice: in the hash of a shard, the hash of each clip stands for its bytes. A shard of version 2 has
+the hash of all its bytes.
 
 The metadata key `vmoco` of the schema holds the `ShardMetadata` as JSON: every video that was read for the shard, also
 those that gave no clip. So a manifest can be made again from the shards, and a later ingest knows what was done.
@@ -29,8 +32,12 @@ from vmoco.data import frames as storing
 from vmoco.data.frames import Encoding, Frames, Shape
 from vmoco.data.ledger import Loss, Rejection
 
-VERSION = 2
-"""Of the schema of shards and manifest. 2: JPEG, byte ranges, sizes of pictures, splits, parts of long videos."""
+VERSION = 3
+"""Of the schema of shards and manifest. 2: JPEG, byte ranges, sizes of pictures, splits, parts of long videos. 3: the
+hash of a shard is made of those of its clips."""
+READABLE = {2, 3}
+"""Versions that this vmoco reads."""
+READABLE_NAMES = " and ".join(map(str, sorted(READABLE)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +96,9 @@ class ShardMetadata:
         """
         values = json.loads(text)
         version = values.pop("version", None)
-        if version != VERSION:
+        if version not in READABLE:
             raise ValueError(
-                f"shard {uri} has schema version {version}, this vmoco reads version {VERSION}: "
+                f"shard {uri} has schema version {version}, this vmoco reads the versions {READABLE_NAMES}: "
                 "use the vmoco that made it, or run jobs/ingest.py again into another folder"
             )
         return cls(
@@ -148,6 +155,26 @@ class ShardFile:
 
     num_bytes: int
     sha256: str
+    by_clips: bool = False
+    """The hash is a `ShardHash`; otherwise it is that of all bytes, as in shards of version 2."""
+
+
+class ShardHash:
+    """SHA-256 of a shard in which the hash of each clip stands for its bytes."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+
+    def add(self, content: bytes | memoryview) -> None:
+        """Bytes that belong to no clip, in the order of the file."""
+        self._sha256.update(content)
+
+    def add_clip(self, sha256: str) -> None:
+        """The clip that begins at this place of the file: its hash in hexadecimal digits."""
+        self._sha256.update(bytes.fromhex(sha256))
+
+    def hexdigest(self) -> str:
+        return self._sha256.hexdigest()
 
 
 def write_shard(uri: str, clips: Iterable[Clip], *, metadata: ShardMetadata) -> tuple[list[dict[str, Any]], ShardFile]:
@@ -176,24 +203,35 @@ def write_shard(uri: str, clips: Iterable[Clip], *, metadata: ShardMetadata) -> 
                 end += pa.ipc.get_record_batch_size(batch)
                 row["offset"] = end - (row["num_bytes"] + 7) // 8 * 8
                 place = pa.array([row["offset"]], pa.int64())
+                file.expect(row)
                 writer.write_batch(batch.set_column(schema.get_field_index("offset"), schema.field("offset"), place))
                 assert file.num_bytes == end, (file.num_bytes, end)
                 rows.append(row)
-    return rows, ShardFile(file.num_bytes, file.sha256.hexdigest())
+    return rows, ShardFile(file.num_bytes, file.hash.hexdigest(), by_clips=True)
 
 
 class _Hashing(io.RawIOBase):
-    """Writes to a file, and hashes what is written; closing it leaves the file open."""
+    """Writes to a file, and hashes what is written, without the bytes of clips; closing it leaves the file open."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self.sha256, self.num_bytes = file, hashlib.sha256(), 0
+        self._file, self.hash, self.num_bytes = file, ShardHash(), 0
+        self._first = self._end = 0
+        self._sha256 = ""
+
+    def expect(self, row: dict[str, Any]) -> None:
+        """Names the place and the hash of the next clip."""
+        self._first, self._end, self._sha256 = row["offset"], row["offset"] + row["num_bytes"], row["sha256"]
 
     def writable(self) -> bool:
         return True
 
     def write(self, content: Any) -> int:
-        self.sha256.update(content)
-        self.num_bytes += memoryview(content).nbytes
+        written, at = memoryview(content).cast("B"), self.num_bytes
+        self.num_bytes += written.nbytes
+        self.hash.add(written[: max(0, self._first - at)])
+        if at <= self._first < self.num_bytes:
+            self.hash.add_clip(self._sha256)
+        self.hash.add(written[max(0, self._end - at) :])
         return self._file.write(content)
 
 

@@ -28,7 +28,7 @@ from vmoco.data.checked_clips import CheckedClips, file_mark
 from vmoco.data.clip_cache import ClipCache, map_file
 from vmoco.data.frames import Encoding, Frames, Shape
 from vmoco.data.manifest import Manifest, shard_uri
-from vmoco.data.shard import ShardFile
+from vmoco.data.shard import ShardFile, ShardHash
 
 MAX_OPEN = 64
 """Shards that a reader keeps open: memory maps, or connections to a store."""
@@ -278,13 +278,14 @@ class ShardScan:
 
     Args:
         uri: of the shard.
-        rows: its clips, as rows of the shard or the manifest, in any order.
+        rows: all its clips, as `shard.read_rows` gives them, in any order.
+        by_clips: `ShardFile.by_clips`.
     """
 
-    def __init__(self, uri: str, rows: list[dict[str, Any]]) -> None:
-        self._uri = uri
+    def __init__(self, uri: str, rows: list[dict[str, Any]], *, by_clips: bool) -> None:
+        self._uri, self._by_clips = uri, by_clips
         self._rows = sorted(rows, key=lambda row: int(row["offset"]))
-        self._sha256, self._num_bytes = hashlib.sha256(), 0
+        self._hash, self._num_bytes = ShardHash(), 0
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], bytes, bool]]:
         """Each row, its stored bytes, and whether their SHA-256 is that of the row.
@@ -297,20 +298,25 @@ class ShardScan:
             for row in self._rows:
                 self._skip(file, row["offset"] - self._num_bytes)
                 stored = self._read(file, row["num_bytes"])
-                yield row, stored, hashlib.sha256(stored).hexdigest() == row["sha256"]
+                found = hashlib.sha256(stored).hexdigest()
+                if self._by_clips:
+                    self._hash.add_clip(found)
+                else:
+                    self._hash.add(stored)
+                yield row, stored, found == row["sha256"]
             self._skip(file, 2**62)
 
     @property
     def file(self) -> ShardFile:
         """Size and hash of what was read: of the complete shard once the iteration has ended."""
-        return ShardFile(self._num_bytes, self._sha256.hexdigest())
+        return ShardFile(self._num_bytes, self._hash.hexdigest(), by_clips=self._by_clips)
 
     def _skip(self, file: Any, size: int) -> None:
         while size > 0 and (piece := self._read(file, min(_PIECE, size))):
+            self._hash.add(piece)
             size -= len(piece)
 
     def _read(self, file: Any, size: int) -> bytes:
         piece: bytes = file.read(size)
-        self._sha256.update(piece)
         self._num_bytes += len(piece)
         return piece

@@ -4,7 +4,7 @@ The name of a video is its path below the root, so a data set does not change wh
 listed once, however many links lead to it, so a loop of links ends.
 
 A remote video is copied to a temporary file, in pieces, so memory does not depend on its size, and a slow store does
-not use up the decoder's time limit. A part of a long video is read by ranges instead: other tasks read the rest.
+not use up the decoder's time limit. Where only some runs of frames are decoded, their ranges are read instead.
 """
 
 from __future__ import annotations

@@ -46,6 +46,8 @@ class Timeline:
     """Frames per second, the mean over the video."""
     stream: int = 0
     """Index of the video stream in the container."""
+    is_exact: bool = False
+    """Whether each packet gives exactly one frame, as far as packets tell: then `times` are those of the decoder."""
     origin: Fraction = Fraction(0)
     """Second of the stamps at which the container's clock is zero."""
     seams: tuple[int, ...] = ()

@@ -39,10 +39,10 @@ def clip_plan(
     Raises:
         VideoError: it is no video.
     """
-    from vmoco.data import video
+    from vmoco.data import probing
     from vmoco.data.clips import ClipPlan
 
-    line = video.probe(path)
+    line = probing.probe(path)
     # Rates are measured: by time stamps, a rate that is a little lower than the video's would leave frames out.
     same = abs(line.fps / fps - 1) < SAME_RATE
     return ClipPlan(num_frames, fps=None if same else fps, max_clips=max_clips, short=short_videos), line
