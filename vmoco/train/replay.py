@@ -25,7 +25,7 @@ from vmoco.data.fit import check_fits
 from vmoco.data.loader import Loader
 from vmoco.data.manifest import Manifest
 from vmoco.job import show as show_line
-from vmoco.model.backbone import require_determinism
+from vmoco.model.backbone import autocast_dtype, require_determinism
 from vmoco.progress import Progress
 from vmoco.train import distributed
 from vmoco.train.first_non_finite import Finding, WatchedStep
@@ -71,7 +71,7 @@ def replay(
     _check(found, settings)
     # A GPU of its own for each rank, as in the run.
     on_gpu = found.device == "cuda" and torch.cuda.device_count() >= (ranks or 1)
-    possible = found.num_ranks if not on_gpu or torch.cuda.device_count() >= found.num_ranks else 1
+    possible = found.num_ranks if found.device == "cpu" or torch.cuda.device_count() >= found.num_ranks else 1
     num_ranks = possible if ranks is None else ranks
     if not 1 <= num_ranks <= settings.num_micro_batches:
         raise ValueError(
@@ -132,7 +132,7 @@ def _introduce(found: ReplayFile, *, num_ranks: int, on_gpu: bool) -> list[str]:
     if num_ranks != found.num_ranks:
         differs.append(f"the run had {found.num_ranks} ranks")
     if found.device == "cuda" and not on_gpu:
-        differs.append("the run was on GPUs")
+        differs.append(f"the run was on GPUs, in {found.autocast_dtype or 'float32'}")
     if torch.__version__ != found.torch_version:
         differs.append(f"the run had torch {found.torch_version}, here is {torch.__version__}")
     if differs:
@@ -165,7 +165,9 @@ def _redo_steps(found: ReplayFile, device: torch.device) -> Outcome:
     if settings.train.deterministic:
         require_determinism(settings.model.backbone, device)
     choose_kernels(settings.train, device)
-    dtype = getattr(torch, found.autocast_dtype) if found.autocast_dtype else None
+    dtype, _ = autocast_dtype("auto", device)  # as in a run it also switches TF32 off
+    if device.type == found.device:  # what is right on a GPU may not be so on a CPU
+        dtype = getattr(torch, found.autocast_dtype) if found.autocast_dtype else None
     state = TrainState(settings, manifest_hash=found.manifest_hash, device=device, autocast_dtype=dtype)
     _begin(state, found)
     manifest = Manifest.load(found.data_uri)
