@@ -9,7 +9,8 @@ On this machine alone, with a Ray cluster that starts and ends with the job:
     python jobs/pretrain.py demo --data.uri URI
 
 URI is a data set made by jobs/ingest.py. The first argument is a preset. Flags change its settings, for example
---moco.queue-size 16384. `python jobs/pretrain.py demo --help` lists all flags.
+--moco.queue-size 16384. `python jobs/pretrain.py demo --help` lists all flags. --train.epochs 50 sets the length. The
+run takes all GPUs of the cluster, or its CPUs if there are none (--scaling.device auto), and first prints its choice.
 
 Ctrl-C or `ray job stop` saves a checkpoint and ends the job. To resume a run, submit it again with its --run.name.
 """

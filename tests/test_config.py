@@ -35,12 +35,14 @@ SILENT = {
 }
 
 
-# Content hash, that of a fork with seed 3, and hash of the canonical JSON, at commit 774a6ea. The canonical JSON of
+# Content hash, that of a fork with seed 3, and hash of the canonical JSON, at commit 774a6ea, or when the preset came.
+# The canonical JSON of
 # `paper` and `recommended` changed once since: their scoring got CPUs and a number of videos that fit (not hashed).
 # `demo` changed as a whole, when it became a recipe that learns within minutes.
 FROZEN = {
     "tiny": ("350fdbc6add4daff", "2871ae1ed423b42b", "f1d4caf16a3f4550"),
     "demo": ("a44b9acccd4e0586", "1090bd8b3e714147", "b915a4f5fe9cdb8b"),
+    "small": ("423cfff41de52ca4", "4879c9a677253db6", "ca2620bf17ec5d46"),
     "paper": ("d9a64f17ec78469d", "3e292b470c1e409a", "5f55850891217dd4"),
     "recommended": ("fe82b281e6634b67", "7ac3a8eb1ed64cff", "0554b591ca08a6c3"),
 }
@@ -322,8 +324,9 @@ def test_an_option_that_came_later_is_written_only_where_it_is_used() -> None:
     assert Later.model_validate_json(Later().canonical_json()) == Later()
 
 
-# What these presets leave to the data set, for Kinetics-400.
+# What these presets leave to the data set: for Kinetics-400, `small` for 90 videos.
 FITTED = {
+    "small": {"steps": 1125, "epochs": None, "warmup_steps": 56, "warmup_percent": None},
     "demo": {"warmup_steps": 20, "warmup_percent": None},
     "recommended": {"steps": PAPER_STEPS, "epochs": None, "warmup_steps": 4687, "warmup_percent": None},
 }

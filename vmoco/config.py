@@ -218,7 +218,8 @@ class TrainSettings(Settings):
     stop_after: Annotated[int | None, Unhashed] = Field(None, ge=1)
     """Ends the run early, after this step. The schedules still follow --train.steps, so the run can go on later."""
     global_batch: int = Field(256, ge=2)
-    """G: number of clips in one step, over all workers."""
+    """G: number of clips in one step, over all workers. It does not follow the number of workers, so a run gives the
+    same numbers on any number. When you change it, learning rates follow in proportion."""
     micro_batch: int = Field(32, ge=2)
     """M: number of clips that batch normalisation sees together. Lower it if GPU memory runs out. Each worker takes the
     same number of micro-batches or one more."""

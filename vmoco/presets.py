@@ -70,6 +70,45 @@ PRESETS: dict[str, tuple[str, PretrainSettings]] = {
             tracking=TrackingSettings(register_as="videomoco-demo"),
         ),
     ),
+    # `recommended` for few videos and little hardware. vmoco/METHOD.md says what to expect of it.
+    "small": (
+        "For 100 to 10,000 videos of your own, on one GPU or a few CPU cores. The encoder tells such videos apart; "
+        "weights of Kinetics know more about others (--init).",
+        PretrainSettings(
+            preset="small",
+            # 8 frames, every second one: two different windows of the 16 frames that ingest stores by default, so two
+            # clips of a video as a pair also work where each video is short. Four clips of each, because there are few.
+            # From the first step on, two clips taught a small network nothing in our trials; after the same clip they
+            # taught it the most.
+            data=DataSettings(
+                num_frames=8, stride=2, draws_per_video=4, positives="two_clips", two_clips_from_percent=50.0
+            ),
+            # Few videos are told apart by colour and light alone: half of the views are grey, and each is standardised.
+            augment=AugmentSettings(
+                size=64, hue=0.1, jitter_probability=0.8, blur_probability=0.5, grey_probability=0.5, standardise=True
+            ),
+            model=ModelSettings(backbone="r2plus1d_nano", head="mlp"),
+            generator=GeneratorSettings(start_percent=30.0, before_start="random", learning_rate=0.001),
+            # 16 steps of keys. The oldest weighs 0.54, as in `recommended`; momentum 0.99, because a run may have no
+            # more than a thousand steps.
+            moco=MocoSettings(
+                queue_size=1024, momentum=0.99, temperature=0.2, decay=0.9994, age_unit="key", decay_on="exp"
+            ),
+            train=TrainSettings(
+                epochs=200,
+                global_batch=64,
+                micro_batch=16,  # up to four workers
+                optimizer="adamw",  # learns in fewer steps than SGD on small networks (tests/train/test_learning.py)
+                learning_rate=0.001,
+                schedule="cosine",
+                warmup_percent=5.0,
+                log_every=20,
+                checkpoint_every=500,
+            ),
+            # No core of its own for scoring: the workers have all of them.
+            evaluation=EvaluationSettings(num_cpus=0, max_videos=100),
+        ),
+    ),
     # Where the paper and its released code differ, the defaults follow the code (ages in steps, decay on the logit).
     # The faults of that code are not repeated.
     "paper": (

@@ -228,7 +228,7 @@ def test_a_setting_without_effect_is_reported_at_the_start_and_the_run_resumes(s
 
 
 def test_the_tracker_knows_data_set_and_commit(settings: PretrainSettings) -> None:
-    """MLflow shows the data set as an input of the run, with its hash, counts and place, and the commit of the code."""
+    """MLflow shows the data set as an input of the run, with its hash, counts and place; preset and commit are tags."""
     run = open_run(prepare(settings))
     manifest = run.manifest
     kept = tracking.client().get_run(run.run_id)
@@ -241,3 +241,4 @@ def test_the_tracker_knows_data_set_and_commit(settings: PretrainSettings) -> No
     command = ["git", "-C", str(Path(__file__).parents[2]), "rev-parse", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     assert kept.data.tags["mlflow.source.git.commit"].removesuffix("+") == commit
+    assert kept.data.tags["vmoco.preset"] == "tiny"

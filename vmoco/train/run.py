@@ -22,6 +22,7 @@ from vmoco.encoders import package
 from vmoco.model.cost import SCORE_SECONDS, scoring_seconds
 from vmoco.model.queue import decay_at, oldest_key_weight
 from vmoco.train import metrics
+from vmoco.train.optimizer import REFERENCE_BATCH
 from vmoco.train.run_folder import INIT, RunFolder, check_fork, check_init, is_checkpoint, local_copy
 from vmoco.train.state import Record, checkpoint_bytes, differences, networks_in
 from vmoco.unused_settings import unused_settings
@@ -233,6 +234,7 @@ def introduce(run: Run) -> list[str]:
     settings, counts = run.settings, run.manifest.counts
     moco, train = settings.moco, settings.train
     epoch = epoch_clips(settings, run.manifest)
+    peak, workers = train.learning_rate * train.global_batch / REFERENCE_BATCH, settings.scaling.num_workers
     lines = [
         f"run {settings.run.name}: {'new' if run.is_new else 'resumed'}, folder {run.folder}",
         f"tracked as {run.run_id} in {tracking.tracking_uri()}",
@@ -243,6 +245,11 @@ def introduce(run: Run) -> list[str]:
         f"the generator drops {settings.num_dropped} of {settings.data.num_frames} frames from step "
         f"{settings.generator_start}; the oldest of {moco.queue_size} keys weighs {_oldest_key(settings)}",
     ]
+    warmup = f"warm-up of {train.warmup_steps} steps" if train.warmup_steps else "no warm-up"
+    lines.append(
+        f"{workers} worker{'s' * (workers != 1)} on {'GPUs' if settings.scaling.use_gpu else 'CPUs'}, for "
+        f"{settings.num_micro_batches} micro-batches a step; learning rate {peak:g}, with {warmup}"
+    )
     lines += run.fitted
     lines.append(f"checkpoints: {_checkpoint_space(settings, run.folder)}")
     if settings.model.init:
