@@ -34,7 +34,7 @@ def write(folder: Path, table: pa.Table | None = None, shards: tuple[str, ...] =
     for name in shards:
         (folder / manifest.SHARDS / f"{name}.arrow").touch()
     table = rows() if table is None else table
-    files = {name: ShardFile(9, f"hash of {name}") for name in shards}
+    files = {name: ShardFile(9, f"hash of {name}", by_clips=name == "s1") for name in shards}
     return write_manifest(
         str(folder), table, settings=SETTINGS, frame_shape=(4, 8, 8, 3), encoding="jpeg", shards=files, num_rejected=5
     )
@@ -49,7 +49,9 @@ def test_what_is_written_is_loaded(tmp_path: Path) -> None:
     assert loaded.settings == SETTINGS
     assert loaded.frame_shape == (4, 8, 8, 3)
     assert loaded.counts == {"videos": 2, "clips": 3, "rejected": 5, "held_out": 1}
-    assert loaded.shards == {name: ShardFile(9, f"hash of {name}") for name in ("s0", "s1", "s2")}
+    assert loaded.shards == {
+        name: ShardFile(9, f"hash of {name}", by_clips=name == "s1") for name in ("s0", "s1", "s2")
+    }
     assert loaded.encoding == "jpeg"
 
 
