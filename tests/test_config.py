@@ -28,7 +28,7 @@ GROUPS = {name: type(value) for name, value in TINY if isinstance(value, Setting
 # Settings that change no number of a run: its name, its paths, how often it reports, where it runs.
 SILENT = {
     *{("run", name) for name in ("name", "storage")},
-    *{("data", name) for name in ("uri", "batches_ahead", "loader_threads", "cache", "cache_gib")},
+    *{("data", name) for name in ("uri", "leave_out", "batches_ahead", "loader_threads", "cache", "cache_gib")},
     *{("train", name) for name in ("stop_after", "log_every", "checkpoint_every", "keep_checkpoints", "keep_best")},
     ("train", "profile_steps"),
     *{(group, name) for group in ("scaling", "evaluation", "tracking") for name in GROUPS[group].model_fields},
@@ -56,7 +56,10 @@ def changed(settings: PretrainSettings, group: str, **fields: object) -> Pretrai
 
 
 # Settings without which a value is refused, because it would have no effect.
-NEEDED = {("data", "two_clips_from_percent"): ("data", {"positives": "two_clips"})}
+NEEDED = {
+    ("data", "two_clips_from_percent"): ("data", {"positives": "two_clips"}),
+    ("data", "leave_out_sha256"): ("data", {"leave_out": "a list"}),
+}
 
 
 def other_value(group: str, name: str) -> object:
@@ -72,6 +75,7 @@ def other_value(group: str, name: str) -> object:
         ("scaling", "num_workers"): 2,
         ("scaling", "min_workers"): 1,
         ("augment", "hue"): 0.1,
+        ("data", "max_cuts"): 1,
         ("moco", "reversed_negatives_percent"): 50.0,
     }
     if (group, name) in needed:

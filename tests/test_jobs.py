@@ -24,6 +24,7 @@ SHOWN = {
     "check": "cluster",
     "check cluster paper": "--moco.queue-size",
     "compare": "--page",
+    "dedup": "--min-agreement",
     "demo": "--dashboard-port",
     "embed": "--videos-per-part",
     "evaluate": "--finetune.batch-size",

@@ -117,7 +117,15 @@ ALWAYS = {
     "run": {"name", "storage", "fork", "seed"},
     "data": {
         *("uri", "num_frames", "stride", "draws_per_video", "two_clips_from_percent", "batches_ahead"),
-        "loader_threads",
+        *(
+            "loader_threads",
+            "leave_out",
+            "leave_out_sha256",
+            "min_motion",
+            "min_brightness",
+            "min_contrast",
+            "max_cuts",
+        ),
     },
     "augment": {"size", "min_area", "grey_probability", "blur_probability", "flip_probability", "standardise"},
     "model": {"backbone", "embedding_dim", "head", "init"},

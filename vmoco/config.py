@@ -57,6 +57,23 @@ class DataSettings(Settings):
     two_clips_from_percent: Annotated[float, OmittedIfDefault] = Field(0.0, ge=0, le=100)
     """Percentage of the training steps after which positives come from two clips, if --data.positives is two_clips;
     before it they come from the same clip. Set for example 50 if two_clips alone does not begin to learn."""
+    min_motion: Annotated[float, OmittedIfDefault] = Field(0.0, ge=0, le=255)
+    """Least motion of a training clip: mean change from one stored frame to the next, in grey levels of 255. Example:
+    1, which leaves out stills. The column motion of the manifest has the values."""
+    min_brightness: Annotated[float, OmittedIfDefault] = Field(0.0, ge=0, le=255)
+    """Least mean brightness of a training clip, in grey levels of 255. Example: 10, which leaves out black clips."""
+    min_contrast: Annotated[float, OmittedIfDefault] = Field(0.0, ge=0, le=255)
+    """Least contrast of a training clip: standard deviation of the brightness within its frames, in grey levels of 255.
+    Example: 5, which leaves out plain titles and walls."""
+    max_cuts: Annotated[int | None, OmittedIfDefault] = Field(None, ge=0)
+    """Largest number of cuts between shots inside a stored clip. 0 leaves out every clip that crosses one. When left
+    out, any number."""
+    leave_out: Annotated[str | None, Unhashed, OmittedIfDefault] = None
+    """List of clips that training leaves out: a file or URI with a clip_id in each line, such as leave_out.txt of
+    jobs/dedup.py. Held-out clips stay in the scores."""
+    leave_out_sha256: Annotated[str | None, OmittedIfDefault] = None
+    """SHA-256 of this list. When left out: that of the file at the start of the run. A run is resumed only with the
+    same list."""
     batches_ahead: Annotated[int, Unhashed] = Field(3, ge=1)
     """Number of batches that the loader prepares ahead of the training step. Each takes memory on every worker."""
     loader_threads: Annotated[int, Unhashed, OmittedIfDefault] = Field(0, ge=0)
@@ -67,6 +84,15 @@ class DataSettings(Settings):
     ~/.vmoco/cache."""
     cache_gib: Annotated[float, Unhashed] = Field(50.0, gt=0)
     """Size limit of this cache on one node, in GiB. When it is full, the least recently read clips are removed."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSettings:
+        if self.leave_out_sha256 is not None and self.leave_out is None:
+            raise ValueError(
+                f"--data.leave-out-sha256 {self.leave_out_sha256} needs the list itself: give --data.leave-out, the "
+                "file or URI"
+            )
+        return self
 
 
 class AugmentSettings(Settings):

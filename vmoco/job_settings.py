@@ -80,6 +80,9 @@ class IngestSettings(Settings):
     ledger names the seconds that are lost. Only reject decodes every frame of long videos with few clips."""
     max_damaged_percent: Annotated[float, OmittedIfDefault] = Field(50.0, ge=0, le=100)
     """Percentage of a video that may be lost to damage. A video that has lost more is rejected."""
+    at_cuts: Annotated[Literal["keep", "drop"], OmittedIfDefault] = "keep"
+    """What to do with a clip that crosses a cut between shots: keep it, with the number of cuts in the manifest
+    (--data.max-cuts chooses by it later), or drop it."""
     max_rejected_percent: Annotated[float, Unhashed] = Field(50.0, ge=0, le=100)
     """Percentage of rejected videos above which the job fails."""
     duplicates: Annotated[Literal["reject", "keep"], Unhashed] = "reject"
@@ -185,6 +188,27 @@ class EmbedSettings(PoolSettings):
                 "every clip of a video: leave it out, or give more seconds"
             )
         return self
+
+
+class DedupSettings(PoolSettings):
+    """Finds clips of a data set that are copies of each other."""
+
+    data: str
+    """Folder or URI of a data set made by jobs/ingest.py."""
+    output: str
+    """Folder or URI for the results and the table of embeddings. It is created if it does not exist. If it exists, its
+    embeddings are used again; the encoder must be the same."""
+    candidates: int = Field(40, ge=1)
+    """Number of nearest clips of other videos with which each clip is compared. Raise it if many videos show one scene,
+    or if there are many copies of one video."""
+    min_similarity: float = Field(0.5, ge=-1, le=1)
+    """Least cosine of two embeddings, less their mean, for which the pictures are compared. Lower values find more, and
+    take longer."""
+    min_agreement: float = Field(0.2, gt=0, le=1)
+    """Least agreement of what moves in two clips to call them copies, from 0 to 1. Raise it if the page shows pairs
+    that are no copies; lower it if copies of poor quality are missed."""
+    pairs: int = Field(24, ge=0)
+    """Number of pairs that the page shows."""
 
 
 Protocol = Literal["label-free", "knn", "probe", "retrieval", "finetune", "motion"]

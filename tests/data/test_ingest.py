@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +20,7 @@ from vmoco import storage
 from vmoco.data import contact_sheet, ledger
 from vmoco.data.decoder import Decoder
 from vmoco.data.held_out import is_held_out
-from vmoco.data.ingest import ingest, list_inputs
+from vmoco.data.ingest import CUTS, ingest, list_inputs
 from vmoco.data.ingest_tasks import make_shard, plan_shards
 from vmoco.data.ledger import Rejection
 from vmoco.data.manifest import NAME, Manifest
@@ -224,6 +225,22 @@ def test_damaged_videos_of_an_old_data_set_are_tried_again_once(tmp_path: Path, 
     lines: list[str] = []
     assert ingest(chosen, progress=lines.append).hash == again.hash
     assert lines[0].startswith("ingest  nothing new")
+
+
+def test_a_video_whose_clips_all_cross_a_cut_is_in_the_ledger(tmp_path: Path, ray_cluster: object) -> None:
+    """With --at-cuts drop it gives no clip and does not disappear; the others keep their scores."""
+    steady = [np.full((72, 96, 3), 40 + at, np.uint8) for at in range(20)]
+    videos.write_video(tmp_path / "in/steady.mp4", steady)
+    videos.write_video(tmp_path / "in/cut.mp4", [*steady[:8], *(255 - image for image in steady[8:])])
+    chosen = settings(tmp_path, at_cuts="drop", num_frames=16, max_rejected_percent=60)
+    made = ingest(chosen, progress=quiet)
+    assert [(row["video_id"], row["cuts"], row["shot"]) for row in made.table.to_pylist()] == [("steady.mp4", 0, 0)]
+    assert made.table["motion"][0].as_py() == pytest.approx(1, abs=0.3)
+    rejected = [(row.video_id, row.reason, row.message) for row in ledger.read(made.uri)]
+    assert rejected == [("cut.mp4", "cuts", CUTS)]
+    assert ingest(chosen, progress=quiet) == made
+    with pytest.raises(ValueError, match="was made with --at-cuts drop, not keep: use --at-cuts drop to continue"):
+        ingest(settings(tmp_path, num_frames=16), progress=quiet)
 
 
 def test_duplicates_are_in_the_ledger(tmp_path: Path, ray_cluster: object) -> None:

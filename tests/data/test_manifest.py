@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vmoco.data import manifest
+from vmoco.data import clip_scores, manifest
 from vmoco.data.manifest import FIELDS, NAME, Manifest, write_manifest
 from vmoco.data.shard import ShardFile
 
@@ -127,7 +127,8 @@ def test_any_parquet_reader_finds_the_facts(tmp_path: Path) -> None:
 def test_sources_are_a_column_only_where_there_are_some(tmp_path: Path) -> None:
     """A data set of complete files has the columns of earlier versions; when loaded, every row has the field."""
     names = [field.name for field in FIELDS]
-    for source, left_out in ((None, {"notes", "source"}), ("camera 1", {"notes"})):
+    scores = {field.name for field in clip_scores.FIELDS}
+    for source, left_out in ((None, {"notes", "source", *scores}), ("camera 1", {"notes", *scores})):
         about: dict[str, Any] = {"settings": SETTINGS, "frame_shape": (4, 8, 8, 3), "encoding": "raw", "shards": {}}
         made = write_manifest(str(tmp_path), rows(source=source), num_rejected=0, **about)
         assert pq.read_schema(tmp_path / NAME).names == [name for name in names if name not in left_out]

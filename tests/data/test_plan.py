@@ -193,6 +193,27 @@ def test_second_clip_is_another_of_the_video(counts: list[int], micro: int, step
     assert plan.second_clips(draws[order]).tolist() == second[order].tolist()
 
 
+@given(counts=COUNTS, length=st.integers(1, 4), step=st.integers(0, 30))
+def test_second_clip_is_of_the_same_shot(counts: list[int], length: int, step: int) -> None:
+    """Where shots are known: another clip of the shot, and the same clip where it is alone in it.
+
+    With one shot in each video, pairs are those of a plan that knows no shots.
+    """
+    numbers = np.concatenate([np.arange(count) for count in counts])
+    videos = np.repeat(np.arange(len(counts)), counts)
+    shots = numbers // length
+    ids = np.array([hash64("clip", number) for number in range(len(videos))], np.uint64)
+    options = {"seed": 3, "draws_per_video": 2, "global_batch": 6, "micro_batch": 2}
+    plan = Plan(videos, ids, shots=shots, **options)
+    draws = plan.batch(step)
+    for clip, other in zip(draws.clip.tolist(), plan.second_clips(draws).tolist(), strict=True):
+        assert (videos[other], shots[other]) == (videos[clip], shots[clip])
+        alone = np.sum((videos == videos[clip]) & (shots == shots[clip])) == 1
+        assert (other == clip) == alone
+    plans = [Plan(videos, ids, shots=each, **options) for each in (None, np.zeros_like(shots))]
+    assert plans[0].second_clips(draws).tolist() == plans[1].second_clips(draws).tolist()
+
+
 def test_each_other_clip_is_as_likely() -> None:
     """From a video of 5 clips, over 2000 draws, each of the 20 ordered pairs comes up about 100 times."""
     plan = make_plan([5], draws_per_video=1, micro_batch=2, num_micro=1000)

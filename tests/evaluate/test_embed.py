@@ -392,6 +392,10 @@ def test_the_jobs_evaluate_note_and_embed_a_registered_encoder(
     assert embedded.returncode == 0, embedded.stderr
     assert f"{manifest.table.num_rows} clips in {tmp_path}/table/parts" in embedded.stdout
     assert (tmp_path / "table" / "gallery.html").exists()
+    copies = job("dedup", "--data", manifest.uri, "--output", str(tmp_path / "table"), "--min-agreement", "0.99")
+    assert copies.returncode == 0, copies.stderr
+    assert f"0 of {manifest.table.num_rows} clips are copies of another clip" in copies.stdout
+    assert (tmp_path / "table" / "leave_out.txt").read_text().startswith(f"# 0 clips of {manifest.uri}")
     refused = job("embed", "--videos", str(tmp_path / "nowhere"), "--output", str(tmp_path / "other"))
     assert refused.returncode == 1
     assert refused.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/nowhere is not a folder")

@@ -6,7 +6,7 @@ clip b      [ ]  [ ]  [ ]  [X]
 of all       |    ‖    |    |         share of the clips since the last checkpoint that lost this frame
 
 One is written beside each manifest, and one with each checkpoint that has a generator. Equal content gives equal bytes:
-which clips of a data set are shown follows from their names.
+which clips of a data set are shown follows from their names, and from how much moves in them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
@@ -28,7 +29,7 @@ from vmoco.seed import hash64, mix64
 
 NAME = "contact_sheet.png"
 
-_CLIPS, _FRAMES = 16, 8
+_CLIPS, _EXTREMES, _FRAMES = 16, 4, 8
 _HEIGHT, _GAP, _MARGIN, _HEAD, _BARS, _LINE = 96, 6, 108, 58, 110, 18  # pixels
 _INK, _PALE, _GREY, _PAPER, _RED = (40, 40, 40), (120, 120, 120), (205, 205, 205), (255, 255, 255), (214, 39, 40)
 
@@ -54,11 +55,17 @@ def write(uri: str, table: pa.Table, *, frame_shape: Shape, encoding: Encoding) 
     ids = np.array([int(clip_id, 16) for clip_id in table["clip_id"].to_pylist()], np.uint64)
     order = np.argsort(mix64(ids, hash64("contact sheet")), kind="stable")[:_CLIPS]
     chosen = table.take(order).sort_by([("video_id", "ascending"), ("start_seconds", "ascending")])
+    shown = f"{chosen.num_rows} of {table.num_rows} clips"
+    scored = table.filter(pc.is_valid(table["motion"])).sort_by([("motion", "ascending"), ("clip_id", "ascending")])
+    if scored.num_rows >= 2 * _EXTREMES:
+        last = scored.slice(scored.num_rows - _EXTREMES).take(list(reversed(range(_EXTREMES))))
+        chosen = pa.concat_tables([chosen, scored.slice(0, _EXTREMES), last])
+        shown += f", then the {_EXTREMES} that move least and the {_EXTREMES} that move most"
     numbers = np.linspace(0, frame_shape[0] - 1, min(_FRAMES, frame_shape[0])).round().astype(int).tolist()
     reader = ClipReader(uri, chosen, frame_shape=frame_shape, encoding=encoding)
     frames = reader.several(range(chosen.num_rows), itertools.repeat(numbers))
     rows = [Row(pictures, _lines(row)) for row, pictures in zip(chosen.to_pylist(), frames, strict=True)]
-    title = f"{len(rows)} of {table.num_rows} clips, with the numbers of the frames that are shown"
+    title = f"{shown}, with the numbers of the frames"
     storage.write_atomic(storage.join(uri, NAME), draw(rows, title=title, numbers=numbers))
 
 
@@ -132,4 +139,6 @@ def _lines(row: dict[str, object]) -> tuple[str, ...]:
     name = str(row["video_id"]).replace("\n", " ")
     shown = name if len(name) < 38 else "…" + name[-36:]
     label = (str(row["label"]),) if row["label"] else ()
-    return (shown, f"from {row['start_seconds']:.2f} s, {row['fps']:.4g} frames/s", *label)
+    cuts = f", {row['cuts']} cuts" if row["cuts"] else ""
+    motion = (f"motion {row['motion']:.1f}{cuts}",) if row["motion"] is not None else ()
+    return (shown, f"from {row['start_seconds']:.2f} s, {row['fps']:.4g} frames/s", *motion, *label)

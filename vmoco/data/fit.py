@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-import pyarrow.compute as pc
+import pyarrow as pa
 
 from vmoco.config import PretrainSettings
 from vmoco.data.manifest import Manifest
+from vmoco.data.training_clips import reasons, training_clips, with_list
 from vmoco.presets import PRESETS
 from vmoco.settings import flag
 
@@ -18,9 +19,10 @@ def fit_to_data(settings: PretrainSettings, manifest: Manifest) -> tuple[Pretrai
     Settings that are fitted already stay as they are, so a run that is resumed gets its own again.
 
     Raises:
-        ValueError: both ways to give a number were used.
+        ValueError: both ways to give a number were used, or the list of clips to leave out cannot be used.
     """
     lines = []
+    settings = settings.model_copy(update={"data": with_list(manifest, settings.data)})
     steps, warmup = settings.train.steps, settings.train.warmup_steps
     epochs, percent = settings.train.epochs, settings.train.warmup_percent
     if epochs is not None and _counts(settings, "epochs", "steps"):
@@ -44,8 +46,7 @@ def fit_to_data(settings: PretrainSettings, manifest: Manifest) -> tuple[Pretrai
 
 def epoch_clips(settings: PretrainSettings, manifest: Manifest) -> int:
     """Number of clips that one epoch draws."""
-    counts = manifest.counts
-    return (counts["videos"] - counts["held_out"]) * settings.data.draws_per_video
+    return len(training_clips(manifest, settings.data)["video_id"].unique()) * settings.data.draws_per_video
 
 
 def _counts(settings: PretrainSettings, share: str, number: str) -> bool:
@@ -94,16 +95,21 @@ def check_fits(manifest: Manifest, settings: PretrainSettings) -> None:
         )
     if manifest.counts["videos"] == manifest.counts["held_out"]:
         raise ValueError(f"every video of {manifest.uri} is held out: ingest more videos, or lower --held-out-percent")
-    if settings.data.positives == "two_clips" and frames == stored_frames and not _has_second_clips(manifest):
+    clips = training_clips(manifest, settings.data)
+    if not clips.num_rows:
+        raise ValueError(
+            f"no clip of {manifest.uri} is left to train on: {', '.join(reasons(settings.data))} leaves out all clips "
+            "of videos that are not held out"
+        )
+    if settings.data.positives == "two_clips" and frames == stored_frames and not _has_second_clips(clips):
         raise ValueError(
             f"--data.positives two_clips: each video of {manifest.uri} has a single clip of --data.num-frames x "
             f"--data.stride = {frames} frames, so lower one of them, ingest more clips, or give same_clip"
         )
 
 
-def _has_second_clips(manifest: Manifest) -> bool:
-    videos = manifest.table.filter(pc.invert(manifest.table["held_out"]))["video_id"]
-    return len(videos) > len(videos.unique())
+def _has_second_clips(clips: pa.Table) -> bool:
+    return len(clips) > len(clips["video_id"].unique())
 
 
 def span(settings: PretrainSettings) -> int:

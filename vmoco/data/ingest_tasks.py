@@ -13,16 +13,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from pydantic import TypeAdapter
 
 from vmoco import storage
 from vmoco.data import frame_folder, shard, source
+from vmoco.data.clip_scores import Looked, Scores, look, with_shots
 from vmoco.data.clips import ClipPlan
 from vmoco.data.decoder import Decoder, StoredClips
 from vmoco.data.held_out import is_held_out
@@ -276,6 +279,11 @@ def make_shard(plan: ShardPlan, *, root: str, output: str, settings: IngestSetti
             if cut.damage:
                 named = dataclasses.asdict(cut.damage)
                 losses.append(Loss(video_id=unit.found.video_id, entry=unit.found.entry, **named))
+    scored = _scored(plan, cuts, decoder.scratch, settings)
+    for (unit, *_), found in zip(cuts, scored, strict=True):
+        if dropped := found.count(None):
+            number = plan.units.index(unit)
+            notes[number] += (f"cuts: {dropped} of {len(found)} clips cross a cut and are left out",)
     videos = [
         Video(
             video_id=unit.found.video_id,
@@ -298,7 +306,9 @@ def make_shard(plan: ShardPlan, *, root: str, output: str, settings: IngestSetti
         encoding=settings.encoding,
         losses=tuple(losses),
     )
-    rows, file = shard.write_shard(uri, _clips(cuts, decoder.scratch, settings), metadata=metadata)
+    rows, file = shard.write_shard(uri, _clips(cuts, decoder.scratch, settings, scored), metadata=metadata)
+    for row, score in zip(rows, (each for own in scored for each in own if each), strict=True):
+        row |= dataclasses.asdict(score)
     return _made(plan, rows, file, metadata, reused=False)
 
 
@@ -308,8 +318,17 @@ def _existing(plan: ShardPlan, uri: str, settings: IngestSettings) -> MadeShard 
         there = shard.read_rows(uri)
         rows = there.table.to_pylist()
         scan = ShardScan(uri, rows, by_clips=True)  # its name says the version
-        intact = all(whole for _, _, whole in scan)
+        looked: dict[str, list[Looked]] = {}
+        intact = True
+        for row, stored, whole in scan:
+            intact = intact and whole
+            if intact:
+                own = looked.setdefault(row["video_id"], [])
+                own.append(look(stored, settings.encoding, settings.frame_shape))
+        scores = {name: with_shots(own, part=_first_part(plan, name)) for name, own in looked.items()}
         if intact and all(settled(rejection, settings) for rejection in there.metadata.rejected):
+            for row in rows:
+                row |= dataclasses.asdict(next(scores[row["video_id"]]))
             return _made(plan, rows, scan.file, there.metadata, reused=True)
     except (OSError, ValueError):
         pass
@@ -349,19 +368,53 @@ def _cut(unit: Unit, *, root: str, settings: IngestSettings, decoder: Decoder, o
         return dataclasses.replace(made, notes=(*notes, *made.notes))
 
 
-def _clips(
-    cuts: list[tuple[Unit, int, StoredClips]], scratch: BinaryIO, settings: IngestSettings
-) -> Iterator[shard.Clip]:
-    """The clips of a shard, from the scratch file: each unit with its offset there."""
+Cuts = list[tuple[Unit, int, StoredClips]]
+"""What was cut of each unit, and its offset in the scratch file."""
+
+
+def _mapped(cuts: Cuts, scratch: BinaryIO) -> npt.NDArray[np.uint8]:
     # A memory map, so pixels go from one file to the other without a further copy.
-    stored = np.memmap(scratch, np.uint8, mode="r") if any(cut.sizes for *_, cut in cuts) else np.empty(0, np.uint8)
-    for unit, place, cut in cuts:
+    return np.memmap(scratch, np.uint8, mode="r") if any(cut.sizes for *_, cut in cuts) else np.empty(0, np.uint8)
+
+
+def _scored(plan: ShardPlan, cuts: Cuts, scratch: BinaryIO, settings: IngestSettings) -> list[list[Scores | None]]:
+    """The scores of each clip of each unit; None for a clip that is left out, because it crosses a cut."""
+    stored, looked = _mapped(cuts, scratch), []
+    for _, place, cut in cuts:
+        ends = itertools.pairwise((place + np.cumsum([0, *cut.sizes])).tolist())
+        looked.append([look(stored[low:high], settings.encoding, settings.frame_shape) for low, high in ends])
+    stays = [[settings.at_cuts == "keep" or not each.scores.cuts for each in own] for own in looked]
+    of_video: dict[str, list[Looked]] = {}
+    for (unit, *_), own, kept in zip(cuts, looked, stays, strict=True):
+        of_video.setdefault(unit.found.video_id, []).extend(itertools.compress(own, kept))
+    scores = {name: with_shots(own, part=_first_part(plan, name)) for name, own in of_video.items()}
+    return [
+        [next(scores[unit.found.video_id]) if each else None for each in kept]
+        for (unit, *_), kept in zip(cuts, stays, strict=True)
+    ]
+
+
+def _first_part(plan: ShardPlan, video_id: str) -> int:
+    """Number of the first part of a video that is in a shard: its other parts may be in other shards."""
+    return min(unit.number for unit in plan.units if unit.found.video_id == video_id)
+
+
+def _clips(
+    cuts: Cuts, scratch: BinaryIO, settings: IngestSettings, scored: list[list[Scores | None]]
+) -> Iterator[shard.Clip]:
+    """The clips of a shard, from the scratch file."""
+    stored = _mapped(cuts, scratch)
+    for (unit, place, cut), found_scores in zip(cuts, scored, strict=True):
         found, repeats, before = unit.found, 0, None
         rate = settings.fps or cut.fps
-        for time, seconds, size in zip(cut.start_times, cut.start_seconds, cut.sizes, strict=True):
+        columns = (cut.start_times, cut.start_seconds, cut.sizes, found_scores)
+        for time, seconds, size, score in zip(*columns, strict=True):
             # At a rate far above the video's, two clips may start with the same frame.
             repeats, before = (repeats + 1 if time == before else 0), time
             parts = [found.video_id, time, *([repeats] if repeats else [])]
+            if score is None:
+                place += size
+                continue
             yield shard.Clip(
                 clip_id=f"{hash64(*parts):016x}",
                 video_id=found.video_id,

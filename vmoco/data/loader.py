@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 import torch
 
 from vmoco.config import PretrainSettings
@@ -29,6 +28,7 @@ from vmoco.data.fit import check_fits, span
 from vmoco.data.manifest import Manifest
 from vmoco.data.plan import Draws, Int64Array, Plan
 from vmoco.data.shard_reader import ClipReader
+from vmoco.data.training_clips import training_clips
 from vmoco.seed import UInt64Array, hash64, mix64, uniform, uniforms
 
 
@@ -105,7 +105,7 @@ class Loader:
     """Iterates over the batches of one rank, from `start_step` to the last step of the run.
 
     Args:
-        manifest: data set to read; its held-out videos are left out.
+        manifest: data set to read, of which training takes `training_clips`.
         settings: of the run.
         rank: of this process.
         world_size: number of ranks.
@@ -136,7 +136,7 @@ class Loader:
         check_fits(manifest, settings)
         self._settings = settings
         self._manifest = manifest
-        self._rows = manifest.table.filter(pc.invert(manifest.table["held_out"]))
+        self._rows = training_clips(manifest, settings.data)
         self.clip_ids: list[str] = self._rows["clip_id"].to_pylist()
         data = settings.data
         cache = cache_for(manifest.uri, folder=data.cache, gib=data.cache_gib)
@@ -152,6 +152,7 @@ class Loader:
             draws_per_video=settings.data.draws_per_video,
             global_batch=settings.train.global_batch,
             micro_batch=settings.train.micro_batch,
+            shots=None if self._rows["shot"].null_count else self._rows["shot"].to_numpy().astype(np.int64),
         )
         shares = [self.plan.share(each, world_size) for each in range(world_size)]
         self._share, self._clips_per_rank = shares[rank], [share.stop - share.start for share in shares]

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vmoco import storage
+from vmoco.data import clip_scores
 from vmoco.data.frames import Encoding, Shape
 from vmoco.data.shard import METADATA_KEY, READABLE, READABLE_NAMES, ROW_FIELDS, VERSION, ShardFile
 
@@ -40,8 +41,10 @@ FIELDS = [
     pa.field("notes", pa.string()),
     # What the video is cut from; null where it is a complete file (held_out.sources_of).
     pa.field("source", pa.string()),
+    *clip_scores.FIELDS,
 ]
-_LATER = ("notes", "source")
+_LATER = {field.name: field for field in FIELDS if field.name in ("notes", "source")}
+_LATER |= {field.name: field for field in clip_scores.FIELDS}
 """Fields that came later: a manifest without any value of one has no such column, as in earlier versions."""
 
 
@@ -133,9 +136,9 @@ def note_counts(table: pa.Table) -> dict[str, int]:
 
 
 def _with_all_fields(table: pa.Table) -> pa.Table:
-    for name in _LATER:
+    for name, field in _LATER.items():
         if name not in table.column_names:
-            table = table.append_column(pa.field(name, pa.string()), pa.nulls(table.num_rows, pa.string()))
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
     return table.select([field.name for field in FIELDS])
 
 

@@ -55,6 +55,7 @@ class Plan:
         draws_per_video: clips drawn from each video in one epoch; distinct ones where the video has that many.
         global_batch: G, clips per step over all ranks.
         micro_batch: M, clips normalised together; divides G.
+        shots: number of the shot of each clip in its video, ascending in each; None where nobody knows them.
     """
 
     def __init__(
@@ -66,11 +67,18 @@ class Plan:
         draws_per_video: int,
         global_batch: int,
         micro_batch: int,
+        shots: Int64Array | None = None,
     ) -> None:
         assert len(videos) == len(clip_ids) > 0, "one video index and one id per clip"
         assert global_batch % micro_batch == 0, "checked with the settings"
         self._first_clip = np.flatnonzero(np.diff(videos, prepend=-1)).astype(np.int64)
         self._num_clips = np.diff(self._first_clip, append=len(videos))
+        # The clips that may be the second one of a pair: those of the same shot, which are neighbours as well.
+        begins = np.diff(videos, prepend=-1) != 0
+        if shots is not None:
+            begins |= np.diff(shots, prepend=-1) != 0
+        self._first_of_shot = np.flatnonzero(begins)[np.cumsum(begins) - 1].astype(np.int64)
+        self._num_of_shot = np.bincount(self._first_of_shot, minlength=len(videos))[self._first_of_shot]
         self._clip_ids = clip_ids
         self._seed = seed
         self.draws_per_video = draws_per_video
@@ -97,8 +105,11 @@ class Plan:
         )
 
     def second_clips(self, draws: Draws) -> Int64Array:
-        """For each draw another clip of its video, all equally likely; the same clip where it is the only one."""
-        count, first = self._num_clips[draws.video], self._first_clip[draws.video]
+        """For each draw another clip of its shot, all equally likely; the same clip where it is the only one.
+
+        Where the shots are not known, it is another clip of its video.
+        """
+        count, first = self._num_of_shot[draws.clip], self._first_of_shot[draws.clip]
         further = np.floor(uniform(draws.seed, hash64("second clip")) * (count - 1)).astype(np.int64)
         return first + (draws.clip - first + 1 + further) % count
 

@@ -186,7 +186,7 @@ def _thumbnails(clips: list[Clip], encoder: Encoder, settings: EmbedSettings) ->
     """
     place = storage.absolute_uri(settings.videos)
     if storage.exists(storage.join(place, NAME)):
-        yield from _stored(Manifest.load(place), clips)
+        yield from stored_thumbnails(Manifest.load(place), clips)
         return
     by_source: dict[str, list[Clip]] = {}
     for clip in clips:
@@ -203,7 +203,7 @@ def _thumbnails(clips: list[Clip], encoder: Encoder, settings: EmbedSettings) ->
             yield clip.row, _animated(pictures[_shown_frames(len(pictures))])
 
 
-def _stored(manifest: Manifest, clips: list[Clip]) -> Iterator[tuple[int, str]]:
+def stored_thumbnails(manifest: Manifest, clips: list[Clip]) -> Iterator[tuple[int, str]]:
     """The thumbnails of clips of a data set: only the frames that are shown are decoded."""
     places = {name: at for at, name in enumerate(manifest.table["clip_id"].to_pylist())}
     lost = [clip for clip in clips if clip.clip_id not in places]

@@ -16,7 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vmoco import storage, tracking
+from vmoco.config import DataSettings
 from vmoco.data.manifest import Manifest
+from vmoco.data.training_clips import training_clips
 from vmoco.encoders import foreign, model_page, registry
 from vmoco.encoders.encoder import Encoder, Preprocessing
 from vmoco.encoders.encoder_program import CARD
@@ -108,7 +110,7 @@ def write_encoder(
         lineage["began_from"] = began
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS).write_bytes((checkpoint / state.STATE_SETTINGS).read_bytes())
-    pq.write_table(_videos(manifest), folder / VIDEOS, compression="zstd")
+    pq.write_table(_videos(manifest, settings.data), folder / VIDEOS, compression="zstd")
     backbone, preprocessing = encoder.backbone, encoder.preprocessing
     return write_folder(folder, backbone, settings.model.backbone, preprocessing, lineage=lineage, onnx=onnx)
 
@@ -285,6 +287,9 @@ def _score(checkpoint: Path, manifest: Manifest, show: Callable[[str], None]) ->
         return None
 
 
-def _videos(manifest: Manifest) -> pa.Table:
-    grouped = manifest.table.group_by("video_id").aggregate([("held_out", "max")]).sort_by("video_id")
+def _videos(manifest: Manifest, data: DataSettings) -> pa.Table:
+    """The videos that training took, and those that were held out; not those of which all clips were left out."""
+    held_out = manifest.table.filter(manifest.table["held_out"])
+    table = pa.concat_tables([training_clips(manifest, data), held_out])
+    grouped = table.group_by("video_id").aggregate([("held_out", "max")]).sort_by("video_id")
     return grouped.rename_columns({"held_out_max": "held_out"}).select(VIDEO_FIELDS.names).cast(VIDEO_FIELDS)

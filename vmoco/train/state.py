@@ -24,6 +24,7 @@ from vmoco import storage
 from vmoco.config import PretrainSettings
 from vmoco.model.generator import Generator
 from vmoco.model.moco import VideoMoco
+from vmoco.settings import flag
 from vmoco.train.optimizer import build_optimizer, slot_names
 
 VERSION = 2
@@ -296,11 +297,14 @@ def differences(before: PretrainSettings, now: PretrainSettings, *, only: Collec
     """
     old_fields, changed = before.content(), []
     for group, fields in now.content().items():
-        for field, value in fields.items():
+        for field in fields | old_fields[group]:
             if only and f"{group}.{field}" not in only:
                 continue
-            if (old := old_fields[group].get(field)) != value:
-                changed.append(f"--{group}.{field.replace('_', '-')} {old} -> {value}")
+            # An option that came later is written only where it is used.
+            default = type(getattr(now, group)).model_fields[field].default
+            old, value = (each.get(field, default) for each in (old_fields[group], fields))
+            if old != value:
+                changed.append(f"{flag(group, field)} {old} -> {value}")
     return ", ".join(changed)
 
 

