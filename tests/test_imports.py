@@ -64,7 +64,16 @@ PRIVATE = re.compile(r"\b(?:(?:ray|mlflow)(?:\.\w+)*\._\w+|ray\.experimental|mlf
 
 # From the ground up: a module imports from its own package and from those below it. `vmoco.cluster` stands beside the
 # packages that use it: it knows settings, storage, tracker and networks, and nothing of a training run.
-GROUND = {"vmoco", "vmoco.config", "vmoco.job_settings", "vmoco.places", "vmoco.presets", "vmoco.storage", "vmoco.seed"}
+GROUND = {
+    "vmoco",
+    "vmoco.clip_settings",
+    "vmoco.config",
+    "vmoco.job_settings",
+    "vmoco.places",
+    "vmoco.presets",
+    "vmoco.storage",
+    "vmoco.seed",
+}
 GROUND |= {
     "vmoco.settings",
     "vmoco.progress",

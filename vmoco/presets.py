@@ -6,15 +6,8 @@ so that they can be read in one place. Every field of a preset can be changed by
 
 from __future__ import annotations
 
-from vmoco.config import (
-    AugmentSettings,
-    DataSettings,
-    GeneratorSettings,
-    MocoSettings,
-    ModelSettings,
-    PretrainSettings,
-    TrainSettings,
-)
+from vmoco.clip_settings import AugmentSettings, DataSettings
+from vmoco.config import GeneratorSettings, MocoSettings, ModelSettings, PretrainSettings, TrainSettings
 from vmoco.places import EvaluationSettings, ScalingSettings, TrackingSettings
 
 # 200 epochs of one clip from each of Kinetics-400's about 240,000 training videos, in batches of 256.

@@ -45,15 +45,8 @@ from tests.dataset import write_data_set
 from tests.train.test_loop import Notes
 from tests.train.test_step import CPU, changed
 from vmoco import storage
-from vmoco.config import (
-    AugmentSettings,
-    DataSettings,
-    GeneratorSettings,
-    MocoSettings,
-    ModelSettings,
-    PretrainSettings,
-    TrainSettings,
-)
+from vmoco.clip_settings import AugmentSettings, DataSettings
+from vmoco.config import GeneratorSettings, MocoSettings, ModelSettings, PretrainSettings, TrainSettings
 from vmoco.data.augment import augment
 from vmoco.data.loader import Loader
 from vmoco.data.manifest import Manifest

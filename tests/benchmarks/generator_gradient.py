@@ -25,14 +25,8 @@ from torch import nn
 
 from tests.dataset import real_clips, real_data_set
 from tests.dropping import estimates, true_effects
-from vmoco.config import (
-    AugmentSettings,
-    GeneratorSettings,
-    MocoSettings,
-    ModelSettings,
-    PretrainSettings,
-    TrainSettings,
-)
+from vmoco.clip_settings import AugmentSettings
+from vmoco.config import GeneratorSettings, MocoSettings, ModelSettings, PretrainSettings, TrainSettings
 from vmoco.data.augment import normalise
 from vmoco.data.footage import fetch
 from vmoco.data.loader import Loader

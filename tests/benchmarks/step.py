@@ -29,7 +29,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from vmoco.config import DataSettings, GeneratorSettings, ModelSettings, PretrainSettings, TrainSettings
+from vmoco.clip_settings import DataSettings
+from vmoco.config import GeneratorSettings, ModelSettings, PretrainSettings, TrainSettings
 from vmoco.data.loader import RankBatch, View
 from vmoco.model.generator import Generator
 from vmoco.model.moco import MocoEncoder

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torchvision.models.video import R3D_18_Weights
 from torchvision.transforms.v2 import functional as reference
 
-from vmoco.config import AugmentSettings
+from vmoco.clip_settings import AugmentSettings
 from vmoco.data import augment as under_test
 from vmoco.data.augment import augment, draw, normalise, resized_crop, to_pixels
 from vmoco.seed import UInt64Array, hash64, uniform

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from vmoco.config import AugmentSettings
+from vmoco.clip_settings import AugmentSettings
 from vmoco.seed import UInt64Array, hash64, uniforms
 
 # Columns of the table of draws. A crop is in pixels of the stored frame.

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vmoco import storage
-from vmoco.config import DataSettings
+from vmoco.clip_settings import DataSettings
 from vmoco.data.manifest import Manifest
 from vmoco.settings import flag
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vmoco.config import AugmentSettings
+from vmoco.clip_settings import AugmentSettings
 from vmoco.data import augment
 from vmoco.data.clip_cache import cache_for
 from vmoco.data.manifest import Manifest

@@ -21,8 +21,9 @@ import torch
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from vmoco.clip_settings import DataSettings
 from vmoco.cluster.reservation import resources
-from vmoco.config import DataSettings, PretrainSettings
+from vmoco.config import PretrainSettings
 from vmoco.data.clip_cache import ClipCache, cache_for
 from vmoco.data.manifest import Manifest
 from vmoco.encoders.encoder import Encoder

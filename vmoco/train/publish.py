@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vmoco import storage, tracking
-from vmoco.config import DataSettings
+from vmoco.clip_settings import DataSettings
 from vmoco.data.manifest import Manifest
 from vmoco.data.training_clips import training_clips
 from vmoco.encoders import foreign, model_page, registry
