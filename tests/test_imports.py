@@ -75,6 +75,7 @@ GROUND = {
     "vmoco.seed",
 }
 GROUND |= {
+    "vmoco.architectures",
     "vmoco.settings",
     "vmoco.progress",
     "vmoco.spool",

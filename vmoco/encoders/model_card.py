@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vmoco.architectures import ARCHITECTURES
+
 README, PLOTS = "README.md", "plots"
 
 Histories = Mapping[str, Sequence[tuple[int, float]]]
@@ -78,6 +80,9 @@ def _origin(card: Mapping[str, Any], *, complete: bool) -> str:
 
 def _usage(card: Mapping[str, Any]) -> str:
     frames = card["preprocessing"]["num_frames"]
+    others = "It takes other lengths too"
+    if (known := ARCHITECTURES.get(card["backbone"])) and known.learns_positions:
+        others += ", and interpolates its positions in time then"
     usage = textwrap.dedent(
         f"""\
         ## How to use it
@@ -92,7 +97,8 @@ def _usage(card: Mapping[str, Any]) -> str:
             features = model.predict(clips)                         # uint8 (B, {frames}, H, W, 3), RGB
         """
     )
-    return usage + "\n" + filled(f"{preprocessing(card)} Features have unit length: compare them by cosine.")
+    rest = f"Features have unit length: compare them by cosine. {others}; the program takes {frames} frames alone."
+    return usage + "\n" + filled(f"{preprocessing(card)} {rest}")
 
 
 def filled(text: str) -> str:

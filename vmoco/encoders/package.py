@@ -167,9 +167,10 @@ class EncoderFiles:
             ValueError: its weights are missing, damaged or were changed.
         """
         weights = self.read(WEIGHTS)
-        backbone = build_backbone(self.card["backbone"])
+        expected = Preprocessing.from_json(self.card["preprocessing"])
+        backbone = build_backbone(self.card["backbone"], num_frames=expected.num_frames, size=expected.size)
         backbone.load_state_dict(load(weights))
-        return Encoder(backbone, Preprocessing.from_json(self.card["preprocessing"]), self.card).eval()
+        return Encoder(backbone, expected, self.card).eval()
 
 
 def _read(path: Path, problem: str) -> bytes:
