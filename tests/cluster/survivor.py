@@ -10,10 +10,10 @@ from tests.cluster.hosts import wait_until
 from tests.cluster.service import BIN, ROOT, Service
 
 NAME = "survivor"
-STEPS, LOG_EVERY = 2000, 10
+STEPS, LOG_EVERY, CHECKPOINT_EVERY = 2000, 10, 50
 FLAGS = (
     f"--run.name {NAME} --run.storage s3://vmoco/runs --tracking.register-as {NAME} --train.steps {STEPS} "
-    f"--train.log-every {LOG_EVERY} --train.checkpoint-every 50 "
+    f"--train.log-every {LOG_EVERY} --train.checkpoint-every {CHECKPOINT_EVERY} "
     "--scaling.num-workers 2 --scaling.min-workers 1 --scaling.resize-seconds 5"
 )
 
@@ -40,6 +40,10 @@ def survive(service: Service, *, data: str) -> Survivor:
         found = re.findall(r"^(\d+) workers on cpu, .* from step (\d+)", log.read_text(), re.MULTILINE)
         return [(int(workers), int(step)) for workers, step in found]
 
+    def steps_of_last_start() -> list[int]:
+        said = re.split(r"^\d+ workers on cpu", log.read_text(), flags=re.MULTILINE)[-1]
+        return [int(step) for step in re.findall(r"^step (\d+)/", said, re.MULTILINE)]
+
     def wait(what: str, number: int, *, seconds: float) -> None:
         def there() -> bool:
             assert job.poll() is None, f"it ended before {what}:\n{outside.said(log.name)}"
@@ -54,6 +58,15 @@ def survive(service: Service, *, data: str) -> Survivor:
     wait(r"^1 workers on cpu", 1, seconds=150)
     # The old first rank is still alive there, and now reaches store and tracker again.
     service.network.mend(cut)
+    # On a busy machine a new host may come before the one worker has kept a checkpoint. When it is past a second one,
+    # the first one is complete, because a snapshot waits for the checkpoint before it.
+    after = starts()[-1][1] + 2 * CHECKPOINT_EVERY
+    wait_until(
+        lambda: steps_of_last_start()[-1:] > [after],
+        what=f"one worker is past step {after}",
+        seconds=300,
+        blame=lambda: outside.said(log.name),
+    )
     service.add_worker("three")
     wait(r"^2 workers on cpu", 2, seconds=150)
     code = job.wait(timeout=900)
