@@ -1,8 +1,9 @@
 """An exported encoder as a model of Hugging Face's transformers.
 
-`jobs/export.py --to huggingface` copies this file and `video_network.py` beside the weights; vmoco itself never imports
-it. `AutoModel.from_pretrained(FOLDER, trust_remote_code=True)` runs both. It needs torch, torchvision, transformers and
-safetensors, but not vmoco. There is no processor: the model takes raw frames, and prepares them as in its training.
+`jobs/export.py --to huggingface` copies this file beside the weights, with `video_network.py` and `transformer.py`;
+vmoco itself never imports it. `AutoModel.from_pretrained(FOLDER, trust_remote_code=True)` runs them. They need torch,
+torchvision, transformers and safetensors, but not vmoco. There is no processor: the model takes raw frames, and
+prepares them as in its training.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class VmocoModel(PreTrainedModel):
         super().__init__(config)
         self.encoder = VideoNetwork(
             config.network,
+            num_frames=config.num_frames,
             size=config.image_size,
             mean=config.image_mean,
             std=config.image_std,
@@ -78,7 +80,7 @@ class VmocoModel(PreTrainedModel):
     def forward(
         self, pixel_values: torch.Tensor, return_dict: bool | None = None
     ) -> BaseModelOutputWithPooling | tuple[torch.Tensor, torch.Tensor]:
-        """Features of clips: `pooler_output` (B, D), the mean of `last_hidden_state` (B, D, T', H', W').
+        """Features of clips: `pooler_output` (B, D), and `last_hidden_state` (B, D, T', H', W'), from which they come.
 
         Args:
             pixel_values: raw frames, uint8 (B, T, H, W, 3), RGB, of any size; or what `encoder.preprocess` makes of

@@ -1,9 +1,9 @@
 """The network of an encoder, and what it does to frames first, with torch and torchvision alone.
 
-`jobs/export.py --to huggingface` copies this file and `modeling_vmoco.py` beside the weights, so that transformers can
-load an encoder where vmoco is not installed. So this file imports nothing of vmoco. It repeats
-`vmoco/model/backbone.py`, and the preprocessing of `vmoco/encoders/encoder.py`; each export compares the features of
-the two, and is refused if a bit differs.
+`jobs/export.py --to huggingface` copies this file, `modeling_vmoco.py` and `vmoco/model/transformer.py` beside the
+weights, so that transformers can load an encoder where vmoco is not installed. So this file imports nothing else of
+vmoco. It repeats `vmoco/model/backbone.py`, and the preprocessing of `vmoco/encoders/encoder.py`; each export compares
+the features of the two, and is refused if a bit differs.
 
 Shape letters: B clips, T frames, H W pixels, S the encoder's size, D width of a feature.
 """
@@ -20,9 +20,12 @@ from torch import nn
 from torchvision.models import video
 from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D, Conv3DSimple, VideoResNet
 
+from vmoco.model.transformer import build_mvit, build_swin, mvit_tokens, swin_tokens
+
 _RESNETS = {"r3d_18": video.r3d_18, "mc3_18": video.mc3_18, "r2plus1d_18": video.r2plus1d_18}
 _NANO = {"r3d_nano": Conv3DSimple, "r2plus1d_nano": Conv2Plus1D}
-NETWORKS = (*_RESNETS, "s3d", *_NANO)
+_SWINS = ("swin3d_t", "swin3d_s", "swin3d_nano")
+NETWORKS = (*_RESNETS, "s3d", *_NANO, *_SWINS, "mvit_v2_s")
 """Names of the networks that can be built here."""
 S3D_FRAMES = 5
 """Fewest frames for S3D: it halves time three times, the last time without padding."""
@@ -33,6 +36,7 @@ class VideoNetwork(nn.Module):
 
     Args:
         name: one of NETWORKS; its weights have the keys of torchvision, under `trunk.`.
+        num_frames: frames of a clip in its training; others are taken too.
         size: height and width in pixels to which frames are scaled.
         mean: of red, green and blue in [0, 1], subtracted from pixels.
         std: divides pixels after that.
@@ -43,7 +47,14 @@ class VideoNetwork(nn.Module):
     """
 
     def __init__(
-        self, name: str, *, size: int, mean: Sequence[float], std: Sequence[float], standardise: bool = False
+        self,
+        name: str,
+        *,
+        num_frames: int,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        standardise: bool = False,
     ) -> None:
         super().__init__()
         if name not in NETWORKS:
@@ -51,10 +62,12 @@ class VideoNetwork(nn.Module):
         self.name, self.size, self.standardise = name, size, standardise
         # Numbers, and no buffers: transformers builds a network without memory, and fills only what is in the file.
         self.mean, self.std = tuple(mean), tuple(std)
-        self.trunk = _trunk(name)
+        self.trunk = _trunk(name, num_frames=num_frames, size=size)
 
     def forward(self, clips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Maps (B, D, T', H', W') and their mean, the features (B, D), both of the type of the weights.
+        """Maps (B, D, T', H', W') and the features (B, D), both of the type of the weights.
+
+        The features are the mean of the maps, but for mvit_v2_s, whose feature is a token of its own.
 
         Args:
             clips: raw frames, uint8 (B, T, H, W, 3), RGB, of any size; or what `preprocess` makes of them, float
@@ -82,6 +95,12 @@ class VideoNetwork(nn.Module):
         if isinstance(trunk, VideoResNet):
             maps = trunk.layer4(trunk.layer3(trunk.layer2(trunk.layer1(trunk.stem(clips)))))
             return maps, trunk.avgpool(maps).flatten(1)
+        if self.name in _SWINS:
+            maps = swin_tokens(trunk, clips, None)
+            return maps, trunk.avgpool(maps).flatten(1)
+        if self.name == "mvit_v2_s":
+            tokens, shape = mvit_tokens(trunk, clips, None)
+            return tokens[:, 1:].transpose(1, 2).unflatten(2, shape), tokens[:, 0]
         maps = trunk[:-2](clips)  # without pooling and flattening
         return maps, trunk[-2:](maps)
 
@@ -124,7 +143,7 @@ class VideoNetwork(nn.Module):
         return normalised.to(dtype)
 
 
-def _trunk(name: str) -> nn.Module:
+def _trunk(name: str, *, num_frames: int, size: int) -> nn.Module:
     """The network with random weights, without its classifier."""
     trunk: nn.Module
     if name in _RESNETS:
@@ -138,6 +157,10 @@ def _trunk(name: str) -> nn.Module:
                 module.momentum = 0.1  # torchvision's 0.001 is TensorFlow's 0.999
         trunk.classifier = nn.Identity()
         return trunk
+    if name in _SWINS:
+        return build_swin(name)
+    if name == "mvit_v2_s":
+        return build_mvit(num_frames=num_frames, size=size)
     return _nano(_NANO[name])
 
 
