@@ -26,6 +26,7 @@ HOMES = {
         "vmoco.data.distribute",
         "vmoco.train.launch",
         "vmoco.train.worker",
+        "vmoco.train.machines",
         "vmoco.train.system_metrics",
         "vmoco.train.channel",
         "vmoco.train.evaluation",

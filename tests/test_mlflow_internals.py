@@ -26,7 +26,7 @@ def test_the_monitor_is_there(kind: str) -> None:
     except (ImportError, AttributeError) as error:
         pytest.fail(f"MLflow has no {module}.{kind}Monitor any more ({error}): machine_monitors in {HOME} uses it")
     missing = {"collect_metrics", "aggregate_metrics", "clear_metrics"} - set(dir(monitor))
-    assert not missing, f"MLflow's {kind}Monitor has no {missing} any more: vmoco/train/system_metrics.py calls them"
+    assert not missing, f"MLflow's {kind}Monitor has no {missing} any more: vmoco/train/machines.py calls them"
 
 
 def test_the_monitors_see_this_machine() -> None:

@@ -99,6 +99,23 @@ def test_points_that_are_made_again_are_sent_once(tmp_path: Path) -> None:
     assert tracker.steps("score") == [16, 32]
 
 
+def test_points_by_the_clock_are_all_sent(tmp_path: Path) -> None:
+    """Those of a run that repeats steps are new, with their own times; those that waited on disk arrive once."""
+    tracker, file = Notebook(), str(tmp_path / "spool.json")
+    first = Spool(tracker, name="t", uri=file)
+    first.points({"cpu": 1.0}, step=40, time_ms=1000, once=True)
+    wait_for(lambda: tracker.steps("cpu") == [40])
+    tracker.down = True
+    first.points({"cpu": 2.0}, step=40, time_ms=2000, once=True)
+    first.save()
+    died = Notebook()
+    died.rows = [*tracker.rows, ("cpu", 40, 2.0, 2000)]  # the tracker took it after the file was written
+    second = Spool(died, name="t", uri=file)
+    second.points({"cpu": 3.0}, step=32, time_ms=3000, once=True)
+    assert second.close() == ""
+    assert died.rows == [("cpu", 40, 1.0, 1000), ("cpu", 40, 2.0, 2000), ("cpu", 32, 3.0, 3000)]
+
+
 def test_a_tracker_that_is_down_costs_no_time(tmp_path: Path) -> None:
     """A thousand points are queued in no time; `close` gives up after its own, says where they are, and keeps them."""
     tracker = Notebook()

@@ -4,7 +4,8 @@ Training never waits for the tracker. A thread sends in order. It sends again wh
 5xx), and sets aside what the tracker refuses for good (400, 413). `save` writes what has not been sent yet into one
 file of the run's folder. It runs before a checkpoint becomes visible, which is enough: a run that was killed starts
 again from a checkpoint and makes the later points again. Points that the tracker has already are left out then, by the
-latest step that it knows of each name, because it can neither replace nor remove them.
+latest step that it knows of each name, because it can neither replace nor remove them. Points that were measured by the
+clock, such as those of a machine, are never made again, so they are all sent.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from vmoco import storage
@@ -35,6 +36,8 @@ class Points:
     time_ms: int
     """When they were made, in milliseconds since 1970."""
     numbers: dict[str, float]
+    once: bool = False
+    """Whether they were measured by the clock: a run that resumes makes the points of a step again, but not these."""
 
 
 class RefusedError(Exception):
@@ -93,10 +96,20 @@ class Spool:
         self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
         self._thread.start()
 
-    def points(self, numbers: Mapping[str, float], *, step: int) -> None:
-        """Queues one point per name."""
+    def points(
+        self, numbers: Mapping[str, float], *, step: int, time_ms: int | None = None, once: bool = False
+    ) -> None:
+        """Queues one point per name.
+
+        Args:
+            numbers: by name.
+            step: of the points.
+            time_ms: when they were made, in milliseconds since 1970; now when left out.
+            once: see `Points`.
+        """
         with self._wake:
-            self._points.append(Points(step, int(time.time() * 1000), dict(numbers)))
+            made = int(time.time() * 1000) if time_ms is None else time_ms
+            self._points.append(Points(step, made, dict(numbers), once))
             self._wake.notify()
 
     def document(self, name: str, content: Document) -> None:
@@ -199,7 +212,7 @@ class Spool:
         num_before = len(self._refused[0])
         for row in rows:
             for name, number in row.numbers.items():
-                single = Points(row.step, row.time_ms, {name: number})
+                single = replace(row, numbers={name: number})
                 if single in self._refused[0]:  # this batch is sent again, because the connection broke in its middle
                     continue
                 try:
@@ -259,8 +272,11 @@ def refused_uri(uri: str) -> str:
 
 def _without(points: Points, taken: Mapping[str, int]) -> Points:
     """The points of a step without those that an earlier life of the run has sent."""
-    new = {name: value for name, value in points.numbers.items() if points.step > taken.get(name, -1)}
-    return Points(points.step, points.time_ms, new)
+    if points.once:  # the tracker keeps a point of the same time, step and value only once
+        return points
+    return replace(
+        points, numbers={name: value for name, value in points.numbers.items() if points.step > taken.get(name, -1)}
+    )
 
 
 def _to_json(points: list[Points], documents: Mapping[str, Document]) -> bytes:
@@ -268,7 +284,7 @@ def _to_json(points: list[Points], documents: Mapping[str, Document]) -> bytes:
     files = {
         name: base64.b64encode(content).decode() for name, content in documents.items() if isinstance(content, bytes)
     }
-    rows = [[row.step, row.time_ms, row.numbers] for row in points]
+    rows = [[row.step, row.time_ms, row.numbers, row.once] for row in points]
     return json.dumps({"points": rows, "texts": texts, "files": files}).encode()
 
 

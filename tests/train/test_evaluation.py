@@ -45,6 +45,7 @@ def test_checkpoints_are_scored_and_a_damaged_one_is_reported(ray_cluster: Local
     import ray
 
     from vmoco.cluster.reservation import reserve
+    from vmoco.train.channel import Channel
     from vmoco.train.evaluation import SCORE, Evaluator
 
     manifest = make_data_set(tmp_path / "data", num_videos=16, clips_per_video=3, num_held_out=6, labels=("a", "b"))
@@ -54,7 +55,8 @@ def test_checkpoints_are_scored_and_a_damaged_one_is_reported(ray_cluster: Local
     folder.claim(lease="this job")
     made = {step: checkpoint(folder, step, manifest.hash) for step in (1, 2, 3, 4)}
     spool = Spool(tracker, name="the tracker")
-    evaluator = Evaluator(folder, settings, group, spool=spool, show=lines.append)
+    channel = Channel.remote()  # type: ignore[attr-defined]
+    evaluator = Evaluator(folder, settings, group, spool=spool, channel=channel, show=lines.append)
     Path(made[1].uri, "state.json").write_text("{")
     evaluator.submit(made[1])
     wait_until(lambda: evaluator.num_failed == 1, "the damaged checkpoint has failed", seconds=60)
@@ -64,6 +66,9 @@ def test_checkpoints_are_scored_and_a_damaged_one_is_reported(ray_cluster: Local
     assert evaluator.in_use() >= {4}
     assert evaluator.close(wait_seconds=120)
     assert evaluator.in_use() == set()
+    measured = ray.get(channel.take_samples.remote())
+    assert all(sample.numbers["system_memory_usage_megabytes"] > 0 for sample in measured)
+    assert measured, "no worker is there, so the task says how its machine does"
     assert spool.close() == ""
     scores = {row.step: row.score for row in folder.checkpoints()}
     assert scores[3] is None

@@ -69,11 +69,23 @@ class Runs:
         mark = self.nodes.environment["RAY_TMPDIR"]
         return sorted(int(line.split()[0]) for line in processes.with_mark(mark) if "ray::RayTrainWorker" in line)
 
+    def tracker(self, name: str) -> tuple[MlflowClient, str]:
+        """The tracker, and the id of a run in it."""
+        run_id = json.loads((self.folder(name) / "run.json").read_text())["run_id"]
+        return MlflowClient(f"sqlite:///{self.home}/mlflow.db"), run_id
+
     def points(self, name: str) -> list[int]:
         """Steps of the points of `loss` in the tracker, in their order."""
-        client = MlflowClient(f"sqlite:///{self.home}/mlflow.db")
-        run_id = json.loads((self.folder(name) / "run.json").read_text())["run_id"]
+        client, run_id = self.tracker(name)
         return sorted(point.step for point in client.get_metric_history(run_id, "loss"))
+
+    def machines(self, name: str) -> set[str]:
+        """Nodes of whose processor and memory the tracker has points."""
+        client, run_id = self.tracker(name)
+        found = [metric.split("/") for metric in client.get_run(run_id).data.metrics if metric.startswith("system/")]
+        assert all(len(parts) == 3 for parts in found), "on several nodes each has a name"
+        kinds = {"cpu_utilization_percentage", "system_memory_usage_megabytes"}
+        return {node for _, node, _ in found if kinds <= {kind for _, other, kind in found if other == node}}
 
 
 EVERY_POINT = list(range(2, STEPS + 1, 2))
@@ -114,7 +126,10 @@ def undisturbed(two: Runs) -> str:
 
 
 def test_killed_workers_change_nothing(two: Runs, undisturbed: str) -> None:
-    """kill -9 of one worker and, after the restart, of the other: the same bytes, and each point once."""
+    """kill -9 of one worker and, after the restart, of the other: the same bytes, and each point once.
+
+    Both nodes are measured, and only rank 0 has a tracker; the head may be too, because a checkpoint is scored there.
+    """
     job = two.start("workers")
     for step, place in ((20, 0), (40, 1)):
         two.wait_for_step("workers", step)
@@ -123,6 +138,7 @@ def test_killed_workers_change_nothing(two: Runs, undisturbed: str) -> None:
     assert len(re.findall(r"2 workers on cpu, .* from step", said)) == 3
     assert two.kept("workers")[-1]["sha256"] == undisturbed
     assert two.points("workers") == EVERY_POINT
+    assert len(two.machines("workers")) in (2, 3)
 
 
 def test_a_killed_driver_is_followed_by_the_same_command(two: Runs, undisturbed: str) -> None:

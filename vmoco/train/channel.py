@@ -1,4 +1,4 @@
-"""What the driver, the workers and Ray's controller of a run tell each other: lines to print, errors, requests to stop.
+"""What driver, workers and Ray's controller of a run tell each other: lines, errors, requests to stop, measurements.
 
 The channel is a Ray actor, because it reaches every node at once and ends with the driver. Ray's own forwarding of
 worker output puts a process name before each line and mixes in everything that any library prints.
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import textwrap
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,7 @@ import ray.train
 
 from vmoco import ray_internals
 from vmoco.job import describe, is_user_error, root_cause
+from vmoco.train.machines import Sample, Samples
 from vmoco.train.run_folder import RunFolder
 
 
@@ -31,6 +33,7 @@ class Channel:
         self._stop = asyncio.Event()
         self._error = ""
         self._starts = -1
+        self._samples = Samples()
 
     async def started(self) -> int:
         """Counts groups of workers; returns how many there were before this one."""
@@ -48,6 +51,14 @@ class Channel:
     async def next_line(self) -> str | None:
         """Waits for the next line."""
         return await self._lines.get()
+
+    async def measured(self, node: str, numbers: dict[str, float], by_worker: bool) -> None:
+        """Keeps what a node measured for the first rank; see `machines.Samples`."""
+        self._samples.add(Sample(node, int(time.time() * 1000), numbers), by_worker=by_worker)
+
+    async def take_samples(self) -> list[Sample]:
+        """What the nodes measured since the last call."""
+        return self._samples.take()
 
     async def fail(self, error: str) -> None:
         """Keeps the message of an error that the user has to fix, so that no restart can help."""

@@ -7,6 +7,7 @@ older one, which then has no score.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,7 @@ from vmoco.evaluate.knn import classify
 from vmoco.evaluate.score import label_free_score, score_encoder
 from vmoco.model.cost import SCORE_SECONDS
 from vmoco.spool import Spool
+from vmoco.train.machines import reported
 from vmoco.train.publish import encoder_in
 from vmoco.train.run_folder import CHECKPOINTS, Checkpoint, RunFolder, checkpoints_to_json, local_copy
 
@@ -65,6 +67,16 @@ def score_checkpoint(uri: str, data: DataSettings, *, max_videos: int, device: s
     return label_free_score(found), {f"score/{name}": value for name, value in numbers.items()}
 
 
+def score_and_report(
+    uri: str, data: DataSettings, *, max_videos: int, device: str, channel: Any | None, run: str
+) -> Scored:
+    """`score_checkpoint`, while this machine is reported to the channel of the run, if there is one."""
+    with contextlib.ExitStack() as stack:
+        if channel is not None:
+            stack.enter_context(reported(channel, run=run, by_worker=False))
+        return score_checkpoint(uri, data, max_videos=max_videos, device=device)
+
+
 def task_options(settings: PretrainSettings, group: PlacementGroup | None) -> dict[str, Any]:
     """Options of the Ray task: its resources and where it runs.
 
@@ -94,9 +106,16 @@ def score_now(
 
 
 def score_in_task(
-    checkpoint: Checkpoint, settings: PretrainSettings, group: PlacementGroup | None, *, timeout: float = SCORE_SECONDS
+    checkpoint: Checkpoint,
+    settings: PretrainSettings,
+    group: PlacementGroup | None,
+    *,
+    timeout: float = SCORE_SECONDS,
+    channel: Any | None = None,
 ) -> Scored:
     """Scores a checkpoint in a Ray task, and waits for it; after `timeout` seconds the task is cancelled.
+
+    While workers train, `channel` is that of the run, and receives how the machine of the task does.
 
     Raises:
         TimeoutError: it took longer; the message says what to change.
@@ -105,9 +124,16 @@ def score_in_task(
     remote: Any = ray.remote  # mypy knows only functions without keyword arguments
     device = "cuda" if settings.evaluation.use_gpu else "cpu"
     reference = (
-        remote(score_checkpoint)
+        remote(score_and_report)
         .options(**task_options(settings, group))
-        .remote(checkpoint.uri, settings.data, max_videos=settings.evaluation.max_videos, device=device)
+        .remote(
+            checkpoint.uri,
+            settings.data,
+            max_videos=settings.evaluation.max_videos,
+            device=device,
+            channel=channel,
+            run=settings.run.name or "",
+        )
     )
     try:
         scored: Scored = ray.get(reference, timeout=timeout)
@@ -160,6 +186,7 @@ class Evaluator:
         settings: of the run.
         group: resources that are reserved for the task; None where it shares those of the workers.
         spool: receives the numbers.
+        channel: of the run; receives how the machine of the task does.
         show: prints a line.
 
     Attributes:
@@ -174,8 +201,10 @@ class Evaluator:
         group: PlacementGroup | None,
         *,
         spool: Spool,
+        channel: Any,
         show: Callable[[str], None],
     ) -> None:
+        self._channel = channel
         self._folder = folder
         self._settings = settings
         self._group = group
@@ -228,7 +257,7 @@ class Evaluator:
                 )
 
     def _score(self, checkpoint: Checkpoint) -> None:
-        score, numbers = score_in_task(checkpoint, self._settings, self._group)
+        score, numbers = score_in_task(checkpoint, self._settings, self._group, channel=self._channel)
         self.numbers = numbers | {"scored_step": float(checkpoint.step)}
         self._spool.points(numbers, step=checkpoint.step)
         self._folder.add_score(checkpoint.step, score)

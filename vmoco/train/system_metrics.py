@@ -1,4 +1,4 @@
-"""How the machine and the queue of a run do: system metrics, gauges for Prometheus, MFU, staleness of the oldest keys.
+"""How a run does: gauges for Prometheus, MFU, staleness of the oldest keys. `machines.py` measures its machines.
 
 The speed of a device is measured with a large matrix product, because a table of data sheets knows neither CPUs nor
 throttled GPUs.
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vmoco.config import PretrainSettings
-from vmoco.mlflow_internals import machine_monitors
 from vmoco.model.cost import step_cost
 from vmoco.model.moco import running_statistics_kept
 from vmoco.train import distributed
@@ -24,30 +23,6 @@ if TYPE_CHECKING:
     from vmoco.data.loader import Loader
     from vmoco.train.state import TrainState
     from vmoco.train.step import TrainStep
-
-
-class SystemMetrics:
-    """Processor, memory, disk, network and GPUs of this machine, under the names that MLflow shows as system metrics.
-
-    MLflow's own thread ends for good when the tracker fails to answer once. So its monitors are read here, and the
-    numbers are sent with the points of the run.
-
-    Args:
-        node: name of this machine among those of the run; empty for the first one.
-    """
-
-    def __init__(self, node: str = "") -> None:
-        self._prefix = f"system/{node}/" if node else "system/"
-        self._monitors = machine_monitors()
-
-    def numbers(self) -> dict[str, float]:
-        """Values of now; rates are since the last call."""
-        found: dict[str, float] = {}
-        for monitor in self._monitors:
-            monitor.collect_metrics()
-            found |= {self._prefix + name: float(value) for name, value in monitor.aggregate_metrics().items()}
-            monitor.clear_metrics()
-        return found
 
 
 PREFIX = "vmoco_"
@@ -66,9 +41,9 @@ class Gauges:
         self._run = run
         self._gauges: dict[str, Any] = {}
 
-    def show(self, numbers: Mapping[str, float], *, step: int) -> None:
+    def show(self, numbers: Mapping[str, float]) -> None:
         """Sets the gauges; Ray exports them every few seconds."""
-        for name, value in {**numbers, "step": float(step)}.items():
+        for name, value in numbers.items():
             self._gauge(name).set(value, tags={"run": self._run})
 
     def _gauge(self, name: str) -> Any:

@@ -6,7 +6,8 @@ The first rank alone has a checkpoint writer and an evaluator. It talks to the d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -24,10 +25,11 @@ from vmoco.train.channel import StopWatch, errors_reported
 from vmoco.train.checkpoint_writer import CheckpointWriter
 from vmoco.train.evaluation import Evaluator
 from vmoco.train.loop import Requests, train
+from vmoco.train.machines import Collector, reported
 from vmoco.train.run_folder import SPOOL, RunFolder
 from vmoco.train.speed import choose_kernels
 from vmoco.train.state import TrainState
-from vmoco.train.system_metrics import Gauges, SystemMetrics
+from vmoco.train.system_metrics import Gauges
 
 _LAST_SCORE_SECONDS = 600.0
 """Longest time that a finished run waits for the score of its last checkpoint; then the driver scores it."""
@@ -106,18 +108,21 @@ class RayHost:
         self._preempted = False
         self._counts: dict[str, float] = {}
         self._spool: tracking.Spool | None = None
-        self._system: SystemMetrics | None = None
-        may_send: Callable[[], None] = lambda: None  # noqa: E731
-        file = None
+        self._machines: Collector | None = None
+        self._exit = contextlib.ExitStack()
+        channel = config["channel"]
         if self.is_first:
             self.folder.claim(lease=config["lease"])
-            may_send, file = self.folder.check_fence, self.folder.path(SPOOL)
-        if context.get_local_rank() == 0:  # one rank of each machine tracks how that machine does
             self._spool = tracking.spool(
-                config["tracking_uri"], config["run_id"], file=file, may_send=may_send, warn=self.show
+                config["tracking_uri"],
+                config["run_id"],
+                file=self.folder.path(SPOOL),
+                may_send=self.folder.check_fence,
+                warn=self.show,
             )
-            node = "" if context.get_node_rank() == 0 else f"node-{context.get_node_rank()}"
-            self._system = SystemMetrics(node)
+            self._machines = Collector(lambda: ray.get(channel.take_samples.remote(), timeout=30), self._spool)
+        if context.get_local_rank() == 0:  # one rank of each machine measures it
+            self._exit.enter_context(reported(channel, run=settings.run.name or "", by_worker=True))
 
     def begin(self, state: TrainState, *, damaged: list[str]) -> None:
         """Starts the writer and the evaluator of the first rank, when the state is restored.
@@ -128,12 +133,15 @@ class RayHost:
         """
         if not self.is_first:
             return
-        assert self._spool is not None, "the first rank is the first of its machine"
+        assert self._spool is not None, "the first rank has made it"
+        assert self._machines is not None, "and this too"
+        self._machines.step = state.step
         folder, settings = self.folder, self._settings
         folder.open_list(state.step)
         if settings.evaluation.enabled:
             group = self._config["evaluation"]
-            self._evaluator = Evaluator(folder, settings, group, spool=self._spool, show=self.show)
+            channel = self._config["channel"]
+            self._evaluator = Evaluator(folder, settings, group, spool=self._spool, channel=channel, show=self.show)
         self.writer = CheckpointWriter(
             folder,
             settings.train,
@@ -167,16 +175,17 @@ class RayHost:
         self._config["channel"].say.remote(line)
 
     def track(self, numbers: Mapping[str, float], *, step: int) -> None:
-        """Queues the numbers of a step for the tracker, with those of this machine and of the run's faults."""
-        if self._spool is None or self._system is None:
+        """Queues the numbers of a step for the tracker, with those of the run's faults; does nothing on other ranks."""
+        if self._spool is None or self._machines is None:
             return
+        self._machines.step = step
         counts = self._counts.copy()
         if self.writer is not None:
             counts["checkpoints_failed"] = self.writer.num_failed
             counts["evaluations_failed"] = self._evaluator.num_failed if self._evaluator else 0
-        tracked = {**numbers, **counts, **self._system.numbers()}
+        tracked = {**numbers, **counts}
         self._spool.points(tracked, step=step)
-        self._gauges.show(tracked, step=step)
+        self._gauges.show(tracked | {"step": float(step)})
 
     def checkpoint(self, state: TrainState, documents: Mapping[str, Document]) -> None:
         """Keeps the state and tracks the documents; all ranks report, because Ray counts reports."""
@@ -196,6 +205,9 @@ class RayHost:
                 self.show(f"warning: the last checkpoint was not scored within {wait:.0f} s")
         if self.writer is not None:
             self.writer.close()
+        self._exit.close()
+        if self._machines is not None:
+            self._machines.close()
         # A group that ends early makes way for the next one: what is left is on disk, or is computed again.
         if self._spool is not None and (problem := self._spool.close(timeout=30.0 if finished else 5.0)):
             self.show(f"warning: {problem}")
