@@ -65,8 +65,8 @@ def test_a_worker_comes_before_an_evaluation_of_its_node() -> None:
     assert [(name, numbers["cpu"]) for name, _, numbers in samples.take()] == [
         ("a", 0),
         ("b", 30),
-        ("a", 61),
-        ("a", 70),
+        ("a", 301),
+        ("a", 310),
     ]
     assert samples.take() == []
 

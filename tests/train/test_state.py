@@ -43,7 +43,7 @@ REVERSED = changed(SETTINGS, moco={"reversed_negatives_percent": 50.0})
 TRANSFORMER = changed(
     ADAMW,
     model={"backbone": "swin3d_nano", "drop_path": 0.4},
-    train={"weight_decay": 0.05, "weight_decay_on": "weights", "clip_gradient_norm": 0.1},
+    train={"weight_decay": 0.05, "weight_decay_on": "weights", "clip_gradient_norm": 0.01},
 )
 
 

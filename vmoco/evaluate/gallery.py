@@ -212,7 +212,7 @@ def stored_thumbnails(manifest: Manifest, clips: list[Clip]) -> Iterator[tuple[i
             f"clip {lost[0].clip_id} of {lost[0].video_id!r} is no longer in data set {manifest.uri}: run "
             "jobs/embed.py with another --output, or use --no-gallery"
         )
-    rows = manifest.table.take(pa.array([places[clip.clip_id] for clip in clips]))
+    rows = manifest.table.take(pa.array([places[clip.clip_id] for clip in clips], pa.int64()))
     shown = _shown_frames(manifest.frame_shape[0])
     frames = ClipReader.of(manifest, rows, crop=True).several(range(len(clips)), itertools.repeat(shown))
     for clip, pictures in zip(clips, frames, strict=True):
