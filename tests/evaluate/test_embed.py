@@ -23,8 +23,7 @@ from tests.embeddings import embedded, labelled_data_set
 from tests.made import encoder_of, save_checkpoint, settings_for
 from vmoco import tracking
 from vmoco.cluster.local import LocalCluster
-from vmoco.data import ledger, source
-from vmoco.data import video as video_files
+from vmoco.data import ledger, probing, source
 from vmoco.data.manifest import write_manifest
 from vmoco.encoders import foreign, promotion, registry
 from vmoco.evaluate import embed as embedding
@@ -157,7 +156,7 @@ def three_videos(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("no rate"), ValueError("strange"), PermissionError(13, "locked")])
-@pytest.mark.parametrize("place", [(video_files, "probe"), (source, "file_sha256")], ids=["decode", "read"])
+@pytest.mark.parametrize("place", [(probing, "probe"), (source, "file_sha256")], ids=["decode", "read"])
 def test_any_error_of_one_video_is_a_row_of_the_ledger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[Any, str], error: Exception
 ) -> None:
