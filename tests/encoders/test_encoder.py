@@ -222,7 +222,7 @@ def test_feature_maps_are_what_is_pooled(name: str) -> None:
 
 
 def test_feature_maps_of_mvit_have_places_and_the_feature_is_a_token_of_its_own() -> None:
-    """Tokens by place, in order: a change at one place of the clip moves those there most."""
+    """Tokens by time and place, in order: a change in one corner at the end moves those there most."""
     encoder = encoder_of("mvit_v2_s", size=64, num_frames=16)
     frames = clips(1, num_frames=16, height=64, width=64)
     maps = encoder.feature_maps(frames)
@@ -231,8 +231,8 @@ def test_feature_maps_of_mvit_have_places_and_the_feature_is_a_token_of_its_own(
     changed = frames.clone()
     changed[:, 12:, 48:, 48:] = 255
     moved = (encoder.feature_maps(changed) - maps).abs().sum(dim=(0, 1))
-    assert moved[-2:, -1, -1].min() > moved[:-2].max(), "frames 12 to 15 are the last two tokens in time"
-    assert moved[-2:, -1, -1].min() > moved[-2:, 0, 0].max()
+    assert moved[6:, 1, 1].min() > moved[:6].max()
+    assert moved[6:].flatten(1).argmax(dim=1).tolist() == [3, 3]
 
 
 def test_other_lengths_are_said_where_positions_are_learned() -> None:
@@ -245,7 +245,7 @@ def test_other_lengths_are_said_where_positions_are_learned() -> None:
     encoder_of("swin3d_nano").embed(clips(num_frames=6))
 
 
-@pytest.mark.parametrize("name", ["r3d_nano", "swin3d_nano", "mvit_v2_s"])
+@pytest.mark.parametrize("name", ["r3d_nano", "swin3d_nano", pytest.param("mvit_v2_s", marks=pytest.mark.slow)])
 def test_a_copy_a_pickle_and_compiled_or_exported_encoders_are_the_same(tmp_path: Path, name: str) -> None:
     """Also on a device without memory and back, as large models are loaded."""
     encoder = encoder_of(name)

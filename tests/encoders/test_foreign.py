@@ -18,4 +18,4 @@ def test_pixels_are_prepared_as_torchvision_says(name: str) -> None:
     assert [found.size] * 2 == list(transforms.crop_size)
     assert found.mean == pytest.approx(tuple(transforms.mean))
     assert found.std == pytest.approx(tuple(transforms.std))
-    assert found.num_frames >= expected.meta.get("min_temporal_size", 1)
+    assert found.num_frames >= expected.meta.get("min_temporal_size", 1)  # not stated for the ResNets

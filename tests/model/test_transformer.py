@@ -125,7 +125,7 @@ def test_attention_of_mvit_is_that_of_torchvision(sizes: tuple[tuple[int, int, i
     torch.testing.assert_close(found, expected[:, :, 1:, 1:], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["swin3d_nano", "mvit_v2_s"])
+@pytest.mark.parametrize("name", ["swin3d_nano", pytest.param("mvit_v2_s", marks=pytest.mark.slow)])
 def test_left_out_branches_are_those_of_a_network_without_them(name: str) -> None:
     """Each clip as torchvision's network gives it alone, where hooks scale its branches; torch's generator stays."""
     theirs, ours = pair(name, num_frames=4, size=32)

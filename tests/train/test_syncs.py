@@ -96,7 +96,12 @@ GREY = changed(ADVERSARIAL, augment={"grey_probability": 1.0}, data={"positives"
 EVERY = changed(ADVERSARIAL, generator={"every": 2, "fill": "zero"})
 CLIPPED = {"clip_gradient_norm": 0.1, "weight_decay": 0.05, "weight_decay_on": "weights"}
 SWIN = changed(ADVERSARIAL, model={"backbone": "swin3d_nano", "drop_path": 0.2}, train=CLIPPED)
-MVIT = changed(SWIN, model={"backbone": "mvit_v2_s"}, generator={"clips_percent": 50.0})
+MVIT = changed(
+    SWIN,
+    model={"backbone": "mvit_v2_s"},
+    generator={"clips_percent": 50.0},
+    train={"global_batch": 4},  # one micro-batch
+)
 
 
 @pytest.mark.parametrize(
