@@ -25,7 +25,8 @@ TINY = PRESETS["tiny"][1]
 def encoder_of(name: str = "r3d_nano", *, num_frames: int = 8, size: int = 32, fps: float = 25.0) -> Encoder:
     """A randomly initialised encoder, the same one each time."""
     torch.manual_seed(0)
-    return Encoder(build_backbone(name), Preprocessing(num_frames, fps, size), {"backbone": name}).eval()
+    backbone = build_backbone(name, num_frames=num_frames, size=size)
+    return Encoder(backbone, Preprocessing(num_frames, fps, size), {"backbone": name}).eval()
 
 
 def clips(count: int = 3, *, num_frames: int = 8, height: int = 40, width: int = 48) -> torch.Tensor:

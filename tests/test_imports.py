@@ -59,6 +59,7 @@ PRIVATE = re.compile(r"\b(?:(?:ray|mlflow)(?:\.\w+)*\._\w+|ray\.experimental|mlf
 # packages that use it: it knows settings, storage, tracker and networks, and nothing of a training run.
 GROUND = {"vmoco", "vmoco.config", "vmoco.job_settings", "vmoco.places", "vmoco.presets", "vmoco.storage", "vmoco.seed"}
 GROUND |= {
+    "vmoco.architectures",
     "vmoco.settings",
     "vmoco.progress",
     "vmoco.spool",

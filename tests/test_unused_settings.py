@@ -62,6 +62,8 @@ CASES: dict[str, tuple[Groups, Groups]] = {
         {"train": {"optimizer": "adamw"}},
         {"train": {"sgd_momentum": 0.3}, "generator": {"strength": 50.0}},
     ),
+    "no branches to leave out": ({}, {"model": {"drop_path": 0.3}}),
+    "no weight decay": ({"train": {"weight_decay": 0.0}}, {"train": {"weight_decay_on": "weights"}}),
     "constant decay": ({}, {"moco": {"decay_end": 0.5}}),
     "adversarial decay": (
         {"moco": {"decay_schedule": "adversarial"}},
@@ -130,6 +132,7 @@ ALWAYS = {
             "micro_batch",
             "learning_rate",
             "weight_decay",
+            "clip_gradient_norm",
             "optimizer",
             "schedule",
         ),
@@ -210,10 +213,13 @@ def test_settings_in_use_are_not_reported() -> None:
         "evaluation": {"num_cpus": 3, "use_gpu": True},
         "tracking": {"register_as": "mine", "alias": "best-of-march"},
     }
-    assert without_effect(changed(BASE, **active)) == {}
+    # No network has both odd channels to pad and branches to leave out.
+    assert set(without_effect(changed(BASE, **active))) == {("model", "drop_path")}
+    swin = changed(BASE, **active | {"model": {"backbone": "swin3d_t", "drop_path": 0.1}})
+    assert set(without_effect(swin)) == {("train", "pad_channels")}
     # AdamW itself switches off two fields alone.
     adamw = changed(BASE, **active | {"train": {"optimizer": "adamw", "compile": True}})
-    assert set(without_effect(adamw)) == {("train", "sgd_momentum"), ("generator", "strength")}
+    assert set(without_effect(adamw)) == {("model", "drop_path"), ("train", "sgd_momentum"), ("generator", "strength")}
     # On CPUs too, the deterministic mode switches off what is on.
     compiled = changed(BASE, train={"deterministic": True, "compile": True})
     assert {("train", "compile")} == set(without_effect(compiled)) & {("train", "compile"), ("train", "deterministic")}

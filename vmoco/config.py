@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field, model_validator
 
+from vmoco.architectures import ARCHITECTURES, Architecture
 from vmoco.places import EvaluationSettings, ScalingSettings, TrackingSettings
 from vmoco.settings import HashedIfSet, OmittedIfDefault, Settings, Unhashed
 
@@ -99,7 +100,9 @@ class AugmentSettings(Settings):
     clip by its light or contrast."""
 
 
-Backbone = Literal["r3d_18", "r2plus1d_18", "mc3_18", "s3d", "r3d_nano", "r2plus1d_nano"]
+# As in vmoco/architectures.py.
+TorchvisionBackbone = Literal["r3d_18", "r2plus1d_18", "mc3_18", "s3d", "swin3d_t", "swin3d_s", "mvit_v2_s"]
+Backbone = Literal[TorchvisionBackbone, "r3d_nano", "r2plus1d_nano", "swin3d_nano"]
 
 
 class ModelSettings(Settings):
@@ -108,11 +111,15 @@ class ModelSettings(Settings):
     group = "model"
 
     backbone: Backbone = "r3d_18"
-    """Network from clip to feature. Those named *_nano are small enough for a CPU; the others are torchvision's."""
+    """Network from clip to feature. Those named *_nano are small enough for a CPU; the others are torchvision's. swin3d
+    and mvit are transformers: train them with --train.optimizer adamw."""
     embedding_dim: int = Field(128, ge=2)
     """D: length of the embedding vectors that the loss compares."""
     head: Literal["linear", "mlp"] = "linear"
     """Projection from feature to embedding: a linear layer (paper), or two layers with a ReLU between (MoCo v2)."""
+    drop_path: Annotated[float, OmittedIfDefault] = Field(0.0, ge=0, lt=1)
+    """Probability that the last residual branches of a swin3d or mvit are left out for a query (stochastic depth); in
+    earlier ones it is lower, 0 in the first. Their papers: 0.1 for swin3d_t, 0.2 for the others."""
     init: Annotated[str | None, tyro.conf.arg(aliases=["--init"])] = None
     """Weights to start from, at step 0: a trained encoder (models:/NAME@ALIAS, or a folder), which gives its backbone,
     or a checkpoint of another run, which gives both encoders with heads and the generator. All else is new."""
@@ -199,6 +206,7 @@ class MocoSettings(Settings):
     Set for example 25 if the direction of time matters. Clips without motion look the same backwards."""
 
 
+WeightDecayOn = Literal["all", "weights"]
 Precision = Literal["auto", "bf16", "fp32"]
 SpeedSwitch = Literal["compile", "compile_generator_steps", "compile_generator", "cudnn_benchmark", "pad_channels"]
 
@@ -224,6 +232,12 @@ class TrainSettings(Settings):
     """Learning rate at a global batch of 32. It grows in proportion to --train.global-batch: 0.04 at 256 (paper)."""
     weight_decay: float = Field(1e-4, ge=0)
     """L2 penalty of SGD, or decoupled weight decay of AdamW."""
+    weight_decay_on: Annotated[WeightDecayOn, OmittedIfDefault] = "all"
+    """What of the encoder decays: all parameters (paper), or weights of linear and convolution layers alone, not
+    biases, normalisation and positions, as is usual for swin3d and mvit."""
+    clip_gradient_norm: Annotated[float, OmittedIfDefault] = Field(0.0, ge=0)
+    """Largest norm of the encoder's gradient, the mean over all workers; a longer one is scaled down to it. 0 does not
+    clip. Example: 1, as in the recipe of mvit_v2_s."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD (paper), or AdamW with betas 0.9 and 0.999. AdamW needs lower learning rates, also of the generator."""
     sgd_momentum: float = Field(0.9, ge=0, lt=1)
@@ -331,11 +345,12 @@ class PretrainSettings(Settings):
                 f"--moco.reversed-negatives-percent {moco.reversed_negatives_percent} of --train.micro-batch "
                 f"{train.micro_batch} reverses 0 clips: raise one of them, or set the percentage to 0"
             )
-        # S3D halves time three times and space five times, without padding at the last.
-        if self.model.backbone == "s3d" and (data.num_frames < 5 or self.augment.size < 17):
+        least, size = self.architecture, self.augment.size
+        if data.num_frames < least.min_frames or size < least.min_size:
             raise ValueError(
-                f"--model.backbone s3d needs --data.num-frames 5 or more and --augment.size 17 or more, not "
-                f"{data.num_frames} and {self.augment.size}: raise them, or choose another backbone"
+                f"--model.backbone {self.model.backbone} needs --data.num-frames {least.min_frames} or more and "
+                f"--augment.size {least.min_size} or more, not {data.num_frames} and {size}: raise them, or choose "
+                "another backbone"
             )
         if self.tracking.alias == "champion":
             raise ValueError(
@@ -363,6 +378,16 @@ class PretrainSettings(Settings):
                 "or raise the second"
             )
         return self
+
+    @property
+    def architecture(self) -> Architecture:
+        """What is known of the backbone."""
+        return ARCHITECTURES[self.model.backbone]
+
+    @property
+    def drop_rates(self) -> list[float]:
+        """Probability with which each residual branch of the backbone is left out for a query; none if nothing is."""
+        return self.architecture.drop_rates(self.model.drop_path)
 
     @property
     def last_step(self) -> int:

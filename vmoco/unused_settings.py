@@ -6,6 +6,7 @@ Only what the user changed is reported. A value that comes from the preset or fr
 
 from __future__ import annotations
 
+from vmoco.architectures import TRANSFORMERS
 from vmoco.config import PretrainSettings
 from vmoco.presets import PRESETS
 from vmoco.settings import Settings, flag
@@ -35,7 +36,8 @@ def unused_settings(settings: PretrainSettings) -> list[str]:
 
 def without_effect(settings: PretrainSettings) -> Reasons:
     """All fields without effect, whatever their values are, and why."""
-    return _data(settings) | _augment(settings) | _generator(settings) | _moco(settings) | _train_and_places(settings)
+    parts = (_data, _augment, _model, _generator, _moco, _train_and_places)
+    return {field: reason for part in parts for field, reason in part(settings).items()}
 
 
 def _data(settings: PretrainSettings) -> Reasons:
@@ -62,6 +64,15 @@ def _augment(settings: PretrainSettings) -> Reasons:
     in_use = [name for name in _COLOURS if ("augment", name) not in found]
     if in_use and not any(getattr(augment, name) for name in in_use):
         found["augment", "jitter_probability"] = f"{_flags('augment', in_use)} are 0"
+    return found
+
+
+def _model(settings: PretrainSettings) -> Reasons:
+    model, found = settings.model, Reasons()
+    if model.backbone not in TRANSFORMERS:
+        found["model", "drop_path"] = (
+            f"--model.backbone {model.backbone} has no branches that can be left out; {', '.join(TRANSFORMERS)} have"
+        )
     return found
 
 
@@ -112,6 +123,8 @@ def _train_and_places(settings: PretrainSettings) -> Reasons:
     train, scaling, evaluation, found = settings.train, settings.scaling, settings.evaluation, Reasons()
     if train.optimizer == "adamw":
         found["train", "sgd_momentum"] = "--train.optimizer is adamw"
+    if train.weight_decay == 0:
+        found["train", "weight_decay_on"] = "--train.weight-decay is 0"
     if train.warmup_steps == 1 and train.schedule != "cosine":
         found["train", "warmup_steps"] = "the first step already has the full learning rate"
     if train.stop_after and train.stop_after > train.steps:

@@ -1,6 +1,7 @@
 """What does a full VideoMoCo step cost beside a supervised one? `python -m tests.benchmarks.step [--rounds N]`.
 
-Both train the same encoder in the same type and layout, r3d_18 and r2plus1d_18, 16x112x112, batch 2, 2 threads.
+Both train the same encoder in the same type and layout, at 16x112x112, batch 2, 2 threads. `--backbones swin3d_t` takes
+that row alone.
 The VideoMoCo step is `TrainStep` itself with generator, both losses, a full queue of 65,536 keys and both
 optimizers; augmentation is in neither. The two alternate and the median ratio of neighbours counts. bf16 is for the
 time alone: its weight gradients are wrong on CPUs (vmoco/model/backbone.py). Peak memory is that of a process of
@@ -38,7 +39,7 @@ from vmoco.train.step import TrainStep
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 16, 112, 112)
-BACKBONES = ("r3d_18", "r2plus1d_18")
+BACKBONES = ("r3d_18", "r2plus1d_18", "swin3d_t", "swin3d_s", "mvit_v2_s")
 CYCLE = 4
 
 
@@ -50,6 +51,11 @@ class PlainStep(TrainStep):
 
     def _raise_non_finite(self, step: int, clip_ids: list[str], bad_here: bool) -> None:
         """Goes on: bf16 gradients on CPUs are often not finite, and the time is what counts here."""
+
+
+def encoder_of(backbone: str) -> MocoEncoder:
+    """As in the full step."""
+    return MocoEncoder(backbone, embedding_dim=128, head="linear", num_frames=SHAPE[2], size=SHAPE[3])
 
 
 def random_clips() -> torch.Tensor:
@@ -97,7 +103,7 @@ def state_and_step(
 
 def supervised_step(backbone: str, dtype: torch.dtype | None) -> Callable[[], object]:
     """Forward, cross-entropy over 400 classes, backward, SGD: the same encoder and layout."""
-    encoder = MocoEncoder(backbone, embedding_dim=128, head="linear").backbone
+    encoder = encoder_of(backbone).backbone
     model = nn.Sequential(encoder, nn.Linear(encoder.feature_dim, 400))
     model = model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
@@ -174,8 +180,7 @@ class FlopCount(TorchDispatchMode):
 def units(backbone: str) -> dict[str, float]:
     """FLOPs of each step, in forwards of the encoder."""
     counts = {}
-    encoder = MocoEncoder(backbone, embedding_dim=128, head="linear")
-    clips = random_clips()
+    encoder, clips = encoder_of(backbone), random_clips()
 
     def forward() -> None:
         with torch.no_grad():
@@ -207,10 +212,12 @@ def _peak_kibibytes() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=BACKBONES)
+    given = parser.parse_args()
+    rounds = given.rounds
     torch.set_num_threads(2)
     report: dict[str, dict[str, object]] = {}
-    for backbone in BACKBONES:
+    for backbone in given.backbones:
         row: dict[str, object] = {"units": {name: round(value, 2) for name, value in units(backbone).items()}}
         for label, dtype in (("fp32", None), ("bf16", torch.bfloat16)):
             ratio, seconds = time_ratio(backbone, dtype, rounds)

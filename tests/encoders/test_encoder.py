@@ -187,7 +187,7 @@ def test_a_uri_is_a_video_too(tmp_path: Path, store: Store) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["r3d_nano", "r2plus1d_18", "s3d"])
+@pytest.mark.parametrize("name", ["r3d_nano", "r2plus1d_18", "s3d", "swin3d_nano", "mvit_v2_s"])
 def test_half_precision_gives_nearly_the_same_features(name: str, dtype: torch.dtype) -> None:
     """As weights or under autocast, features are float32 unit rows; pixels are normalised in float32."""
     encoder = encoder_of(name)
@@ -205,7 +205,7 @@ def test_half_precision_gives_nearly_the_same_features(name: str, dtype: torch.d
     torch.testing.assert_close(half.float().embed(clips()), expected, atol=0.01, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["r3d_nano", "r2plus1d_nano", "r3d_18", "s3d"])
+@pytest.mark.parametrize("name", ["r3d_nano", "r2plus1d_nano", "r3d_18", "s3d", "swin3d_nano"])
 def test_feature_maps_are_what_is_pooled(name: str) -> None:
     """Their mean over time and place is the feature; a change at one place of the clip moves the maps there most."""
     encoder = encoder_of(name, size=64, num_frames=16)
@@ -221,9 +221,34 @@ def test_feature_maps_are_what_is_pooled(name: str) -> None:
     assert moved[-1, -1] == moved.max() > moved[0, 0]
 
 
-def test_a_copy_a_pickle_and_compiled_or_exported_encoders_are_the_same(tmp_path: Path) -> None:
+def test_feature_maps_of_mvit_have_places_and_the_feature_is_a_token_of_its_own() -> None:
+    """Tokens by time and place, in order: a change in one corner at the end moves those there most."""
+    encoder = encoder_of("mvit_v2_s", size=64, num_frames=16)
+    frames = clips(1, num_frames=16, height=64, width=64)
+    maps = encoder.feature_maps(frames)
+    assert maps.shape == (1, encoder.feature_dim, 8, 2, 2)
+    assert not torch.allclose(maps.mean(dim=(2, 3, 4)), encoder(frames), atol=1e-3)
+    changed = frames.clone()
+    changed[:, 12:, 48:, 48:] = 255
+    moved = (encoder.feature_maps(changed) - maps).abs().sum(dim=(0, 1))
+    assert moved[6:, 1, 1].min() > moved[:6].max()
+    assert moved[6:].flatten(1).argmax(dim=1).tolist() == [3, 3]
+
+
+def test_other_lengths_are_said_where_positions_are_learned() -> None:
+    """mvit_v2_s warns with both lengths and gives features; the others take any length without a word."""
+    encoder = encoder_of("mvit_v2_s")
+    with pytest.warns(UserWarning, match=r"clips have 6 frames, and this mvit_v2_s was trained on 8: its positions in"):
+        found = encoder.embed(clips(num_frames=6))
+    assert found.shape == (3, 768)
+    encoder.embed(clips())
+    encoder_of("swin3d_nano").embed(clips(num_frames=6))
+
+
+@pytest.mark.parametrize("name", ["r3d_nano", "swin3d_nano", pytest.param("mvit_v2_s", marks=pytest.mark.slow)])
+def test_a_copy_a_pickle_and_compiled_or_exported_encoders_are_the_same(tmp_path: Path, name: str) -> None:
     """Also on a device without memory and back, as large models are loaded."""
-    encoder = encoder_of()
+    encoder = encoder_of(name)
     expected = encoder(clips())
     for same in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
         assert torch.equal(same(clips()), expected)

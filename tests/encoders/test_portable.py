@@ -12,7 +12,14 @@ from tests.made import clips, encoder_of
 from vmoco.encoders import portable
 
 
-@pytest.mark.parametrize(("name", "size"), [("r3d_nano", 32), pytest.param("s3d", 40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("r3d_nano", 32),
+        ("swin3d_nano", 40),
+        *(pytest.param(name, 40, marks=pytest.mark.slow) for name in ("s3d", "mvit_v2_s")),
+    ],
+)
 def test_torch_export_is_bitwise_the_encoder(tmp_path: Path, name: str, size: int) -> None:
     """The difference is 0, also for one clip and for frames of the exact size, larger and smaller ones."""
     encoder = encoder_of(name, size=size)
@@ -30,11 +37,12 @@ def test_a_program_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.
         portable.write_program(encoder, tmp_path)
 
 
-def test_onnx_is_numerically_the_encoder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["r2plus1d_nano", pytest.param("swin3d_nano", marks=pytest.mark.slow)])
+def test_onnx_is_numerically_the_encoder(tmp_path: Path, name: str) -> None:
     """ONNX Runtime agrees within 1e-4, for other batches and sizes than those of the export."""
     import onnxruntime
 
-    encoder = encoder_of("r2plus1d_nano")
+    encoder = encoder_of(name)
     session = onnxruntime.InferenceSession(str(portable.write_onnx(encoder, tmp_path)))
     for count, side in ((1, 32), (3, 64)):
         frames = clips(count, height=side, width=side)

@@ -16,6 +16,7 @@ from vmoco.model.moco import MocoEncoder
 from vmoco.model.weights import load_released, load_torchvision, read_checkpoint, recognise, unwrap
 
 BUILDERS = {name: getattr(torchvision_video, name) for name in ("r3d_18", "mc3_18", "r2plus1d_18", "s3d")}
+TRANSFORMERS = {name: getattr(torchvision_video, name) for name in ("swin3d_t", "swin3d_s", "mvit_v2_s")}
 
 
 def with_statistics(model: nn.Module) -> nn.Module:
@@ -133,6 +134,26 @@ def test_weights_are_recognised_by_their_keys(name: str) -> None:
         for mlp in (False, True):
             expected = ("released", name, 16, "mlp" if mlp else "linear")
             assert recognise(released(name, mlp=mlp)[0]) == expected
+
+
+@pytest.mark.parametrize("name", list(TRANSFORMERS))
+def test_transformers_are_recognised_and_loaded(name: str) -> None:
+    """Under torchvision's keys, bare and inside Lightning: every tensor arrives, and only the classifier is dropped."""
+    with torch.device("meta"):
+        network = TRANSFORMERS[name]()
+        ours = build_backbone(name)
+    theirs = {key: torch.full(tensor.shape, float(n)) for n, (key, tensor) in enumerate(network.state_dict().items())}
+    for state, said in ((theirs, ""), ({f"net.{key}": value for key, value in theirs.items()}, "removed net. before")):
+        checkpoint, found = unwrap(state)
+        assert found.startswith(said)
+        assert recognise(checkpoint) == ("torchvision", name, 0, "")
+        tensors = checkpoint.get("state_dict", checkpoint)
+        assert isinstance(tensors, dict)
+        empty = ours.to_empty(device="cpu")
+        load_torchvision(empty, tensors)
+        loaded = empty.trunk.state_dict()
+        assert {key for key in theirs if not key.startswith("head.")} == loaded.keys()
+        assert all(bool((value == theirs[key]).all()) for key, value in loaded.items())
 
 
 def test_other_weights_are_not_recognised() -> None:

@@ -9,7 +9,18 @@ import torch
 from torch import nn
 
 from vmoco.config import TrainSettings
-from vmoco.train.optimizer import build_optimizer, learning_rate, slot_names, take_step
+from vmoco.model.backbone import build_backbone
+from vmoco.model.moco import MocoEncoder
+from vmoco.train.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    load_slots,
+    parameter_groups,
+    slot_names,
+    slots_of,
+    take_step,
+)
 
 CPU = torch.device("cpu")
 RATE, DECAY = 0.01, 0.1
@@ -64,6 +75,78 @@ def test_slots_are_those_that_the_optimizer_makes(fields: dict[str, object]) -> 
     take_step(optimizer)
     made = {name for name, value in optimizer.state_dict()["state"].get(0, {}).items() if value is not None}
     assert made == slot_names(settings)
+
+
+@pytest.mark.parametrize("name", ["swin3d_nano", "mvit_v2_s", "r2plus1d_nano"])
+def test_only_weights_of_layers_decay_if_asked_for(name: str) -> None:
+    """By the names of torchvision: not biases, normalisation, the class token and tables of positions. By default all.
+
+    With a gradient of zero, a step of AdamW multiplies what decays by 1 - rate * decay, and leaves the rest.
+    """
+    encoder = MocoEncoder(name, embedding_dim=8, head="mlp", num_frames=4, size=32)
+    names = [name for name, _ in encoder.named_parameters()]
+    positions = ("relative_position_bias_table", "rel_pos_t", "rel_pos_h", "rel_pos_w", "class_token")
+    kept = {name for name in names if name.endswith(("bias", *positions)) or "norm" in name}
+    if name == "r2plus1d_nano":
+        kept |= {name for name, tensor in encoder.named_parameters() if tensor.ndim == 1}
+    assert 0 < len(kept) < len(names)
+    for on, still in (("weights", kept), ("all", set())):
+        settings = TrainSettings(steps=9, optimizer="adamw", weight_decay=DECAY, weight_decay_on=on)
+        optimizer = build_optimizer(parameter_groups(encoder, settings), settings, device=CPU)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE
+        before = {}
+        for name, parameter in encoder.named_parameters():
+            parameter.data.fill_(1.0)
+            parameter.grad, before[name] = torch.zeros_like(parameter), parameter.detach().clone()
+        take_step(optimizer)
+        for name, parameter in encoder.named_parameters():
+            expected = before[name] * (1 if name in still else 1 - RATE * DECAY)
+            torch.testing.assert_close(parameter.detach(), expected, msg=f"{name} with --train.weight-decay-on {on}")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_slots_belong_to_parameters_and_not_to_groups(optimizer: str) -> None:
+    """What an optimizer of one group kept, one of two groups takes over, parameter by parameter, and the other way."""
+    network = build_backbone("swin3d_nano")
+    for number, parameter in enumerate(network.parameters()):
+        parameter.grad = torch.full_like(parameter, float(number))
+    kept = {}
+    for on in ("all", "weights"):
+        settings = TrainSettings(steps=9, optimizer=optimizer, weight_decay_on=on, weight_decay=1e-30)
+        made = build_optimizer(parameter_groups(network, settings), settings, device=CPU)
+        take_step(made)
+        kept[on] = slots_of(made, network)
+        other = TrainSettings(steps=9, optimizer=optimizer, weight_decay_on="weights" if on == "all" else "all")
+        taken = build_optimizer(parameter_groups(network, other), other, device=CPU)
+        load_slots(taken, network, kept[on])
+        found = slots_of(taken, network)
+        assert found.keys() == kept[on].keys()
+        assert all(torch.equal(found[name], value) for name, value in kept[on].items())
+        assert [group["weight_decay"] for group in taken.param_groups] == [1e-4, 0.0][: len(taken.param_groups)]
+    slot = "momentum_buffer" if optimizer == "sgd" else "exp_avg"
+    first = {name: float(value.flatten()[0]) for name, value in kept["all"].items() if name.endswith(f".{slot}")}
+    factor = 1.0 if optimizer == "sgd" else 0.1
+    assert first == {f"{n}.{slot}": pytest.approx(factor * n) for n in range(len(list(network.parameters())))}
+    assert kept["weights"].keys() == kept["all"].keys()
+
+
+@pytest.mark.parametrize("largest", [0.5, 1e9])
+def test_clipping_is_that_of_torch_and_says_whether_it_did(largest: float) -> None:
+    """The same bits as torch's own function; a gradient that is short enough stays as it is."""
+    networks = [MocoEncoder("r3d_nano", embedding_dim=8, head="linear") for _ in range(2)]
+    for mine, theirs in zip(*(network.parameters() for network in networks), strict=True):
+        mine.grad = torch.randn(mine.shape, generator=torch.Generator().manual_seed(mine.numel()))
+        theirs.grad = mine.grad.clone()
+    before = [parameter.grad.clone() for parameter in networks[0].parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(before)
+    clipped = clip_gradients(networks[0], norm, largest=largest)
+    nn.utils.clip_grad_norm_(networks[1].parameters(), largest)
+    found = [parameter.grad for parameter in networks[0].parameters() if parameter.grad is not None]
+    for one, other in zip(found, networks[1].parameters(), strict=True):
+        assert torch.equal(one, other.grad)
+    assert bool(clipped) == (float(norm) > largest) == (largest == 0.5)
+    assert float(torch.nn.utils.get_total_norm(found)) == pytest.approx(min(largest, float(norm)), rel=1e-4)
 
 
 def rates(base: float = 1.0, **fields: object) -> list[float]:

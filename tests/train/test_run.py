@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from tests.dataset import make_data_set
+from tests.made import clips, encoder_of
 from tests.train.test_loop import Notes
 from tests.train.test_step import CPU, changed
 from vmoco import tracking
 from vmoco.config import PretrainSettings
 from vmoco.data.loader import Loader
+from vmoco.encoders import package
 from vmoco.presets import PRESETS
 from vmoco.train.loop import train
 from vmoco.train.run import Run, close_run, introduce, open_run, prepare
@@ -225,6 +227,48 @@ def test_a_setting_without_effect_is_reported_at_the_start_and_the_run_resumes(s
         run = open_run(prepare(unused))
         assert run.is_new == is_new
         assert [line for line in introduce(run) if "has no effect" in line] == expected
+
+
+def test_a_transformer_is_introduced_as_one(settings: PretrainSettings) -> None:
+    """With SGD the start warns and names what to set; clips of one micro-batch do not tell each other's keys apart.
+
+    With a backbone that has batch normalisation the second is a warning, and the first is not there.
+    """
+
+    def said(name: str, **groups: dict[str, Any]) -> tuple[bool, bool]:
+        changes = {"model": {}, "train": {"micro_batch": 8}} | groups
+        lines = introduce(open_run(prepare(changed(settings, run={"name": name}, **changes))))
+        return any("is a transformer, which" in line for line in lines), any(
+            "lets the encoder cheat" in line for line in lines
+        )
+
+    swin = {"backbone": "swin3d_nano"}
+    assert said("cnn") == (False, True)
+    assert said("sgd", model=swin) == (True, False)
+    assert said("adamw", model=swin, train={"micro_batch": 8, "optimizer": "adamw"}) == (False, False)
+
+
+def test_positions_of_other_clips_are_no_start(settings: PretrainSettings, tmp_path: Path) -> None:
+    """An mvit_v2_s for 6 frames is refused where a run trains on 8, with both; a swin3d is taken."""
+    for name in ("mvit_v2_s", "swin3d_nano"):
+        encoder = encoder_of(name, num_frames=6)
+        place = tmp_path / name
+        place.mkdir()
+        lineage = {"step": 1, "run_id": None, "data": {}}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(package, "write_program", lambda encoder, folder: None)
+            package.write_folder(place, encoder.backbone, name, encoder.preprocessing, lineage=lineage)
+        assert torch.equal(
+            package.load_encoder(str(place)).embed(clips(num_frames=6)), encoder.embed(clips(num_frames=6))
+        )
+        run = prepare(changed(settings, run={"name": name}, model={"init": str(place), "backbone": name}))
+        if name == "mvit_v2_s":
+            with pytest.raises(
+                ValueError, match=r"of 6 frames of 32 pixels, .* trains on 8 of 32: set --data\.num-frames 6 and"
+            ):
+                open_run(run)
+        else:
+            assert open_run(run).start == f"the encoder {place}"
 
 
 def test_the_tracker_knows_data_set_and_commit(settings: PretrainSettings) -> None:

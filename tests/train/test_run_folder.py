@@ -147,6 +147,21 @@ def test_a_fork_with_equal_settings_continues_the_other_run(donor: tuple[Manifes
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_a_fork_may_change_what_decays(donor: tuple[Manifest, str]) -> None:
+    """Each parameter keeps its own momentum, although the optimizer has two groups now, and the run goes on."""
+    manifest, uri = donor
+    settings = changed(SETTINGS, train={"weight_decay_on": "weights"}, run={"fork": uri})
+    check_fork(settings, manifest.hash)
+    state = new_state(settings, manifest)
+    fork(uri, state)
+    assert len(state.query_optimizer.param_groups) == 2
+    stored = load_file(Path(uri, STATE_TENSORS))
+    found = state.tensors()
+    assert set(found) == set(stored)
+    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
+    assert train(settings, manifest, state, device=CPU, host=Notes())
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 def test_a_fork_may_change_the_method(donor: tuple[Manifest, str], ratio: float) -> None:
     """Another drop ratio, decay and learning rate from step 8 on: it trains to its end, and differently."""

@@ -40,6 +40,11 @@ ADAMW = changed(
     SETTINGS, train={"optimizer": "adamw", "learning_rate": 1e-3}, data={"positives": "two_clips", "num_frames": 8}
 )
 REVERSED = changed(SETTINGS, moco={"reversed_negatives_percent": 50.0})
+TRANSFORMER = changed(
+    ADAMW,
+    model={"backbone": "swin3d_nano", "drop_path": 0.4},
+    train={"weight_decay": 0.05, "weight_decay_on": "weights", "clip_gradient_norm": 0.01},
+)
 
 
 def advance(folder: str, settings: PretrainSettings, until: int, resume: str | None, keep: str | None) -> str:
@@ -74,6 +79,7 @@ def advance(folder: str, settings: PretrainSettings, until: int, resume: str | N
         pytest.param(1, ADAMW, id="1-adamw-two-clips", marks=pytest.mark.slow),
         pytest.param(2, ADAMW, id="2-adamw-two-clips"),
         pytest.param(2, REVERSED, id="2-reversed"),
+        pytest.param(2, TRANSFORMER, id="2-transformer"),
     ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, num_ranks: int, settings: PretrainSettings) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from vmoco.data.manifest import Manifest
 from vmoco.model.generator import drop_frames, keep_mask
 from vmoco.model.moco import Contrast
 from vmoco.presets import PRESETS
+from vmoco.seed import hash64, uniform
 from vmoco.train import distributed
 from vmoco.train.metrics import StepMetrics
 from vmoco.train.state import TrainState
@@ -91,9 +94,21 @@ SOME = changed(ADVERSARIAL, generator={"clips_percent": 50.0})
 REVERSED = changed(ADVERSARIAL, moco={"reversed_negatives_percent": 50.0})
 
 
+# Layer normalisation, and branches that are left out. At 40 pixels the last stage has 2x2 tokens, so its table counts.
+TRANSFORMER = changed(
+    ADVERSARIAL,
+    model={"backbone": "swin3d_nano", "drop_path": 0.4},
+    augment={"size": 40},
+    train={"clip_gradient_norm": 0.01},
+)
+
+
 @pytest.mark.parametrize(
     ("num_ranks", "settings"),
-    [(2, ADVERSARIAL), (3, ADVERSARIAL), (2, SAMPLED), (2, CONTRAST), (2, SOME), (2, REVERSED), (3, REVERSED)],
+    [
+        *((2, ADVERSARIAL), (3, ADVERSARIAL), (2, SAMPLED), (2, CONTRAST), (2, SOME), (2, REVERSED), (3, REVERSED)),
+        (2, TRANSFORMER),
+    ],
 )
 def test_gradients_on_ranks_equal_those_of_one_process(
     tmp_path: Path, num_ranks: int, settings: PretrainSettings
@@ -111,6 +126,119 @@ def test_gradients_on_ranks_equal_those_of_one_process(
         for rank, found in enumerate(together):
             torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
             assert torch.equal(found[name], together[0][name]), f"{name} on rank {rank} is not that of rank 0"
+
+
+def test_clipping_is_that_of_the_joined_gradient(tmp_path: Path) -> None:
+    """On 2 ranks each parameter of D moves by what torch's own clipping leaves of the gradient of one process.
+
+    The norm is over all parameters of D together; those of G are not clipped. The metrics have the norm before.
+    """
+    manifest = make_data_set(tmp_path)
+    free = changed(TRANSFORMER, train={"clip_gradient_norm": 0.0})
+    joined = gradients_of_one_step(str(tmp_path), free)
+    names = [name for name in joined if name.startswith("query.")]
+    parameters = [nn.Parameter(torch.zeros_like(joined[name])) for name in names]
+    for parameter, name in zip(parameters, names, strict=True):
+        parameter.grad = joined[name].clone()
+    norm = float(nn.utils.clip_grad_norm_(parameters, 0.01))
+    assert norm > 0.02, "there is something to clip"
+    for found in run_on_ranks(2, gradients_of_one_step, str(tmp_path), TRANSFORMER):
+        for parameter, name in zip(parameters, names, strict=True):
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12)
+        for name in joined.keys() - set(names):
+            torch.testing.assert_close(found[name], joined[name], rtol=1e-9, atol=1e-12)
+    for settings, clipped in ((TRANSFORMER, True), (changed(TRANSFORMER, train={"clip_gradient_norm": 1e3}), False)):
+        state = exact_state(settings, manifest)
+        metrics = ExactStep(settings, state, CPU)(Loader(manifest, settings, rank=0, world_size=1).batch(0))
+        assert metrics.clipped is not None
+        assert bool(metrics.clipped) == clipped
+        assert metrics.numbers()["gradient_norm"] == pytest.approx(norm)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["swin3d_nano", *(pytest.param(name, marks=pytest.mark.slow) for name in ("swin3d_t", "swin3d_s", "mvit_v2_s"))],
+)
+def test_transformers_train(tmp_path: Path, name: str) -> None:
+    """Two adversarial steps as their papers train: both losses are finite, and every layer of D has moved.
+
+    Torch's global generator is where it was: nothing is drawn from it.
+    """
+    manifest = make_data_set(tmp_path)
+    settings = changed(
+        ADVERSARIAL,
+        model={"backbone": name, "drop_path": 0.2},
+        train={
+            **{"optimizer": "adamw", "learning_rate": 0.001, "weight_decay": 0.05, "weight_decay_on": "weights"},
+            **{"clip_gradient_norm": 1.0, "global_batch": 4, "micro_batch": 2},
+        },
+    )
+    state = TrainState(settings, manifest_hash=manifest.hash, device=CPU)
+    before = {name: parameter.detach().clone() for name, parameter in state.moco.query.named_parameters()}
+    step, loader = TrainStep(settings, state, CPU), Loader(manifest, settings, rank=0, world_size=1)
+    batches = [loader.batch(number) for number in range(2)]
+    drawn = torch.get_rng_state()
+    numbers = [step(batch).numbers() for batch in batches]
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(math.isfinite(value) for each in numbers for value in each.values())
+    assert numbers[1]["generator_loss"] < 0
+    still = {name for name, parameter in state.moco.query.named_parameters() if torch.equal(parameter, before[name])}
+    # The class token sees no positions, so those of the last block have no effect on it.
+    assert all(name.startswith("backbone.trunk.blocks.15.attn.rel_pos") for name in still), still
+
+
+class PathsStep(TrainStep):
+    """Notes the factors that each query encoder's forward gets."""
+
+    def __init__(self, settings: PretrainSettings, state: TrainState) -> None:
+        super().__init__(settings, state, CPU)
+        self.found: list[torch.Tensor | None] = []
+        state.moco.query.register_forward_pre_hook(lambda _, args: self.found.append(args[1] if args[1:] else None))
+
+
+def factors_of_one_step(folder: str, settings: PretrainSettings) -> list[torch.Tensor | None]:
+    """The factors of each forward of D in the second step on this rank, in order."""
+    manifest = Manifest.load(folder)
+    state = TrainState(settings, manifest_hash=manifest.hash, device=CPU)
+    step = PathsStep(settings, state)
+    loader = Loader(manifest, settings, rank=distributed.rank(), world_size=distributed.world_size())
+    state.step = 1
+    step(loader.batch(1))
+    return step.found
+
+
+def test_the_branches_that_are_left_out_follow_from_clip_and_seed(tmp_path: Path) -> None:
+    """On 1 and 3 ranks alike, another seed gives others; x~ and x have the same ones, and keys lose none.
+
+    The same function of the same draws in plain Python: below the rate of its block a branch is left out.
+    """
+    manifest = make_data_set(tmp_path)
+    alone = factors_of_one_step(str(tmp_path), TRANSFORMER)
+    assert len(alone) == 6, "x~ and x of 3 micro-batches"
+    pairs = [each for each in alone if each is not None]
+    for dropped, whole in zip(pairs[::2], pairs[1::2], strict=True):
+        assert torch.equal(dropped, whole)
+    assert len(pairs) == 6
+    together = run_on_ranks(3, factors_of_one_step, str(tmp_path), TRANSFORMER)
+    assert all(torch.equal(found, mine) for found, mine in zip(itertools.chain(*together), alone, strict=True))
+    loader = Loader(manifest, TRANSFORMER, rank=0, world_size=1)
+    expected = [
+        [
+            0.0 if float(uniform(np.array([seed]), hash64("drop path", n))[0]) < rate else 1 / (1 - rate)
+            for n, rate in enumerate(TRANSFORMER.drop_rates)
+        ]
+        for seed in loader.plan.batch(1).seed
+    ]
+    torch.testing.assert_close(torch.cat(pairs[::2]), torch.tensor(expected))
+    assert {0.0, 1.0} < set(torch.cat(pairs).flatten().tolist())
+    other = changed(TRANSFORMER, run={"seed": 1})
+    assert not torch.equal(torch.cat(pairs[::2]), Loader(manifest, other, rank=0, world_size=1).batch(1).branch_factors)
+    assert Loader(manifest, ADVERSARIAL, rank=0, world_size=1).batch(1).branch_factors is None
+    some = changed(TRANSFORMER, generator={"clips_percent": 50.0})
+    found = factors_of_one_step(str(tmp_path), some)
+    sizes = [None if each is None else len(each) for each in found]
+    assert sizes == [2, 2, 4] * 3, "G's clips are encoded twice, then all"
+    assert all(torch.equal(part, pairs[2 * n][:2]) for n in range(3) for part in found[3 * n : 3 * n + 2])
 
 
 def take_steps(folder: str, num_steps: int, settings: PretrainSettings = ADVERSARIAL) -> dict[str, torch.Tensor]:

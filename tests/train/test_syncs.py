@@ -50,6 +50,9 @@ class Waits(TorchDispatchMode):
         if name in ("index", "index_put_") and here:
             masks = [each for each in args[1] if each is not None and each.dtype == torch.bool]
             self.found += [f"{name} by a mask of {tuple(mask.shape)}" for mask in masks]
+        if name in ("index", "index_put_") and here:
+            elsewhere = [each for each in args[1] if each is not None and each.device != args[0].device]
+            self.found += [f"{name} by an index of {tuple(each.shape)} on the host" for each in elsewhere]
         if name == "_to_copy" and kwargs.get("device") not in (None, args[0].device):
             shape = tuple(args[0].shape)
             if not kwargs.get("non_blocking"):
@@ -91,12 +94,36 @@ DECAYED = changed(ADVERSARIAL, moco={"decay_schedule": "adversarial", "age_unit"
 ALL = changed(ADVERSARIAL, augment={"blur_probability": 0.5, "standardise": True, "hue": 0.1}, model={"head": "mlp"})
 GREY = changed(ADVERSARIAL, augment={"grey_probability": 1.0}, data={"positives": "two_clips"})
 EVERY = changed(ADVERSARIAL, generator={"every": 2, "fill": "zero"})
+CLIPPED = {"clip_gradient_norm": 0.1, "weight_decay": 0.05, "weight_decay_on": "weights"}
+SWIN = changed(ADVERSARIAL, model={"backbone": "swin3d_nano", "drop_path": 0.2}, train=CLIPPED)
+MVIT = changed(
+    SWIN,
+    model={"backbone": "mvit_v2_s"},
+    generator={"clips_percent": 50.0},
+    train={"global_batch": 4},  # one micro-batch
+)
 
 
 @pytest.mark.parametrize(
     "settings",
-    [ADVERSARIAL, SAMPLED, CONTRAST, REVERSED, WHOLE, RANDOM, DECAYED, ALL, GREY, EVERY],
-    ids=["difference", "sample", "contrast", "reversed", "whole", "random", "decay", "augment", "grey", "every"],
+    [
+        ADVERSARIAL,
+        SAMPLED,
+        CONTRAST,
+        REVERSED,
+        WHOLE,
+        RANDOM,
+        DECAYED,
+        ALL,
+        GREY,
+        EVERY,
+        SWIN,
+        pytest.param(MVIT, marks=pytest.mark.slow),
+    ],
+    ids=[
+        *("difference", "sample", "contrast", "reversed", "whole", "random", "decay", "augment", "grey", "every"),
+        *("swin", "mvit"),
+    ],
 )
 def test_the_host_waits_for_nothing_but_the_flags_of_the_step_before(
     manifest: Manifest, lists: list[str], settings: PretrainSettings
@@ -135,7 +162,8 @@ def test_waits_are_noticed() -> None:
         one.cpu()
         one.copy_(torch.zeros(3))
         one[one > 0] = 1
-    assert len(waits.found) == 6, waits.found
+        one[torch.zeros(2, dtype=torch.int64)]
+    assert len(waits.found) == 7, waits.found
 
 
 def one_step_late(manifest: Manifest) -> tuple[TrainStep, Loader]:
@@ -195,7 +223,7 @@ def test_all_that_a_gpu_reads_is_page_locked(manifest: Manifest, monkeypatch: py
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", lock)
     monkeypatch.setattr(BatchMemory, "take", take)
-    batch = Loader(manifest, ADVERSARIAL, rank=0, world_size=1, pin_memory=True).batch(0)
+    batch = Loader(manifest, SWIN, rank=0, world_size=1, pin_memory=True).batch(0)
     read = [batch.query.frames, batch.query.draws, batch.key.frames, batch.key.draws]
-    read += [batch.random_importance, batch.key_order, batch.video_ids]
+    read += [batch.random_importance, batch.key_order, batch.video_ids, batch.branch_factors]
     assert {tensor.data_ptr() for tensor in read} <= locked

@@ -98,6 +98,9 @@ class RankBatch:
     """int64 (G,): video of each clip of the global batch, in plan order."""
     reversed_keys: torch.Tensor
     """bool (G,): which keys of the shuffled copy are also encoded backwards."""
+    branch_factors: torch.Tensor | None = None
+    """float32 (B, N): factor of each residual branch for each query, 0 where drop path leaves it out, else 1 / (1 - its
+    rate). None where nothing is left out."""
 
 
 class Loader:
@@ -212,11 +215,20 @@ class Loader:
             key_order=self._locked(key_order),
             video_ids=self._locked(self._video_ids[draws.video]),
             reversed_keys=self.reversed_keys(step),
+            branch_factors=self._branch_factors(queries),
         )
 
     def reversed_keys(self, step: int) -> torch.Tensor:
         """Which keys of the shuffled copy of a step are also encoded backwards: bool (G,)."""
         return torch.from_numpy(self.plan.reversed_keys(step, num_clips=self._settings.num_reversed))
+
+    def _branch_factors(self, queries: Draws) -> torch.Tensor | None:
+        """Drop path (Huang et al., 2016): each branch of each query by a draw of its own."""
+        rates = np.array(self._settings.drop_rates)
+        if not len(rates):
+            return None
+        kept = uniforms(queries.seed, [hash64("drop path", branch) for branch in range(len(rates))]) >= rates
+        return self._locked((kept / (1 - rates)).astype(np.float32))
 
     def first_keys(self, step: int) -> tuple[View, Int64Array]:
         """The first micro-batch of this rank's keys of a step, read now, and their places in the global batch."""

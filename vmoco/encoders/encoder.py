@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vmoco.architectures import ARCHITECTURES, Architecture
 from vmoco.data.augment import PIXEL_MEAN, PIXEL_STD, standardise
 from vmoco.encoders.dense import DenseFeatures, SlidingWindow, embed_videos
 from vmoco.encoders.video_file import MAX_CLIPS, SECONDS_PER_VIDEO, Place, clip_plan, decoding, local_file
@@ -35,16 +36,14 @@ Source = Place | npt.NDArray[np.uint8] | torch.Tensor
 One = TypeVar("One", bound=Source)
 Video = TypeVar("Video", bound=Place)
 
-S3D_FRAMES = 5
-"""Fewest frames for S3D: it halves time three times, the last time without padding."""
-
 
 @dataclass(frozen=True)
 class Preprocessing:
     """What an encoder expects of a clip."""
 
     num_frames: int
-    """T in its training; other lengths are accepted."""
+    """T in its training; other lengths are accepted. Those that learn positions (mvit_v2_s) interpolate them then, and
+    the encoder warns."""
     fps: float
     """Frames per second of its training clips (their median)."""
     size: int
@@ -124,7 +123,11 @@ class Encoder(nn.Module):
     @property
     def min_frames(self) -> int:
         """Fewest frames of a clip."""
-        return S3D_FRAMES if self.card.get("backbone") == "s3d" else 1
+        return self._architecture.min_frames
+
+    @property
+    def _architecture(self) -> Architecture:
+        return ARCHITECTURES.get(self.card.get("backbone", ""), Architecture())
 
     def clips(self, source: Source, *, short_videos: ShortVideos = "reject") -> torch.Tensor:
         """Frames as clips, uint8 (B, T, H, W, 3).
@@ -159,7 +162,17 @@ class Encoder(nn.Module):
                 "give uint8 RGB, of shape (clips, frames, height, width, 3) or (frames, height, width, 3)"
             )
         if frames.shape[1] < self.min_frames:
-            raise ValueError(f"clips have {frames.shape[1]} frames: give at least {S3D_FRAMES}, which an s3d needs")
+            raise ValueError(
+                f"clips have {frames.shape[1]} frames: give at least {self.min_frames}, which an "
+                f"{self.card['backbone']} needs"
+            )
+        trained_on = self.preprocessing.num_frames
+        if self._architecture.learns_positions and frames.shape[1] != trained_on:
+            warnings.warn(
+                f"clips have {frames.shape[1]} frames, and this {self.card['backbone']} was trained on {trained_on}: "
+                f"its positions in time are interpolated; features of {trained_on} frames may be better",
+                stacklevel=3,
+            )
         return frames
 
     def preprocess(self, frames: torch.Tensor) -> torch.Tensor:
@@ -331,10 +344,11 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def feature_maps(self, source: Source) -> torch.Tensor:
-        """What the last convolution sees at each time and place, float32 (B, C, T', H', W'), C = feature_dim.
+        """What the last layer sees at each time and place, float32 (B, C, T', H', W'), C = feature_dim.
 
-        Time and space are halved a few times on the way: a clip of 16x112x112 gives 2x7x7 in r3d_18. `source` is as for
-        `clips`. All clips go through the network together.
+        Time and space are halved a few times on the way: a clip of 16x112x112 gives 2x7x7 in r3d_18, 8x4x4 in swin3d_t
+        and mvit_v2_s. Their mean is the feature, but for mvit_v2_s, whose feature is a token of its own. `source` is as
+        for `clips`. All clips go through the network together.
 
         Raises:
             ValueError: a video that cannot be read, or frames of another shape or type.

@@ -15,11 +15,17 @@ from vmoco.model.backbone import build_backbone
 from vmoco.model.moco import MocoEncoder
 from vmoco.seed import hash64
 
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 # torchvision's recipes: 16 frames at 15 per second; S3D at twice the size (its own clips are longer).
 _RESNETS = Preprocessing(num_frames=16, fps=15.0, size=112)
-_S3D = Preprocessing(num_frames=16, fps=15.0, size=224)
+_TORCHVISION = {
+    "s3d": Preprocessing(num_frames=16, fps=15.0, size=224),
+    "swin3d_t": Preprocessing(num_frames=32, fps=15.0, size=224, mean=_MEAN, std=_STD),
+    "swin3d_s": Preprocessing(num_frames=32, fps=15.0, size=224, mean=_MEAN, std=_STD),
+    "mvit_v2_s": Preprocessing(num_frames=16, fps=7.5, size=224, mean=(0.45,) * 3, std=(0.225,) * 3),
+}
 # The released code: 32 consecutive frames of videos of about 25 per second, normalised as ImageNet.
-_RELEASED = Preprocessing(num_frames=32, fps=25.0, size=112, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+_RELEASED = Preprocessing(num_frames=32, fps=25.0, size=112, mean=_MEAN, std=_STD)
 
 
 def read(path: Path) -> tuple[str, Encoder, str]:
@@ -78,11 +84,18 @@ def random_initialisation(encoder: Encoder, *, seed: int) -> Encoder:
     """An untrained encoder of the same architecture and preprocessing."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hash64("random initialisation", seed) % 2**63)
-        name = encoder.card["backbone"]
-        return Encoder(build_backbone(name), encoder.preprocessing, {"backbone": name}).eval()
+        name, expected = encoder.card["backbone"], encoder.preprocessing
+        backbone = build_backbone(name, num_frames=expected.num_frames, size=expected.size)
+        return Encoder(backbone, expected, {"backbone": name}).eval()
+
+
+def torchvision_preprocessing(name: str) -> Preprocessing:
+    """How clips were prepared for torchvision's weights of an architecture."""
+    return _TORCHVISION.get(name, _RESNETS)
 
 
 def _torchvision(name: str, state_dict: weights.StateDict) -> Encoder:
-    backbone = build_backbone(name)
+    expected = torchvision_preprocessing(name)
+    backbone = build_backbone(name, num_frames=expected.num_frames, size=expected.size)
     weights.load_torchvision(backbone, state_dict)
-    return Encoder(backbone, _S3D if name == "s3d" else _RESNETS, {"backbone": name}).eval()
+    return Encoder(backbone, expected, {"backbone": name}).eval()

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vmoco.architectures import ARCHITECTURES
+
 README, PLOTS = "README.md", "plots"
 
 Histories = Mapping[str, Sequence[tuple[int, float]]]
@@ -51,6 +53,9 @@ def _origin(card: Mapping[str, Any]) -> str:
 
 def _usage(card: Mapping[str, Any]) -> str:
     expected = card["preprocessing"]
+    others = "It takes other lengths too"
+    if (known := ARCHITECTURES.get(card["backbone"])) and known.learns_positions:
+        others += ", and interpolates its positions in time then"
     return textwrap.dedent(
         f"""\
         ## How to use it
@@ -67,7 +72,7 @@ def _usage(card: Mapping[str, Any]) -> str:
         It expects clips of {expected["num_frames"]} frames at about {expected["fps"]:.4g} frames per second. Frames of
         any size are cut to their middle square, scaled to {expected["size"]} pixels, and normalised by mean
         {_numbers(expected["mean"])} and deviation {_numbers(expected["std"])}. Features have unit length: compare them
-        by cosine."""
+        by cosine. {others}; the program takes {expected["num_frames"]} frames alone."""
     )
 
 

@@ -146,9 +146,10 @@ def _parsed(content: bytes, uri: str) -> dict[str, Any]:
 
 def _encoder(card: dict[str, Any], weights: bytes) -> Encoder:
     """Builds an encoder from a card and weights whose hashes were checked."""
-    backbone = build_backbone(card["backbone"])
+    preprocessing = Preprocessing.from_json(card["preprocessing"])
+    backbone = build_backbone(card["backbone"], num_frames=preprocessing.num_frames, size=preprocessing.size)
     backbone.load_state_dict(load(weights))
-    return Encoder(backbone, Preprocessing.from_json(card["preprocessing"]), card).eval()
+    return Encoder(backbone, preprocessing, card).eval()
 
 
 def git_commit() -> str | None:

@@ -19,7 +19,7 @@ from vmoco import storage
 from vmoco.data.held_out import sources_of
 from vmoco.data.manifest import Manifest
 from vmoco.encoders import foreign
-from vmoco.encoders.encoder import S3D_FRAMES, Encoder
+from vmoco.encoders.encoder import Encoder
 from vmoco.encoders.promotion import Score
 from vmoco.evaluate import motion
 from vmoco.evaluate import score as label_free
@@ -145,7 +145,7 @@ def _motion(
     settings: EvaluateSettings,
     show: Callable[[str], None],
 ) -> list[Score]:
-    least = max(motion.MIN_FRAMES, S3D_FRAMES if encoder.card["backbone"] == "s3d" else 0)
+    least = max(motion.MIN_FRAMES, encoder.min_frames)
     views = motion.make_views(seen, manifest.frame_shape[0], min_frames=least)
     colours, repeats = motion.read_colours(manifest, chosen.rows)
     for note in filter(None, (views.note, repeats)):

@@ -21,13 +21,16 @@ from torch import nn
 from torchvision.models import video as torchvision_video
 from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D, Conv3DSimple
 
+from vmoco.architectures import ARCHITECTURES
+from vmoco.model.transformer import build_mvit, build_swin, mvit_tokens, swin_tokens
+
 _TORCHVISION = {
     "r3d_18": torchvision_video.r3d_18,
     "mc3_18": torchvision_video.mc3_18,
     "r2plus1d_18": torchvision_video.r2plus1d_18,
 }
 # Networks with an operation that has no deterministic gradient on GPUs (torch 2.14), and that operation.
-_WITHOUT = {"s3d": "3-D max and average pooling"}
+_WITHOUT = {"s3d": "3-D max and average pooling", "mvit_v2_s": "3-D max pooling"}
 
 
 class Backbone(nn.Module):
@@ -60,8 +63,40 @@ class Backbone(nn.Module):
         return maps
 
 
-def build_backbone(name: str) -> Backbone:
+class SwinBackbone(Backbone):
+    """A Swin transformer; its features are the mean of its last tokens."""
+
+    def forward(self, clips: torch.Tensor, factors: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, 3, T, H, W) -> features (B, feature_dim); `factors` (B, N) as for `transformer.Branches`."""
+        pool: Any = self.trunk.avgpool
+        features: torch.Tensor = pool(swin_tokens(self.trunk, clips, factors)).flatten(1)
+        return features
+
+    def feature_maps(self, clips: torch.Tensor) -> torch.Tensor:
+        """(B, 3, T, H, W) -> what is pooled into the features: (B, feature_dim, T', H', W')."""
+        return swin_tokens(self.trunk, clips, None)
+
+
+class MvitBackbone(Backbone):
+    """A multiscale vision transformer; its feature is the class token, which attends to all places."""
+
+    def forward(self, clips: torch.Tensor, factors: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, 3, T, H, W) -> features (B, feature_dim); `factors` (B, N) as for `transformer.Branches`."""
+        return mvit_tokens(self.trunk, clips, factors)[0][:, 0]
+
+    def feature_maps(self, clips: torch.Tensor) -> torch.Tensor:
+        """(B, 3, T, H, W) -> the last tokens by place: (B, feature_dim, T', H', W'). Their mean is not the feature."""
+        tokens, shape = mvit_tokens(self.trunk, clips, None)
+        return tokens[:, 1:].transpose(1, 2).unflatten(2, shape)
+
+
+def build_backbone(name: str, *, num_frames: int = 16, size: int = 224) -> Backbone:
     """A randomly initialised backbone.
+
+    Args:
+        name: of `vmoco/architectures.py`.
+        num_frames: T of its training clips; decides shapes of weights only where the architecture learns positions.
+        size: their height and width, likewise.
 
     Raises:
         ValueError: the name is not known.
@@ -73,12 +108,17 @@ def build_backbone(name: str) -> Backbone:
         return Backbone(trunk, feature_dim)
     if name == "s3d":
         return _s3d()
+    if name.startswith("swin3d") and name in ARCHITECTURES:
+        swin = build_swin(name)
+        return SwinBackbone(swin, swin.num_features)
+    if name == "mvit_v2_s":
+        mvit = build_mvit(num_frames=num_frames, size=size)
+        return MvitBackbone(mvit, 768)
     if name == "r3d_nano":
         return _nano(Conv3DSimple)
     if name == "r2plus1d_nano":
         return _nano(Conv2Plus1D)
-    known = ", ".join([*_TORCHVISION, "s3d", "r3d_nano", "r2plus1d_nano"])
-    raise ValueError(f"--model.backbone {name!r} is not known: give one of {known}")
+    raise ValueError(f"--model.backbone {name!r} is not known: give one of {', '.join(ARCHITECTURES)}")
 
 
 class _S3dPool(nn.Module):

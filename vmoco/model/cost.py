@@ -13,9 +13,12 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmoco.config import PretrainSettings
@@ -50,6 +53,57 @@ class StepCost:
         return before * self.flops_before + (settings.last_step - before) * self.flops_after
 
 
+_IN_FLOAT32 = {F.layer_norm, F.softmax, torch.softmax, torch.Tensor.softmax}
+"""Operations of the encoders that autocast computes in float32 on GPUs, and whose tensors it keeps in float32."""
+
+
+class _Kept(TorchFunctionMode):
+    """Sizes of what autograd keeps while it is entered, by storage: a tensor that two operations keep counts once.
+
+    In float32; an operation of `_IN_FLOAT32` under autocast has a copy of its own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._float32 = False
+        self._sizes: dict[tuple[int, bool], int] = {}
+        self._tensors: list[torch.Tensor] = []  # so that no storage is freed and its address used again
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before, self._float32 = self._float32, self._float32 or func in _IN_FLOAT32
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._float32 = before
+
+    def note(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Takes a tensor that is kept."""
+        self._sizes[_storage(tensor), self._float32] = tensor.untyped_storage().nbytes()
+        self._tensors.append(tensor)
+        return tensor
+
+    def num_bytes(self, num_clips: int, *, bf16: bool, without: set[int]) -> int:
+        """Bytes for each clip.
+
+        Args:
+            num_clips: in the forward.
+            bf16: what is not computed in float32 takes half.
+            without: storages that do not count.
+        """
+        counted = {key: size for key, size in self._sizes.items() if key[0] not in without}
+        if not bf16:
+            return sum({storage: size for (storage, _), size in counted.items()}.values()) // num_clips
+        full, halved = (
+            sum(size for (_, float32), size in counted.items() if float32 == kind) // num_clips
+            for kind in (True, False)
+        )
+        return full + halved // 2
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
 def step_cost(settings: PretrainSettings, *, bf16: bool) -> StepCost:
     """Counts what a step of a run costs.
 
@@ -58,30 +112,25 @@ def step_cost(settings: PretrainSettings, *, bf16: bool) -> StepCost:
         bf16: whether the encoders run in bfloat16; parameters and optimizer stay float32.
     """
     model, train, moco = settings.model, settings.train, settings.moco
-    saved: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        # By storage: a tensor that two operations keep counts once.
-        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        kept.append(tensor)
-        return tensor
+    kept = _Kept()
 
     def count_stem(layer: nn.Conv3d, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         stem.append(2 * output[0].numel() * layer.in_channels * math.prod(layer.kernel_size))
 
     stem: list[int] = []  # arithmetic of the first layer for one clip, forward, or backward for its input
-    kept: list[torch.Tensor] = []  # so that no storage is freed and its address used again
     with torch.device("meta"):
-        encoder = MocoEncoder(model.backbone, embedding_dim=model.embedding_dim, head=model.head)
+        encoder = MocoEncoder.of(settings)
         first = next(layer for layer in encoder.backbone.modules() if isinstance(layer, nn.Conv3d))
         first.register_forward_hook(count_stem)
         clips = torch.empty(2, 3, settings.data.num_frames, settings.augment.size, settings.augment.size)
-        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, note):
+        hooks = torch.autograd.graph.saved_tensors_hooks(kept.note, kept.note)
+        with FlopCounterMode(display=False) as counter, hooks, kept:
             encoder.head(encoder.backbone(clips))  # not its own forward: autocast does not support the meta device
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
-    weights = {parameter.untyped_storage()._cdata for parameter in encoder.parameters()}
-    activations = sum(size for storage, size in saved.items() if storage not in weights) // len(clips)
-    activations = activations // 2 if bf16 else activations
+    # Integers are the indices of positions, which all clips share.
+    indices = (buffer for buffer in encoder.buffers() if not buffer.is_floating_point())
+    constants = {_storage(tensor) for tensor in (*encoder.parameters(), *indices)}
+    activations = kept.num_bytes(len(clips), bf16=bf16, without=constants)
     forward = counter.get_total_flops() / len(clips)
     ranks = settings.scaling.num_workers or 1  # 0 before the run knows its cluster
     learns_from = settings.num_generator_clips / train.micro_batch
@@ -147,10 +196,8 @@ def measure_speed(settings_json: str) -> Speed:
     torch.set_num_threads(settings.scaling.cpus_per_worker)
     device = torch.device("cuda" if settings.scaling.use_gpu else "cpu")
     dtype, _ = autocast_dtype(settings.train.precision, device)
-    model = settings.model
-    encoder = MocoEncoder(model.backbone, embedding_dim=model.embedding_dim, head=model.head, autocast_dtype=dtype).to(
-        device, memory_format=torch.channels_last_3d
-    )  # type: ignore[call-overload]
+    encoder = MocoEncoder.of(settings, autocast_dtype=dtype)
+    encoder = encoder.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     size = settings.augment.size
     shape = (min(settings.train.micro_batch, _CLIPS[device.type]), 3, settings.data.num_frames, size, size)
     clips = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last_3d)

@@ -29,22 +29,49 @@ class MocoEncoder(nn.Module):
         backbone_name: see `build_backbone`.
         embedding_dim: D.
         head: "linear" or "mlp".
+        num_frames: as for `build_backbone`.
+        size: likewise.
         autocast_dtype: bfloat16 to run the backbone in it; None for float32.
     """
 
     def __init__(
-        self, backbone_name: str, *, embedding_dim: int, head: str, autocast_dtype: torch.dtype | None = None
+        self,
+        backbone_name: str,
+        *,
+        embedding_dim: int,
+        head: str,
+        num_frames: int = 16,
+        size: int = 224,
+        autocast_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.backbone = build_backbone(backbone_name)
+        self.backbone = build_backbone(backbone_name, num_frames=num_frames, size=size)
         self.head = build_head(head, self.backbone.feature_dim, embedding_dim)
         self.autocast_dtype = autocast_dtype
 
-    def forward(self, clips: torch.Tensor) -> torch.Tensor:
-        """float (B, 3, T, H, W) -> embeddings float32 (B, D), unit rows."""
+    @classmethod
+    def of(cls, settings: PretrainSettings, *, autocast_dtype: torch.dtype | None = None) -> MocoEncoder:
+        """The encoder of a run, randomly initialised by torch's global generator."""
+        model = settings.model
+        return cls(
+            model.backbone,
+            embedding_dim=model.embedding_dim,
+            head=model.head,
+            num_frames=settings.data.num_frames,
+            size=settings.augment.size,
+            autocast_dtype=autocast_dtype,
+        )
+
+    def forward(self, clips: torch.Tensor, factors: torch.Tensor | None = None) -> torch.Tensor:
+        """float (B, 3, T, H, W) -> embeddings float32 (B, D), unit rows.
+
+        Args:
+            clips: normalised.
+            factors: float32 (B, N), of the residual branches of a transformer: 0 where drop path leaves one out.
+        """
         enabled = self.autocast_dtype is not None
         with torch.autocast(clips.device.type, dtype=self.autocast_dtype or torch.bfloat16, enabled=enabled):
-            features = self.backbone(clips)
+            features = self.backbone(clips) if factors is None else self.backbone(clips, factors)
         # The embedding and everything after it is float32: cosines are divided by tau = 0.07.
         with torch.autocast(clips.device.type, enabled=False):
             dtype = next(self.head.parameters()).dtype
@@ -106,12 +133,7 @@ class VideoMoco:
         # The initial weights follow from the seed alone: they are drawn on the CPU, not by the process's generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hash64("initial weights", settings.run.seed) % 2**63)
-            query = MocoEncoder(
-                settings.model.backbone,
-                embedding_dim=settings.model.embedding_dim,
-                head=settings.model.head,
-                autocast_dtype=autocast_dtype,
-            )
+            query = MocoEncoder.of(settings, autocast_dtype=autocast_dtype)
             generator = Generator(settings.generator)
         if settings.train.speeds_up_by("pad_channels"):
             pad_channels(query)
@@ -128,7 +150,7 @@ class VideoMoco:
         torch._foreach_lerp_(list(self.key.parameters()), list(self.query.parameters()), 1 - momentum)
 
     def running_statistics(self) -> list[torch.Tensor]:
-        """The running means and variances of both encoders."""
+        """The running means and variances of both encoders; none if they have no batch normalisation."""
         named = [*self.query.named_buffers(), *self.key.named_buffers()]
         return [buffer for name, buffer in named if name.endswith(("running_mean", "running_var"))]
 

@@ -29,17 +29,18 @@ from vmoco.model.moco import MocoEncoder
 ENCODERS = {"query": "module.encoder_q.", "key": "module.encoder_k."}
 """Prefixes of the two encoders in a checkpoint of the released code, which saved its DDP wrapper."""
 
-TORCHVISION = ("r3d_18", "mc3_18", "r2plus1d_18", "s3d")
-"""Backbones for which torchvision has weights."""
+TORCHVISION = ("r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t", "swin3d_s", "mvit_v2_s")
+"""Backbones for which torchvision has weights; those of mvit_v2_s are for 16 frames of 224x224 pixels."""
 
-# torchvision names its classifier `fc` in the ResNets and `classifier` in S3D; the released code's `fc` is its head.
-_CLASSIFIERS = ("fc.", "classifier.")
+# torchvision names its classifier `fc` in the ResNets, `classifier` in S3D and `head` in the transformers; the released
+# code's `fc` is its head.
+_CLASSIFIERS = ("fc.", "classifier.", "head.")
 
 StateDict = Mapping[str, torch.Tensor]
 
 
 def load_torchvision(backbone: Backbone, state_dict: StateDict) -> None:
-    """Loads the state dict of torchvision's r3d_18, mc3_18, r2plus1d_18 or s3d; its classifier is dropped.
+    """Loads the state dict of one of torchvision's networks (`TORCHVISION`); its classifier is dropped.
 
     Args:
         backbone: of the same architecture; changed in place.
@@ -84,8 +85,8 @@ def load_released(encoder: MocoEncoder, checkpoint: Mapping[str, object], *, whi
 
 _CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model")
 """Entries of a checkpoint that hold weights: of Lightning and mmaction2, torch's tutorials, PySlowFast, torchvision."""
-_FIRST = ("stem.0.weight", "features.0.0.0.weight")
-"""The first key of torchvision's ResNets, and of its S3D: what stands before it is where the network lies."""
+_FIRST = ("stem.0.weight", "features.0.0.0.weight", "patch_embed.proj.weight", "conv_proj.weight")
+"""The first convolution of torchvision's ResNets, S3D, Swin and MViT: what stands before it is where the network is."""
 _COMPILED = "_orig_mod."
 
 

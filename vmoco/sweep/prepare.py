@@ -19,7 +19,7 @@ from vmoco.sweep.record import Sweep, Trial, read_sweep
 from vmoco.sweep.space import Point, Points, Space, Values, as_text, load_space
 from vmoco.train import run
 from vmoco.train.run import PreparedRun
-from vmoco.train.run_folder import FIXED_BY_FORK, RunFolder
+from vmoco.train.run_folder import RunFolder, fixed_by_fork
 
 
 @dataclass
@@ -206,7 +206,8 @@ def _check_population(settings: SweepSettings, space: Space) -> None:
             f"--pbt-steps {settings.pbt_steps} leaves a single generation, because --train.steps is "
             f"{settings.pretrain.train.steps}: lower --pbt-steps, or raise --train.steps"
         )
-    if fixed := sorted(space.fields() & (set(FIXED_BY_FORK) | {"train.steps", "train.stop_after"})):
+    kept = {*fixed_by_fork(settings.pretrain), "train.steps", "train.stop_after"}
+    if fixed := sorted(space.fields() & kept):
         raise ValueError(
             f"the space names {', '.join(fixed)}, which cannot change within a run, and a member of a population "
             "continues the run of another: leave it out, or choose another --scheduler"

@@ -51,6 +51,7 @@ class StepMetrics:
         generator_gradient_norm: of the generator; 0 before it starts.
         decay: t of the step; a scalar on the device if it follows from the step before.
         generator_trained: whether the generator trained in the step.
+        clipped: whether `gradient_norm` was above the largest that is allowed: bool scalar; None if all are.
     """
 
     def __init__(self, sums: torch.Tensor) -> None:
@@ -62,6 +63,7 @@ class StepMetrics:
         self.generator_gradient_norm = sums.new_zeros(())
         self.decay: float | torch.Tensor = 1.0
         self.generator_trained = False
+        self.clipped: torch.Tensor | None = None
 
     @classmethod
     def zeros(cls, device: torch.device, *, num_frames: int = 0) -> StepMetrics:
@@ -246,6 +248,8 @@ NOTE = """`loss` rises at first, because each key that enters the queue makes th
   always drops the same frames.
 - `adversary_hardness`: change of the embedding by the frames that the generator drops, over the change by as many
   random frames, on one micro-batch. Below 1 the generator is no adversary.
+- `gradient_norm`: of the encoder in the last step, before it is clipped. `clipped_share`: share of steps in which it
+  was above `--train.clip-gradient-norm`. If it stays near 1, all steps have one length: raise the limit.
 - `data_wait_share`, `checkpoint_stall_share`: share of time in which training waits for data and for checkpoints.
 - `mfu`: arithmetic of the encoders over that of a large matrix product on this device.
 - `restarts`, `checkpoints_damaged`, `checkpoints_failed`, `evaluations_failed`: counted since the job began, mostly 0.
@@ -273,12 +277,16 @@ class Interval:
         self.dropped.begin()
         self._started, self._step, self._waited = time.perf_counter(), self._state.step, self._loader.seconds_waited
         self._stalled = 0.0
+        self._clipped: torch.Tensor | None = None
 
     def add(self, metrics: StepMetrics) -> None:
         """Adds a step. Does not wait for the device."""
         self.dropped.add(metrics.dropped())
         if metrics.generator_trained:
             self._trained = metrics
+        if metrics.clipped is not None:
+            clipped = metrics.clipped.float()
+            self._clipped = clipped if self._clipped is None else self._clipped + clipped
 
     def stalled(self, seconds: float) -> None:
         """Adds the time in which training waited for a checkpoint."""
@@ -312,6 +320,8 @@ class Interval:
                 age_unit=moco.age_unit,
             ),
         }
+        if self._clipped is not None:
+            numbers["clipped_share"] = float(self._clipped) / steps
         if self._utilisation is not None:
             numbers["mfu"] = self._utilisation.share(step - 1, seconds / steps)
         self._seconds_per_step = seconds / steps

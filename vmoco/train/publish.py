@@ -57,7 +57,7 @@ def encoder_in(checkpoint: Path, *, manifest: Manifest) -> Encoder:
     settings = state.read_settings(checkpoint)
     prefix = "query.backbone."
     tensors = state.read_tensors(checkpoint, record)
-    backbone = build_backbone(settings.model.backbone)
+    backbone = build_backbone(settings.model.backbone, num_frames=settings.data.num_frames, size=settings.augment.size)
     backbone.load_state_dict(
         {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     )

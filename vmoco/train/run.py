@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 from vmoco import storage, tracking
+from vmoco.architectures import TRANSFORMERS
 from vmoco.config import PretrainSettings
 from vmoco.data.fit import check_fits, epoch_clips, fit_to_data
 from vmoco.data.held_out import scoring_problem
@@ -214,6 +215,13 @@ def _copy_weights(settings: PretrainSettings, folder: RunFolder) -> tuple[str, d
                 f"--model.init {uri} is a {encoder.card['backbone']}, --model.backbone is "
                 f"{settings.model.backbone}: set --model.backbone to that of the encoder"
             )
+        expected, mine = encoder.preprocessing, (settings.data.num_frames, settings.augment.size)
+        if settings.architecture.learns_positions and (expected.num_frames, expected.size) != mine:
+            raise ValueError(
+                f"--model.init {uri} is a {settings.model.backbone}, which has learned the positions of "
+                f"{expected.num_frames} frames of {expected.size} pixels, and this run trains on {mine[0]} of "
+                f"{mine[1]}: set --data.num-frames {expected.num_frames} and --augment.size {expected.size}"
+            )
         content = safetensors.torch.save(encoder.backbone.state_dict())
         start, tags = f"the encoder {uri}", {"init": uri}
     storage.write_atomic(folder.path(INIT), content)
@@ -257,7 +265,13 @@ def introduce(run: Run) -> list[str]:
     if run.warning:
         lines.append(f"warning: {run.warning}")
     lines += [f"warning: {line}" for line in unused_settings(settings)]
-    if settings.num_micro_batches == 1:
+    if settings.model.backbone in TRANSFORMERS and train.optimizer != "adamw":
+        lines.append(
+            f"warning: --model.backbone {settings.model.backbone} is a transformer, which learns slowly with "
+            f"--train.optimizer {train.optimizer}: set adamw, with a lower --train.learning-rate (vmoco/METHOD.md has "
+            "the settings of its paper)"
+        )
+    if settings.num_micro_batches == 1 and settings.architecture.batch_norm:
         lines.append(
             f"warning: --train.micro-batch {settings.train.micro_batch} is the complete global batch, so a key is "
             "normalised with the same clips as its query, which lets the encoder cheat (MoCo, section 3.3): lower "

@@ -41,7 +41,6 @@ from vmoco.encoders.promotion import Score
 from vmoco.train import distributed
 from vmoco.train.lease import Fence
 from vmoco.train.state import (
-    FIXED_BY_ENCODERS,
     STATE_RECORD,
     STATE_SETTINGS,
     STATE_TENSORS,
@@ -49,6 +48,7 @@ from vmoco.train.state import (
     Record,
     TrainState,
     differences,
+    fixed_by_encoders,
     networks_in,
     parse_settings,
     read_settings,
@@ -58,13 +58,10 @@ RUN, INIT, CHECKPOINTS, SPOOL = "run.json", "init.safetensors", "checkpoints.jso
 DAMAGED = "damaged.json"
 _PREFIX = "step-"
 
-FIXED_BY_FORK = (
-    *FIXED_BY_ENCODERS,
-    "generator.hidden_channels",
-    "moco.queue_size",
-    "train.optimizer",
-)
-"""Fields that decide which tensors a training state has: a fork must have the values of its donor."""
+
+def fixed_by_fork(settings: PretrainSettings) -> tuple[str, ...]:
+    """Fields that decide which tensors a training state has: a fork must have the values of its donor."""
+    return (*fixed_by_encoders(settings), "generator.hidden_channels", "moco.queue_size", "train.optimizer")
 
 
 @dataclass(frozen=True)
@@ -358,7 +355,7 @@ def check_fork(settings: PretrainSettings, manifest_hash: str) -> None:
             f"--run.fork {uri} is at step {record['step']}, and this run ends at {settings.last_step}: raise "
             "--train.steps or --train.stop-after"
         )
-    if changed := differences(donor, settings, only=FIXED_BY_FORK):
+    if changed := differences(donor, settings, only=fixed_by_fork(settings)):
         raise ValueError(f"--run.fork {uri} has other tensors ({changed}): set these as they were")
 
 
@@ -390,16 +387,7 @@ def fork(uri: str, state: TrainState) -> None:
             autocast_dtype=state.moco.query.autocast_dtype,
         )
         donor.load(checkpoint)
-    for part in ("query", "key", "generator", "queue"):
-        getattr(state.moco, part).load_state_dict(getattr(donor.moco, part).state_dict())
-    for mine, other in (
-        (state.query_optimizer, donor.query_optimizer),
-        (state.generator_optimizer, donor.generator_optimizer),
-    ):
-        # The slots of the donor; learning rate, weight decay and momentum are this run's.
-        mine.load_state_dict({"state": other.state_dict()["state"], "param_groups": mine.state_dict()["param_groups"]})
-    state.difference.copy_(donor.difference)
-    state.step = donor.step
+    state.take_over(donor)
 
 
 def is_checkpoint(uri: str) -> bool:
@@ -425,7 +413,7 @@ def check_init(settings: PretrainSettings) -> None:
             "models:/NAME@ALIAS, the folder of an encoder, or a uri from the checkpoints.json of a run"
         )
     donor = _small_files(uri, flag="--model.init")[1]
-    if changed := differences(donor, settings, only=FIXED_BY_ENCODERS):
+    if changed := differences(donor, settings, only=fixed_by_encoders(settings)):
         raise ValueError(f"--model.init {uri} has other encoders ({changed}): set these as they were")
 
 

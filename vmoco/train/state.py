@@ -18,19 +18,25 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import vmoco
 from vmoco import storage
 from vmoco.config import PretrainSettings
 from vmoco.model.generator import Generator
 from vmoco.model.moco import VideoMoco
-from vmoco.train.optimizer import build_optimizer, slot_names
+from vmoco.train.optimizer import build_optimizer, load_slots, parameter_groups, slot_names, slots_of
 
 VERSION = 2
 STATE_TENSORS, STATE_SETTINGS, STATE_RECORD = "state.safetensors", "settings.json", "state.json"
 
-FIXED_BY_ENCODERS = ("model.backbone", "model.embedding_dim", "model.head")
-"""Fields that decide which tensors the two encoders have, heads included."""
+_OF_ENCODERS = ("model.backbone", "model.embedding_dim", "model.head")
+_OF_POSITIONS = ("data.num_frames", "augment.size")
+
+
+def fixed_by_encoders(settings: PretrainSettings) -> tuple[str, ...]:
+    """Fields that decide which tensors the two encoders have, heads included."""
+    return (*_OF_ENCODERS, *(_OF_POSITIONS if settings.architecture.learns_positions else ()))
 
 
 class DamagedCheckpointError(ValueError):
@@ -128,7 +134,9 @@ class TrainState:
         self.settings = settings
         self.manifest_hash = manifest_hash
         self.moco = VideoMoco(settings, device=device, autocast_dtype=autocast_dtype)
-        self.query_optimizer = build_optimizer(self.moco.query.parameters(), settings.train, device=device)
+        self.query_optimizer = build_optimizer(
+            parameter_groups(self.moco.query, settings.train), settings.train, device=device
+        )
         self.generator_optimizer = build_optimizer(self.moco.generator.parameters(), settings.train, device=device)
         self.step = 0
         # Kept, because the decay of the next step may follow from it (moco.decay-schedule adversarial).
@@ -143,9 +151,8 @@ class TrainState:
         named: dict[str, torch.Tensor] = {"difference": self.difference}
         for part, holder in self._parts().items():
             named |= {f"{part}.{name}": tensor for name, tensor in holder.state_dict().items()}
-        for part, optimizer in self._optimizers().items():
-            for index, slots in optimizer.state_dict()["state"].items():
-                named |= {f"{part}.{index}.{slot}": value for slot, value in slots.items() if value is not None}
+        for part, (optimizer, network) in self._optimizers().items():
+            named |= {f"{part}.{name}": tensor for name, tensor in slots_of(optimizer, network).items()}
         return named
 
     def snapshot(self, *, reuse: Snapshot | None = None) -> Snapshot:
@@ -194,11 +201,19 @@ class TrainState:
                 )
         for part, holder in self._parts().items():
             holder.load_state_dict(_below(part, tensors))
-        for part, optimizer in self._optimizers().items():
-            _load_optimizer(optimizer, _below(part, tensors))
+        self._load_optimizers(tensors)
         self.difference.copy_(tensors["difference"])
         self.step = record.step
         return record
+
+    def take_over(self, donor: TrainState) -> None:
+        """Copies all of another state, whose networks and queue have the same shapes; the settings stay this run's."""
+        for part, holder in self._parts().items():
+            holder.load_state_dict(donor._parts()[part].state_dict())
+        # The slots of the donor; learning rate, weight decay and momentum are this run's.
+        self._load_optimizers(donor.tensors())
+        self.difference.copy_(donor.difference)
+        self.step = donor.step
 
     def begin_with(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Gives a new state the weights that its run starts from; step, queue, optimizers and `difference` stay new.
@@ -220,18 +235,25 @@ class TrainState:
         """Names of all tensors of a checkpoint of that step."""
         names = {name for name in self.tensors() if not name.startswith("optimizer.")}
         started = {"optimizer.query": 0, "optimizer.generator": self.settings.generator_start}
-        for part, optimizer in self._optimizers().items():
+        for part, (_, network) in self._optimizers().items():
             if step > started[part]:  # an optimizer makes its slots in its first step
-                indices = range(len(optimizer.param_groups[0]["params"]))
-                names |= {f"{part}.{index}.{slot}" for index in indices for slot in slot_names(self.settings.train)}
+                places = range(len(list(network.parameters())))
+                names |= {f"{part}.{place}.{slot}" for place in places for slot in slot_names(self.settings.train)}
         return names
 
     def _parts(self) -> dict[str, Any]:
         moco = self.moco
         return {"query": moco.query, "key": moco.key, "generator": moco.generator, "queue": moco.queue}
 
-    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"optimizer.query": self.query_optimizer, "optimizer.generator": self.generator_optimizer}
+    def _optimizers(self) -> dict[str, tuple[torch.optim.Optimizer, nn.Module]]:
+        return {
+            "optimizer.query": (self.query_optimizer, self.moco.query),
+            "optimizer.generator": (self.generator_optimizer, self.moco.generator),
+        }
+
+    def _load_optimizers(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for part, (optimizer, network) in self._optimizers().items():
+            load_slots(optimizer, network, _below(part, tensors))
 
     def _check(self, record: Record, folder: Path) -> None:
         if record.manifest_hash != self.manifest_hash:
@@ -331,7 +353,7 @@ def networks_in(folder: Path, settings: PretrainSettings) -> dict[str, torch.Ten
         ValueError: the checkpoint is damaged or not one, or its encoders have other shapes.
     """
     record = Record.read(folder)
-    if changed := differences(read_settings(folder), settings, only=FIXED_BY_ENCODERS):
+    if changed := differences(read_settings(folder), settings, only=fixed_by_encoders(settings)):
         raise ValueError(f"checkpoint {folder} has other encoders ({changed}): set these as they were")
     tensors = read_tensors(folder, record)
     with torch.device("meta"):  # only names and shapes are needed
@@ -349,15 +371,3 @@ def _host_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 def _below(part: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name[len(part) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(part + ".")}
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, slots: dict[str, torch.Tensor]) -> None:
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in slots.items():
-        index, slot = name.split(".", 1)
-        parameter = parameters[int(index)]
-        # In the memory layout of the parameter, as the optimizer made it.
-        laid_out = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
-        state.setdefault(int(index), {})[slot] = laid_out
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

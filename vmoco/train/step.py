@@ -34,7 +34,7 @@ from vmoco.model.moco import (
 from vmoco.model.queue import decay_at, key_weights
 from vmoco.train import distributed
 from vmoco.train.metrics import StepMetrics, hardness
-from vmoco.train.optimizer import learning_rate, take_step
+from vmoco.train.optimizer import clip_gradients, learning_rate, take_step
 from vmoco.train.speed import compared_alike, compile_networks, uncompiled
 from vmoco.train.state import TrainState
 
@@ -109,6 +109,8 @@ class TrainStep:
         metrics.send_flags()
         self._unread.append((batch.step, batch.clip_ids, metrics))
         self._read_flags(keep=self._num_late)
+        if largest := settings.train.clip_gradient_norm:
+            metrics.clipped = clip_gradients(moco.query, metrics.gradient_norm, largest=largest)
         take_step(state.query_optimizer)
         if settings.trains_generator(batch.step):
             take_step(state.generator_optimizer)
@@ -223,15 +225,17 @@ class TrainStep:
         trains, objective = settings.trains_generator(batch.step), settings.generator.objective
         clips = self._augmented(batch.query, micro)
         dropped, fill, importance, mask = self._drop_frames(clips, batch, micro)
+        # Drop path is a part of f, and the same for x~ and x: G compares them, and shall see the dropped frames alone.
+        paths = () if batch.branch_factors is None else (self._put(batch.branch_factors[micro]),)
         # From D: G has a loss and a backward of its own.
         separately = trains and objective == "difference" and self._learns_from_all
         if trains and not self._learns_from_all:
-            self._learn_from_some(clips, dropped, fill=fill, importance=importance, metrics=metrics)
+            self._learn_from_some(clips, dropped, *paths, fill=fill, importance=importance, metrics=metrics)
         # Each clip has the weight 1 / G, on every rank. DDP takes the mean over ranks, hence the number of ranks.
         weight = distributed.world_size() / settings.train.global_batch
 
         with compared_alike(settings.train) if separately else contextlib.nullcontext():
-            queries = self._query(dropped)
+            queries = self._query(dropped, *paths)
         positives, backwards = keys()
         compared = contrast(
             queries,
@@ -249,7 +253,7 @@ class TrainStep:
         if separately:
             # q_real is a constant of G's loss: without graph, and without a second update of the running statistics.
             with torch.no_grad(), running_statistics_kept(moco.query), compared_alike(settings.train):
-                whole = moco.query(clips)
+                whole = moco.query(clips, *paths)
             loss = adversarial_loss(queries, whole, strength=settings.generator.strength)
             (pixels,) = torch.autograd.grad(loss.sum() * weight, dropped, retain_graph=True)
             importance.backward(importance_gradient(pixels, clips, fill, estimator=settings.generator.estimator))
@@ -273,7 +277,7 @@ class TrainStep:
         self,
         clips: torch.Tensor,
         dropped: torch.Tensor,
-        *,
+        *paths: torch.Tensor,
         fill: torch.Tensor,
         importance: torch.Tensor,
         metrics: StepMetrics,
@@ -285,11 +289,12 @@ class TrainStep:
         """
         settings, query, count = self._settings, self._moco.query, self._settings.num_generator_clips
         some = dropped[:count].detach().requires_grad_()
+        paths = tuple(each[:count] for each in paths)
         with running_statistics_kept(query), compared_alike(settings.train):
             with frozen(query):
-                queries = query(some)
+                queries = query(some, *paths)
             with torch.no_grad():  # q_real is a constant of G's loss
-                whole = query(clips[:count])
+                whole = query(clips[:count], *paths)
         loss = adversarial_loss(queries, whole, strength=settings.generator.strength)
         weight = distributed.world_size() / (settings.num_micro_batches * count)
         (pixels,) = torch.autograd.grad(loss.sum() * weight, some)
