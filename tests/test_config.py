@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field
 
-from vmoco import config, job_settings, places
+from vmoco import clip_settings, config, job_settings, places
 from vmoco.config import PretrainSettings
 from vmoco.job_settings import EmbedSettings, EvaluateSettings, IngestSettings, SweepSettings
 from vmoco.presets import PAPER_STEPS, PRESETS
@@ -42,7 +42,7 @@ SILENT = {
 FROZEN = {
     "tiny": ("350fdbc6add4daff", "2871ae1ed423b42b", "f1d4caf16a3f4550"),
     "demo": ("a44b9acccd4e0586", "1090bd8b3e714147", "b915a4f5fe9cdb8b"),
-    "small": ("423cfff41de52ca4", "4879c9a677253db6", "ca2620bf17ec5d46"),
+    "small": ("423cfff41de52ca4", "4879c9a677253db6", "2d5bf8d1e49abb92"),
     "paper": ("d9a64f17ec78469d", "3e292b470c1e409a", "5f55850891217dd4"),
     "recommended": ("fe82b281e6634b67", "7ac3a8eb1ed64cff", "0554b591ca08a6c3"),
 }
@@ -384,7 +384,7 @@ def test_presets_are_valid_and_know_their_name(name: str) -> None:
 
 KINDS = [
     kind
-    for module in (config, job_settings, places)
+    for module in (clip_settings, config, job_settings, places)
     for kind in vars(module).values()
     if isinstance(kind, type) and issubclass(kind, Settings) and kind.__module__ == module.__name__
 ]
