@@ -20,14 +20,32 @@ from tests.gpu.sections import SECTIONS
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "compiled")) for name in SECTIONS]
-)
-def test_a_section_runs_without_a_gpu(name: str) -> None:
-    """In a process of its own, as the program does it: it ends with its figures."""
-    if name == "ranks" and torch.distributed.is_initialized():
-        pytest.skip("this process is a rank already")
-    command = [sys.executable, "-m", "tests.gpu", "--cpu", name]
+_ALL = """
+import json, pathlib, sys
+from tests.gpu.scale import TINY
+from tests.gpu.sections import SECTIONS
+
+for name, (section, _) in SECTIONS.items():
+    if name != "compiled":
+        print(json.dumps({name: section(TINY, pathlib.Path(sys.argv[1], name))}))
+"""
+
+
+def test_every_section_runs_without_a_gpu(tmp_path: Path) -> None:
+    """All in one process, because to start one takes longer than a tiny section: each ends with its figures."""
+    done = subprocess.run(
+        [sys.executable, "-c", _ALL, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {name: figures for line in done.stdout.splitlines() for name, figures in json.loads(line).items()}
+    assert {*found, "compiled"} == set(SECTIONS)
+    assert all(found.values())
+
+
+@pytest.mark.slow
+def test_a_section_runs_in_a_process_of_its_own() -> None:
+    """As the program does it; this one compiles, which takes a minute."""
+    command = [sys.executable, "-m", "tests.gpu", "--cpu", "compiled"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (found,) = json.loads(done.stdout.splitlines()[-1]).values()
