@@ -263,7 +263,7 @@ def test_mmaction2_weights_give_mmaction2_features() -> None:
 
 
 def test_weights_whose_layers_do_something_else_are_refused() -> None:
-    """The sentence says what differs: pooling, strides or eps of mmaction2, its R(2+1)D, and PySlowFast."""
+    """The sentence says what differs: pooling, strides, eps or depth of mmaction2, its R(2+1)D, and others."""
     state = Recognizer3D().state_dict()
     for text, said in (
         (FITS.replace("with_pool1=False", "with_pool1=True"), "has with_pool1=True: only with with_pool1=False, "),
@@ -276,8 +276,23 @@ def test_weights_whose_layers_do_something_else_are_refused() -> None:
     one = torch.zeros(1)
     with pytest.raises(ValueError, match=r"mmaction2's R\(2\+1\)D, which pools after its first convolution"):
         unwrap({"state_dict": {"backbone.conv1.conv.conv_s.weight": one, "backbone.conv1.conv.bn_s.weight": one}})
-    with pytest.raises(ValueError, match=r"of PySlowFast, whose networks keep the number of frames"):
-        unwrap({"model_state": {"s1.pathway0_stem.conv.weight": one}})
+    for key in (
+        "s1.pathway0_stem.conv.weight",
+        "backbone.s1.pathway0_stem.conv.weight",
+        "s1.pathway0_stem.conv_xy.weight",
+    ):
+        with pytest.raises(ValueError, match=r"of PySlowFast, whose networks keep the number of frames"):
+            unwrap({"model_state": {key: one}})
+    for key in (
+        "model.blocks.1.res_blocks.0.branch2.conv_a.weight",  # PySlowFast's R(2+1)D
+        "blocks.1.res_blocks.0.branch2.conv_a.weight",  # PyTorchVideo's own files
+        "blocks.1.multipathway_blocks.0.res_blocks.0.branch2.conv_a.weight",  # its SlowFast
+    ):
+        with pytest.raises(ValueError, match=r"of PyTorchVideo, which also builds the R\(2\+1\)D of PySlowFast"):
+            unwrap({"model_state": {key: one}})
+    for key in ("backbone.layer1.2.conv1.conv.weight", "backbone.layer1.0.conv3.conv.weight"):
+        with pytest.raises(ValueError, match=r"of mmaction2's ResNet3d with more than 18 layers"):
+            unwrap({"meta": {"cfg": FITS}, "state_dict": {**state, key: one}})
 
 
 class Trap:

@@ -136,11 +136,25 @@ def _ends(name: str, with_what: str) -> bool:
     return name == with_what or name.endswith(f".{with_what}")
 
 
+_PYTORCHVIDEO = re.compile(r"(^|\.)res_blocks\.\d+\.branch2\.conv_a\.weight$")
+
+
 def _refuse_pyslowfast(tensors: StateDict) -> None:
-    if any(_ends(name, "s1.pathway0_stem.conv.weight") for name in tensors):
+    """Refuses what no layer of ours corresponds to: PySlowFast's own networks, and those that PyTorchVideo builds.
+
+    Raises:
+        ValueError: the weights are of one of them.
+    """
+    if any("s1.pathway0_stem." in name for name in tensors):  # `conv` in its ResNets, `conv_xy` in X3D
         raise ValueError(
             "the weights are of PySlowFast, whose networks keep the number of frames from stage to stage, and whose "
             f"blocks are others: no layer corresponds to one of {', '.join(TORCHVISION)}, which are needed"
+        )
+    if any(_PYTORCHVIDEO.search(name) for name in tensors):
+        raise ValueError(
+            "the weights are of PyTorchVideo, which also builds the R(2+1)D of PySlowFast. Its blocks have three "
+            "convolutions and its R(2+1)D has 50 layers or more, where r2plus1d_18 and r3d_18 have two and 18: no "
+            f"layer corresponds to one of {', '.join(TORCHVISION)}, which are needed"
         )
 
 
@@ -153,6 +167,8 @@ _MMACTION2_SETTINGS = {
     "temporal_strides": "(1,2,2,2)",
 }
 """With these a ResNet3d of depth 18 computes what r3d_18 does. No tensor tells of them."""
+_DEEPER = ("layer1.2.conv1.conv.weight", "layer1.0.conv3.conv.weight")
+"""Keys of a third block in the first stage (34 layers), and of a third convolution in a block (50 and more)."""
 
 
 def _from_mmaction2(tensors: StateDict, checkpoint: Mapping[str, Any]) -> tuple[StateDict, str]:
@@ -168,6 +184,11 @@ def _from_mmaction2(tensors: StateDict, checkpoint: Mapping[str, Any]) -> tuple[
         )
     if not any(_ends(name, "conv1.conv.weight") for name in tensors):
         return tensors, ""
+    if any(_ends(name, deeper) for name in tensors for deeper in _DEEPER):
+        raise ValueError(
+            "the weights are of mmaction2's ResNet3d with more than 18 layers, which no network here has: "
+            f"{', '.join(TORCHVISION)} of torchvision are known, and ResNet3d of depth 18"
+        )
     about = checkpoint.get("meta")
     written = [about.get(name) for name in ("cfg", "config")] if isinstance(about, Mapping) else []
     text = re.sub(r"\s", "", next((each for each in written if isinstance(each, str)), "")).replace(",)", ")")
