@@ -27,6 +27,7 @@ SHOWN = {
     "demo": "--dashboard-port",
     "embed": "--videos-per-part",
     "evaluate": "--finetune.batch-size",
+    "export": "--to",
     "ingest": "--held-out-percent",
     "nearest": "--queries",
     "pretrain": "recommended",
@@ -73,6 +74,7 @@ WRONG = {
     "to 1",
     "embed a --videos a --output b --dense --every-seconds 0.5": "--dense and --every-seconds 0.5 both tell when the "
     "next clip begins: give one of them",
+    "export a --to onnx --out .": "--out . is not empty: give a new folder, because an export replaces nothing",
     "evaluate a --data a --finetune.epochs 0": "--finetune.epochs 0 is not allowed: it must be greater than or equal "
     "to 1",
 }

@@ -59,6 +59,23 @@ def test_the_normalisation_of_the_run_travels_with_it(manifest: Manifest, tmp_pa
     encoder = package.load_encoder(str(tmp_path / "encoder"))
     lighter = encoder.preprocess(clips() // 2 + 60)
     torch.testing.assert_close(lighter, encoder.preprocess(clips()), rtol=0, atol=0.03)
+    model_card.write(tmp_path, encoder.card, histories={})
+    page = " ".join((tmp_path / model_card.README).read_text().split())
+    assert "normalised so that each clip has mean 0 and deviation 1" in page
+
+
+def test_its_files_are_read_by_name(written: tuple[Path, TrainState], folder: Path) -> None:
+    """Those that the card lists, with the recorded hash; others are refused, also if they are in the folder."""
+    files = package.EncoderFiles(str(folder))
+    assert "videos.parquet" in files
+    assert files.read("videos.parquet") == (written[0] / "videos.parquet").read_bytes()
+    (folder / "encoder.onnx").write_bytes(b"from somewhere")
+    assert "encoder.onnx" not in files
+    with pytest.raises(ValueError, match=r"has no encoder.onnx: its encoder.json does not list it"):
+        files.read("encoder.onnx")
+    (folder / "videos.parquet").write_bytes(b"changed")
+    with pytest.raises(ValueError, match=r"was changed: its videos.parquet does not have the hash in its encoder.json"):
+        files.read("videos.parquet")
 
 
 def test_the_card_says_where_it_comes_from(written: tuple[Path, TrainState], manifest: Manifest) -> None:

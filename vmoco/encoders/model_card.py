@@ -21,19 +21,31 @@ def write(folder: Path, card: Mapping[str, Any], *, histories: Histories) -> Non
         histories: (step, value) of each metric to draw.
     """
     drawn = draw(folder / PLOTS, histories)
+    (folder / README).write_text(page(card, usage=_usage(card), training=_training(drawn, histories)))
+
+
+def page(card: Mapping[str, Any], *, usage: str, training: str = "", complete: bool = True) -> str:
+    """The text of README.md.
+
+    Args:
+        card: the content of encoder.json.
+        usage: the section that says how to use the files beside it.
+        training: the section with the plots.
+        complete: whether settings.json and videos.parquet, which the page names, are beside it.
+    """
     sections = [
         f"# A video encoder: {card['backbone']}, {card['feature_dim']} features",
-        _origin(card),
-        _usage(card),
-        _data(card),
+        _origin(card, complete=complete),
+        usage,
+        _data(card, complete=complete),
         _scores(card),
-        _training(drawn, histories),
+        training,
         _versions(card),
     ]
-    (folder / README).write_text("\n\n".join(section for section in sections if section) + "\n")
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _origin(card: Mapping[str, Any]) -> str:
+def _origin(card: Mapping[str, Any], *, complete: bool) -> str:
     if imported := card.get("imported"):
         text = (
             f"Weights from the file `{imported['file']}` ({imported['format']}), not trained by vmoco; SHA-256 of the "
@@ -42,16 +54,18 @@ def _origin(card: Mapping[str, Any]) -> str:
         return f"{text} Read as {found}." if (found := imported.get("found")) else text
     text = (
         f"Pretrained without labels (VideoMoCo, Pan et al., CVPR 2021) by vmoco, {card['step']} steps; MLflow run "
-        f"`{card['run_id']}`, settings hash `{card['settings_hash']}`. `settings.json` has all settings."
+        f"`{card['run_id']}`, settings hash `{card['settings_hash']}`."
     )
+    if complete:
+        text += " `settings.json` has all settings."
     if began := card.get("began_from"):
         text += f" The run began with the weights of `{began}`, which may have seen other videos than those below."
     return text
 
 
 def _usage(card: Mapping[str, Any]) -> str:
-    expected = card["preprocessing"]
-    return textwrap.dedent(
+    frames = card["preprocessing"]["num_frames"]
+    usage = textwrap.dedent(
         f"""\
         ## How to use it
 
@@ -62,22 +76,37 @@ def _usage(card: Mapping[str, Any]) -> str:
         Without vmoco, with only torch and MLflow (this runs the code in the encoder's folder):
 
             model = mlflow.pyfunc.load_model("models:/NAME@ALIAS")
-            features = model.predict(clips)                         # uint8 (B, {expected["num_frames"]}, H, W, 3), RGB
+            features = model.predict(clips)                         # uint8 (B, {frames}, H, W, 3), RGB
+        """
+    )
+    return usage + "\n" + filled(f"{preprocessing(card)} Features have unit length: compare them by cosine.")
 
-        It expects clips of {expected["num_frames"]} frames at about {expected["fps"]:.4g} frames per second. Frames of
-        any size are cut to their middle square, scaled to {expected["size"]} pixels, and normalised by mean
-        {_numbers(expected["mean"])} and deviation {_numbers(expected["std"])}. Features have unit length: compare them
-        by cosine."""
+
+def filled(text: str) -> str:
+    """A paragraph in lines of readable length."""
+    return textwrap.fill(text, width=112, break_on_hyphens=False)
+
+
+def preprocessing(card: Mapping[str, Any]) -> str:
+    """What the encoder expects of a clip, in sentences."""
+    expected = card["preprocessing"]
+    normalised = f"by mean {_numbers(expected['mean'])} and deviation {_numbers(expected['std'])}"
+    if expected.get("standardise"):
+        normalised = "so that each clip has mean 0 and deviation 1"
+    return (
+        f"It expects clips of {expected['num_frames']} frames at about {expected['fps']:.4g} frames per second. Frames "
+        f"of any size are cut to their middle square, scaled to {expected['size']} pixels, and normalised {normalised}."
     )
 
 
-def _data(card: Mapping[str, Any]) -> str:
+def _data(card: Mapping[str, Any], *, complete: bool) -> str:
     data = card["data"]
     lines = ["## What it was trained on"]
     if counts := data.get("counts"):
         lines.append(
             f"{counts['clips']} clips of {counts['videos']} videos; {counts['held_out']} of the videos were held out; "
-            f"manifest `{data['manifest_hash']}` of `{data['uri']}`. Their names are in `videos.parquet`."
+            f"manifest `{data['manifest_hash']}` of `{data['uri']}`."
+            + (" Their names are in `videos.parquet`." if complete else "")
         )
     if description := data.get("description"):
         lines.append(description)

@@ -20,7 +20,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
@@ -32,7 +32,10 @@ from vmoco.encoders.encoder_program import CARD, PROGRAM
 from vmoco.encoders.portable import ONNX, write_onnx, write_program
 from vmoco.model.backbone import Backbone, build_backbone
 
-__all__ = ["Encoder", "Preprocessing", "load_encoder", "write_folder"]
+if TYPE_CHECKING:
+    from vmoco.encoders import registry
+
+__all__ = ["Encoder", "EncoderFiles", "Preprocessing", "load_encoder", "write_folder"]
 
 VERSION = 2
 WEIGHTS, SETTINGS, VIDEOS = "encoder.safetensors", "settings.json", "videos.parquet"
@@ -105,18 +108,68 @@ def load_encoder(uri: str) -> Encoder:
     Raises:
         ValueError: there is no such encoder, it is damaged or was changed, or its format has another version.
     """
-    if uri.startswith(("models:/", "runs:/")):
-        from vmoco.encoders import registry
+    return EncoderFiles(uri).encoder()
 
-        located = registry.locate(uri)
-        card = _parsed(registry.pull(located, CARD, sha256=located.card_sha256), uri)
-        return _encoder(card, registry.pull(located, WEIGHTS, sha256=card["files"][WEIGHTS]))
-    folder = Path(uri)
-    card = _parsed(_read(folder / CARD, f"{uri} is not an encoder of vmoco"), uri)
-    weights = _read(folder / WEIGHTS, f"encoder {uri} is damaged")
-    if hashlib.sha256(weights).hexdigest() != card["files"].get(WEIGHTS):
-        raise ValueError(f"encoder {uri} is damaged or was changed: its weights do not have the hash in its {CARD}")
-    return _encoder(card, weights)
+
+class EncoderFiles:
+    """The files of an encoder, each read when it is asked for, and only if it has the recorded hash.
+
+    Args:
+        uri: as for `load_encoder`.
+
+    Attributes:
+        card: the content of encoder.json.
+
+    Raises:
+        ValueError: there is no such encoder, its card is damaged or was changed, or its format has another version.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._located: registry.Located | None = None
+        if uri.startswith(("models:/", "runs:/")):
+            from vmoco.encoders import registry
+
+            self._located = registry.locate(uri)
+            content = registry.pull(self._located, CARD, sha256=self._located.card_sha256)
+        else:
+            content = _read(Path(uri) / CARD, f"{uri} is not an encoder of vmoco")
+        self.card = _parsed(content, uri)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the encoder has a file of this name, such as encoder.onnx."""
+        return name in self.card["files"]
+
+    def read(self, name: str) -> bytes:
+        """The content of one of its files.
+
+        Raises:
+            ValueError: the encoder has no such file, or the file is missing, damaged or was changed.
+        """
+        if name not in self:
+            raise ValueError(f"encoder {self._uri} has no {name}: its {CARD} does not list it")
+        sha256 = self.card["files"][name]
+        if self._located is not None:
+            from vmoco.encoders import registry
+
+            return registry.pull(self._located, name, sha256=sha256)
+        content = _read(Path(self._uri) / name, f"encoder {self._uri} is damaged")
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise ValueError(
+                f"encoder {self._uri} is damaged or was changed: its {name} does not have the hash in its {CARD}"
+            )
+        return content
+
+    def encoder(self) -> Encoder:
+        """The encoder in evaluation mode, on the CPU.
+
+        Raises:
+            ValueError: its weights are missing, damaged or were changed.
+        """
+        weights = self.read(WEIGHTS)
+        backbone = build_backbone(self.card["backbone"])
+        backbone.load_state_dict(load(weights))
+        return Encoder(backbone, Preprocessing.from_json(self.card["preprocessing"]), self.card).eval()
 
 
 def _read(path: Path, problem: str) -> bytes:
@@ -142,13 +195,6 @@ def _parsed(content: bytes, uri: str) -> dict[str, Any]:
             "vmoco that wrote it, or export the encoder again"
         )
     return card
-
-
-def _encoder(card: dict[str, Any], weights: bytes) -> Encoder:
-    """Builds an encoder from a card and weights whose hashes were checked."""
-    backbone = build_backbone(card["backbone"])
-    backbone.load_state_dict(load(weights))
-    return Encoder(backbone, Preprocessing.from_json(card["preprocessing"]), card).eval()
 
 
 def git_commit() -> str | None:

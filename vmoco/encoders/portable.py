@@ -41,7 +41,7 @@ def write_program(encoder: Encoder, folder: Path) -> Path:
     Raises:
         RuntimeError: the program does not give the encoder's features bit for bit.
     """
-    program, clips = _Program(encoder).eval(), _example(encoder)
+    program, clips = _Program(encoder).eval(), example_clips(encoder)
     exported = torch.export.export(program, (clips,), dynamic_shapes=_dynamic())
     path = folder / PROGRAM
     torch.export.save(exported, str(path))
@@ -67,7 +67,7 @@ def write_onnx(encoder: Encoder, folder: Path) -> Path:
         import onnxscript  # noqa: F401 - torch.onnx needs it, and its own message is less clear
     except ImportError as error:
         raise ValueError(f"ONNX needs the package {error.name}: pip install 'vmoco[onnx]'") from None
-    program, clips = _Program(encoder).eval(), _example(encoder)
+    program, clips = _Program(encoder).eval(), example_clips(encoder)
     path = folder / ONNX
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*axis name", UserWarning)  # height and width share one name on purpose
@@ -91,8 +91,8 @@ def write_onnx(encoder: Encoder, folder: Path) -> Path:
     return path
 
 
-def _example(encoder: Encoder) -> torch.Tensor:
-    """Two clips of noise, larger than the encoder's size, so that scaling is part of the program."""
+def example_clips(encoder: Encoder) -> torch.Tensor:
+    """Two square clips of noise, uint8 (2, T, S, S, 3), larger than the encoder's size, so that they are scaled."""
     expected = encoder.preprocessing
     side = expected.size + expected.size // 4 + 1
     generator = torch.Generator().manual_seed(0)
