@@ -1,7 +1,8 @@
 """Fresh virtual environments that hold a few installed packages with what they require, and nothing else.
 
 Linked ones have the packages of the environment of the tests, those that the metadata of the roots ask for: to install
-torch anew takes minutes and gigabytes. An installed one is what pip makes of the project.
+torch anew takes minutes and gigabytes. An installed one is what pip makes of the project. A mixed one has some packages
+linked and others by pip.
 """
 
 from __future__ import annotations
@@ -62,6 +63,35 @@ def light_environment(folder: Path, *roots: str, without: Iterable[str] = ()) ->
     packages = folder / "lib" / version / "site-packages"
     link(names, packages)
     return folder / "bin" / "python"
+
+
+def mixed_environment(
+    folder: Path, *wanted: str, reused: Iterable[str], constraints: Iterable[str], sources: Iterable[Path] = ()
+) -> Path:
+    """Makes an environment in which pip installs what is wanted, beside packages that are linked; returns its Python.
+
+    Args:
+        folder: of the environment; a folder beside it gets the links.
+        wanted: requirements as pip takes them.
+        reused: names of distributions that are linked as they are here.
+        constraints: lines of a constraints file of pip.
+        sources: packages that are linked too, such as the folder vmoco/.
+    """
+    # Outside of the environment: pip takes what is there, and removes nothing from it.
+    linked = folder.with_name(f"{folder.name}-linked")
+    linked.mkdir(parents=True)
+    link(reused, linked)
+    for source in sources:
+        (linked / source.name).symlink_to(source)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (packages,) = folder.glob("lib/*/site-packages")
+    (packages / "linked.pth").write_text(f"{linked}\n")
+    listed = folder / "constraints.txt"
+    listed.write_text("".join(f"{line}\n" for line in constraints))
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python), "install", "--quiet"]
+    subprocess.run([*pip, "--only-binary", ":all:", "-c", str(listed), *wanted], check=True)
+    return python
 
 
 def installed_environment(folder: Path, *roots: str, without: Iterable[str] = ()) -> Path:

@@ -8,8 +8,6 @@ torch and torchvision come from there too, because each version of torch takes g
 from __future__ import annotations
 
 import importlib.metadata
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tests.environments import link, requirements
+from tests.environments import mixed_environment, requirements
 
 ROOT = Path(__file__).parents[1]
 REUSED = {"torch", "torchvision"}
@@ -58,19 +56,14 @@ def lowest_environment(folder: Path, root: str, without: Iterable[str] = ()) -> 
     if "mlflow" in pins:  # which asks for its own version of the other
         pins["mlflow-skinny"] = pins["mlflow"]
     reused = requirements(map(str, wanted)) - set(pins)
-    # Outside of the environment: pip takes what is there, and removes nothing from it.
-    linked = folder.with_name(f"{folder.name}-linked")
-    linked.mkdir(parents=True)
-    link(reused, linked)
-    (linked / "vmoco").symlink_to(ROOT / "vmoco")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    python = mixed_environment(
+        folder,
+        *map(str, wanted),
+        reused=reused,
+        constraints=[f"{name}=={version}" for name, version in pins.items()],
+        sources=[ROOT / "vmoco"],
+    )
     (packages,) = folder.glob("lib/*/site-packages")
-    (packages / "linked.pth").write_text(f"{linked}\n")
-    constraints = folder / "constraints.txt"
-    constraints.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
-    python = folder / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python), "install", "--quiet"]
-    subprocess.run([*pip, "--only-binary", ":all:", "-c", str(constraints), *map(str, wanted)], check=True)
     installed = {canonicalize_name(each.name) for each in importlib.metadata.distributions(path=[str(packages)])}
     unwanted = (reused | installed) & {canonicalize_name(name) for name in without}
     assert not unwanted, f"what {root} needs at its lowest holds {unwanted}"

@@ -11,6 +11,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
+from tests.dataset import stored_clips
 from tests.embeddings import embedded, labelled_data_set, table_of
 from tests.made import encoder_of
 from vmoco import storage
@@ -40,6 +41,24 @@ def test_any_reader_of_parquet_reads_it(tmp_path: Path) -> None:
     read = pq.read_table(path).to_pydict()
     assert read["feature"][2] == [0, 0, 1, 0]
     assert read["label"] == ["a", "b", None, "c"]
+
+
+def test_pandas_and_scikit_learn_train_on_it(tmp_path: Path) -> None:
+    """By their own readers alone: features are those of the encoder, and a pipeline fits the labels of the data set."""
+    import pandas as pd
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    encoder, manifest = encoder_of(num_frames=10), labelled_data_set(tmp_path / "data", num_videos=12)
+    embedded(encoder, manifest, tmp_path / "table")
+    frame = pd.read_parquet(tmp_path / "table" / "parts").sort_values(["video_id", "row"])
+    features = np.stack(frame["feature"].to_list())
+    stored = dict(zip(manifest.table["clip_id"].to_pylist(), stored_clips(manifest), strict=True))
+    clips = np.stack([stored[clip_id] for clip_id in frame["clip_id"]])
+    np.testing.assert_allclose(features, encoder.embed(clips).numpy(), atol=1e-6)
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    assert pipeline.fit(features, frame["label"]).score(features, frame["label"]) == 1.0
 
 
 def test_a_part_without_clips_accounts_for_its_videos(tmp_path: Path) -> None:
