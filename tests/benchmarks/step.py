@@ -6,6 +6,7 @@ The VideoMoCo step is `TrainStep` itself with generator, both losses, a full que
 optimizers; augmentation is in neither. The two alternate and the median ratio of neighbours counts. bf16 is for the
 time alone: its weight gradients are wrong on CPUs (vmoco/model/backbone.py). Peak memory is that of a process of
 its own which takes two fp32 steps, above what it held before. Units are FLOPs of the step over those of one forward.
+Those of mvit_v2_s are about 1 too high: torch counts the weight gradient of a convolution as if it had no groups.
 The generator's share is its forward and backward alone over the whole fp32 step. With `--generator.every 4` four steps,
 of which G trains in one, are compared with four supervised ones.
 Ends with one JSON line: the fp32 ratios of time, those of every 4, the worse memory ratio, and everything else by name.
