@@ -57,7 +57,12 @@ HOMES = {
 
 # Files that an export copies into its folder, where they are not part of a package: they import nothing of vmoco but
 # each other, and that in the relative way of transformers.
-COPIED = {"vmoco.encoders.encoder_program", "vmoco.encoders.modeling_vmoco", "vmoco.encoders.video_network"}
+COPIED = {
+    "vmoco.encoders.encoder_program",
+    "vmoco.encoders.modeling_vmoco",
+    "vmoco.encoders.video_network",
+    "vmoco.model.transformer",
+}
 
 # Modules of Ray and MLflow that are private by their name, or by their documentation.
 PRIVATE = re.compile(r"\b(?:(?:ray|mlflow)(?:\.\w+)*\._\w+|ray\.experimental|mlflow\.system_metrics)[\w.]*")
