@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmoco.seed import hash64, mix64, permutation, uniform, uniforms
+from vmoco import seed as seeds_of
+from vmoco.seed import LONGEST_SORTED, Order, hash64, mix64, permutation, uniform, uniforms
 
 UINT64 = st.integers(0, 2**64 - 1)
 
@@ -90,3 +94,72 @@ def test_uniforms_are_uniform_for_each_salt() -> None:
     seeds, salts = np.arange(5, dtype=np.uint64) * np.uint64(2**61 + 7), [0, 3, 2**64 - 1]
     expected = np.stack([uniform(seeds, salt) for salt in salts], axis=1)
     np.testing.assert_array_equal(uniforms(seeds, salts), expected)
+
+
+def computed(length: int, seed: int) -> Order:
+    """An order without an array, which shorter ranges have not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seeds_of, "LONGEST_SORTED", 0)
+        return Order(length, seed)
+
+
+@given(length=st.integers(1, 300), seed=UINT64, data=st.data())
+def test_short_order_is_the_permutation(length: int, seed: int, data: st.DataObject) -> None:
+    """Of any places, in any order and also twice: data sets of less than a million videos keep their order."""
+    places = data.draw(st.lists(st.integers(0, length - 1), max_size=20))
+    assert Order(length, seed)[np.array(places, np.int64)].tolist() == permutation(length, seed)[places].tolist()
+
+
+@given(length=st.integers(1, 5000), seed=UINT64)
+def test_computed_order_is_a_permutation(length: int, seed: int) -> None:
+    """Every number once; and a part of the places, asked for alone, has the same numbers."""
+    order = computed(length, seed)
+    found = order[np.arange(length)].tolist()
+    assert sorted(found) == list(range(length))
+    assert order[np.arange(length)[::-7]].tolist() == found[::-7]
+
+
+def test_computed_order_prefers_no_number() -> None:
+    """Over 4,000 seeds each of 8 places holds each of 50 numbers 80 times: chi-square below its 0.9999 quantile."""
+    drawn = np.array([computed(50, seed)[np.arange(8)] for seed in range(4000)])
+    for place in range(8):
+        counts = np.bincount(drawn[:, place], minlength=50)
+        assert ((counts - 80) ** 2 / 80).sum() < 96.0  # 49 degrees of freedom
+
+
+def test_computed_order_separates_neighbours() -> None:
+    """The step from one place to the next, and what adjacent places hold, are as in random permutations of 1,000.
+
+    Two seeds agree at one place on average, and each pair of neighbours is as often ascending as descending.
+    """
+    orders = np.array([computed(1000, seed)[np.arange(1000)] for seed in range(300)])
+    agreeing = (orders[1:] == orders[:-1]).sum(axis=1)
+    assert abs(agreeing.mean() - 1) < 4 / np.sqrt(299)
+    ascending = (np.diff(orders, axis=1) > 0).mean()
+    assert abs(ascending - 0.5) < 4 * np.sqrt(1 / 12 / 1000 / 300)  # variance of the number of ascents: (n + 1) / 12
+    steps = np.abs(np.diff(orders, axis=1))
+    adjacent = (steps == 1).sum(axis=1).mean()  # 2 (n - 1) / n on average
+    assert abs(adjacent - 2) < 4 * np.sqrt(2 / 300)
+    middle = np.corrcoef(orders[:, :-1].ravel(), orders[:, 1:].ravel())[0, 1]
+    assert abs(middle) < 4 / np.sqrt(300 * 999) + 1 / 999
+
+
+def test_order_of_a_billion_needs_no_memory() -> None:
+    """Begun at once, and a batch of places gives distinct numbers from the whole range."""
+    tracemalloc.start()
+    try:
+        found = Order(10**9, 1)[np.arange(5 * 10**8, 5 * 10**8 + 4096)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**21
+    assert len(set(found.tolist())) == 4096
+    tenths = Counter((found // 10**8).tolist())
+    assert sorted(tenths) == list(range(10))
+    assert sum((count - 409.6) ** 2 / 409.6 for count in tenths.values()) < 33.7  # 9 degrees of freedom
+
+
+@pytest.mark.parametrize("length", [LONGEST_SORTED, LONGEST_SORTED + 1])
+def test_order_is_one_on_both_sides_of_the_limit(length: int) -> None:
+    """The longest range that is sorted, and the shortest that is not, are permutations."""
+    assert np.bincount(Order(length, 2)[np.arange(length)], minlength=length).tolist() == [1] * length

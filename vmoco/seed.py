@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -67,3 +68,42 @@ def permutation(length: int, seed: int) -> npt.NDArray[np.int64]:
     """A permutation of range(length), int64 (length,): the sorting order of mixed counters."""
     keys = mix64(np.arange(length, dtype=np.uint64), 0) ^ np.uint64(seed)
     return np.argsort(mix64(keys, seed), kind="stable").astype(np.int64)
+
+
+LONGEST_SORTED = 2**20
+"""Longest range of which `Order` keeps an array, 8 MiB at most. Longer ones take neither memory nor time to begin."""
+_ROUNDS = 8
+
+
+class Order:
+    """A permutation of range(length) that is asked for some of its places.
+
+    Up to LONGEST_SORTED it is `permutation`. Beyond, it is computed for the places asked for: a number below side**2 is
+    written as two digits, left * side + right, and a Feistel network of 8 rounds mixes them, each round being
+    (left, right) -> (right, (left + mixed(right)) mod side). Each round can be undone, so the network is a permutation
+    of range(side**2); a result beyond the range goes through it again until it lies inside (cycle walking; Black and
+    Rogaway, "Ciphers with arbitrary finite domains", 2002). `side` is the smallest number whose square is not below
+    `length`, so that is rarely needed.
+    """
+
+    def __init__(self, length: int, seed: int) -> None:
+        self._length = length
+        self._sorted = permutation(length, seed) if length <= LONGEST_SORTED else None
+        self._side = np.uint64(math.isqrt(length - 1) + 1) if length else np.uint64(0)
+        self._salts = [hash64("order", seed, number) for number in range(_ROUNDS)]
+
+    def __getitem__(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """What stands at these places, int64 in the shape of `places`, each in range(length)."""
+        if self._sorted is not None:
+            return self._sorted[places]
+        found = self._mix(places.astype(np.uint64))
+        while len(outside := np.flatnonzero(found >= self._length)):
+            found[outside] = self._mix(found[outside])
+        return found.astype(np.int64)
+
+    def _mix(self, numbers: UInt64Array) -> UInt64Array:
+        left, right = np.divmod(numbers, self._side)
+        for salt in self._salts:
+            left, right = right, (left + mix64(right, salt) % self._side) % self._side
+        mixed: UInt64Array = left * self._side + right
+        return mixed

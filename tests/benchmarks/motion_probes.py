@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import json
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,7 @@ def by_place(manifest: Manifest) -> Manifest:
     """The same clips, each place a source of its own: data sets that an earlier ablation made have one for all."""
     table = manifest.table
     column = table.schema.get_field_index("video_sha256")
-    return replace(manifest, table=table.set_column(column, table.schema.field(column), table["video_id"]))
+    return manifest.with_table(table.set_column(column, table.schema.field(column), table["video_id"]))
 
 
 def measure(folder: Path, part: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ def test_places_are_sources_of_their_own(tmp_path: Path) -> None:
     manifest = make_data_set(tmp_path, num_videos=4)
     column = manifest.table.schema.get_field_index("video_sha256")
     same = pa.array(["0"] * manifest.table.num_rows)
-    old = replace(manifest, table=manifest.table.set_column(column, manifest.table.schema.field(column), same))
+    old = manifest.with_table(manifest.table.set_column(column, manifest.table.schema.field(column), same))
     assert len(set(sources_of(old.table))) == 1
     found = motion_probes.by_place(old)
     assert len(set(sources_of(found.table))) == 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -162,7 +161,7 @@ def with_scores(manifest: Manifest) -> Manifest:
     for field in clip_scores.FIELDS:
         place = table.schema.get_field_index(field.name)
         table = table.set_column(place, field, pa.array(columns[field.name], field.type))
-    return dataclasses.replace(manifest, table=table)
+    return manifest.with_table(table)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def test_the_percentage_that_it_names_is_enough(tmp_path: Path) -> None:
     for percent, enough in ((int(found[1]), True), (int(found[1]) - 5, False)):
         held_out = pa.array([is_held_out(name, percent) for name in names])
         table = manifest.table.set_column(manifest.table.column_names.index("held_out"), "held_out", held_out)
-        assert (scoring_problem(dataclasses.replace(manifest, table=table)) == "") is enough
+        assert (scoring_problem(manifest.with_table(table)) == "") is enough
         if enough:
             assert len(table.filter(held_out)["video_id"].unique()) == int(found[2])
 
@@ -110,7 +109,7 @@ def test_videos_of_one_source_are_no_videos_to_tell_apart(tmp_path: Path) -> Non
     manifest = make_data_set(tmp_path, num_held_out=3)
     names = manifest.table.column_names
     source = pa.array(["film.mp4" if held else None for held in manifest.table["held_out"].to_pylist()], pa.string())
-    shared = dataclasses.replace(manifest, table=manifest.table.set_column(names.index("source"), "source", source))
+    shared = manifest.with_table(manifest.table.set_column(names.index("source"), "source", source))
     assert scoring_problem(manifest) == ""
     problem = scoring_problem(shared)
     assert problem.startswith(

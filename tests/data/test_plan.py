@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,19 +17,38 @@ from vmoco.data.manifest import Manifest, write_manifest
 from vmoco.data.plan import Draws, Plan
 from vmoco.data.shard import ShardFile
 from vmoco.presets import PRESETS
-from vmoco.seed import hash64
+from vmoco.seed import UInt64Array, hash64
 
 COUNTS = st.lists(st.integers(1, 6), min_size=1, max_size=9)
+
+
+@dataclass(frozen=True)
+class Clips:
+    """What a plan knows of its clips, in memory."""
+
+    first_clip: npt.NDArray[np.int64]
+    clip_ids: UInt64Array
+    place_in_shot: npt.NDArray[np.int64]
+    num_of_shot: npt.NDArray[np.int64]
+
+
+def clips_of(counts: list[int], *, longest_shot: int | None = None) -> Clips:
+    """Videos with so many clips each, in shots of at most so many clips."""
+    ids = [hash64("clip", video, clip) for video, count in enumerate(counts) for clip in range(count)]
+    places, sizes = [], []
+    for count in counts:
+        longest = longest_shot or count
+        places += [clip % longest for clip in range(count)]
+        sizes += [min(longest, count - clip // longest * longest) for clip in range(count)]
+    return Clips(np.cumsum([0, *counts]), np.array(ids, np.uint64), np.array(places), np.array(sizes))
 
 
 def make_plan(
     counts: list[int], *, seed: int = 3, draws_per_video: int = 2, micro_batch: int = 2, num_micro: int = 3
 ) -> Plan:
     """A plan over videos with so many clips each."""
-    ids = [hash64("clip", video, clip) for video, count in enumerate(counts) for clip in range(count)]
     return Plan(
-        np.repeat(np.arange(len(counts)), counts),
-        np.array(ids, np.uint64),
+        clips_of(counts),
         seed=seed,
         draws_per_video=draws_per_video,
         global_batch=micro_batch * num_micro,
@@ -195,23 +216,15 @@ def test_second_clip_is_another_of_the_video(counts: list[int], micro: int, step
 
 @given(counts=COUNTS, length=st.integers(1, 4), step=st.integers(0, 30))
 def test_second_clip_is_of_the_same_shot(counts: list[int], length: int, step: int) -> None:
-    """Where shots are known: another clip of the shot, and the same clip where it is alone in it.
-
-    With one shot in each video, pairs are those of a plan that knows no shots.
-    """
-    numbers = np.concatenate([np.arange(count) for count in counts])
+    """Where shots are known: another clip of the shot, and the same clip where it is alone in it."""
     videos = np.repeat(np.arange(len(counts)), counts)
-    shots = numbers // length
-    ids = np.array([hash64("clip", number) for number in range(len(videos))], np.uint64)
-    options = {"seed": 3, "draws_per_video": 2, "global_batch": 6, "micro_batch": 2}
-    plan = Plan(videos, ids, shots=shots, **options)
+    shots = np.concatenate([np.arange(count) for count in counts]) // length
+    plan = Plan(clips_of(counts, longest_shot=length), seed=3, draws_per_video=2, global_batch=6, micro_batch=2)
     draws = plan.batch(step)
     for clip, other in zip(draws.clip.tolist(), plan.second_clips(draws).tolist(), strict=True):
         assert (videos[other], shots[other]) == (videos[clip], shots[clip])
         alone = np.sum((videos == videos[clip]) & (shots == shots[clip])) == 1
         assert (other == clip) == alone
-    plans = [Plan(videos, ids, shots=each, **options) for each in (None, np.zeros_like(shots))]
-    assert plans[0].second_clips(draws).tolist() == plans[1].second_clips(draws).tolist()
 
 
 def test_each_other_clip_is_as_likely() -> None:

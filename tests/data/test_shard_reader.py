@@ -113,7 +113,7 @@ def many_shards(folder: Path, count: int) -> Manifest:
         os.link(original, manifest.shard_uri(name))
     shards = dict.fromkeys(names, manifest.shards[row["shard"]])
     table = pa.Table.from_pylist([row | {"shard": name} for name in names], schema=manifest.table.schema)
-    return dataclasses.replace(manifest, table=table, shards=shards)
+    return dataclasses.replace(manifest, shards=shards).with_table(table)
 
 
 def num_maps(folder: Path) -> int:
@@ -320,7 +320,7 @@ def test_a_data_set_on_s3_is_read_through_the_cache(tmp_path: Path, store: Any) 
     assert cache is not None
     assert cache.size() == sum(manifest.table["num_bytes"].to_pylist())
     with pytest.raises(ValueError, match=r"s3://bucket/none/shards/0000.arrow is missing: restore the shard"):
-        ClipReader.of(dataclasses.replace(manifest, uri="s3://bucket/none")).frames(0)
+        ClipReader.of(dataclasses.replace(manifest, uri="s3://bucket/none"), manifest.table).frames(0)
 
 
 @pytest.mark.parametrize("by_clips", [True, False])

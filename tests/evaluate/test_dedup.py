@@ -120,7 +120,7 @@ def test_the_rule_of_what_stays(tmp_path: Path) -> None:
     sizes[2] = 2000
     column = manifest.table.schema.get_field_index("video_bytes")
     larger = manifest.table.set_column(column, manifest.table.schema.field(column), [sizes])
-    manifest = dataclasses.replace(manifest, table=larger)
+    manifest = manifest.with_table(larger)
     assert grouped(manifest, (0, 1, 0.9)) == {0: (0, None), 1: (0, 0)}
     assert grouped(manifest, (0, 3, 0.9)) == {0: (0, None), 3: (0, 0)}
     assert grouped(manifest, (0, 2, 0.9)) == {2: (0, None), 0: (0, 2)}

@@ -314,7 +314,7 @@ def test_the_table_is_read_once_for_all_shards(tmp_path: Path) -> None:
     for num_shards in (1, 200):
         rows = [row | {"shard": f"{shard:06d}", "row": 1 - place} for shard in range(num_shards) for place in range(2)]
         table = CountedTable(pa.Table.from_pylist(rows, schema=manifest.table.schema))
-        items = shard_items(dataclasses.replace(manifest, table=table))
+        items = shard_items(manifest.with_table(table))
         plans = [json.loads(item["plan"])["rows"] for item in items]
         assert [[(each["source"], each["row"]) for each in plan] for plan in plans] == [
             [(f"{shard:06d}", 0), (f"{shard:06d}", 1)] for shard in range(num_shards)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -234,5 +233,5 @@ def test_sources_are_part_of_the_evaluation_set(tmp_path: Path) -> None:
         names = sorted({row["video_id"] for row in manifest.table.to_pylist() if row["held_out"]})
         of = dict(zip(names, sources, strict=True))
         column = pa.array([of.get(name) for name in manifest.table["video_id"].to_pylist()], pa.string())
-        hashes.append(scored_clips(replace(manifest, table=manifest.table.set_column(place, "source", column)))[1])
+        hashes.append(scored_clips(manifest.with_table(manifest.table.set_column(place, "source", column)))[1])
     assert hashes[0] == hashes[1] != hashes[2]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-import pyarrow as pa
-
 from vmoco.config import PretrainSettings
+from vmoco.data.clip_index import ClipIndex
 from vmoco.data.manifest import Manifest
-from vmoco.data.training_clips import reasons, training_clips, with_list
+from vmoco.data.training_clips import reasons, with_list
 from vmoco.presets import PRESETS
 from vmoco.settings import flag
 
@@ -46,7 +45,7 @@ def fit_to_data(settings: PretrainSettings, manifest: Manifest) -> tuple[Pretrai
 
 def epoch_clips(settings: PretrainSettings, manifest: Manifest) -> int:
     """Number of clips that one epoch draws."""
-    return len(training_clips(manifest, settings.data)["video_id"].unique()) * settings.data.draws_per_video
+    return ClipIndex.of(manifest, settings.data).num_videos * settings.data.draws_per_video
 
 
 def _counts(settings: PretrainSettings, share: str, number: str) -> bool:
@@ -75,8 +74,8 @@ def _fitting_stride(settings: PretrainSettings, stored_frames: int) -> int:
     return min(data.stride, longest) if longest else data.stride
 
 
-def check_fits(manifest: Manifest, settings: PretrainSettings) -> None:
-    """Checks that a run can be trained on a data set.
+def check_fits(manifest: Manifest, settings: PretrainSettings, clips: ClipIndex | None = None) -> None:
+    """Checks that a run can be trained on a data set; `clips` is the index of what training takes, if it is there.
 
     Raises:
         ValueError: clips too short or too small for the settings, or no clip to train on.
@@ -95,21 +94,17 @@ def check_fits(manifest: Manifest, settings: PretrainSettings) -> None:
         )
     if manifest.counts["videos"] == manifest.counts["held_out"]:
         raise ValueError(f"every video of {manifest.uri} is held out: ingest more videos, or lower --held-out-percent")
-    clips = training_clips(manifest, settings.data)
-    if not clips.num_rows:
+    clips = clips or ClipIndex.of(manifest, settings.data)
+    if not clips.num_clips:
         raise ValueError(
             f"no clip of {manifest.uri} is left to train on: {', '.join(reasons(settings.data))} leaves out all clips "
             "of videos that are not held out"
         )
-    if settings.data.positives == "two_clips" and frames == stored_frames and not _has_second_clips(clips):
+    if settings.data.positives == "two_clips" and frames == stored_frames and clips.num_clips == clips.num_videos:
         raise ValueError(
             f"--data.positives two_clips: each video of {manifest.uri} has a single clip of --data.num-frames x "
             f"--data.stride = {frames} frames, so lower one of them, ingest more clips, or give same_clip"
         )
-
-
-def _has_second_clips(clips: pa.Table) -> bool:
-    return len(clips) > len(clips["video_id"].unique())
 
 
 def span(settings: PretrainSettings) -> int:

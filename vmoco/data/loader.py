@@ -24,11 +24,11 @@ from vmoco.config import PretrainSettings
 from vmoco.data import augment
 from vmoco.data.checked_clips import CheckedClips
 from vmoco.data.clip_cache import cache_for
+from vmoco.data.clip_index import ClipIndex
 from vmoco.data.fit import check_fits, span
 from vmoco.data.manifest import Manifest
 from vmoco.data.plan import Draws, Int64Array, Plan
 from vmoco.data.shard_reader import ClipReader
-from vmoco.data.training_clips import training_clips
 from vmoco.seed import UInt64Array, hash64, mix64, uniform, uniforms
 
 
@@ -108,7 +108,7 @@ class Loader:
     """Iterates over the batches of one rank, from `start_step` to the last step of the run.
 
     Args:
-        manifest: data set to read, of which training takes `training_clips`.
+        manifest: data set to read; `training_clips` says which of it training takes.
         settings: of the run.
         rank: of this process.
         world_size: number of ranks.
@@ -118,7 +118,7 @@ class Loader:
 
     Attributes:
         plan: order of training.
-        clip_ids: of the clips, by the numbers that the plan gives them.
+        clips: that training takes, by the numbers that the plan gives them.
         seconds_waited: time that the consumer has waited for a batch that was not ready.
 
     Raises:
@@ -136,26 +136,19 @@ class Loader:
         pin_memory: bool = False,
         checked: CheckedClips | None = None,
     ) -> None:
-        check_fits(manifest, settings)
         self._settings = settings
         self._manifest = manifest
-        self._rows = training_clips(manifest, settings.data)
-        self.clip_ids: list[str] = self._rows["clip_id"].to_pylist()
         data = settings.data
+        self.clips = ClipIndex.of(manifest, data)
+        check_fits(manifest, settings, self.clips)
         cache = cache_for(manifest.uri, folder=data.cache, gib=data.cache_gib)
-        self._reader = ClipReader.of(manifest, self._rows, cache=cache, threads=data.loader_threads, checked=checked)
-        videos = self._rows["video_id"].combine_chunks().dictionary_encode()
-        names = videos.dictionary.to_pylist()
-        # A hash and not an index, so that a key still names its video when the data set grows between two runs.
-        self._video_ids = np.array([hash64("video", name) for name in names], np.uint64).view(np.int64)
+        self._reader = ClipReader.of(manifest, self.clips, cache=cache, threads=data.loader_threads, checked=checked)
         self.plan = Plan(
-            videos.indices.to_numpy().astype(np.int64),
-            np.array([int(clip_id, 16) for clip_id in self.clip_ids], np.uint64),
+            self.clips,
             seed=settings.run.seed,
             draws_per_video=settings.data.draws_per_video,
             global_batch=settings.train.global_batch,
             micro_batch=settings.train.micro_batch,
-            shots=None if self._rows["shot"].null_count else self._rows["shot"].to_numpy().astype(np.int64),
         )
         shares = [self.plan.share(each, world_size) for each in range(world_size)]
         self._share, self._clips_per_rank = shares[rank], [share.stop - share.start for share in shares]
@@ -213,11 +206,11 @@ class Loader:
             query=self._view("query", queries, clips=queries.clip, window_seeds=queries.seed),
             key=self._key_view(keys, step=step),
             random_importance=self._locked(importance.astype(np.float32)),
-            clip_ids=[self.clip_ids[clip] for clip in queries.clip],
+            clip_ids=[self.clips.clip_id(clip) for clip in queries.clip],
             share=self._share,
             clips_per_rank=self._clips_per_rank,
             key_order=self._locked(key_order),
-            video_ids=self._locked(self._video_ids[draws.video]),
+            video_ids=self._locked(self.clips.video_names[draws.video]),
             reversed_keys=self.reversed_keys(step),
             branch_factors=self._branch_factors(queries),
         )

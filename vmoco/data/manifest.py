@@ -9,11 +9,11 @@ earlier version that is continued keeps its shards and gets the version of its n
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +24,7 @@ from vmoco import storage
 from vmoco.data import clip_scores
 from vmoco.data.frames import Encoding, Shape
 from vmoco.data.shard import METADATA_KEY, READABLE, READABLE_NAMES, ROW_FIELDS, VERSION, ShardFile
+from vmoco.storage import Result
 
 NAME = "manifest.parquet"
 SHARDS = "shards"
@@ -50,12 +51,10 @@ _LATER |= {field.name: field for field in clip_scores.FIELDS}
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The contents of a data set."""
+    """The contents of a data set. Its rows are read when `table` is used for the first time."""
 
     uri: str
     """Folder of the data set."""
-    table: pa.Table
-    """One row per clip (FIELDS), sorted by (video_id, start_seconds)."""
     settings: dict[str, Any]
     """`IngestSettings.content()` of the ingest that made it."""
     hash: str
@@ -74,26 +73,69 @@ class Manifest:
         """Where the shard of that name lies."""
         return shard_uri(self.uri, name)
 
+    @functools.cached_property
+    def table(self) -> pa.Table:
+        """One row per clip (FIELDS), sorted by (video_id, start_seconds).
+
+        Raises:
+            ValueError: the file cannot be read, or is another one than when the manifest was loaded.
+        """
+        read: pa.Table = _reading(self.uri, lambda: self._file().read())
+        return _with_all_fields(read.replace_schema_metadata(None))
+
+    @property
+    def is_read(self) -> bool:
+        """Whether `table` is in memory."""
+        return "table" in self.__dict__
+
+    def with_table(self, table: pa.Table) -> Manifest:
+        """The same contents with other rows."""
+        other = dataclasses.replace(self)
+        other.__dict__["table"] = table  # where the cached property keeps it
+        return other
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """The rows of `table` in pieces, so that memory holds a few of them at most.
+
+        Args:
+            columns: names of the columns to read.
+
+        Raises:
+            ValueError: as `table`.
+        """
+        if self.is_read:
+            yield from (
+                self.table.slice(begin, _ROWS_PER_PIECE).select(list(columns))
+                for begin in range(0, self.table.num_rows, _ROWS_PER_PIECE)
+            )
+            return
+        file = _reading(self.uri, self._file)
+        there = [name for name in columns if name in file.schema_arrow.names]
+        pieces = file.iter_batches(batch_size=_ROWS_PER_PIECE, columns=there)
+        while (piece := _reading(self.uri, lambda: next(pieces, None))) is not None:
+            yield _with_all_fields(pa.table(piece).replace_schema_metadata(None), columns)
+
+    def _file(self) -> pq.ParquetFile:
+        """The file, opened.
+
+        Raises:
+            ValueError: it has changed.
+        """
+        file = _open(self.uri)
+        about = _about(file)
+        if (about.get("hash"), about.get("settings")) != (self.hash, self.settings):
+            raise ValueError(f"data set {self.uri} has changed while it was read: start again")
+        return file
+
     @classmethod
     def load(cls, uri: str) -> Manifest:
-        """Reads the manifest of the data set at `uri`, and checks that its shards are there.
+        """Opens the manifest of the data set at `uri`, and checks that its shards are there.
 
         Raises:
             ValueError: there is no data set, it is of another schema version, or shards are missing.
         """
         uri = storage.absolute_uri(uri)
-        try:
-            content = storage.read_bytes(storage.join(uri, NAME))
-        except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(
-                f"{uri} is not a data set: no {NAME} there; make one with jobs/ingest.py (the same command "
-                "finishes an ingest that was interrupted)"
-            ) from None
-        try:
-            table = pq.read_table(io.BytesIO(content))
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{uri}/{NAME} cannot be read ({error}): remove it and run jobs/ingest.py again") from None
-        about = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
+        about = _reading(uri, lambda: _about(_open(uri)))
         if about.get("version") not in READABLE:
             version = about.get("version")
             raise ValueError(
@@ -103,7 +145,6 @@ class Manifest:
         _check_shards(uri, about["shards"])
         return cls(
             uri=uri,
-            table=_with_all_fields(table.replace_schema_metadata(None)),
             settings=about["settings"],
             hash=about["hash"],
             frame_shape=tuple(about["frame_shape"]),
@@ -111,6 +152,36 @@ class Manifest:
             counts=about["counts"],
             shards={name: ShardFile(**file) for name, file in about["shards"].items()},
         )
+
+
+_ROWS_PER_PIECE = 2**16
+
+
+def _open(uri: str) -> pq.ParquetFile:
+    filesystem, path = storage.filesystem(storage.join(uri, NAME))
+    return pq.ParquetFile(filesystem.open_input_file(path))
+
+
+def _about(file: pq.ParquetFile) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads((file.schema_arrow.metadata or {}).get(METADATA_KEY, b"{}"))
+    return about
+
+
+def _reading(uri: str, action: Callable[[], Result]) -> Result:
+    """The result of an action that reads the manifest of the data set at `uri`; a store is asked again.
+
+    Raises:
+        ValueError: there is no manifest, or it cannot be read.
+    """
+    try:
+        return storage.patiently(action)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{uri} is not a data set: no {NAME} there; make one with jobs/ingest.py (the same command "
+            "finishes an ingest that was interrupted)"
+        ) from None
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ValueError(f"{uri}/{NAME} cannot be read ({error}): remove it and run jobs/ingest.py again") from None
 
 
 def shard_uri(uri: str, name: str) -> str:
@@ -135,11 +206,12 @@ def note_counts(table: pa.Table) -> dict[str, int]:
     return dict(sorted(Counter(kind for _, kind in noted).items()))
 
 
-def _with_all_fields(table: pa.Table) -> pa.Table:
+def _with_all_fields(table: pa.Table, columns: Sequence[str] | None = None) -> pa.Table:
+    names = [field.name for field in FIELDS] if columns is None else list(columns)
     for name, field in _LATER.items():
-        if name not in table.column_names:
+        if name in names and name not in table.column_names:
             table = table.append_column(field, pa.nulls(table.num_rows, field.type))
-    return table.select([field.name for field in FIELDS])
+    return table.select(names)
 
 
 def write_manifest(
@@ -166,7 +238,6 @@ def write_manifest(
     held_out = table.filter(table["held_out"])
     manifest = Manifest(
         uri=storage.absolute_uri(uri),
-        table=table.combine_chunks(),
         settings=dict(settings),
         hash=content_hash(table),
         frame_shape=frame_shape,
@@ -180,6 +251,7 @@ def write_manifest(
         },
         shards=dict(sorted(shards.items())),
     )
+    manifest = manifest.with_table(table.combine_chunks())
     about = {
         "version": VERSION,
         "settings": manifest.settings,

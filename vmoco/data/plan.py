@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from vmoco.seed import UInt64Array, hash64, mix64, permutation, uniform
+from vmoco.seed import Order, UInt64Array, hash64, mix64, permutation, uniform
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -45,50 +46,49 @@ class Draws:
         return len(self.clip)
 
 
+class PlannedClips(Protocol):
+    """What the plan needs to know of the clips. `clip_index.ClipIndex` is one; its arrays may be mapped files."""
+
+    @property
+    def first_clip(self) -> npt.NDArray[np.integer]:
+        """(V + 1,): first clip of each video, and the number of clips N. Clips of one video are neighbours."""
+
+    @property
+    def clip_ids(self) -> UInt64Array:
+        """uint64 (N,): seeds follow from it, so they survive a new layout of the data set."""
+
+    @property
+    def place_in_shot(self) -> npt.NDArray[np.integer]:
+        """(N,): number of clips of its shot before each clip. Where shots are not known, a video is one shot."""
+
+    @property
+    def num_of_shot(self) -> npt.NDArray[np.integer]:
+        """(N,): number of clips of its shot, which are neighbours."""
+
+
 class Plan:
-    """The order of training.
+    """The order of training. It keeps no array as long as the data set, unless that has few videos (`seed.Order`).
 
     Args:
-        videos: video index of each clip, ascending (clips of one video are neighbours), one entry per manifest row.
-        clip_ids: 64-bit identity of each clip: seeds follow from it, so they survive a new layout of the data set.
+        clips: that training takes.
         seed: seed of the run.
         draws_per_video: clips drawn from each video in one epoch; distinct ones where the video has that many.
         global_batch: G, clips per step over all ranks.
         micro_batch: M, clips normalised together; divides G.
-        shots: number of the shot of each clip in its video, ascending in each; None where nobody knows them.
     """
 
     def __init__(
-        self,
-        videos: Int64Array,
-        clip_ids: UInt64Array,
-        *,
-        seed: int,
-        draws_per_video: int,
-        global_batch: int,
-        micro_batch: int,
-        shots: Int64Array | None = None,
+        self, clips: PlannedClips, *, seed: int, draws_per_video: int, global_batch: int, micro_batch: int
     ) -> None:
-        assert len(videos) == len(clip_ids) > 0, "one video index and one id per clip"
+        assert len(clips.first_clip) > 1, "a data set has clips"
         assert global_batch % micro_batch == 0, "checked with the settings"
-        self._first_clip = np.flatnonzero(np.diff(videos, prepend=-1)).astype(np.int64)
-        self._num_clips = np.diff(self._first_clip, append=len(videos))
-        # The clips that may be the second one of a pair: those of the same shot, which are neighbours as well.
-        begins = np.diff(videos, prepend=-1) != 0
-        if shots is not None:
-            begins |= np.diff(shots, prepend=-1) != 0
-        self._first_of_shot = np.flatnonzero(begins)[np.cumsum(begins) - 1].astype(np.int64)
-        self._num_of_shot = np.bincount(self._first_of_shot, minlength=len(videos))[self._first_of_shot]
-        self._clip_ids = clip_ids
+        self._clips = clips
         self._seed = seed
+        self.num_videos = len(clips.first_clip) - 1
         self.draws_per_video = draws_per_video
         self.global_batch = global_batch
         self.micro_batch = micro_batch
-        self._epoch_draws = lru_cache(maxsize=2)(self._draw_epoch)
-
-    @property
-    def num_videos(self) -> int:
-        return len(self._first_clip)
+        self._order = lru_cache(maxsize=2 * draws_per_video)(self._make_order)
 
     @property
     def epoch_length(self) -> int:
@@ -99,9 +99,15 @@ class Plan:
         """The global batch of a step, in plan order: G draws."""
         at = step * self.global_batch + np.arange(self.global_batch, dtype=np.int64)
         epochs, places = np.divmod(at, self.epoch_length)
-        parts = [self._epoch_draws(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        passes, places = np.divmod(places, self.num_videos)
+        # Of the stream a batch takes one piece of each pass that it reaches into.
+        borders = np.flatnonzero((np.diff(epochs) != 0) | (np.diff(passes) != 0)) + 1
+        pieces = [
+            self._draw(int(epochs[piece[0]]), int(passes[piece[0]]), places[piece])
+            for piece in np.split(np.arange(self.global_batch), borders)
+        ]
         return Draws(
-            *(np.concatenate([getattr(p, name) for p in parts]) for name in ("clip", "video", "epoch", "seed"))
+            *(np.concatenate([getattr(each, name) for each in pieces]) for name in ("clip", "video", "epoch", "seed"))
         )
 
     def second_clips(self, draws: Draws) -> Int64Array:
@@ -109,9 +115,10 @@ class Plan:
 
         Where the shots are not known, it is another clip of its video.
         """
-        count, first = self._num_of_shot[draws.clip], self._first_of_shot[draws.clip]
+        count = self._clips.num_of_shot[draws.clip].astype(np.int64)
+        place = self._clips.place_in_shot[draws.clip].astype(np.int64)
         further = np.floor(uniform(draws.seed, hash64("second clip")) * (count - 1)).astype(np.int64)
-        return first + (draws.clip - first + 1 + further) % count
+        return draws.clip - place + (place + 1 + further) % count
 
     def key_order(self, step: int) -> Int64Array:
         """Order in which the keys of a step are loaded: place i of the shuffled copy holds draw key_order[i]."""
@@ -145,20 +152,19 @@ class Plan:
         first, last = rank * count // world_size, (rank + 1) * count // world_size
         return slice(first * self.micro_batch, last * self.micro_batch)
 
-    def _draw_epoch(self, epoch: int) -> Draws:
-        orders = [
-            permutation(self.num_videos, hash64("video-order", self._seed, epoch, draw))
-            for draw in range(self.draws_per_video)
-        ]
-        video = np.concatenate(orders)
-        draw = np.repeat(np.arange(self.draws_per_video, dtype=np.int64), self.num_videos)
+    def _make_order(self, epoch: int, number: int) -> Order:
+        """Order of the videos in one pass of an epoch."""
+        return Order(self.num_videos, hash64("video-order", self._seed, epoch, number))
+
+    def _draw(self, epoch: int, number: int, places: Int64Array) -> Draws:
+        """The draws at some places of one pass of an epoch."""
+        video = self._order(epoch, number)[places]
+        ids, first = self._clips.clip_ids, self._clips.first_clip[video].astype(np.int64)
+        count = self._clips.first_clip[video + 1].astype(np.int64) - first
         # The clips of a video's draws lie evenly apart, from a place that changes with the epoch.
-        count = self._num_clips[video]
-        offset = mix64(self._clip_ids[self._first_clip[video]], hash64("clip", self._seed, epoch)) % count.astype(
-            np.uint64
-        )
+        offset = mix64(ids[first], hash64("clip", self._seed, epoch)) % count.astype(np.uint64)
         apart = np.maximum(count // self.draws_per_video, 1)
-        clip = self._first_clip[video] + (offset.astype(np.int64) + draw * apart) % count
-        seed = mix64(mix64(self._clip_ids[clip], hash64("draw", self._seed, epoch)), 0)
-        seed = mix64(seed ^ draw.astype(np.uint64), 1)
+        clip = first + (offset.astype(np.int64) + number * apart) % count
+        seed = mix64(mix64(ids[clip], hash64("draw", self._seed, epoch)), 0)
+        seed = mix64(seed ^ np.uint64(number), 1)
         return Draws(clip, video, np.full(len(clip), epoch, np.int64), seed)

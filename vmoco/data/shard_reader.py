@@ -17,7 +17,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -40,16 +40,73 @@ _PIECE = 2**22  # bytes
 _FIX = "restore the shard, or remove it and run jobs/ingest.py again"
 
 
+class Rows(Protocol):
+    """Where clips lie. `clip_index.ClipIndex` is one, and `TableRows`."""
+
+    @property
+    def num_clips(self) -> int:
+        """Number of clips."""
+
+    def clip_id(self, clip: int) -> str:
+        """Name of a clip in the manifest."""
+
+    def sha256(self, clip: int) -> str:
+        """Hash of its stored bytes, 64 hex digits."""
+
+    def extent(self, clip: int) -> tuple[int, int]:
+        """Its first byte in its shard, and its number of bytes."""
+
+    def shard(self, clip: int) -> int:
+        """Number of its shard."""
+
+    def shard_name(self, shard: int) -> str:
+        """Name of a shard, by its number."""
+
+
+class TableRows:
+    """Rows of a manifest in memory, with clip_id, shard, offset, num_bytes and sha256."""
+
+    def __init__(self, rows: pa.Table) -> None:
+        self.num_clips = rows.num_rows
+        self._clip_ids, self._sha256 = rows["clip_id"].combine_chunks(), rows["sha256"].combine_chunks()
+        self._shards = rows["shard"].combine_chunks().dictionary_encode()
+        self._shard_of = self._shards.indices.to_numpy()
+        self._offset, self._num_bytes = rows["offset"].to_numpy(), rows["num_bytes"].to_numpy()
+
+    def clip_id(self, clip: int) -> str:
+        """As `Rows`."""
+        name: str = self._clip_ids[clip].as_py()
+        return name
+
+    def sha256(self, clip: int) -> str:
+        """As `Rows`."""
+        name: str = self._sha256[clip].as_py()
+        return name
+
+    def extent(self, clip: int) -> tuple[int, int]:
+        """As `Rows`."""
+        return int(self._offset[clip]), int(self._num_bytes[clip])
+
+    def shard(self, clip: int) -> int:
+        """As `Rows`."""
+        return int(self._shard_of[clip])
+
+    def shard_name(self, shard: int) -> str:
+        """As `Rows`."""
+        name: str = self._shards.dictionary[shard].as_py()
+        return name
+
+
 class ClipReader:
     """Reads clips of a data set, local or remote. Several threads may use one reader.
 
     Args:
         uri: folder of the data set.
-        rows: rows of its manifest with clip_id, shard, offset, num_bytes and sha256; a clip is named by its place here.
+        rows: its clips, as an index or as rows of its manifest; a clip is named by its place here.
         frame_shape: (T, H, W, C) of every stored clip.
         encoding: how its frames are stored.
         shard_bytes: sizes of the shards by name, to notice a truncated one before its first clip is read.
-        crop: cut off the padding of pictures that do not fill the frame; `rows` then has their height and width.
+        crop: cut off the padding of pictures that do not fill the frame; needs rows of a manifest.
         cache: for clips of remote shards that are read more than once; without one they are fetched each time.
         max_open: shards that are kept open; the one that was used longest ago is closed first.
         threads: that read several clips at once; 0 chooses.
@@ -59,7 +116,7 @@ class ClipReader:
     def __init__(
         self,
         uri: str,
-        rows: pa.Table,
+        rows: pa.Table | Rows,
         *,
         frame_shape: Shape,
         encoding: Encoding,
@@ -71,13 +128,12 @@ class ClipReader:
         checked: CheckedClips | None = None,
     ) -> None:
         self._uri, self._frame_shape, self._encoding, self._shard_bytes = uri, frame_shape, encoding, shard_bytes or {}
-        self._clip_ids = rows["clip_id"].combine_chunks()
-        self._sha256 = rows["sha256"].combine_chunks()
-        self._shards = rows["shard"].combine_chunks().dictionary_encode()
-        self._shard_of = self._shards.indices.to_numpy()
-        self._offset, self._num_bytes = rows["offset"].to_numpy(), rows["num_bytes"].to_numpy()
-        self._pictures = (rows["height"].to_numpy(), rows["width"].to_numpy()) if crop else None
-        self._checked = np.zeros(rows.num_rows, bool)
+        self._rows: Rows = TableRows(rows) if isinstance(rows, pa.Table) else rows
+        self._pictures = None
+        if crop:
+            assert isinstance(rows, pa.Table), "an index does not know the pictures"
+            self._pictures = rows["height"].to_numpy(), rows["width"].to_numpy()
+        self._checked = np.zeros(self._rows.num_clips, bool)
         self._cache, self._is_remote = cache, storage.local_path(uri) is None
         self._known = None if self._is_remote else checked
         self._open: OrderedDict[int, Future[Any]] = OrderedDict()
@@ -92,14 +148,14 @@ class ClipReader:
     def of(
         cls,
         manifest: Manifest,
-        rows: pa.Table | None = None,
+        rows: pa.Table | Rows | None = None,
         *,
         crop: bool = False,
         cache: ClipCache | None = None,
         threads: int = 0,
         checked: CheckedClips | None = None,
     ) -> ClipReader:
-        """A reader of some rows of a manifest's table, or of all."""
+        """A reader of some clips of a data set, or of all."""
         return cls(
             manifest.uri,
             manifest.table if rows is None else rows,
@@ -173,7 +229,7 @@ class ClipReader:
             if not self._is_intact(clip, stored):
                 if not self._is_remote or self._cache is None:
                     raise ValueError(self._damage(clip, stored))
-                self._cache.drop(self._sha256[clip].as_py())  # this disk has damaged it: the store has the original
+                self._cache.drop(self._rows.sha256(clip))  # this disk has damaged it: the store has the original
                 stored = self._read(clip)
             if self._known is not None and (mark := self._mark(clip)):
                 self._known.add(mark)
@@ -186,29 +242,29 @@ class ClipReader:
         return mark is not None and self._known is not None and mark in self._known
 
     def _mark(self, clip: int) -> tuple[int, int] | None:
-        shard = self._file_marks.get(int(self._shard_of[clip]))
-        return self._known.mark(self._sha256[clip].as_py(), shard) if self._known and shard else None
+        shard = self._file_marks.get(self._rows.shard(clip))
+        return self._known.mark(self._rows.sha256(clip), shard) if self._known and shard else None
 
     def _read(self, clip: int) -> memoryview:
         if not self._is_remote:
             return self._mapped(clip)
         if self._cache is None:
             return memoryview(self._fetch(clip))
-        return self._cache.read(self._sha256[clip].as_py(), fetch=lambda: self._fetch(clip))
+        return self._cache.read(self._rows.sha256(clip), fetch=lambda: self._fetch(clip))
 
     def _mapped(self, clip: int) -> memoryview:
         mapped = self._opened(clip)
-        begin = int(self._offset[clip])
-        end = begin + int(self._num_bytes[clip])
+        begin, size = self._rows.extent(clip)
+        end = begin + size
         if end > mapped.nbytes:
             raise ValueError(
                 f"shard {self._shard_uri(clip)} is truncated or was changed: it has {mapped.nbytes} bytes, and clip "
-                f"{self._clip_ids[clip]} ends at byte {end}; {_FIX}"
+                f"{self._rows.clip_id(clip)} ends at byte {end}; {_FIX}"
             )
         return mapped[begin:end]
 
     def _fetch(self, clip: int) -> bytes:
-        size, begin = int(self._num_bytes[clip]), int(self._offset[clip])
+        begin, size = self._rows.extent(clip)
         content = bytes(storage.patiently(lambda: self._opened(clip).read_at(size, begin)))
         if not self._is_intact(clip, content):  # damage never enters the cache
             raise ValueError(self._damage(clip, content))
@@ -216,7 +272,7 @@ class ClipReader:
 
     def _opened(self, clip: int) -> Any:
         """The shard of a clip: its mapped bytes, or the remote file. One thread opens it, others wait for that one."""
-        shard = int(self._shard_of[clip])
+        shard = self._rows.shard(clip)
         with self._lock:
             future = self._open.get(shard)
             opens = future is None
@@ -246,7 +302,7 @@ class ClipReader:
             mapped = map_file(Path(path))
             # A file that is replaced just now has no mark, so all its clips are hashed.
             if file_mark(path) == before:
-                self._file_marks[int(self._shard_of[clip])] = before
+                self._file_marks[self._rows.shard(clip)] = before
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"shard {uri} is missing: {_FIX}") from None
         known = self._shard_bytes.get(self._shard_name(clip), mapped.nbytes)
@@ -255,7 +311,7 @@ class ClipReader:
         return mapped
 
     def _is_intact(self, clip: int, stored: bytes | memoryview) -> bool:
-        return hashlib.sha256(stored).hexdigest() == self._sha256[clip].as_py()
+        return hashlib.sha256(stored).hexdigest() == self._rows.sha256(clip)
 
     def _damage(self, clip: int, stored: bytes | memoryview) -> str:
         return (
@@ -263,14 +319,13 @@ class ClipReader:
         )
 
     def _name(self, clip: int) -> str:
-        return f"clip {self._clip_ids[clip]} of shard {self._shard_uri(clip)}"
+        return f"clip {self._rows.clip_id(clip)} of shard {self._shard_uri(clip)}"
 
     def _shard_uri(self, clip: int) -> str:
         return shard_uri(self._uri, self._shard_name(clip))
 
     def _shard_name(self, clip: int) -> str:
-        name: str = self._shards.dictionary[int(self._shard_of[clip])].as_py()
-        return name
+        return self._rows.shard_name(self._rows.shard(clip))
 
 
 class ShardScan:

@@ -21,23 +21,73 @@ from vmoco.data.manifest import Manifest
 from vmoco.settings import flag
 
 
+class Selection:
+    """Chooses the clips that training takes; a pure function of data set, settings and list.
+
+    Args:
+        manifest: of the data set.
+        data: settings.
+
+    Attributes:
+        name: what was chosen by, as text: equal for equal choices.
+        columns: of the manifest that `keep` needs.
+
+    Raises:
+        ValueError: the list cannot be read, or is another one than at the start of the run.
+    """
+
+    def __init__(self, manifest: Manifest, data: DataSettings) -> None:
+        self._uri = manifest.uri
+        self._left_out = pa.array(sorted(_listed(data)), pa.string()) if data.leave_out is not None else None
+        # Both rounded as the manifest is: 0.3 in float32 is not the 0.3 that was typed.
+        self._typed = _bounds(data)
+        self._bounds = {name: round(float(getattr(data, name)), 2) for name in self._typed}
+        self._without = dict.fromkeys(self._bounds, 0)
+        self._num_clips = 0
+        listed = "" if self._left_out is None else _sha256("\n".join(self._left_out.to_pylist()).encode())
+        self.name = f"{listed} {sorted(self._bounds.items())}"
+        scores = [name.partition("_")[2] for name in self._bounds]
+        self.columns = list(dict.fromkeys(["held_out", *scores]))
+
+    def keep(self, table: pa.Table) -> npt.NDArray[np.bool_]:
+        """Which of some rows of the manifest are taken, bool (number of rows,)."""
+        kept = ~table["held_out"].to_numpy()
+        if self._left_out is not None:
+            kept &= ~pc.is_in(table["clip_id"], value_set=self._left_out).to_numpy()
+        self._num_clips += int(kept.sum())
+        of_all = kept.copy()
+        for name, bound in self._bounds.items():
+            scores = np.round(table[name.partition("_")[2]].to_numpy().astype(np.float64), 2)  # NaN where there is none
+            self._without[name] += int(np.isnan(scores[of_all]).sum())
+            kept &= scores <= bound if name == "max_cuts" else scores >= bound
+        return kept
+
+    def check(self) -> None:
+        """Checks, when all rows were seen, that each clip had the scores that it was chosen by.
+
+        Raises:
+            ValueError: some have none.
+        """
+        for name, count in self._without.items():
+            if count:
+                raise ValueError(
+                    f"{self._typed[name]} needs the scores of all clips, and {count} of the {self._num_clips} training "
+                    f"clips of {self._uri} have none, because an earlier version made them: leave the setting out, or "
+                    "run jobs/ingest.py into another folder"
+                )
+
+
 def training_clips(manifest: Manifest, data: DataSettings) -> pa.Table:
-    """Rows of the manifest that training takes, in its order; a pure function of data set, settings and list.
+    """Rows of the manifest that training takes, in its order.
 
     Raises:
         ValueError: the list cannot be read, is another one than at the start of the run, or is of another data set; or
             a score is needed that some clips do not have.
     """
-    table = manifest.table.filter(pc.invert(manifest.table["held_out"]))
-    if data.leave_out is not None:
-        left_out = pa.array(sorted(read_list(manifest, data)), pa.string())
-        table = table.filter(pc.invert(pc.is_in(table["clip_id"], value_set=left_out)))
-    chosen = np.ones(table.num_rows, bool)
-    for name, typed in _bounds(data).items():
-        # Both rounded as the manifest is: 0.3 in float32 is not the 0.3 that was typed.
-        bound, scores = round(float(getattr(data, name)), 2), np.round(_scores(manifest, table, name, typed), 2)
-        chosen &= scores <= bound if name == "max_cuts" else scores >= bound
-    return table.filter(pa.array(chosen))
+    selection = Selection(manifest, data)
+    kept = selection.keep(manifest.table)
+    selection.check()
+    return manifest.table.filter(pa.array(kept))
 
 
 def _bounds(data: DataSettings) -> dict[str, str]:
@@ -46,19 +96,6 @@ def _bounds(data: DataSettings) -> dict[str, str]:
     names = ("min_motion", "min_brightness", "min_contrast", "max_cuts")
     used = [name for name in names if getattr(data, name) != fields[name].default]
     return {name: f"{flag('data', name)} {getattr(data, name):g}" for name in used}
-
-
-def _scores(manifest: Manifest, table: pa.Table, name: str, typed: str) -> npt.NDArray[np.float64]:
-    """The column that a setting chooses by."""
-    column = table[name.partition("_")[2]]
-    if column.null_count:
-        raise ValueError(
-            f"{typed} needs the scores of all clips, and {column.null_count} of the {len(column)} training clips of "
-            f"{manifest.uri} have none, because an earlier version made them: leave the setting out, or run "
-            "jobs/ingest.py into another folder"
-        )
-    values: npt.NDArray[np.float64] = column.to_numpy().astype(np.float64)
-    return values
 
 
 def reasons(data: DataSettings) -> list[str]:
@@ -79,15 +116,34 @@ def with_list(manifest: Manifest, data: DataSettings) -> DataSettings:
     complete = data.model_copy(update={"leave_out": uri, "leave_out_sha256": _sha256(_content(uri))})
     if data.leave_out_sha256 is not None:
         complete = complete.model_copy(update={"leave_out_sha256": data.leave_out_sha256})
-    read_list(manifest, complete)
+    check_list(manifest, complete)
     return complete
 
 
-def read_list(manifest: Manifest, data: DataSettings) -> set[str]:
-    """The clips to leave out.
+def check_list(manifest: Manifest, data: DataSettings) -> None:
+    """Checks that the clips to leave out are clips of the data set.
 
     Raises:
-        ValueError: as `training_clips`.
+        ValueError: they are not, or the list cannot be read, or is another one than at the start of the run.
+    """
+    named = _listed(data)
+    there: set[str] = set()
+    for piece in manifest.batches(["clip_id"]):
+        there |= named.keys() & set(piece["clip_id"].to_pylist())
+    if unknown := named.keys() - there:
+        first = min(unknown, key=named.__getitem__)
+        raise ValueError(
+            f"--data.leave-out {data.leave_out} is not a list of clips of {manifest.uri}: {len(unknown)} of its "
+            f"{len(named)} lines name none, the first is {first[:40]!r}. Each line begins with a clip_id of the "
+            "manifest: give the list that jobs/dedup.py wrote for this data set"
+        )
+
+
+def _listed(data: DataSettings) -> dict[str, int]:
+    """The clips of the list, by the number of their line.
+
+    Raises:
+        ValueError: the list cannot be read, or is another one than at the start of the run.
     """
     uri = data.leave_out
     assert uri is not None, "the caller checks that there is a list"
@@ -98,16 +154,7 @@ def read_list(manifest: Manifest, data: DataSettings) -> set[str]:
             f"{data.leave_out_sha256}. Restore the list, or begin a new run"
         )
     lines = [line.strip() for line in content.decode("utf-8", "replace").splitlines()]
-    named = [line.split(maxsplit=1)[0] for line in lines if line and not line.startswith("#")]
-    there = set(manifest.table["clip_id"].to_pylist())
-    unknown = [name for name in named if name not in there]
-    if unknown:
-        raise ValueError(
-            f"--data.leave-out {uri} is not a list of clips of {manifest.uri}: {len(unknown)} of its {len(named)} "
-            f"lines name none, the first is {unknown[0][:40]!r}. Each line begins with a clip_id of the manifest: give "
-            "the list that jobs/dedup.py wrote for this data set"
-        )
-    return set(named)
+    return {line.split(maxsplit=1)[0]: at for at, line in enumerate(lines) if line and not line.startswith("#")}
 
 
 def write_list(uri: str, clips: Iterable[tuple[str, str]], *, title: str) -> None:

@@ -225,7 +225,7 @@ def _key_clip_ids(loader: Loader, settings: PretrainSettings, step: int) -> list
     draws = loader.plan.batch(step)[loader.plan.key_order(step)]
     clips = draws.clip if step < settings.two_clips_start else loader.plan.second_clips(draws)
     share = loader.plan.share(distributed.rank(), distributed.world_size())
-    return [loader.clip_ids[clip] for clip in clips[share]]
+    return [loader.clips.clip_id(clip) for clip in clips[share]]
 
 
 def _outcome(path: Path) -> Outcome:

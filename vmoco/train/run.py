@@ -15,11 +15,13 @@ import torch
 
 from vmoco import storage, tracking
 from vmoco.architectures import TRANSFORMERS
+from vmoco.clip_settings import DataSettings
 from vmoco.config import PretrainSettings
+from vmoco.data.clip_index import ClipIndex
 from vmoco.data.fit import check_fits, epoch_clips, fit_to_data
 from vmoco.data.held_out import scoring_problem
 from vmoco.data.manifest import Manifest
-from vmoco.data.training_clips import reasons, training_clips
+from vmoco.data.training_clips import reasons
 from vmoco.encoders import package
 from vmoco.model.cost import SCORE_SECONDS, scoring_seconds
 from vmoco.model.queue import decay_at, oldest_key_weight
@@ -259,14 +261,11 @@ def introduce(run: Run) -> list[str]:
         f"{workers} worker{'s' * (workers != 1)} on {'GPUs' if settings.scaling.use_gpu else 'CPUs'}, for "
         f"{settings.num_micro_batches} micro-batches a step; learning rate {peak:g}, with {warmup}"
     )
-    clips, held_out = (
-        training_clips(run.manifest, settings.data),
-        run.manifest.table["held_out"].to_pylist().count(True),
-    )
-    if less := counts["clips"] - held_out - clips.num_rows:
-        videos = counts["videos"] - counts["held_out"] - len(clips["video_id"].unique())
+    taken, there = (ClipIndex.of(run.manifest, each) for each in (settings.data, DataSettings()))
+    if less := there.num_clips - taken.num_clips:
+        videos = there.num_videos - taken.num_videos
         lines.append(
-            f"{less} of {less + clips.num_rows} clips are left out of training, and with them {videos} complete videos "
+            f"{less} of {there.num_clips} clips are left out of training, and with them {videos} complete videos "
             f"({', '.join(reasons(settings.data))})"
         )
     lines += run.fitted

@@ -76,7 +76,7 @@ def _run(config: dict[str, Any]) -> dict[str, Any] | None:
         host.begin(state, damaged=damaged)
         if host.is_first:
             host.show(f"{host.num_ranks} workers on {device.type}, {reason}, from step {state.step}")
-        checked = CheckedClips(config["lease"], num_clips=manifest.table.num_rows)
+        checked = CheckedClips(config["lease"], num_clips=manifest.counts["clips"])
         try:
             reached_end = train(settings, manifest, state, device=device, host=host, checked=checked)
         except NonFiniteError as error:
