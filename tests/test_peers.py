@@ -145,8 +145,9 @@ np.savez({str(tmp_path / "found.npz")!r}, duckdb_ids=[row[0] for row in duckdb_r
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["r3d_nano", "r2plus1d_18", "s3d"])
 def test_transformers_loads_an_export(python: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features, maps and pooled features are equal bit for bit, and again after transformers has saved the model.
+    """Features, maps and pooled features are those of the encoder, and again after transformers has saved the model.
 
+    Two processes may round differently: a sum depends on where its numbers lie in memory, on some CPUs (AMD).
     It computes in bfloat16, and gives gradients; no weight is missing or unknown.
     """
     monkeypatch.setattr(package, "write_program", lambda encoder, folder: None)
@@ -166,7 +167,7 @@ assert not any(report.values()), report
 out = model(clips)
 model.save_pretrained("saved")
 again = transformers.AutoModel.from_pretrained("saved", trust_remote_code=True)
-assert torch.equal(again.embed(clips), features)
+torch.testing.assert_close(again.embed(clips), features, rtol=0, atol=1e-5)
 assert again.config.image_size == 40 and again.config.num_frames == 8 and again.config.hidden_size == features.shape[1]
 half = transformers.AutoModel.from_pretrained({str(made.path)!r}, trust_remote_code=True, dtype=torch.bfloat16)
 assert half.dtype == torch.bfloat16 and (half.embed(clips) - features).abs().max() < 0.05
@@ -178,6 +179,6 @@ assert all(weights.grad is not None for weights in model.parameters())
 """
     run(python, code, tmp_path)
     found = np.load(tmp_path / "features.npz")
-    assert np.array_equal(found["embed"], encoder.embed(frames).numpy())
-    assert np.array_equal(found["pooled"], encoder(frames).detach().numpy())
-    assert np.array_equal(found["maps"], encoder.feature_maps(frames).numpy())
+    expected = {"embed": encoder.embed(frames), "pooled": encoder(frames), "maps": encoder.feature_maps(frames)}
+    for each, features in expected.items():
+        np.testing.assert_allclose(found[each], features.detach().numpy(), rtol=1e-4, atol=1e-5)

@@ -250,11 +250,14 @@ def test_whole_frame_at_its_own_size_is_the_frame() -> None:
 @pytest.mark.parametrize("settings", [SETTINGS, MOCO_V2], ids=["v1", "v2"])
 @pytest.mark.parametrize("size", [7, 32])
 def test_frames_of_a_clip_are_changed_alike(size: int, settings: AugmentSettings) -> None:
-    """Frames that are equal stay equal bit for bit, in each of 16 clips; the same frame in two clips does not."""
+    """Frames that are equal stay equal, in each of 16 clips; the same frame in two clips does not.
+
+    Up to rounding: on some CPUs the last rows of a matrix product are added up in another order than the others.
+    """
     frames = random_clips(1, 1, 40, 48).expand(16, 5, -1, -1, -1)
     clips = augment(frames, torch.from_numpy(draw(seeds(16), settings, height=40, width=48)), size=size)
     for time in range(1, 5):
-        assert torch.equal(clips[:, :, 0], clips[:, :, time])
+        torch.testing.assert_close(clips[:, :, 0], clips[:, :, time], rtol=0, atol=1e-5)
     first_frames = clips[:, :, 0].flatten(1)
     assert torch.pdist(first_frames).min() > 0.1
 

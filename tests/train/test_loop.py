@@ -126,14 +126,15 @@ def test_looking_at_the_generator_changes_nothing(tmp_path: Path) -> None:
 def test_losses_are_golden(tmp_path: Path) -> None:
     """The numbers of a fixed run on a CPU: a change that is not meant to alter them shows here.
 
-    CPUs add up in different orders. Until the generator starts that costs less than 1e-3; then a frame may be chosen
-    differently, and the numbers are only near. Two threads add up in another order than one, too: 2e-3 at step 6.
+    CPUs add up in different orders. That costs less than 1e-3 at step 3, and 2e-3 at step 6 (Intel against AMD, or two
+    threads against one). Once the generator has started, a frame may be chosen differently, and the numbers are near.
     Change the numbers only together with the method, and say so in the commit.
     """
     host = Notes()
     run(tmp_path, host)
     losses = {step: numbers["loss"] for step, numbers in host.points.items()}
-    assert [losses[3], losses[6]] == pytest.approx([3.742975, 4.227665], rel=1e-3)
+    assert losses[3] == pytest.approx(3.742975, rel=1e-3)
+    assert losses[6] == pytest.approx(4.227665, rel=5e-3)
     assert [losses[9], losses[12]] == pytest.approx([4.0427, 3.7280], rel=0.03)
     assert [host.points[step]["generator_loss"] for step in (9, 12)] == pytest.approx([-2.56, -2.65], rel=0.1)
 
