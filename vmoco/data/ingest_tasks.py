@@ -87,6 +87,7 @@ def clip_plan(settings: IngestSettings, found: Found) -> ClipPlan:
         end_seconds=found.end_seconds,
         damaged=settings.damaged,
         max_damaged_percent=settings.max_damaged_percent,
+        split_at_cuts=settings.at_cuts == "split",
     )
 
 
@@ -363,7 +364,10 @@ def _cut(unit: Unit, *, root: str, settings: IngestSettings, decoder: Decoder, o
             video = stack.enter_context(source.fetched(root, unit.found))
         # Decoding a long video takes as long as its parts would together.
         # A wrong time stamp may say that it lasts for years.
-        limit = min(settings.seconds_per_video * max(1.0, unit.duration / settings.part_seconds), _MOST_SECONDS)
+        limit = settings.seconds_per_video * max(1.0, unit.duration / settings.part_seconds)
+        if settings.at_cuts == "split":  # decodes it twice
+            limit *= 2
+        limit = min(limit, _MOST_SECONDS)
         made = cut(video, None, limit)
         return dataclasses.replace(made, notes=(*notes, *made.notes))
 

@@ -12,7 +12,8 @@ for the complete video before it is split, so they do not depend on the parts. A
 starts.
 
 Pure functions of time stamps, no pixels. A video whose frames cannot be known before they are decoded has no parts. It
-is decoded from its start, and so is one of which little would be left out: then every damaged frame is found.
+is decoded from its start, and so is one of which little would be left out: then every damaged frame is found. Where
+clips are planned shot by shot, they follow from all cuts of the video, so it has no parts either.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def plan_parts(line: Timeline, plan: ClipPlan, *, indices: Int64Array, seconds: 
         seconds: Length of a part: how much of the video it decodes.
     """
     times, keys = line.times, np.unique(line.keyframes)
-    if not len(keys) or not len(indices) or keys[0] != times[0]:
+    if plan.split_at_cuts or not len(keys) or not len(indices) or keys[0] != times[0]:
         return []
     begins = np.searchsorted(times, keys)
     firsts, lasts = indices.min(axis=1), indices.max(axis=1)
