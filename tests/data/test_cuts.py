@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -18,8 +20,9 @@ from tests.data.test_pictures import SIZE, folder_of, write_pictures
 from vmoco.data import pictures, video
 from vmoco.data.clips import ClipPlan, start_indices
 from vmoco.data.cuts import Watcher, cuts
-from vmoco.data.decoder import Decoder
+from vmoco.data.decoder import Decoder, StoredClips
 from vmoco.data.ledger import VideoError
+from vmoco.data.parts import Part, plan_parts
 from vmoco.data.probing import probe
 from vmoco.data.timeline import Timeline, plan_clips, with_cuts
 
@@ -66,6 +69,12 @@ def split(path: Path, *, cut: Any = video.cut_clips, **plan: Any) -> tuple[list[
     return [round(25 * (at - begin)) for at in made.start_seconds], made, sink.clips
 
 
+def planned_parts(path: Path, *, seconds: float = 600, **plan: Any) -> list[Part]:
+    """The parts of a video; none where it is decoded from its start."""
+    line, chosen = probe(str(path)), ClipPlan(**{"num_frames": 8, "split_at_cuts": True, **plan})
+    return plan_parts(line, chosen, indices=plan_clips(line, chosen), seconds=seconds)
+
+
 def test_changes_are_those_of_plain_numpy() -> None:
     """The watcher compares each frame with the one before, and none across an interruption."""
     frames = np.random.default_rng(0).integers(0, 256, (6, 48, 64, 3), dtype=np.uint8)
@@ -81,6 +90,7 @@ def test_changes_are_those_of_plain_numpy() -> None:
     assert found[1:3] + found[4:] == pytest.approx([*expected[:2], *expected[3:]], abs=0.5)
     assert (found[0], found[3]) == (0, 0)
     assert watcher.changes([-1, 7]) == [0, 0]
+    assert watcher.names == list(range(0, 60, 10))
 
 
 def test_only_the_range_that_is_asked_for_has_cuts() -> None:
@@ -130,21 +140,44 @@ def test_a_film_without_cuts_gives_the_bytes_of_keep(footage: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.ts", "a.mkv"])
 def test_clips_do_not_depend_on_how_a_video_is_decoded(tmp_path: Path, decoder: Decoder, name: str) -> None:
-    """Few clips of a long video are those of a complete decoding, and short parts change nothing."""
+    """Few clips of a long video, and a range of it, are those of a complete decoding; short parts change nothing.
+
+    Of a range only its run is decoded, where the format allows that.
+    """
     path = videos.write_video(tmp_path / name, scenes(), options={"g": "10", "bf": "2", "sc_threshold": "0"})
-    kept = split(path, split_at_cuts=False, max_clips=2)
-    for plan in ({}, {"max_clips": 2}, {"stride": 3}, {"start_seconds": 1.0, "end_seconds": 5.0, "max_clips": 3}):
+    kept, ranges = split(path, split_at_cuts=False, max_clips=2), []
+    for plan in ({}, {"max_clips": 2}, {"stride": 3}, {"start_seconds": 1.1, "end_seconds": 4.0, "max_clips": 3}):
         starts, made, clips = split(path, **plan)
         whole, by_whole, expected = split(path, cut=video.cut_whole, **plan)
         assert starts == whole
         assert (made, len(clips)) == (by_whole, len(starts))
         np.testing.assert_array_equal(np.stack(clips), np.stack(expected))
+        ranges.append(bool(planned_parts(path, **plan)))
+    assert ranges == [False, False, False, name != "a.ts"]
     assert split(path)[0] == between(SHOTS, 8)
     assert split(path, stride=3)[0] == between(SHOTS, 8, stride=3)
     assert split(path, max_clips=2)[0] != kept[0]
     _, (one, _) = ingested(path, decoder=decoder, num_frames=8, at_cuts="split")
     _, (parts, _) = ingested(path, decoder=decoder, num_frames=8, at_cuts="split", part_seconds=1)
     assert (parts.name, parts.rows) == (one.name, one.rows)
+
+
+def test_a_range_is_decoded_alone(tmp_path: Path, decoder: Decoder) -> None:
+    """Through the decoder process: the clips of a complete decoding; shots that are too short are an error."""
+    path = videos.write_video(tmp_path / "a.mp4", scenes(), options={"g": "10", "sc_threshold": "0"})
+    plan = ClipPlan(8, split_at_cuts=True, start_seconds=1.1, end_seconds=4.0)
+    out: Any = {"size": (72, 96), "encoding": "raw", "quality": 92, "offset": 0, "seconds": 60}
+
+    def made(plan: ClipPlan, *, whole: bool) -> tuple[StoredClips, bytes]:
+        (part,) = decoder.probe(str(path), plan, part_seconds=600, seconds=60).parts
+        stored = decoder.cut(str(path), plan, part=None if whole else part, **out)
+        return stored, os.pread(decoder.scratch.fileno(), sum(stored.sizes), 0)
+
+    assert made(plan, whole=False) == made(plan, whole=True)
+    assert len(made(plan, whole=False)[0].sizes) >= 5
+    for whole in (False, True):
+        with pytest.raises(VideoError, match=r"^clip: cuts: each of its 3 shots in the range that was asked for is"):
+            made(dataclasses.replace(plan, num_frames=31), whole=whole)
 
 
 def test_only_videos_with_cuts_are_decoded_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,12 +33,15 @@ class Watcher:
     """Sees all frames of a video in turn, and keeps how much each differs from the one before."""
 
     def __init__(self) -> None:
+        self.names: list[int] = []
+        """Of all frames that were seen."""
         self._changes: dict[int, float] = {}
         self._before: Grey | None = None
 
     def see(self, name: int, picture: Frames) -> None:
         """Compares a frame, uint8 (H, W, 3), with the one before."""
         (small,) = small_grey(picture[None])
+        self.names.append(name)
         if self._before is not None:
             self._changes[name] = written(np.abs(small - self._before).mean())
         self._before = small

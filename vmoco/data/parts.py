@@ -13,7 +13,8 @@ starts.
 
 Pure functions of time stamps, no pixels. A video whose frames cannot be known before they are decoded has no parts. It
 is decoded from its start, and so is one of which little would be left out: then every damaged frame is found. Where
-clips are planned shot by shot, they follow from all cuts of the video, so it has no parts either.
+clips are planned shot by shot, they follow from all cuts of the range that is asked for. Then one run holds that range,
+or the video is decoded from its start.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class Part:
     """Frames per second of the whole video, the mean."""
     stream: int = 0
     """Index of the video stream in the container."""
+    shots_from: int | None = None
+    """Time of the first frame of the range, where decoding finds the cuts in it, and plans other clips than `clips`."""
 
 
 def plan_parts(line: Timeline, plan: ClipPlan, *, indices: Int64Array, seconds: float) -> list[Part]:
@@ -67,16 +70,17 @@ def plan_parts(line: Timeline, plan: ClipPlan, *, indices: Int64Array, seconds: 
         seconds: Length of a part: how much of the video it decodes.
     """
     times, keys = line.times, np.unique(line.keyframes)
-    if plan.split_at_cuts or not len(keys) or not len(indices) or keys[0] != times[0]:
+    if not len(keys) or not len(indices) or keys[0] != times[0]:
         return []
     begins = np.searchsorted(times, keys)
     firsts, lasts = indices.min(axis=1), indices.max(axis=1)
-    stretches = _stretches(firsts, lasts, begins)
+    inside = in_range(times, line.time_base, on_clock(plan, line))
+    whole_range = _stretches(inside[:1], inside[-1:], begins)
+    stretches = whole_range if plan.split_at_cuts else _stretches(firsts, lasts, begins)
     decoded = sum(last + 1 - first for first, last in stretches)
     sparse = line.is_exact and plan.damaged != "reject" and decoded <= (1 - _LEAST_SPARED) * len(times)
     if not sparse:
-        inside = in_range(times, line.time_base, on_clock(plan, line))
-        stretches = _stretches(inside[:1], inside[-1:], begins)
+        stretches = whole_range
     parts: list[Part] = []
     lengths: list[float] = []
     for first, end in (piece for stretch in stretches for piece in _pieces(*stretch, line, begins, seconds)):
@@ -92,6 +96,9 @@ def plan_parts(line: Timeline, plan: ClipPlan, *, indices: Int64Array, seconds: 
         parts[-1].runs.append(run)
         parts[-1].clips.extend(times[indices[own]].tolist())
         lengths[-1] += length
+    if plan.split_at_cuts:
+        one = sparse and len(parts) == 1
+        return [dataclasses.replace(parts[0], shots_from=int(times[inside[0]]))] if one else []
     return parts if sparse or len(parts) > 1 else []
 
 

@@ -5,8 +5,8 @@ decoding, which keeps only the frames of the chosen clips. So memory holds one d
 the video is. Where the container can seek, only the runs of frames around the clips are decoded (`parts.py`). If one of
 them does not hold exactly the frames that the file lists, the video is decoded from its start instead.
 
-The cuts between shots are found by decoding. So a plan that splits at them decodes a video with cuts twice: clips that
-were planned without them are cut again.
+The cuts between shots are found by decoding. So a plan that splits at them decodes all of its range, and a video with
+cuts twice: clips that were planned without them are cut again.
 
 What a decoder conceals is not footage: where it reports damage, `damage.py` finds the clips that have none.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ def cut_clips(source: Source, plan: ClipPlan, *, height: int, width: int, sink: 
             raise
         cut = _cut_from_start(source, plan, line, height=height, width=width, sink=sink)
         return dataclasses.replace(cut, notes=(decoded_whole(error.message), *cut.notes))
-    return _cut_at(indices, line, plan, cut.notes)
+    return cut if plan.split_at_cuts else _cut_at(indices, line, plan, cut.notes)
 
 
 def cut_whole(source: Source, plan: ClipPlan, *, height: int, width: int, sink: Sink) -> Cut:
@@ -220,10 +221,38 @@ def cut_part(source: Source, part: Part, plan: ClipPlan, *, height: int, width: 
     Raises:
         VideoError: NOT_SEEKABLE, if a run does not hold exactly the planned frames.
     """
+    if part.shots_from is None:
+        return _cut_runs(source, part, plan, height=height, width=width, sink=sink)[0]
+    watcher = Watcher()
+    cut, time_base = _cut_runs(source, part, plan, height=height, width=width, sink=sink, watcher=watcher)
+    times = np.array([name for name in watcher.names if name >= part.shots_from], np.int64)
+    line = Timeline(times, times[:0], time_base, part.fps)
+    unranged = dataclasses.replace(plan, start_seconds=None, end_seconds=None)  # the run ends with the range
+    line = with_cuts(line, unranged, watcher.changes(times.tolist()))
+    clips = times[plan_clips(line, unranged)].tolist()
+    if not clips:
+        raise too_short(line, plan)
+    if clips != part.clips:
+        part = dataclasses.replace(part, clips=clips)
+        cut, _ = _cut_runs(source, part, plan, height=height, width=width, sink=sink)
+    return dataclasses.replace(cut, notes=(*shots_note(line), *cut.notes))
+
+
+def _cut_runs(
+    source: Source,
+    part: Part,
+    plan: ClipPlan,
+    *,
+    height: int,
+    width: int,
+    sink: Sink,
+    watcher: Watcher | None = None,
+) -> tuple[Cut, Fraction]:
+    """The clips that a part names, and the seconds of one unit of its times."""
     try:
         with errors("decode", NOT_SEEKABLE) as log, open_video(source) as container:
             wanted = np.array(part.clips or np.empty((0, 0)), np.int64)
-            collector = Collector(wanted, sink, plan, height=height, width=width)
+            collector = Collector(wanted, sink, plan, height=height, width=width, watcher=watcher)
             sink.restart()
             stream = video_stream(container, part.stream)
             collector.scaler.pixel_aspect = stream.sample_aspect_ratio
@@ -237,7 +266,7 @@ def cut_part(source: Source, part: Part, plan: ClipPlan, *, height: int, width: 
         raise VideoError("decode", NOT_SEEKABLE, "frames of clips are not among those that were decoded")
     starts = [clip[0] for clip in part.clips]
     seconds = [float(start * stream.time_base) for start in starts]
-    return Cut(starts, seconds, part.fps, collector.notes)
+    return Cut(starts, seconds, part.fps, collector.notes), stream.time_base
 
 
 def _decode(container: Any, collector: Collector, line: Timeline, log: list[Any]) -> Timeline:
