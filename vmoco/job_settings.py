@@ -80,9 +80,9 @@ class IngestSettings(Settings):
     ledger names the seconds that are lost. Only reject decodes every frame of long videos with few clips."""
     max_damaged_percent: Annotated[float, OmittedIfDefault] = Field(50.0, ge=0, le=100)
     """Percentage of a video that may be lost to damage. A video that has lost more is rejected."""
-    at_cuts: Annotated[Literal["keep", "drop"], OmittedIfDefault] = "keep"
-    """What to do with a clip that crosses a cut between shots: keep it, with the number of cuts in the manifest
-    (--data.max-cuts chooses by it later), or drop it."""
+    at_cuts: Annotated[Literal["keep", "drop", "split"], OmittedIfDefault] = "keep"
+    """What to do at a cut between shots: keep the clips that cross it (see --data.max-cuts), drop them, or split: plan
+    each shot by itself. split decodes every frame of a video in one task, twice where it finds cuts."""
     max_rejected_percent: Annotated[float, Unhashed] = Field(50.0, ge=0, le=100)
     """Percentage of rejected videos above which the job fails."""
     duplicates: Annotated[Literal["reject", "keep"], Unhashed] = "reject"

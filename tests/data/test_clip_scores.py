@@ -16,6 +16,7 @@ from tests.made import settings_for
 from tests.train.test_step import changed
 from vmoco.data import clip_scores, contact_sheet
 from vmoco.data.clip_scores import Scores, look, with_shots
+from vmoco.data.cuts import cuts
 from vmoco.data.decoder import Decoder
 from vmoco.data.fit import check_fits
 from vmoco.data.frames import Encoding, encode
@@ -60,7 +61,7 @@ def test_a_still_has_no_motion_and_a_flash_is_no_cut() -> None:
     for at in (1, 4, 7):
         cut = still.copy()
         cut[at:] = 255 - picture
-        assert clip_scores.cuts(np.abs(np.diff(cut.mean(axis=3), axis=0)).mean(axis=(1, 2)).tolist()) == [at]
+        assert cuts(np.abs(np.diff(cut.mean(axis=3), axis=0)).mean(axis=(1, 2)).tolist()) == [at]
         assert scores(cut, "raw", cut.shape).cuts == 1
 
 

@@ -117,6 +117,18 @@ def test_many_clips_of_a_long_video_are_several_parts() -> None:
     assert sum(len(part.clips) for part in ranged) == 10_000 // 16
 
 
+def test_clips_of_each_shot_need_the_whole_range() -> None:
+    """Its run is the only part, and says where the range begins; a long range and a complete video have no parts."""
+    times = np.arange(0, 100_000, 40)
+    line = line_of(times, times[::25])
+    plan = ClipPlan(16, max_clips=3, split_at_cuts=True)
+    ranged = dataclasses.replace(plan, start_seconds=20.5, end_seconds=60)
+    (part,) = parts_of(line, ranged, 30)
+    assert [(run.start, run.last) for run in part.runs] == [(20_000, 59_960)]
+    assert part.shots_from == 20_520
+    assert parts_of(line, ranged, 10) == parts_of(line, plan, 600) == parts_of(line, plan, 10) == []
+
+
 def test_what_cannot_be_split_is_not() -> None:
     """Without key frames, with frames before the first one, or without clips."""
     times, few = np.arange(0, 100_000, 40), ClipPlan(16, max_clips=3)

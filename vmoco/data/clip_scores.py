@@ -8,35 +8,23 @@ Motion is the mean absolute difference of consecutive stored frames. A camera th
 so does a flickering lamp. The unit is grey levels (0 to 255) from one stored frame to the next, so videos of a higher
 frame rate have less of it.
 
-A cut is a change from one stored frame to the next that is large (CUT_CHANGE) and much larger (CUT_RATIO) than the two
-changes before and the two after: fast motion changes all frames, a flash changes two in a row. Between two clips, the
-last frame of one is compared with the first of the next; the frames between them are not stored, and nobody looks at
-them. Dissolves, and cuts to almost the same picture, are not seen. In joined films, all clips that were
-said to have a cut had one, and 98 % of those with one were found; scores take 3 % of the time of the rest of ingest
-(`python -m tests.benchmarks.curate`).
+What a cut is, is defined in `cuts.py`; here the changes are those from one stored frame to the next. Between two clips,
+the last frame of one is compared with the first of the next; the frames between them are not stored, and nobody looks
+at them. In joined films, all clips that were said to have a cut had one, and 98 % of those with one were found; scores
+take 3 % of the time of the rest of ingest (`python -m tests.benchmarks.curate`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-from PIL import Image
 
 from vmoco.data import frames as storing
+from vmoco.data.cuts import FACTOR, Grey, cuts, is_cut, small_grey, written
 from vmoco.data.frames import Encoding, Shape, Stored
-
-CUT_CHANGE = 10.0
-"""Least mean change at a cut, in grey levels."""
-CUT_RATIO = 2.0
-"""Least ratio of this change to the largest of the two before and the two after, each with one grey level added."""
-_FACTOR = 4
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-
-Grey = npt.NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +80,11 @@ def look(stored: Stored | storing.Frames, encoding: Encoding, shape: Shape) -> L
         ValueError: the bytes are not such a clip.
     """
     small = small_frames(stored, encoding, shape)
-    changes = [_written(change) for change in np.abs(np.diff(small, axis=0)).mean(axis=(1, 2))]
+    changes = [written(change) for change in np.abs(np.diff(small, axis=0)).mean(axis=(1, 2))]
     scores = Scores(
-        motion=_written(np.mean(changes)),
-        brightness=_written(small.mean()),
-        contrast=_written(small.std(axis=(1, 2)).mean()),
+        motion=written(np.mean(changes)),
+        brightness=written(small.mean()),
+        contrast=written(small.std(axis=(1, 2)).mean()),
         cuts=len(cuts(changes)),
     )
     return Looked(scores, small[0], small[-1], tuple(changes[:2]), tuple(changes[-2:]))
@@ -112,8 +100,8 @@ def with_shots(looked: Iterable[Looked], *, part: int = 0) -> Iterator[Scores]:
     shot, before = part << 16, None
     for each in looked:
         if before is not None:
-            change = _written(np.abs(each.first - before.last).mean())
-            shot += before.scores.cuts + _is_cut(change, [*before.tail, *each.head])
+            change = written(np.abs(each.first - before.last).mean())
+            shot += before.scores.cuts + is_cut(change, [*before.tail, *each.head])
         yield dataclasses.replace(each.scores, shot=shot)
         before = each
 
@@ -125,36 +113,6 @@ def small_frames(stored: Stored | storing.Frames, encoding: Encoding, shape: Sha
         ValueError: the bytes are not such a clip.
     """
     if encoding == "jpeg":
-        return storing.decode_small(memoryview(stored).cast("B"), shape, factor=_FACTOR)  # type: ignore[arg-type]
+        return storing.decode_small(memoryview(stored).cast("B"), shape, factor=FACTOR)  # type: ignore[arg-type]
     pixels = storing.decode(memoryview(stored).cast("B"), encoding, shape)  # type: ignore[arg-type]
-    num_frames, height, width, colours = shape
-    if height % _FACTOR == 0:  # no block spans two frames, so all are one picture: half the time
-        tall = np.asarray(Image.fromarray(pixels.reshape(num_frames * height, width, colours)).reduce(_FACTOR))
-        small = tall.reshape(num_frames, height // _FACTOR, *tall.shape[1:])
-    else:
-        small = np.stack([np.asarray(Image.fromarray(frame).reduce(_FACTOR)) for frame in pixels])
-    grey: Grey = small @ _LUMA
-    return grey
-
-
-def cuts(changes: Sequence[float]) -> list[int]:
-    """Places of the cuts: number n means that a cut lies before frame n.
-
-    Args:
-        changes: (T - 1,), mean change from each frame to the next, in grey levels.
-    """
-    found = []
-    for place, change in enumerate(changes):
-        around = [*changes[max(0, place - 2) : place], *changes[place + 1 : place + 3]]
-        if _is_cut(change, around):
-            found.append(place + 1)
-    return found
-
-
-def _is_cut(change: float, around: Sequence[float]) -> bool:
-    return change >= CUT_CHANGE and change >= CUT_RATIO * (max(around, default=0.0) + 1)
-
-
-def _written(value: np.floating) -> float:
-    """Rounded, so that all machines write the same: sums differ in their last digits."""
-    return float(np.float32(round(float(value), 2)))
+    return small_grey(pixels)

@@ -38,6 +38,9 @@ class ClipPlan:
     """A damaged video gives the clips without damage, or none."""
     max_damaged_percent: float = 50.0
     """A video of which more is lost gives no clip."""
+    split_at_cuts: bool = False
+    """Whether the clips of each shot are planned by themselves, so none crosses a cut. Then every frame of the range is
+    decoded."""
     start_seconds: float | None = None
     """Take only frames from this time on; None starts with the first frame. `clip_indices` counts from the first frame,
     `timeline.plan_clips` on the container's clock."""

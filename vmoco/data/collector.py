@@ -1,7 +1,8 @@
 """Collects the decoded frames of the chosen clips, and gives each clip to a sink once all its frames are there.
 
 Memory holds one clip, and the frames that the next clips need; clips may overlap. A frame that no clip needs is not
-scaled; the deinterlacer sees it all the same, because it looks at the frames before and after each.
+scaled, unless cuts are looked for; the deinterlacer sees it all the same, because it looks at the frames before and
+after each.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from vmoco.data.clips import ClipPlan, Int64Array
+from vmoco.data.cuts import Watcher
 from vmoco.data.frames import Frames
 from vmoco.data.pixels import Deinterlacer, Scaler, is_interlaced
 
@@ -28,8 +30,20 @@ class Sink(Protocol):
 class Collector:
     """Receives the decoded frames of a video in turn."""
 
-    def __init__(self, wanted: Int64Array, sink: Sink, plan: ClipPlan, *, height: int, width: int) -> None:
-        """`wanted` is (N, T): number or time stamp of each frame of each clip, increasing from clip to clip."""
+    def __init__(
+        self,
+        wanted: Int64Array,
+        sink: Sink,
+        plan: ClipPlan,
+        *,
+        height: int,
+        width: int,
+        watcher: Watcher | None = None,
+    ) -> None:
+        """`wanted` is (N, T): number or time stamp of each frame of each clip, increasing from clip to clip.
+
+        `watcher` sees the stored picture of every frame, also of those that no clip needs.
+        """
         self._sink = sink
         self._wanted = wanted
         self._firsts, self._lasts = (ends.tolist() for ends in _ends(wanted))
@@ -38,6 +52,7 @@ class Collector:
         self._clip = 0
         self._frames = np.empty((wanted.shape[1] if wanted.size else 0, height, width, 3), np.uint8)
         self.scaler = Scaler(height=height, width=width, hdr=plan.hdr)
+        self._watcher = watcher
         self._deinterlacer = Deinterlacer() if plan.deinterlace == "auto" else None
         self._deinterlaced = False
 
@@ -65,12 +80,20 @@ class Collector:
         """Takes the frames that still wait: at the end, and where the next frame does not follow the one before."""
         for name, done in self._deinterlacer.flush() if self._deinterlacer else ():
             self._keep(name, done)
+        if self._watcher:
+            self._watcher.interrupt()
 
     def _keep(self, name: int, frame: Any) -> None:
         """Keeps a frame where a clip needs it; clips may overlap, and a clip may show a frame more than once."""
-        if name not in self._names or self._clip == len(self._lasts):
+        needed = name in self._names and self._clip < len(self._lasts)
+        if not needed and not self._watcher:
             return
-        self._kept[name] = self.scaler.scale(frame).copy()  # a copy: the picture may be a view of a larger one
+        picture = self.scaler.scale(frame)
+        if self._watcher:
+            self._watcher.see(name, picture)
+        if not needed:
+            return
+        self._kept[name] = picture.copy()  # a copy: the picture may be a view of a larger one
         while self._clip < len(self._lasts) and name >= self._lasts[self._clip]:
             names = self._wanted[self._clip].tolist()
             if not self._kept.keys() >= set(names):  # a frame never came, so the clips are not complete
@@ -79,8 +102,8 @@ class Collector:
                 self._frames[place] = self._kept[each]
             self._sink.add(self._frames)
             self._clip += 1
-            needed = self._firsts[self._clip] if self._clip < len(self._firsts) else name + 1
-            self._kept = {each: kept for each, kept in self._kept.items() if each >= needed}
+            first = self._firsts[self._clip] if self._clip < len(self._firsts) else name + 1
+            self._kept = {each: kept for each, kept in self._kept.items() if each >= first}
 
 
 def _ends(wanted: Int64Array) -> tuple[Int64Array, Int64Array]:

@@ -41,7 +41,7 @@ from vmoco.data.source import Found, Listing
 from vmoco.job_settings import IngestSettings, Layout
 from vmoco.progress import Progress
 
-CUTS = "each of its clips crosses a cut between shots, and --at-cuts is drop: keep takes them, and so do shorter clips"
+CUTS = "each of its clips crosses a cut between shots, and --at-cuts is {}: keep takes them, and so do shorter clips"
 CPUS_OF_LONG_TASKS = 1.0
 """One task per core: two decoders that share a core push each other out of its cache, and a clip costs each a sixth
 more. Ray notices the end of a task only ten times a second, which costs a fiftieth of a shard's time."""
@@ -248,7 +248,8 @@ def _cut_all(
     losses = [loss for loss in losses if loss.video_id not in first]
     there = {row["video_id"] for row in rows} | first.keys()
     gone = [each.found for each in good if each.found.video_id not in there]
-    cut = [Rejection(found.video_id, "clip", "cuts", CUTS, entry=found.entry) for found in gone]
+    why = CUTS.format(settings.at_cuts)
+    cut = [Rejection(found.video_id, "clip", "cuts", why, entry=found.entry) for found in gone]
     return _Made(rows, [*first.values(), *cut], losses, {made.name: made.file for made in shards})
 
 

@@ -60,7 +60,7 @@ class Probed:
     sha256: str = ""
     """Hash of the file; empty where it could not be read."""
     num_clips: int = 0
-    """Clips that it will give, unless decoding finds other frames than the file lists."""
+    """Clips that it will give, unless decoding finds other frames than the file lists, or cuts to split it at."""
     parts: tuple[Part, ...] = ()
     """What of it is decoded, by one task or by several; empty where it is decoded from its start to its end."""
     duration: float = 0.0
@@ -87,6 +87,7 @@ def clip_plan(settings: IngestSettings, found: Found) -> ClipPlan:
         end_seconds=found.end_seconds,
         damaged=settings.damaged,
         max_damaged_percent=settings.max_damaged_percent,
+        split_at_cuts=settings.at_cuts == "split",
     )
 
 
@@ -350,11 +351,12 @@ def _cut(unit: Unit, *, root: str, settings: IngestSettings, decoder: Decoder, o
 
     with attributed("decode"), contextlib.ExitStack() as stack:
         notes: tuple[str, ...] = ()
+        rounds = 2 if settings.at_cuts == "split" else 1  # a video with cuts is decoded twice
         if unit.part:
             with attributed("read"):
                 video = source.ranged(root, unit.found)
             try:
-                return cut(video, unit.part, settings.seconds_per_video)
+                return cut(video, unit.part, settings.seconds_per_video * rounds)
             except VideoError as error:
                 if error.reason != NOT_SEEKABLE or unit.num_parts > 1:  # other tasks have the other parts
                     raise
@@ -363,7 +365,8 @@ def _cut(unit: Unit, *, root: str, settings: IngestSettings, decoder: Decoder, o
             video = stack.enter_context(source.fetched(root, unit.found))
         # Decoding a long video takes as long as its parts would together.
         # A wrong time stamp may say that it lasts for years.
-        limit = min(settings.seconds_per_video * max(1.0, unit.duration / settings.part_seconds), _MOST_SECONDS)
+        times_as_long = max(1.0, unit.duration / settings.part_seconds)
+        limit = min(settings.seconds_per_video * rounds * times_as_long, _MOST_SECONDS)
         made = cut(video, None, limit)
         return dataclasses.replace(made, notes=(*notes, *made.notes))
 

@@ -12,7 +12,9 @@ for the complete video before it is split, so they do not depend on the parts. A
 starts.
 
 Pure functions of time stamps, no pixels. A video whose frames cannot be known before they are decoded has no parts. It
-is decoded from its start, and so is one of which little would be left out: then every damaged frame is found.
+is decoded from its start, and so is one of which little would be left out: then every damaged frame is found. Where
+clips are planned shot by shot, they follow from all cuts of the range that is asked for. Then one run holds that range,
+or the video is decoded from its start.
 """
 
 from __future__ import annotations
@@ -54,6 +56,8 @@ class Part:
     """Frames per second of the whole video, the mean."""
     stream: int = 0
     """Index of the video stream in the container."""
+    shots_from: int | None = None
+    """Time of the first frame of the range, where decoding finds the cuts in it, and plans other clips than `clips`."""
 
 
 def plan_parts(line: Timeline, plan: ClipPlan, *, indices: Int64Array, seconds: float) -> list[Part]:
@@ -70,12 +74,13 @@ def plan_parts(line: Timeline, plan: ClipPlan, *, indices: Int64Array, seconds: 
         return []
     begins = np.searchsorted(times, keys)
     firsts, lasts = indices.min(axis=1), indices.max(axis=1)
-    stretches = _stretches(firsts, lasts, begins)
+    inside = in_range(times, line.time_base, on_clock(plan, line))
+    whole_range = _stretches(inside[:1], inside[-1:], begins)
+    stretches = whole_range if plan.split_at_cuts else _stretches(firsts, lasts, begins)
     decoded = sum(last + 1 - first for first, last in stretches)
     sparse = line.is_exact and plan.damaged != "reject" and decoded <= (1 - _LEAST_SPARED) * len(times)
     if not sparse:
-        inside = in_range(times, line.time_base, on_clock(plan, line))
-        stretches = _stretches(inside[:1], inside[-1:], begins)
+        stretches = whole_range
     parts: list[Part] = []
     lengths: list[float] = []
     for first, end in (piece for stretch in stretches for piece in _pieces(*stretch, line, begins, seconds)):
@@ -91,6 +96,9 @@ def plan_parts(line: Timeline, plan: ClipPlan, *, indices: Int64Array, seconds: 
         parts[-1].runs.append(run)
         parts[-1].clips.extend(times[indices[own]].tolist())
         lengths[-1] += length
+    if plan.split_at_cuts:
+        one = sparse and len(parts) == 1
+        return [dataclasses.replace(parts[0], shots_from=int(times[inside[0]]))] if one else []
     return parts if sparse or len(parts) > 1 else []
 
 

@@ -2,7 +2,8 @@
 
 Each picture is decoded alone, so only those of the chosen clips are read. A picture that cannot be decoded, or that is
 missing, is a damaged frame: no clip holds it. Where one of the chosen ones is damaged, all are decoded, so that the
-ledger names every second that is lost, as for a video.
+ledger names every second that is lost, as for a video. Where clips are planned shot by shot, all are decoded before, to
+find the cuts.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import Any, Literal
 
 import av
 import numpy as np
+import numpy.typing as npt
 
 from vmoco.data import damage
-from vmoco.data.clips import ClipPlan, Int64Array, clip_span
+from vmoco.data.clips import ClipPlan, Int64Array, clip_span, in_range
 from vmoco.data.collector import Collector, Sink
+from vmoco.data.cuts import Watcher
 from vmoco.data.frame_folder import Frames, contents, frames_of
 from vmoco.data.ledger import NOT_SEEKABLE, VideoError
 from vmoco.data.opening import errors
@@ -25,8 +28,8 @@ from vmoco.data.parts import Part
 from vmoco.data.pixels import MAX_PIXELS
 from vmoco.data.reports import report_in
 from vmoco.data.source import PictureFolder
-from vmoco.data.timeline import Timeline, plan_clips
-from vmoco.data.video import Cut
+from vmoco.data.timeline import Timeline, plan_clips, shots_note, with_cuts
+from vmoco.data.video import Cut, too_short
 
 _CODECS = {"jpeg": "mjpeg", "png": "png"}
 # FFmpeg shows a JPEG file without its last bytes with a warning, which in a recording may mean nothing.
@@ -63,6 +66,8 @@ def cut(folder: PictureFolder, plan: ClipPlan, *, part: Part | None, height: int
     try:
         if line.broken:
             raise line.broken
+        if plan.split_at_cuts:
+            line, indices = _between_cuts(folder, frames, line, plan, height=height, width=width, sink=sink)
         return _at(indices, line, _collect(folder, frames, indices, plan, height=height, width=width, sink=sink))
     except VideoError as error:
         if part:
@@ -74,6 +79,9 @@ def cut(folder: PictureFolder, plan: ClipPlan, *, part: Part | None, height: int
     lost = damage.assess(found, plan, promised=None, message=broken.message)
     if lost.percent > plan.max_damaged_percent:
         raise VideoError(broken.stage, broken.reason, f"more than {plan.max_damaged_percent:g} %: {lost}")
+    if plan.split_at_cuts:
+        sound = found.frames >= 0
+        line, indices = _between_cuts(folder, frames, line, plan, sound, height=height, width=width, sink=sink)
     indices = indices[found.is_sound(indices)]
     if not len(indices):
         raise VideoError(broken.stage, broken.reason, f"no clip is without damage: {lost}")
@@ -97,28 +105,70 @@ def _line(folder: PictureFolder, frames: Frames) -> Timeline:
 
 def _at(indices: Int64Array, line: Timeline, notes: tuple[str, ...]) -> Cut:
     starts: list[int] = indices[:, 0].tolist() if len(indices) else []
-    return Cut(starts, [float(start * line.time_base) for start in starts], line.fps, notes)
+    seconds = [float(start * line.time_base) for start in starts]
+    return Cut(starts, seconds, line.fps, (*shots_note(line), *notes))
+
+
+def _between_cuts(
+    folder: PictureFolder,
+    frames: Frames,
+    line: Timeline,
+    plan: ClipPlan,
+    sound: npt.NDArray[np.bool_] | None = None,
+    *,
+    height: int,
+    width: int,
+    sink: Sink,
+) -> tuple[Timeline, Int64Array]:
+    """The line with its cuts, and the frames of the clips between them, by decoding all sound pictures of the range.
+
+    Raises:
+        VideoError: a picture is damaged, or each shot is shorter than a clip.
+    """
+    watcher = Watcher()
+    seen = in_range(line.times, line.time_base, plan)
+    seen = seen if sound is None else seen[sound[seen]]
+    nothing = np.empty((0, plan.num_frames), np.int64)
+    _collect(folder, frames, nothing, plan, height=height, width=width, sink=sink, watcher=watcher, seen=seen)
+    line = with_cuts(line, plan, watcher.changes(range(len(line.times))))
+    indices = plan_clips(line, plan)
+    if not len(indices) and line.cuts:
+        raise too_short(line, plan)
+    return line, indices
 
 
 def _collect(
-    folder: PictureFolder, frames: Frames, indices: Int64Array, plan: ClipPlan, *, height: int, width: int, sink: Sink
+    folder: PictureFolder,
+    frames: Frames,
+    indices: Int64Array,
+    plan: ClipPlan,
+    *,
+    height: int,
+    width: int,
+    sink: Sink,
+    watcher: Watcher | None = None,
+    seen: Int64Array | None = None,
 ) -> tuple[str, ...]:
-    """Decodes the frames of clips into the sink; returns the notes.
+    """Decodes the frames of clips into the sink, and those that the watcher has to see; returns the notes.
 
     Raises:
         VideoError: one is damaged.
     """
     sink.restart()
-    collector = Collector(indices, sink, plan, height=height, width=width)
-    wanted = np.unique(indices).tolist()
+    collector = Collector(indices, sink, plan, height=height, width=width, watcher=watcher)
+    wanted = np.unique(indices if seen is None else seen).tolist()
     names = [frames.names[place] for place in wanted]
     assert None not in names, names
     decoder = _Decoder(folder)
     sizes: dict[tuple[int, int], None] = {}
+    before = None
     for place, name, content in zip(wanted, names, contents(folder, names), strict=True):
         frame = decoder.decode(name or "", content)
         sizes.setdefault((frame.width, frame.height))
         collector.scaler.next_picture()
+        if place - 1 != before:
+            collector.flush()
+        before = place
         collector.take(place, frame)
     assert collector.complete, indices
     notes = collector.notes

@@ -19,7 +19,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from vmoco.data.clips import ClipPlan, Int64Array, clip_indices
+from vmoco.data.clips import ClipPlan, Int64Array, clip_indices, in_range
+from vmoco.data.cuts import cuts
 from vmoco.data.ledger import VideoError
 from vmoco.data.sliding import Windows, windows
 
@@ -56,6 +57,8 @@ class Timeline:
     """Numbers of frames at the end of a recording that may be incomplete, so no clip may hold them."""
     cut_in: tuple[int, ...] = ()
     """Numbers of the packets at which a recording begins whose first frames refer to frames that are not there."""
+    cuts: tuple[int, ...] = ()
+    """Numbers of the frames at which another shot begins; only decoding finds them."""
     notes: tuple[str, ...] = ()
     """What is unusual, one sentence each, which begins with its kind: `kind: sentence`."""
     expected: tuple[Int64Array, ...] = ()
@@ -77,9 +80,22 @@ def plan_windows(line: Timeline, plan: ClipPlan) -> Windows:
 
 
 def _borders(line: Timeline) -> tuple[int, ...]:
-    """Numbers of the frames between which no clip may lie: at seams, and around doubtful frames."""
-    borders = {*line.seams, *line.doubtful, *(number + 1 for number in line.doubtful)} - {len(line.times)}
-    return tuple(sorted(borders))
+    """Numbers of the frames between which no clip may lie: at seams and cuts, and around doubtful frames."""
+    doubtful = {*line.doubtful, *(number + 1 for number in line.doubtful)}
+    return tuple(sorted({*line.seams, *line.cuts, *doubtful} - {len(line.times)}))
+
+
+def with_cuts(line: Timeline, plan: ClipPlan, changes: Sequence[float]) -> Timeline:
+    """The line with the cuts in the plan's range; frames outside it have no say.
+
+    Args:
+        line: Frames of the video.
+        plan: How clips are cut.
+        changes: (F,), how much each frame differs from the one before.
+    """
+    inside = in_range(line.times, line.time_base, on_clock(plan, line))
+    found = cuts([changes[number] for number in inside[1:].tolist()])
+    return dataclasses.replace(line, cuts=tuple(inside[found].tolist()))
 
 
 def on_clock(plan: ClipPlan, line: Timeline) -> ClipPlan:
@@ -130,6 +146,11 @@ def when_shown(stamps: Sequence[int | None], decoding: Int64Array) -> Int64Array
 def joined_note(seams: tuple[int, ...]) -> tuple[str, ...]:
     """The note of a video that consists of several recordings."""
     return (f"joined: {len(seams) + 1} recordings, one after the other",) if seams else ()
+
+
+def shots_note(line: Timeline) -> tuple[str, ...]:
+    """The note of a video that consists of several shots."""
+    return (f"cuts: {len(line.cuts) + 1} shots, and no clip holds frames of two",) if line.cuts else ()
 
 
 def find_seams(stamps: Int64Array, time_base: Fraction, *, restarts: bool) -> tuple[int, ...]:

@@ -5,6 +5,9 @@ decoding, which keeps only the frames of the chosen clips. So memory holds one d
 the video is. Where the container can seek, only the runs of frames around the clips are decoded (`parts.py`). If one of
 them does not hold exactly the frames that the file lists, the video is decoded from its start instead.
 
+The cuts between shots are found by decoding. So a plan that splits at them decodes all of its range, and a video with
+cuts twice: clips that were planned without them are cut again.
+
 What a decoder conceals is not footage: where it reports damage, `damage.py` finds the clips that have none.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -21,12 +25,23 @@ from vmoco.data import damage, ledger, reports
 from vmoco.data.clips import ClipPlan, Int64Array, clip_span
 from vmoco.data.collector import Collector, Sink
 from vmoco.data.container import CutOffError, stamps_restart
+from vmoco.data.cuts import Watcher
 from vmoco.data.ledger import NOT_SEEKABLE, Damage, VideoError
 from vmoco.data.opening import Source, decoded, errors, open_video, video_stream
 from vmoco.data.parts import Part, Run, decoded_whole, plan_parts
 from vmoco.data.pixels import is_interlaced
 from vmoco.data.probing import probe
-from vmoco.data.timeline import Timeline, filled, find_seams, joined_note, lay_out, plan_clips, plan_windows
+from vmoco.data.timeline import (
+    Timeline,
+    filled,
+    find_seams,
+    joined_note,
+    lay_out,
+    plan_clips,
+    plan_windows,
+    shots_note,
+    with_cuts,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +78,7 @@ def cut_clips(source: Source, plan: ClipPlan, *, height: int, width: int, sink: 
             raise
         cut = _cut_from_start(source, plan, line, height=height, width=width, sink=sink)
         return dataclasses.replace(cut, notes=(decoded_whole(error.message), *cut.notes))
-    return _cut_at(indices, line, plan, cut.notes)
+    return cut if plan.split_at_cuts else _cut_at(indices, line, plan, cut.notes)
 
 
 def cut_whole(source: Source, plan: ClipPlan, *, height: int, width: int, sink: Sink) -> Cut:
@@ -91,25 +106,38 @@ def _cut_from_start(source: Source, plan: ClipPlan, line: Timeline, *, height: i
 def _cut_undamaged(source: Source, plan: ClipPlan, line: Timeline, *, height: int, width: int, sink: Sink) -> Cut:
     """The clips of a video without damage."""
     indices = plan_clips(line, plan)
-    # A codec may hold back or hide frames, so the estimate can be wrong; the second round uses the decoder's own times.
-    # If they differ again, decoding is not repeatable.
-    for _ in range(3):
+    # A codec may hold back or hide frames, so the estimate can be wrong; the second round uses the decoder's own times
+    # and the cuts that the first one saw. If they differ again, decoding is not repeatable.
+    watcher = Watcher() if plan.split_at_cuts else None
+    for number in range(3):
         sink.restart()
-        collector = Collector(indices, sink, plan, height=height, width=width)
+        watching = None if number else watcher
+        collector = Collector(indices, sink, plan, height=height, width=width, watcher=watching)
         with errors("decode", "decode-error") as log, open_video(source) as container:
             found = _decode(container, collector, line, log)
+        if watcher:
+            found = with_cuts(found, plan, watcher.changes(range(len(found.times))))
         indices, before = plan_clips(found, plan), indices
         if np.array_equal(indices, before):
             break
     else:
         raise VideoError("decode", "decode-error", f"the frames change between two readings: {len(found.times)}")
     if not len(indices):
-        ranged = "" if plan.start_seconds is None and plan.end_seconds is None else " in the range that was asked for"
-        span = clip_span(num_frames=plan.num_frames, stride=plan.stride)
-        rate = f" at {plan.fps:g} frames per second" if plan.fps else ""
-        raise VideoError("clip", "too-few-frames", f"{len(found.times)} frames{ranged}, and a clip spans {span}{rate}")
+        raise too_short(found, plan)
     notes = () if line.seams else joined_note(found.seams)
-    return _cut_at(indices, found, plan, (*notes, *collector.notes))
+    return _cut_at(indices, found, plan, (*notes, *shots_note(found), *collector.notes))
+
+
+def too_short(line: Timeline, plan: ClipPlan) -> VideoError:
+    """The error of a video in which no clip has room."""
+    ranged = "" if plan.start_seconds is None and plan.end_seconds is None else " in the range that was asked for"
+    span = clip_span(num_frames=plan.num_frames, stride=plan.stride)
+    rate = f" at {plan.fps:g} frames per second" if plan.fps else ""
+    if not line.cuts:
+        message = f"{len(line.times)} frames{ranged}, and a clip spans {span}{rate}"
+        return VideoError("clip", "too-few-frames", message)
+    message = f"each of its {len(line.cuts) + 1} shots{ranged} is shorter than a clip, which spans {span} frames{rate}"
+    return VideoError("clip", "cuts", f"{message}: --at-cuts keep takes clips across cuts, and shorter clips may fit")
 
 
 def _cut_sound(
@@ -124,24 +152,49 @@ def _cut_sound(
         raise VideoError(broken.stage, broken.reason, f"more than {plan.max_damaged_percent:g} %: {lost}")
     if not found.ordered:
         raise VideoError("clip", "bad-timestamps", f"time stamps do not increase, and {lost}")
+    if plan.split_at_cuts:
+        watcher = Watcher()
+        nothing = np.empty((0, plan.num_frames), np.int64)
+        _take_sound(source, plan, found, nothing, height=height, width=width, sink=sink, watcher=watcher)
+        shots = with_cuts(found.line, plan, watcher.changes(found.frames.tolist()))
+        found = dataclasses.replace(found, line=shots)
     planned = plan_clips(found.line, plan)
     sound = found.is_sound(planned)
     indices = planned[sound]
+    if not len(planned) and found.line.cuts:
+        raise too_short(found.line, plan)
     if not len(indices):
         raise VideoError(broken.stage, broken.reason, f"no clip is without damage: {lost}")
+    collector = _take_sound(source, plan, found, indices, height=height, width=width, sink=sink)
+    notes = (*shots_note(found.line), *collector.notes)
+    if found.damaged and not lost.lost:  # not in the range that was asked for
+        return _cut_at(indices, found.line, plan, notes, kept=sound)
+    kind = "cut-off" if promised is not None else "damaged"
+    note = f"{kind}: {lost.percent:.1f} % of it is lost"
+    cut = _cut_at(indices, found.line, plan, (note, *notes), kept=sound)
+    return dataclasses.replace(cut, damage=lost)
+
+
+def _take_sound(
+    source: Source,
+    plan: ClipPlan,
+    found: damage.Survey,
+    indices: Int64Array,
+    *,
+    height: int,
+    width: int,
+    sink: Sink,
+    watcher: Watcher | None = None,
+) -> Collector:
+    """Decodes the sound frames of a damaged video once more, and hands the chosen clips to the sink."""
     sink.restart()
-    collector = Collector(found.frames[indices], sink, plan, height=height, width=width)
+    collector = Collector(found.frames[indices], sink, plan, height=height, width=width, watcher=watcher)
     with errors("decode", "decode-error") as log, open_video(source) as container:
-        stream = video_stream(container, line.stream)
+        stream = video_stream(container, found.line.stream)
         collector.scaler.pixel_aspect = stream.sample_aspect_ratio
         damage.take_again(container, stream, log, collector=collector, found=found)
     assert collector.complete, found
-    if found.damaged and not lost.lost:  # not in the range that was asked for
-        return _cut_at(indices, found.line, plan, collector.notes, kept=sound)
-    kind = "cut-off" if promised is not None else "damaged"
-    note = f"{kind}: {lost.percent:.1f} % of it is lost"
-    cut = _cut_at(indices, found.line, plan, (note, *collector.notes), kept=sound)
-    return dataclasses.replace(cut, damage=lost)
+    return collector
 
 
 def _cut_at(
@@ -168,10 +221,38 @@ def cut_part(source: Source, part: Part, plan: ClipPlan, *, height: int, width: 
     Raises:
         VideoError: NOT_SEEKABLE, if a run does not hold exactly the planned frames.
     """
+    if part.shots_from is None:
+        return _cut_runs(source, part, plan, height=height, width=width, sink=sink)[0]
+    watcher = Watcher()
+    cut, time_base = _cut_runs(source, part, plan, height=height, width=width, sink=sink, watcher=watcher)
+    times = np.array([name for name in watcher.names if name >= part.shots_from], np.int64)
+    line = Timeline(times, times[:0], time_base, part.fps)
+    unranged = dataclasses.replace(plan, start_seconds=None, end_seconds=None)  # the run ends with the range
+    line = with_cuts(line, unranged, watcher.changes(times.tolist()))
+    clips = times[plan_clips(line, unranged)].tolist()
+    if not clips:
+        raise too_short(line, plan)
+    if clips != part.clips:
+        part = dataclasses.replace(part, clips=clips)
+        cut, _ = _cut_runs(source, part, plan, height=height, width=width, sink=sink)
+    return dataclasses.replace(cut, notes=(*shots_note(line), *cut.notes))
+
+
+def _cut_runs(
+    source: Source,
+    part: Part,
+    plan: ClipPlan,
+    *,
+    height: int,
+    width: int,
+    sink: Sink,
+    watcher: Watcher | None = None,
+) -> tuple[Cut, Fraction]:
+    """The clips that a part names, and the seconds of one unit of its times."""
     try:
         with errors("decode", NOT_SEEKABLE) as log, open_video(source) as container:
             wanted = np.array(part.clips or np.empty((0, 0)), np.int64)
-            collector = Collector(wanted, sink, plan, height=height, width=width)
+            collector = Collector(wanted, sink, plan, height=height, width=width, watcher=watcher)
             sink.restart()
             stream = video_stream(container, part.stream)
             collector.scaler.pixel_aspect = stream.sample_aspect_ratio
@@ -185,7 +266,7 @@ def cut_part(source: Source, part: Part, plan: ClipPlan, *, height: int, width: 
         raise VideoError("decode", NOT_SEEKABLE, "frames of clips are not among those that were decoded")
     starts = [clip[0] for clip in part.clips]
     seconds = [float(start * stream.time_base) for start in starts]
-    return Cut(starts, seconds, part.fps, collector.notes)
+    return Cut(starts, seconds, part.fps, collector.notes), stream.time_base
 
 
 def _decode(container: Any, collector: Collector, line: Timeline, log: list[Any]) -> Timeline:
