@@ -64,13 +64,12 @@ def write_index(place: Path, num_clips: int) -> None:
 
 
 def memory() -> dict[str, float]:
-    """MiB of this process: private, and shared with others or with the page cache."""
+    """MiB of this process: its own, and pages of files, which all processes share."""
     fields: dict[str, float] = {}
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
         name, _, rest = line.partition(":")
         fields[name] = int(rest.split()[0]) / 1024
-    # A mapped page that only this process has used counts as private and clean, and costs no other memory either.
-    return {"private": fields["Private_Dirty"], "shared": fields["Rss"] - fields["Private_Dirty"]}
+    return {"private": fields["Anonymous"], "shared": fields["Rss"] - fields["Anonymous"]}
 
 
 def rank(place: str, start: Any, answers: Any, steps: int) -> None:
