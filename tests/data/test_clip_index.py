@@ -241,6 +241,26 @@ def test_without_a_place_for_files_it_is_made_in_memory(data_set: Manifest, tmp_
     assert facts(ClipIndex.of(data_set, DataSettings(cache=str(blocked)))) == expected
 
 
+def test_a_disk_that_fills_up_is_no_end(data_set: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index that was begun is removed, another one is made in memory, and errors count each clip once."""
+    expected = facts(ClipIndex.of(data_set, DataSettings()))
+    os.unlink(folders()[0] / "about.json")
+    monkeypatch.setattr(os, "fsync", full)
+    assert facts(ClipIndex.of(data_set, DataSettings())) == expected
+    assert [path.name for path in (Path(os.environ["VMOCO_HOME"]) / "cache" / "indexes").iterdir()] == [".lock"]
+
+
+def full(_: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_clip_that_is_too_large_for_the_index_is_named(tmp_path: Path) -> None:
+    """Its size would lose its upper bits."""
+    row = {"clip_id": f"{1:016x}", "sha256": f"{1:064x}", "video_id": "a", "shard": "b", "num_bytes": 2**32}
+    with pytest.raises(ValueError, match=r"^a clip of .* has 4294967296 bytes, and 4 GiB is too much: ingest shorter"):
+        ClipIndex.of(manifest_of(tmp_path, [row]), DataSettings())
+
+
 def test_a_score_that_clips_lack_is_named(data_set: Manifest) -> None:
     """Counted over the complete data set, and no index is left behind."""
     with pytest.raises(

@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from vmoco import storage
 from vmoco.clip_settings import DataSettings
@@ -129,13 +130,12 @@ class ClipIndex:
         Raises:
             ValueError: as `training_clips`.
         """
-        selection = Selection(manifest, data)
         if not manifest.is_read:
             folder = Path(data.cache or storage.join(storage.home(), "cache")).expanduser() / "indexes"
             with contextlib.suppress(OSError):  # a full disk, or a folder that is not ours
-                return _mapped(manifest, selection, folder)
+                return _mapped(manifest, Selection(manifest, data), folder)
         files = {name: io.BytesIO() for name in _FILES}
-        _write(manifest, selection, files)
+        _write(manifest, Selection(manifest, data), files)
         made = {name: np.frombuffer(files[name].getbuffer(), dtype) for name, dtype in _FILES.items()}
         _count_shots(made["clips"], made["videos"]["first_clip"])
         return cls(**made)
@@ -226,6 +226,11 @@ def _write(manifest: Manifest, selection: Selection, files: Mapping[str, BinaryI
 
         shards = piece["shard"].combine_chunks().dictionary_encode()
         own = np.array([numbers.setdefault(name, len(numbers)) for name in shards.dictionary.to_pylist()], np.uint32)
+        largest = pc.max(piece["num_bytes"]).as_py()
+        if largest >= 2**32:
+            raise ValueError(
+                f"a clip of {manifest.uri} has {largest} bytes, and 4 GiB is too much: ingest shorter clips"
+            )
         records = np.empty(piece.num_rows, CLIP)
         records["clip_id"] = _from_hex(piece["clip_id"], ">u8")
         records["sha256"] = _from_hex(piece["sha256"], "V32")

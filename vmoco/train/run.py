@@ -15,7 +15,6 @@ import torch
 
 from vmoco import storage, tracking
 from vmoco.architectures import TRANSFORMERS
-from vmoco.clip_settings import DataSettings
 from vmoco.config import PretrainSettings
 from vmoco.data.clip_index import ClipIndex
 from vmoco.data.fit import check_fits, epoch_clips, fit_to_data
@@ -261,12 +260,13 @@ def introduce(run: Run) -> list[str]:
         f"{workers} worker{'s' * (workers != 1)} on {'GPUs' if settings.scaling.use_gpu else 'CPUs'}, for "
         f"{settings.num_micro_batches} micro-batches a step; learning rate {peak:g}, with {warmup}"
     )
-    taken, there = (ClipIndex.of(run.manifest, each) for each in (settings.data, DataSettings()))
-    if less := there.num_clips - taken.num_clips:
-        videos = there.num_videos - taken.num_videos
+    taken = ClipIndex.of(run.manifest, settings.data)
+    held_out = sum(int(piece["held_out"].to_numpy().sum()) for piece in run.manifest.batches(["held_out"]))
+    if less := counts["clips"] - held_out - taken.num_clips:
+        videos = counts["videos"] - counts["held_out"] - taken.num_videos
         lines.append(
-            f"{less} of {there.num_clips} clips are left out of training, and with them {videos} complete videos "
-            f"({', '.join(reasons(settings.data))})"
+            f"{less} of {less + taken.num_clips} clips are left out of training, and with them {videos} complete "
+            f"videos ({', '.join(reasons(settings.data))})"
         )
     lines += run.fitted
     lines.append(f"checkpoints: {_checkpoint_space(settings, run.folder)}")
