@@ -257,7 +257,7 @@ def test_frames_of_a_clip_are_changed_alike(size: int, settings: AugmentSettings
     frames = random_clips(1, 1, 40, 48).expand(16, 5, -1, -1, -1)
     clips = augment(frames, torch.from_numpy(draw(seeds(16), settings, height=40, width=48)), size=size)
     for time in range(1, 5):
-        torch.testing.assert_close(clips[:, :, 0], clips[:, :, time], rtol=0, atol=1e-5)
+        torch.testing.assert_close(clips[:, :, 0], clips[:, :, time], rtol=0, atol=2e-6)
     first_frames = clips[:, :, 0].flatten(1)
     assert torch.pdist(first_frames).min() > 0.1
 

@@ -265,7 +265,7 @@ def test_a_generator_that_takes_the_top_leaves_frames_that_do_not_matter(tmp_pat
     """
     found = [learn_to_drop(tmp_path / str(seed), seed=seed, select="top") for seed in (0, 5, 9)]
     assert max(each["before"] for each in found) < 1.1, found
-    assert any(map(is_harder, found)), found
+    assert sum(map(is_harder, found)) >= 2, found
 
 
 # Four kinds of clips by colour: neighbours in this order differ in hue, the others only in brightness.
