@@ -39,15 +39,16 @@ def read(manifest: Manifest, checked: CheckedClips) -> None:
 def test_a_second_rank_hashes_nothing_and_another_job_everything(tmp_path: Path, hashed: list[int]) -> None:
     """The table is found by every rank of a job on this node; a new start of a run checks its clips anew."""
     manifest = make_data_set(tmp_path / "data", num_videos=8)
-    table = {"num_clips": manifest.table.num_rows, "folder": tmp_path}
+    # Places follow from the files' numbers and times. With as many as these, four clips share two of them in one of a
+    # million runs.
+    table = {"num_clips": 10_000, "folder": tmp_path}
     read(manifest, CheckedClips("first", **table))  # type: ignore[arg-type]
     assert sorted(hashed) == list(range(manifest.table.num_rows))
     hashed.clear()
     second = CheckedClips("first", **table)  # type: ignore[arg-type]
     assert second.is_shared
     read(manifest, second)
-    # Places are few, so some clips may have replaced each other.
-    assert len(hashed) <= manifest.table.num_rows // 3
+    assert len(hashed) <= 2  # two clips at one place replace each other
     hashed.clear()
     read(manifest, CheckedClips("second", **table))  # type: ignore[arg-type]
     assert sorted(hashed) == list(range(manifest.table.num_rows))
