@@ -16,14 +16,14 @@ import tyro
 from vmoco import job
 
 
-def replay(file: Annotated[str, tyro.conf.Positional], ranks: int | None = None, data: str | None = None) -> None:
+def replay(file: Annotated[str, tyro.conf.Positional], ranks: int | None = None, data: tuple[str, ...] = ()) -> None:
     """Redoes a step.
 
     Args:
         file: Replay file of a run: a path or a URI, as its error message names it.
         ranks: Number of processes. When left out, as many as the run had; on GPUs one, if this machine has fewer GPUs.
             Another number than that of the run gives other rounding. With 1 a debugger can be used.
-        data: Folder or URI of the data set, if it is no longer where the run read it.
+        data: Folder or URI of the data set, if it is no longer where the run read it; of several, all in their order.
     """
     # Before torch is imported, here and in the processes: it would warn of a choice of ours in each of them.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -39,7 +39,7 @@ def settings_for(manifest: Manifest, name: str = "a-run", *, seed: int = 0) -> P
     """The smallest preset on a data set."""
     return TINY.model_copy(
         update={
-            "data": TINY.data.model_copy(update={"uri": manifest.uri}),
+            "data": TINY.data.model_copy(update={"uri": (manifest.uri,)}),
             "run": TINY.run.model_copy(update={"name": name, "seed": seed}),
         }
     )

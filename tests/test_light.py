@@ -78,7 +78,7 @@ def test_the_light_install_pulls_from_a_server(make: Callable[..., Path], server
     python = make(tmp_path / "environment", "vmoco", without=HEAVY)
     manifest = make_data_set(tmp_path / "data")
     save_checkpoint(tmp_path / "checkpoint", manifest)
-    publish.write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", manifest=manifest)
+    publish.write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", data=manifest)
     run_id = tracking.create_run(settings_for(manifest), tags={})
     registry.attach(tmp_path / "encoder", run_id=run_id)
     registry.register(run_id, name="tested", alias="candidate")

@@ -86,7 +86,7 @@ def test_the_light_install_works_at_its_lowest_versions(tmp_path: Path) -> None:
     python = lowest_environment(tmp_path / "environment", "vmoco", without=HEAVY)
     manifest = make_data_set(tmp_path / "data")
     save_checkpoint(tmp_path / "checkpoint", manifest)
-    publish.write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", manifest=manifest)
+    publish.write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", data=manifest)
     np.save(tmp_path / "clips.npy", clips().numpy())
     video = write_video(tmp_path / "video.mp4", images(20))
 

@@ -25,8 +25,8 @@ SMALL = PRESETS["small"][1]
 def steps_of(settings: PretrainSettings, host: Notes) -> TrainState:
     """Two steps with the generator, on this process alone."""
     prepared = prepare(changed(settings, generator={"start_percent": 0}, train={"stop_after": 2}))
-    state = TrainState(prepared.settings, manifest_hash=prepared.manifest.hash, device=CPU)
-    train(prepared.settings, prepared.manifest, state, device=CPU, host=host)
+    state = TrainState(prepared.settings, manifest_hash=prepared.mixture.hash, device=CPU)
+    train(prepared.settings, prepared.mixture, state, device=CPU, host=host)
     return state
 
 

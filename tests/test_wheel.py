@@ -61,7 +61,7 @@ def test_an_installed_wheel_loads_an_encoder(wheel: Path, tmp_path: Path) -> Non
     """A fresh environment, with the test environment's packages but not its vmoco, gives the same features."""
     manifest = make_data_set(tmp_path / "data")
     save_checkpoint(tmp_path / "checkpoint", manifest)
-    publish.write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", manifest=manifest)
+    publish.write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", data=manifest)
     np.save(tmp_path / "clips.npy", clips().numpy())
 
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "environment"], check=True)

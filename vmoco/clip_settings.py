@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from vmoco.settings import OmittedIfDefault, Settings, Unhashed
 
@@ -12,12 +13,16 @@ Positives = Literal["same_clip", "two_clips"]
 
 
 class DataSettings(Settings):
-    """The data set, and which clips training takes from it."""
+    """The data sets, and which clips training takes from them."""
 
     group = "data"
 
-    uri: Annotated[str, Unhashed] = ""
-    """Folder or URI of a data set made by jobs/ingest.py, for example s3://bucket/data. Required."""
+    uri: Annotated[tuple[str, ...], Unhashed] = ()
+    """Folder or URI of a data set made by jobs/ingest.py, for example s3://bucket/data, or of several, which each batch
+    mixes. Required."""
+    weights: Annotated[tuple[float, ...], OmittedIfDefault] = ()
+    """Weight of each of several data sets: its share of the clips. Example: 0.5 0.3 0.2. When left out, each video of
+    all sets is drawn equally often."""
     num_frames: int = Field(16, ge=2)
     """T: number of frames in a training clip. The clip is a random window of a stored clip, which may be longer."""
     stride: int = Field(1, ge=1)
@@ -58,8 +63,33 @@ class DataSettings(Settings):
     cache_gib: Annotated[float, Unhashed] = Field(50.0, gt=0)
     """Size limit of this cache on one node, in GiB. When it is full, the least recently read clips are removed."""
 
+    @field_validator("uri", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        """One place may be given as text, and is written as text: so it was before there could be several."""
+        return ((value,) if value else ()) if isinstance(value, str) else value
+
+    @field_serializer("uri")
+    def _written_uri(self, value: tuple[str, ...]) -> str | tuple[str, ...]:
+        return value if len(value) > 1 else "".join(value)
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Where the data sets are, by what a message calls them."""
+        one = len(self.uri) == 1
+        return {"--data.uri" if one else f"--data.uri ({number})": uri for number, uri in enumerate(self.uri, start=1)}
+
     @model_validator(mode="after")
     def _check(self) -> DataSettings:
+        if self.weights:
+            typed = "--data.weights " + " ".join(f"{weight:g}" for weight in self.weights)
+            if len(self.weights) != max(len(self.uri), 2):
+                raise ValueError(
+                    f"{typed} does not fit --data.uri: {len(self.uri)} data sets are named there; give one weight for "
+                    "each of two or more data sets, or leave the weights out"
+                )
+            if not all(math.isfinite(weight) and weight > 0 for weight in self.weights):
+                raise ValueError(f"{typed} is not allowed: each weight must be above 0; leave out a set that has none")
         if self.leave_out_sha256 is not None and self.leave_out is None:
             raise ValueError(
                 f"--data.leave-out-sha256 {self.leave_out_sha256} needs the list itself: give --data.leave-out, the "

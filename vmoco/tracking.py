@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def create_run(
     settings: PretrainSettings,
     *,
     tags: Mapping[str, str],
-    data: DataInput | None = None,
+    data: Sequence[DataInput] = (),
     note: str = "",
     parent_run: str | None = None,
 ) -> str:
@@ -105,7 +105,7 @@ def create_run(
     Args:
         settings: of the run.
         tags: of the run.
-        data: what it trains on.
+        data: the data sets that it trains on.
         note: Markdown that is shown above its metrics.
         parent_run: run below which it is shown.
 
@@ -129,8 +129,8 @@ def create_run(
         for first in range(0, len(flat), 100):  # MLflow takes 100 at a time
             tracker.log_batch(run.info.run_id, params=flat[first : first + 100])
         tracker.log_text(run.info.run_id, settings.canonical_json(), "settings.json")
-        if data is not None:
-            tracker.log_inputs(run.info.run_id, datasets=[_as_input(data)])
+        if data:
+            tracker.log_inputs(run.info.run_id, datasets=[_as_input(each) for each in data])
     except MlflowException as error:
         raise _unusable(error) from error
     return str(run.info.run_id)

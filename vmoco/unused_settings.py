@@ -47,9 +47,9 @@ def _data(settings: PretrainSettings) -> Reasons:
             f"--data.two-clips-from-percent {data.two_clips_from_percent} of --train.steps {settings.train.steps} "
             "leaves no step for it"
         )
-    if data.uri and ("://" not in data.uri or data.uri.startswith("file://")):
+    if data.uri and all("://" not in uri or uri.startswith("file://") for uri in data.uri):
         for name in ("cache", "cache_gib"):
-            found["data", name] = f"--data.uri {data.uri} is a local folder, which needs no cache"
+            found["data", name] = f"--data.uri {' '.join(data.uri)} is on a local disk, which needs no cache"
     return found
 
 

@@ -51,7 +51,7 @@ def main() -> None:
         state = TrainState(settings, manifest_hash=manifest.hash, device=torch.device("cpu"))
         (folder / "checkpoint").mkdir()
         state.save(folder / "checkpoint")
-        publish.write_encoder(folder / "checkpoint", folder / "encoder", manifest=manifest)
+        publish.write_encoder(folder / "checkpoint", folder / "encoder", data=manifest)
         run_id = tracking.create_run(settings, tags={})
         registry.attach(folder / "encoder", run_id=run_id)
         registry.register(run_id, name="measured", alias="candidate")

@@ -31,7 +31,7 @@ from vmoco.clip_settings import DataSettings
 from vmoco.data import clip_index
 from vmoco.data.clip_index import CLIP, SHARD, VIDEO, ClipIndex
 from vmoco.data.manifest import FIELDS, Manifest, write_manifest
-from vmoco.data.plan import Plan
+from vmoco.data.plan import Plan, Stream
 from vmoco.data.shard import ShardFile
 
 RANKS, BATCH, CLIPS_PER_VIDEO, CLIPS_PER_SHARD = 8, 4096, 10, 256
@@ -78,7 +78,7 @@ def rank(place: str, start: Any, answers: Any, steps: int) -> None:
     before, began = memory(), time.perf_counter()
     index = clip_index._open(Path(place))
     assert index is not None
-    plan = Plan(index, seed=1, draws_per_video=1, global_batch=BATCH, micro_batch=32)
+    plan = Plan([Stream(index, seed=1, draws_per_video=1)], seed=1, global_batch=BATCH, micro_batch=32)
     plan.batch(0)
     started = time.perf_counter() - began
     drawn, read = [], []

@@ -95,7 +95,7 @@ def run(name: str, uri: str, folder: Path, *, scheduler: str, samples: int) -> t
 def probed(trial: Trial, folder: Path) -> float:
     """Accuracy of a linear probe on the encoder of a finished trial, in percent."""
     checkpoint = max((folder / "runs" / "full" / "trials" / trial.name).glob("step-*"))
-    encoder = encoder_in(checkpoint, manifest=Manifest.load(str(folder / "sweep")))
+    encoder = encoder_in(checkpoint, data=Manifest.load(str(folder / "sweep")))
     return ablation.probe(encoder.backbone, ablation.BASE, folder / "doom")["linear_test"]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.dataset import make_data_set
 from vmoco.data.loader import Loader
 from vmoco.data.manifest import Manifest, write_manifest
-from vmoco.data.plan import Draws, Plan
+from vmoco.data.plan import Draws, Plan, Stream
 from vmoco.data.shard import ShardFile
 from vmoco.presets import PRESETS
 from vmoco.seed import UInt64Array, hash64
@@ -48,9 +48,8 @@ def make_plan(
 ) -> Plan:
     """A plan over videos with so many clips each."""
     return Plan(
-        clips_of(counts),
+        [Stream(clips_of(counts), seed=seed, draws_per_video=draws_per_video)],
         seed=seed,
-        draws_per_video=draws_per_video,
         global_batch=micro_batch * num_micro,
         micro_batch=micro_batch,
     )
@@ -219,7 +218,8 @@ def test_second_clip_is_of_the_same_shot(counts: list[int], length: int, step: i
     """Where shots are known: another clip of the shot, and the same clip where it is alone in it."""
     videos = np.repeat(np.arange(len(counts)), counts)
     shots = np.concatenate([np.arange(count) for count in counts]) // length
-    plan = Plan(clips_of(counts, longest_shot=length), seed=3, draws_per_video=2, global_batch=6, micro_batch=2)
+    stream = Stream(clips_of(counts, longest_shot=length), seed=3, draws_per_video=2)
+    plan = Plan([stream], seed=3, global_batch=6, micro_batch=2)
     draws = plan.batch(step)
     for clip, other in zip(draws.clip.tolist(), plan.second_clips(draws).tolist(), strict=True):
         assert (videos[other], shots[other]) == (videos[clip], shots[clip])

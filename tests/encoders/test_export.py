@@ -286,7 +286,7 @@ def test_the_job_exports_a_registered_encoder(tmp_path: Path, tracker_home: Path
     """By its name, with the scores that it got after its registration; the printed lines load the export."""
     manifest = make_data_set(tmp_path / "data")
     save_checkpoint(tmp_path / "checkpoint", manifest)
-    publish.write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", manifest=manifest)
+    publish.write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", data=manifest)
     run_id = tracking.create_run(settings_for(manifest), tags={})
     registry.attach(tmp_path / "encoder", run_id=run_id)
     registry.register(run_id, name="tested", alias="candidate")

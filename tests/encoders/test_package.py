@@ -29,7 +29,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> tup
     """An encoder's folder, and the state that it was taken from."""
     place = tmp_path_factory.mktemp("written")
     state = save_checkpoint(place / "checkpoint", manifest)
-    publish.write_encoder(place / "checkpoint", place / "encoder", manifest=manifest, data_licence="mine, CC0")
+    publish.write_encoder(place / "checkpoint", place / "encoder", data=manifest, data_licence="mine, CC0")
     return place / "encoder", state
 
 
@@ -55,7 +55,7 @@ def test_the_normalisation_of_the_run_travels_with_it(manifest: Manifest, tmp_pa
     state = TrainState(settings, manifest_hash=manifest.hash, device=torch.device("cpu"))
     (tmp_path / "checkpoint").mkdir()
     state.save(tmp_path / "checkpoint")
-    publish.write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", manifest=manifest)
+    publish.write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", data=manifest)
     encoder = package.load_encoder(str(tmp_path / "encoder"))
     lighter = encoder.preprocess(clips() // 2 + 60)
     torch.testing.assert_close(lighter, encoder.preprocess(clips()), rtol=0, atol=0.03)
@@ -106,7 +106,7 @@ def test_the_card_says_which_weights_the_run_began_with(
     )
     (tmp_path / "checkpoint").mkdir()
     state.save(tmp_path / "checkpoint")
-    card = publish.write_encoder(tmp_path / "checkpoint", tmp_path, manifest=manifest)
+    card = publish.write_encoder(tmp_path / "checkpoint", tmp_path, data=manifest)
     assert card["began_from"] == "/runs/trunk/step-00000700"
     model_card.write(tmp_path, card, histories={})
     text = (tmp_path / model_card.README).read_text()

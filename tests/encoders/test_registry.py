@@ -35,7 +35,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 def folder(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> Path:
     place = tmp_path_factory.mktemp("written")
     save_checkpoint(place / "checkpoint", manifest)
-    publish.write_encoder(place / "checkpoint", place / "encoder", manifest=manifest)
+    publish.write_encoder(place / "checkpoint", place / "encoder", data=manifest)
     return place / "encoder"
 
 

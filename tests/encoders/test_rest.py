@@ -30,7 +30,7 @@ def address(tmp_path: Path, tracker_home: Path) -> Iterator[str]:
     """Of `mlflow models serve` with a registered encoder; the environment is that of the tests."""
     manifest = make_data_set(tmp_path / "data")
     save_checkpoint(tmp_path / "checkpoint", manifest)
-    publish.write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", manifest=manifest)
+    publish.write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", data=manifest)
     run_id = tracking.create_run(settings_for(manifest), tags={})
     registry.attach(tmp_path / "encoder", run_id=run_id)
     registry.register(run_id, name="served", alias="candidate")

@@ -362,7 +362,7 @@ def test_the_jobs_evaluate_note_and_embed_a_registered_encoder(
     """
     manifest = labelled_data_set(tmp_path / "data")
     save_checkpoint(tmp_path / "checkpoint", manifest)
-    write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", manifest=manifest)
+    write_encoder(tmp_path / "checkpoint", tmp_path / "encoder", data=manifest)
     run_id = tracking.create_run(settings_for(manifest), tags={})
     registry.attach(tmp_path / "encoder", run_id=run_id)
     registry.register(run_id, name="tested", alias="candidate")

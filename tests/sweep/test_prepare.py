@@ -37,7 +37,7 @@ def end(prepared: PreparedSweep, place: int, score: float) -> None:
     trial, run = prepared.sweep.trials[place], prepared.runs[place]
     folder = Path(RunFolder(run.folder).checkpoint_uri(trial.steps))
     folder.mkdir(parents=True)
-    state = TrainState(run.settings, manifest_hash=run.manifest.hash, device=CPU)
+    state = TrainState(run.settings, manifest_hash=run.mixture.hash, device=CPU)
     state.step = trial.steps
     record = state.snapshot().write(folder)
     assert record.step == trial.steps

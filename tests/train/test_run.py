@@ -88,7 +88,7 @@ def test_checkpoints_that_do_not_fit_are_refused(settings: PretrainSettings) -> 
 def test_the_size_of_a_checkpoint_is_known_before(settings: PretrainSettings, tmp_path: Path, optimizer: str) -> None:
     """It is that of the file after a step of both optimizers, up to its header."""
     chosen = changed(settings, train={"optimizer": optimizer}, generator={"start_percent": 0})
-    manifest = prepare(chosen).manifest
+    manifest = prepare(chosen).mixture
     state = TrainState(chosen, manifest_hash=manifest.hash, device=CPU)
     TrainStep(chosen, state, CPU)(Loader(manifest, chosen, rank=0, world_size=1).batch(0))
     state.save(tmp_path)
@@ -119,7 +119,7 @@ def test_a_run_that_ended_where_it_was_told_to_goes_on_when_told_to_end_later(se
 
 
 def new_state(run: Run) -> TrainState:
-    return TrainState(run.settings, manifest_hash=run.manifest.hash, device=CPU)
+    return TrainState(run.settings, manifest_hash=run.mixture.hash, device=CPU)
 
 
 @pytest.fixture
@@ -127,8 +127,8 @@ def trunk(settings: PretrainSettings, tmp_path: Path) -> Path:
     """A checkpoint after 3 steps of `tiny` on the data set of `settings`."""
     short = changed(settings, train={"stop_after": 3})
     prepared = prepare(short)
-    state = TrainState(prepared.settings, manifest_hash=prepared.manifest.hash, device=CPU)
-    train(prepared.settings, prepared.manifest, state, device=CPU, host=Notes())
+    state = TrainState(prepared.settings, manifest_hash=prepared.mixture.hash, device=CPU)
+    train(prepared.settings, prepared.mixture, state, device=CPU, host=Notes())
     place = tmp_path / "trunk" / "step-00000003"
     place.mkdir(parents=True)
     state.save(place, run_id="run of the trunk")
@@ -158,21 +158,21 @@ def test_a_new_cycle_outlives_its_trunk_and_a_kill(settings: PretrainSettings, t
     folder, straight = RunFolder(run.folder), new_state(run)
     folder.restore(straight)
     assert straight.step == 0
-    assert train(run.settings, run.manifest, straight, device=CPU, host=Notes())
+    assert train(run.settings, run.mixture, straight, device=CPU, host=Notes())
 
     again = open_run(prepare(settings))
     assert (again.is_new, again.run_id) == (False, run.run_id)
     assert any(found.startswith(line) for found in introduce(again))
     killed = new_state(again)
     folder.restore(killed)
-    assert not train(run.settings, run.manifest, killed, device=CPU, host=Notes(stop_after=3))
+    assert not train(run.settings, run.mixture, killed, device=CPU, host=Notes(stop_after=3))
     place = Path(folder.checkpoint_uri(killed.step))
     place.mkdir()
     killed.save(place)
     resumed = new_state(again)
     folder.restore(resumed)
     assert resumed.step == 4
-    assert train(run.settings, run.manifest, resumed, device=CPU, host=Notes())
+    assert train(run.settings, run.mixture, resumed, device=CPU, host=Notes())
     expected, found = straight.tensors(), resumed.tensors()
     assert set(expected) == set(found)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -275,7 +275,7 @@ def test_positions_of_other_clips_are_no_start(settings: PretrainSettings, tmp_p
 def test_the_tracker_knows_data_set_and_commit(settings: PretrainSettings) -> None:
     """MLflow shows the data set as an input of the run, with its hash, counts and place; preset and commit are tags."""
     run = open_run(prepare(settings))
-    manifest = run.manifest
+    manifest = run.mixture.manifests[0]
     kept = tracking.client().get_run(run.run_id)
     (entry,) = kept.inputs.dataset_inputs
     data = entry.dataset

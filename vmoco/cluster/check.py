@@ -26,7 +26,7 @@ from vmoco import storage, tracking
 from vmoco.cluster.gpus import Gpu, gpus_here, shared_gpus
 from vmoco.config import PretrainSettings
 from vmoco.data.fit import fit_to_data
-from vmoco.data.manifest import Manifest
+from vmoco.data.mixture import Mixture, absolute
 from vmoco.model.cost import GPU_PROCESS_BYTES, Speed, StepCost, measure_speed, step_cost
 
 _PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "numpy", "av", "mlflow")
@@ -281,7 +281,9 @@ def check_cluster(settings: PretrainSettings, *, show: Callable[[str], None] = p
     place = storage.require_absolute(settings.run.storage or storage.join(storage.home(), "runs"), "--run.storage")
     places = {"--run.storage": place}
     if settings.data.uri:
-        places["--data.uri"] = storage.require_absolute(settings.data.uri, "--data.uri")
+        settings = settings.model_copy(update={"data": absolute(settings.data)})
+    data = settings.data.places
+    places |= data
     from vmoco.cluster.reservation import alive_nodes, fit_to_cluster
 
     settings, chosen = fit_to_cluster(settings, alive_nodes())
@@ -292,8 +294,8 @@ def check_cluster(settings: PretrainSettings, *, show: Callable[[str], None] = p
         f"node {address} did not answer within {_CLUSTER_SECONDS:.0f} s: repair it, or remove it" for address in silent
     ]
     problems += find_problems(settings, reports, tracker=tracking.tracking_uri())
-    if "--data.uri" in places and not any("--data.uri" in each.problems for each in reports):
-        settings, fitted = fit_to_data(settings, Manifest.load(places["--data.uri"]))
+    if data and not any(data.keys() & each.problems.keys() for each in reports):
+        settings, fitted = fit_to_data(settings, Mixture.load(settings.data))
         chosen += fitted
     problems += _resource_problems(settings)
     for each in sorted(reports, key=lambda each: each.address):

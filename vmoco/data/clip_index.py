@@ -23,7 +23,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -124,8 +124,8 @@ class ClipIndex:
         return name
 
     @classmethod
-    def of(cls, manifest: Manifest, data: DataSettings) -> ClipIndex:
-        """The index of what training takes of a data set.
+    def of(cls, manifest: Manifest, data: DataSettings, *, others: Sequence[Manifest] = ()) -> ClipIndex:
+        """The index of what training takes of a data set; `others` are further data sets of the run.
 
         Raises:
             ValueError: as `training_clips`.
@@ -133,9 +133,9 @@ class ClipIndex:
         if not manifest.is_read:
             folder = Path(data.cache or storage.join(storage.home(), "cache")).expanduser() / "indexes"
             with contextlib.suppress(OSError):  # a full disk, or a folder that is not ours
-                return _mapped(manifest, Selection(manifest, data), folder)
+                return _mapped(manifest, Selection(manifest, data, others), folder)
         files = {name: io.BytesIO() for name in _FILES}
-        _write(manifest, Selection(manifest, data), files)
+        _write(manifest, Selection(manifest, data, others), files)
         made = {name: np.frombuffer(files[name].getbuffer(), dtype) for name, dtype in _FILES.items()}
         _count_shots(made["clips"], made["videos"]["first_clip"])
         return cls(**made)

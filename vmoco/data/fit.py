@@ -1,19 +1,21 @@
-"""A run and its data set: settings that follow from the data, and whether it can be trained on."""
+"""A run and its data sets: settings that follow from the data, and whether they can be trained on."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from vmoco.config import PretrainSettings
 from vmoco.data.clip_index import ClipIndex
 from vmoco.data.manifest import Manifest
+from vmoco.data.mixture import Mixture
 from vmoco.data.training_clips import reasons, with_list
 from vmoco.presets import PRESETS
 from vmoco.settings import flag
 
 
-def fit_to_data(settings: PretrainSettings, manifest: Manifest) -> tuple[PretrainSettings, list[str]]:
-    """The settings with numbers where they are relative to the data set, and lines that say what was chosen.
+def fit_to_data(settings: PretrainSettings, data: Manifest | Mixture) -> tuple[PretrainSettings, list[str]]:
+    """The settings with numbers where they are relative to the data sets, and lines that say what was chosen.
 
     Settings that are fitted already stay as they are, so a run that is resumed gets its own again.
 
@@ -21,31 +23,39 @@ def fit_to_data(settings: PretrainSettings, manifest: Manifest) -> tuple[Pretrai
         ValueError: both ways to give a number were used, or the list of clips to leave out cannot be used.
     """
     lines = []
-    settings = settings.model_copy(update={"data": with_list(manifest, settings.data)})
+    mixture = Mixture.of(data)
+    settings = settings.model_copy(update={"data": with_list(mixture.manifests, settings.data)})
     steps, warmup = settings.train.steps, settings.train.warmup_steps
     epochs, percent = settings.train.epochs, settings.train.warmup_percent
     if epochs is not None and _counts(settings, "epochs", "steps"):
-        epoch = epoch_clips(settings, manifest)
+        epoch = epoch_clips(settings, mixture)
         steps = max(1, round(epochs * epoch / settings.train.global_batch))
         lines.append(f"{epochs:g} epochs of {epoch:,} clips are {steps:,} steps of {settings.train.global_batch}")
     if percent is not None and _counts(settings, "warmup_percent", "warmup_steps"):
         warmup = math.floor(steps * percent / 100)
-    stride = _fitting_stride(settings, manifest.frame_shape[0])
+    shortest = min(mixture.manifests, key=lambda each: each.frame_shape[0])
+    stride = _fitting_stride(settings, shortest.frame_shape[0])
     if stride != settings.data.stride:
         lines.append(
             f"--data.stride {stride}, and not {settings.data.stride} as in preset {settings.preset}, because the clips "
-            f"of {manifest.uri} have {manifest.frame_shape[0]} frames: ingest with --num-frames "
+            f"of {shortest.uri} have {shortest.frame_shape[0]} frames: ingest with --num-frames "
             f"{span(settings)} for longer ones"
         )
+    weights = settings.data.weights
+    if not mixture.is_one and not weights:
+        draws = [clips.num_videos * settings.data.draws_per_video for clips in mixture.indexes(settings.data)]
+        weights = tuple(max(round(count / sum(draws), 6), 1e-6) for count in draws)
+        lines.append(f"--data.weights {' '.join(f'{each:g}' for each in weights)}: each video is drawn equally often")
     values = settings.model_dump()
     values["train"] |= {"steps": steps, "epochs": None, "warmup_steps": warmup, "warmup_percent": None}
-    values["data"]["stride"] = stride
+    values["data"] |= {"stride": stride, "weights": weights}
     return PretrainSettings(**values), lines
 
 
-def epoch_clips(settings: PretrainSettings, manifest: Manifest) -> int:
-    """Number of clips that one epoch draws."""
-    return ClipIndex.of(manifest, settings.data).num_videos * settings.data.draws_per_video
+def epoch_clips(settings: PretrainSettings, data: Manifest | Mixture) -> int:
+    """Number of clips that one epoch draws; of several sets, those of an epoch of each."""
+    indexes = Mixture.of(data).indexes(settings.data)
+    return sum(clips.num_videos for clips in indexes) * settings.data.draws_per_video
 
 
 def _counts(settings: PretrainSettings, share: str, number: str) -> bool:
@@ -74,12 +84,22 @@ def _fitting_stride(settings: PretrainSettings, stored_frames: int) -> int:
     return min(data.stride, longest) if longest else data.stride
 
 
-def check_fits(manifest: Manifest, settings: PretrainSettings, clips: ClipIndex | None = None) -> None:
-    """Checks that a run can be trained on a data set; `clips` is the index of what training takes, if it is there.
+def check_fits(
+    data: Manifest | Mixture, settings: PretrainSettings, indexes: Sequence[ClipIndex] | None = None
+) -> None:
+    """Checks that a run can be trained on each of its data sets; `indexes` are of what training takes, if known.
 
     Raises:
         ValueError: clips too short or too small for the settings, or no clip to train on.
     """
+    mixture = Mixture.of(data)
+    for place, manifest in enumerate(mixture.manifests):
+        _check_fits(manifest, settings, indexes[place] if indexes else None, others=mixture.others(manifest))
+
+
+def _check_fits(
+    manifest: Manifest, settings: PretrainSettings, clips: ClipIndex | None, *, others: Sequence[Manifest]
+) -> None:
     stored_frames, height, width, _ = manifest.frame_shape
     frames, size = span(settings), settings.augment.size
     if frames > stored_frames:
@@ -94,11 +114,12 @@ def check_fits(manifest: Manifest, settings: PretrainSettings, clips: ClipIndex 
         )
     if manifest.counts["videos"] == manifest.counts["held_out"]:
         raise ValueError(f"every video of {manifest.uri} is held out: ingest more videos, or lower --held-out-percent")
-    clips = clips or ClipIndex.of(manifest, settings.data)
+    clips = clips or ClipIndex.of(manifest, settings.data, others=others)
     if not clips.num_clips:
+        left_out = [*reasons(settings.data), *(f"the held-out part of {each.uri}" for each in others)]
         raise ValueError(
-            f"no clip of {manifest.uri} is left to train on: {', '.join(reasons(settings.data))} leaves out all clips "
-            "of videos that are not held out"
+            f"no clip of {manifest.uri} is left to train on: {', '.join(left_out)} leaves out all clips of videos that "
+            "are not held out"
         )
     if settings.data.positives == "two_clips" and frames == stored_frames and clips.num_clips == clips.num_videos:
         raise ValueError(

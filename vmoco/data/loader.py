@@ -1,6 +1,6 @@
 """Batches for one rank: windows of frames from the shards, read a few batches ahead of the step.
 
-The loader has no state. What it yields is a function of (manifest, plan, step, rank), so to resume is to start at
+The loader has no state. What it yields is a function of (manifests, plan, step, rank), so to resume is to start at
 another step. It never converts pixels: uint8 frames go to the device as they are stored, or as their JPEGs decode, and
 a background thread reads them.
 """
@@ -24,10 +24,10 @@ from vmoco.config import PretrainSettings
 from vmoco.data import augment
 from vmoco.data.checked_clips import CheckedClips
 from vmoco.data.clip_cache import cache_for
-from vmoco.data.clip_index import ClipIndex
 from vmoco.data.fit import check_fits, span
 from vmoco.data.manifest import Manifest
-from vmoco.data.plan import Draws, Int64Array, Plan
+from vmoco.data.mixture import Mixture
+from vmoco.data.plan import Draws, Int64Array, Plan, Stream, data_sets
 from vmoco.data.shard_reader import ClipReader
 from vmoco.seed import UInt64Array, hash64, mix64, uniform, uniforms
 
@@ -67,7 +67,8 @@ class View:
     """Clips of this rank as they are stored, and the draws that augment them."""
 
     frames: torch.Tensor
-    """uint8 (B, T, H, W, 3)."""
+    """uint8 (B, T, H, W, 3). Where data sets have frames of different sizes, smaller ones lie in the corner, and their
+    last row and column are repeated."""
     draws: torch.Tensor
     """float32 (B, augment.NUM_COLUMNS)."""
 
@@ -89,6 +90,8 @@ class RankBatch:
     """float32 (B, T): seeded importance of each query's frames, for dropping at random."""
     clip_ids: list[str]
     """Clip of each query."""
+    data_sets: torch.Tensor
+    """int64 (B,): number of each query's data set."""
     share: slice
     """Places of the queries in the global batch."""
     clips_per_rank: list[int]
@@ -108,7 +111,7 @@ class Loader:
     """Iterates over the batches of one rank, from `start_step` to the last step of the run.
 
     Args:
-        manifest: data set to read; `training_clips` says which of it training takes.
+        data: data set to read, or several; `training_clips` says which of it training takes.
         settings: of the run.
         rank: of this process.
         world_size: number of ranks.
@@ -118,7 +121,7 @@ class Loader:
 
     Attributes:
         plan: order of training.
-        clips: that training takes, by the numbers that the plan gives them.
+        mixture: the data sets.
         seconds_waited: time that the consumer has waited for a batch that was not ready.
 
     Raises:
@@ -127,7 +130,7 @@ class Loader:
 
     def __init__(
         self,
-        manifest: Manifest,
+        data: Manifest | Mixture,
         settings: PretrainSettings,
         *,
         rank: int,
@@ -137,16 +140,27 @@ class Loader:
         checked: CheckedClips | None = None,
     ) -> None:
         self._settings = settings
-        self._manifest = manifest
-        data = settings.data
-        self.clips = ClipIndex.of(manifest, data)
-        check_fits(manifest, settings, self.clips)
-        cache = cache_for(manifest.uri, folder=data.cache, gib=data.cache_gib)
-        self._reader = ClipReader.of(manifest, self.clips, cache=cache, threads=data.loader_threads, checked=checked)
+        self.mixture = mixture = Mixture.of(data)
+        self._indexes = mixture.indexes(settings.data)
+        check_fits(mixture, settings, self._indexes)
+        self._readers = [
+            ClipReader.of(
+                manifest,
+                clips,
+                cache=cache_for(manifest.uri, folder=settings.data.cache, gib=settings.data.cache_gib),
+                threads=settings.data.loader_threads,
+                checked=checked,
+            )
+            for manifest, clips in zip(mixture.manifests, self._indexes, strict=True)
+        ]
+        draws = settings.data.draws_per_video
         self.plan = Plan(
-            self.clips,
+            [
+                Stream(clips, seed=mixture.stream_seed(place, settings.run.seed), draws_per_video=draws)
+                for place, clips in enumerate(self._indexes)
+            ],
+            weights=mixture.weights,
             seed=settings.run.seed,
-            draws_per_video=settings.data.draws_per_video,
             global_batch=settings.train.global_batch,
             micro_batch=settings.train.micro_batch,
         )
@@ -206,11 +220,12 @@ class Loader:
             query=self._view("query", queries, clips=queries.clip, window_seeds=queries.seed),
             key=self._key_view(keys, step=step),
             random_importance=self._locked(importance.astype(np.float32)),
-            clip_ids=[self.clips.clip_id(clip) for clip in queries.clip],
+            clip_ids=self.clip_ids(queries.clip),
+            data_sets=self._locked(self.plan.data_sets(queries)),
             share=self._share,
             clips_per_rank=self._clips_per_rank,
             key_order=self._locked(key_order),
-            video_ids=self._locked(self.clips.video_names[draws.video]),
+            video_ids=self._locked(self._video_names(draws)),
             reversed_keys=self.reversed_keys(step),
             branch_factors=self._branch_factors(queries),
         )
@@ -240,16 +255,37 @@ class Loader:
         return self._view("key", draws, clips=self.plan.second_clips(draws), window_seeds=window_seeds)
 
     def _view(self, name: str, draws: Draws, *, clips: Int64Array, window_seeds: UInt64Array) -> View:
-        data, (_, height, width, _) = self._settings.data, self._manifest.frame_shape
-        shape = (len(draws), data.num_frames, height, width, 3)
-        frames = self._memory.take(shape)
-        target = frames.numpy()
-        starts = self._window_starts(window_seeds).tolist()
-        windows = (range(start, start + span(self._settings), data.stride) for start in starts)
-        for place, window in enumerate(self._reader.several(clips.tolist(), windows)):
-            target[place] = window
-        table = augment.draw(self._view_seeds(draws, name), self._settings.augment, height=height, width=width)
+        sets, shapes = data_sets(clips, self.plan.first_clips), [each.frame_shape for each in self.mixture.manifests]
+        height, width = (max(shape[side] for shape in shapes) for side in (1, 2))
+        frames = self._memory.take((len(draws), self._settings.data.num_frames, height, width, 3))
+        target, table = frames.numpy(), np.empty((len(draws), augment.NUM_COLUMNS), np.float32)
+        for number in np.unique(sets).tolist():
+            places, (_, own_height, own_width, _) = np.flatnonzero(sets == number), shapes[number]
+            windows = self._windows(window_seeds[places], stored_frames=shapes[number][0])
+            own = (clips[places] - self.plan.first_clips[number]).tolist()
+            read = zip(places.tolist(), self._readers[number].several(own, windows), strict=True)
+            for place, window in read:
+                target[place, :, :own_height, :own_width] = window
+            # A crop that reaches the border is sampled half a pixel beyond it.
+            target[places, :, own_height:] = target[places, :, own_height - 1 : own_height]
+            target[places, :, :, own_width:] = target[places, :, :, own_width - 1 : own_width]
+            seeds = self._view_seeds(draws[places], name)
+            table[places] = augment.draw(seeds, self._settings.augment, height=own_height, width=own_width)
         return View(frames, self._locked(table))
+
+    def clip_ids(self, clips: Int64Array) -> list[str]:
+        """Names of clips of the plan in their manifests."""
+        sets = data_sets(clips, self.plan.first_clips)
+        own = clips - self.plan.first_clips[sets]
+        return [self._indexes[number].clip_id(clip) for number, clip in zip(sets.tolist(), own.tolist(), strict=True)]
+
+    def _video_names(self, draws: Draws) -> Int64Array:
+        """What names the video of each draw (`ClipIndex.video_names`)."""
+        sets = self.plan.data_sets(draws)
+        own, names = draws.video - self.plan.first_videos[sets], np.empty(len(draws), np.int64)
+        for number in np.unique(sets).tolist():
+            names[sets == number] = self._indexes[number].video_names[own[sets == number]]
+        return names
 
     def _locked(self, values: npt.NDArray[Any]) -> torch.Tensor:
         """The values as a tensor; for a GPU in page-locked memory, from which it copies without a wait."""
@@ -259,7 +295,8 @@ class Loader:
     def _view_seeds(self, draws: Draws, name: str) -> UInt64Array:
         return mix64(draws.seed, hash64("view", name))
 
-    def _window_starts(self, seeds: UInt64Array) -> Int64Array:
-        """First frame of each training clip in its stored clip."""
-        places = self._manifest.frame_shape[0] - span(self._settings) + 1
-        return np.floor(uniform(seeds, hash64("window")) * places).astype(np.int64)
+    def _windows(self, seeds: UInt64Array, *, stored_frames: int) -> Iterator[range]:
+        """The frames of each training clip in its stored clip."""
+        length, stride = span(self._settings), self._settings.data.stride
+        starts = np.floor(uniform(seeds, hash64("window")) * (stored_frames - length + 1)).astype(np.int64)
+        return (range(start, start + length, stride) for start in starts.tolist())

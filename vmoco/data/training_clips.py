@@ -7,8 +7,9 @@ whoever reads the settings of an encoder later, has the same list.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ class Selection:
     Args:
         manifest: of the data set.
         data: settings.
+        others: further data sets of the run. A video that one of them holds out is held out here too.
 
     Attributes:
         name: what was chosen by, as text: equal for equal choices.
@@ -36,8 +38,8 @@ class Selection:
         ValueError: the list cannot be read, or is another one than at the start of the run.
     """
 
-    def __init__(self, manifest: Manifest, data: DataSettings) -> None:
-        self._uri = manifest.uri
+    def __init__(self, manifest: Manifest, data: DataSettings, others: Sequence[Manifest] = ()) -> None:
+        self._uri, self._others = manifest.uri, others
         self._left_out = pa.array(sorted(_listed(data)), pa.string()) if data.leave_out is not None else None
         # Both rounded as the manifest is: 0.3 in float32 is not the 0.3 that was typed.
         self._typed = _bounds(data)
@@ -45,13 +47,24 @@ class Selection:
         self._without = dict.fromkeys(self._bounds, 0)
         self._num_clips = 0
         listed = "" if self._left_out is None else _sha256("\n".join(self._left_out.to_pylist()).encode())
-        self.name = f"{listed} {sorted(self._bounds.items())}"
+        self.name = f"{listed} {sorted(self._bounds.items())}{''.join(f' {each.hash}' for each in others)}"
         scores = [name.partition("_")[2] for name in self._bounds]
-        self.columns = list(dict.fromkeys(["held_out", *scores]))
+        self.columns = list(dict.fromkeys(["held_out", *(["video_sha256"] if others else []), *scores]))
+
+    @functools.cached_property
+    def _held_out_elsewhere(self) -> pa.Array:
+        """Hashes of the files that another data set holds out."""
+        found: set[str] = set()
+        for each in self._others:
+            for piece in each.batches(["video_sha256", "held_out"]):
+                found.update(piece.filter(piece["held_out"])["video_sha256"].unique().to_pylist())
+        return pa.array(sorted(found), pa.string())
 
     def keep(self, table: pa.Table) -> npt.NDArray[np.bool_]:
         """Which of some rows of the manifest are taken, bool (number of rows,)."""
         kept = ~table["held_out"].to_numpy()
+        if self._others:
+            kept &= ~pc.is_in(table["video_sha256"], value_set=self._held_out_elsewhere).to_numpy()
         if self._left_out is not None:
             kept &= ~pc.is_in(table["clip_id"], value_set=self._left_out).to_numpy()
         self._num_clips += int(kept.sum())
@@ -77,14 +90,14 @@ class Selection:
                 )
 
 
-def training_clips(manifest: Manifest, data: DataSettings) -> pa.Table:
-    """Rows of the manifest that training takes, in its order.
+def training_clips(manifest: Manifest, data: DataSettings, *, others: Sequence[Manifest] = ()) -> pa.Table:
+    """Rows of the manifest that training takes, in its order; `others` are further data sets of the run.
 
     Raises:
         ValueError: the list cannot be read, is another one than at the start of the run, or is of another data set; or
             a score is needed that some clips do not have.
     """
-    selection = Selection(manifest, data)
+    selection = Selection(manifest, data, others)
     kept = selection.keep(manifest.table)
     selection.check()
     return manifest.table.filter(pa.array(kept))
@@ -104,7 +117,7 @@ def reasons(data: DataSettings) -> list[str]:
     return [*listed, *_bounds(data).values()]
 
 
-def with_list(manifest: Manifest, data: DataSettings) -> DataSettings:
+def with_list(manifests: Sequence[Manifest], data: DataSettings) -> DataSettings:
     """The settings with the complete place and the hash of the list of clips to leave out, if there is one.
 
     Raises:
@@ -116,26 +129,28 @@ def with_list(manifest: Manifest, data: DataSettings) -> DataSettings:
     complete = data.model_copy(update={"leave_out": uri, "leave_out_sha256": _sha256(_content(uri))})
     if data.leave_out_sha256 is not None:
         complete = complete.model_copy(update={"leave_out_sha256": data.leave_out_sha256})
-    check_list(manifest, complete)
+    check_list(manifests, complete)
     return complete
 
 
-def check_list(manifest: Manifest, data: DataSettings) -> None:
-    """Checks that the clips to leave out are clips of the data set.
+def check_list(manifests: Sequence[Manifest], data: DataSettings) -> None:
+    """Checks that the clips to leave out are clips of the data sets.
 
     Raises:
         ValueError: they are not, or the list cannot be read, or is another one than at the start of the run.
     """
     named = _listed(data)
     there: set[str] = set()
-    for piece in manifest.batches(["clip_id"]):
-        there |= named.keys() & set(piece["clip_id"].to_pylist())
+    for manifest in manifests:
+        for piece in manifest.batches(["clip_id"]):
+            there |= named.keys() & set(piece["clip_id"].to_pylist())
     if unknown := named.keys() - there:
         first = min(unknown, key=named.__getitem__)
         raise ValueError(
-            f"--data.leave-out {data.leave_out} is not a list of clips of {manifest.uri}: {len(unknown)} of its "
-            f"{len(named)} lines name none, the first is {first[:40]!r}. Each line begins with a clip_id of the "
-            "manifest: give the list that jobs/dedup.py wrote for this data set"
+            f"--data.leave-out {data.leave_out} is not a list of clips of "
+            f"{', '.join(each.uri for each in manifests)}: {len(unknown)} of its {len(named)} lines name none, "
+            f"the first is {first[:40]!r}. Each line begins with a clip_id of the manifest: give the list that "
+            "jobs/dedup.py wrote for this data set"
         )
 
 

@@ -127,6 +127,13 @@ def _data(card: Mapping[str, Any], *, complete: bool) -> str:
             f"manifest `{data['manifest_hash']}` of `{data['uri']}`."
             + (" Their names are in `videos.parquet`." if complete else "")
         )
+    if sets := data.get("sets"):
+        rows = [
+            f"- {each['name']}: {each['weight']:.1%} of the draws; {each['counts']['clips']} clips of "
+            f"{each['counts']['videos']} videos; manifest `{each['manifest_hash']}` of `{each['uri']}`"
+            for each in sets
+        ]
+        lines.append("It is a mixture of data sets:\n\n" + "\n".join(rows))
     if description := data.get("description"):
         lines.append(description)
     lines.append(f"Licence of the videos: {data['licence']}.")

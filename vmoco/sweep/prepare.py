@@ -11,6 +11,8 @@ from vmoco import storage
 from vmoco.config import PretrainSettings, RunSettings
 from vmoco.data.fit import fit_to_data
 from vmoco.data.manifest import Manifest
+from vmoco.data.mixture import Mixture, absolute
+from vmoco.evaluate.mixture_score import sets_with_score
 from vmoco.evaluate.score import scored_clips
 from vmoco.job_settings import SweepSettings
 from vmoco.places import TrackingSettings
@@ -114,7 +116,8 @@ def prepare(settings: SweepSettings) -> PreparedSweep:
     """
     base = settings.pretrain
     if base.data.uri:
-        base, _ = fit_to_data(base, Manifest.load(storage.absolute_uri(base.data.uri)))
+        base = base.model_copy(update={"data": absolute(base.data)})
+        base, _ = fit_to_data(base, Mixture.load(base.data))
     if not base.scaling.num_workers:  # trials side by side waste less than workers that wait for each other
         base = base.model_copy(update={"scaling": base.scaling.model_copy(update={"num_workers": 1})})
     settings = settings.model_copy(update={"pretrain": base})
@@ -126,15 +129,15 @@ def prepare(settings: SweepSettings) -> PreparedSweep:
     points = _points(space, settings)
     first = points.points[0].settings if points.points else base
     checked = run.prepare(first.model_copy(update={"run": RunSettings(name=base.run.name, storage=base.run.storage)}))
-    _check_metric(settings, checked.manifest)
-    what = [checked.manifest.hash, axes, settings.search, settings.metric, base.content_hash()]
+    _check_metric(settings, checked.mixture)
+    what = [checked.mixture.hash, axes, settings.search, settings.metric, base.content_hash()]
     if settings.scheduler == "pbt":
         what += ["pbt", str(settings.samples), str(settings.pbt_steps)]
     content = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     name = base.run.name or f"{base.preset}-sweep-{content[:8]}"
     assert checked.settings.run.storage is not None, "resolved"
     folder = storage.join(checked.settings.run.storage, name)
-    sweep = Sweep(name, folder, content, settings.metric, checked.manifest.hash)
+    sweep = Sweep(name, folder, content, settings.metric, checked.mixture.hash)
     prepared = PreparedSweep(settings, space, sweep, [], list(points.refused))
     _resume(prepared, read_sweep(folder))
     have = [trial.values for trial in sweep.trials if trial.generation == 0]
@@ -214,14 +217,17 @@ def _check_population(settings: SweepSettings, space: Space) -> None:
         )
 
 
-def _check_metric(settings: SweepSettings, manifest: Manifest) -> None:
-    scored_clips(manifest, max_videos=settings.pretrain.evaluation.max_videos)  # raises if there are too few
-    if settings.metric != "knn":
-        return
-    table = manifest.table
-    labelled = table.filter(table["label"].is_valid())["held_out"].to_pylist()
-    if set(labelled) != {True, False}:
+def _check_metric(settings: SweepSettings, mixture: Mixture) -> None:
+    for _name, _weight, manifest in sets_with_score(mixture):  # raises if no set has enough videos
+        scored_clips(manifest, max_videos=settings.pretrain.evaluation.max_videos)  # or pairs of clips
+    if settings.metric == "knn" and not any(map(_has_labels, mixture.manifests)):
         raise ValueError(
-            f"--metric knn needs labelled clips, some held out and some not, and {manifest.uri} does not have both: "
+            f"--metric knn needs labelled clips, some held out and some not, and {mixture.uri} does not have both: "
             "choose --metric retrieval"
         )
+
+
+def _has_labels(manifest: Manifest) -> bool:
+    """Whether some labelled clips are held out, and some are not."""
+    labelled = manifest.table.filter(manifest.table["label"].is_valid())["held_out"]
+    return set(labelled.to_pylist()) == {True, False}

@@ -26,11 +26,12 @@ from vmoco.cluster.reservation import resources
 from vmoco.config import PretrainSettings
 from vmoco.data.clip_cache import ClipCache, cache_for
 from vmoco.data.manifest import Manifest
+from vmoco.data.mixture import Mixture
 from vmoco.encoders.encoder import Encoder
 from vmoco.encoders.promotion import Score
 from vmoco.evaluate.features import clip_features
 from vmoco.evaluate.knn import classify
-from vmoco.evaluate.score import label_free_score, score_encoder
+from vmoco.evaluate.mixture_score import joined_numbers, joined_score, score_mixture
 from vmoco.model.cost import SCORE_SECONDS
 from vmoco.spool import Spool
 from vmoco.train.machines import reported
@@ -43,11 +44,11 @@ Scored = tuple[Score, dict[str, float]]
 
 
 def score_checkpoint(uri: str, data: DataSettings, *, max_videos: int, device: str) -> Scored:
-    """Scores the encoder of a checkpoint on the held-out videos of its data set.
+    """Scores the encoder of a checkpoint on the held-out videos of its data sets.
 
     Args:
         uri: of the checkpoint.
-        data: of the run: its data set, and the cache of its clips.
+        data: of the run: its data sets, and the cache of their clips.
         max_videos: largest number of held-out videos that take part.
         device: "cpu" or "cuda".
 
@@ -57,15 +58,27 @@ def score_checkpoint(uri: str, data: DataSettings, *, max_videos: int, device: s
     Raises:
         ValueError: there are too few videos for a score, or the checkpoint is damaged.
     """
-    manifest = Manifest.load(data.uri)
-    cache = cache_for(manifest.uri, folder=data.cache, gib=data.cache_gib)
+    mixture = Mixture.load(data)
+
+    def cache_of(manifest: Manifest) -> ClipCache | None:
+        return cache_for(manifest.uri, folder=data.cache, gib=data.cache_gib)
+
     with local_copy(uri) as checkpoint:
-        encoder = encoder_in(checkpoint, manifest=manifest).to(torch.device(device))
-    found = score_encoder(encoder, manifest, max_videos=max_videos, cache=cache)
-    numbers = found.numbers()
-    if (accuracy := knn_accuracy(encoder, manifest, max_clips=4 * max_videos, cache=cache)) is not None:
-        numbers["knn"] = accuracy
-    return label_free_score(found), {f"score/{name}": value for name, value in numbers.items()}
+        encoder = encoder_in(checkpoint, data=mixture).to(torch.device(device))
+    scored = score_mixture(encoder, mixture, max_videos=max_videos, cache_of=cache_of)
+    numbers = joined_numbers(scored)
+    most = 4 * max_videos // len(mixture.manifests)
+    accuracies = {
+        name: (weight, accuracy)
+        for name, weight, manifest in zip(mixture.names, mixture.weights, mixture.manifests, strict=True)
+        if (accuracy := knn_accuracy(encoder, manifest, max_clips=most, cache=cache_of(manifest))) is not None
+    }
+    if accuracies:
+        total = sum(weight for weight, _ in accuracies.values())
+        numbers["knn"] = sum(weight / total * accuracy for weight, accuracy in accuracies.values())
+        if not mixture.is_one:
+            numbers |= {f"knn_of_{name}": accuracy for name, (_, accuracy) in accuracies.items()}
+    return joined_score(scored), {f"score/{name}": value for name, value in numbers.items()}
 
 
 def score_and_report(

@@ -111,8 +111,8 @@ def check_places(settings: PretrainSettings, *, show: Callable[[str], None]) -> 
     """
     places = {
         "--run.storage": settings.run.storage or storage.join(storage.home(), "runs"),
-        "--data.uri": settings.data.uri,
     }
+    places |= settings.data.places
     check_nodes(places, writes="--run.storage", tracker=tracking.tracking_uri(), show=show)
 
 
@@ -292,13 +292,13 @@ def _register(run: Run, last: Checkpoint, evaluation: Any, show: Callable[[str],
     settings = run.settings
     score = last.score or _score(run, last, evaluation, show)
     with tempfile.TemporaryDirectory() as folder, local_copy(last.uri) as checkpoint:
-        write_encoder(checkpoint, Path(folder), manifest=run.manifest)
+        write_encoder(checkpoint, Path(folder), data=run.mixture)
         return publish(
             Path(folder),
             run_id=run.run_id,
             name=settings.tracking.register_as,
             alias=settings.tracking.alias,
-            description=f"run {settings.run.name}, step {last.step}, data {run.manifest.hash}",
+            description=f"run {settings.run.name}, step {last.step}, data {run.mixture.hash}",
             score=score,
         )
 

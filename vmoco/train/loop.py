@@ -13,6 +13,7 @@ from vmoco.data.checked_clips import CheckedClips
 from vmoco.data.contact_sheet import dropped_frames_sheet
 from vmoco.data.loader import Loader, RankBatch
 from vmoco.data.manifest import Manifest
+from vmoco.data.mixture import Mixture
 from vmoco.spool import Document
 from vmoco.train import distributed
 from vmoco.train.metrics import DroppedFrames, Interval
@@ -64,7 +65,7 @@ class Host(Protocol):
 
 def train(
     settings: PretrainSettings,
-    manifest: Manifest,
+    data: Manifest | Mixture,
     state: TrainState,
     *,
     device: torch.device,
@@ -75,7 +76,7 @@ def train(
 
     Args:
         settings: of the run.
-        manifest: its data set.
+        data: its data set, or several.
         state: from which it goes on; changed in place.
         device: of this rank.
         host: what the run needs of the world around it.
@@ -89,7 +90,7 @@ def train(
         ValueError: the data do not fit the settings, or a shard is missing.
     """
     loader = Loader(
-        manifest,
+        data,
         settings,
         rank=distributed.rank(),
         world_size=distributed.world_size(),

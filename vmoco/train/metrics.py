@@ -54,8 +54,10 @@ class StepMetrics:
         clipped: whether `gradient_norm` was above the largest that is allowed: bool scalar; None if all are.
     """
 
-    def __init__(self, sums: torch.Tensor) -> None:
+    def __init__(self, sums: torch.Tensor, *, num_sets: int = 0) -> None:
         self._sums = sums
+        # Behind all other sums: of each of several data sets its clips, and then its losses.
+        self._num_sets = num_sets
         self._non_finite_here = sums.new_zeros(())
         self._flags: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
         self.keys = sums.new_zeros(0, 0)
@@ -66,9 +68,15 @@ class StepMetrics:
         self.clipped: torch.Tensor | None = None
 
     @classmethod
-    def zeros(cls, device: torch.device, *, num_frames: int = 0) -> StepMetrics:
-        """Metrics without clips; `num_frames` (T) is the number of positions that can be dropped."""
-        return cls(torch.zeros(len(_SUMS) + len(_FLAGS) + num_frames, device=device))
+    def zeros(cls, device: torch.device, *, num_frames: int = 0, num_sets: int = 0) -> StepMetrics:
+        """Metrics without clips.
+
+        Args:
+            device: of the sums.
+            num_frames: T, number of positions that can be dropped.
+            num_sets: number of data sets whose losses are told apart.
+        """
+        return cls(torch.zeros(len(_SUMS) + len(_FLAGS) + num_frames + 2 * num_sets, device=device), num_sets=num_sets)
 
     def add(self, compared: Contrast) -> None:
         """Adds the clips of a micro-batch."""
@@ -78,6 +86,12 @@ class StepMetrics:
         self._sums[3] += compared.negative_similarity.sum()
         self._sums[4] += compared.correct.sum()
 
+    def add_of_sets(self, loss: torch.Tensor, data_sets: torch.Tensor) -> None:
+        """Adds the losses (B,) of a micro-batch to those of their data sets; `data_sets` are numbers, int64 (B,)."""
+        count = self._num_sets
+        of_set = (data_sets[:, None] == torch.arange(count, device=loss.device)).float()
+        self._sums[-2 * count :] += torch.cat([of_set.sum(dim=0), loss.detach() @ of_set])
+
     def add_generator(self, loss: torch.Tensor) -> None:
         """Adds the generator's loss of a micro-batch, (B,)."""
         self._sums[5] += len(loss)
@@ -85,7 +99,8 @@ class StepMetrics:
 
     def add_dropped(self, mask: torch.Tensor) -> None:
         """Adds the frames that the generator drops from a micro-batch: those where the mask (B, T) is 0."""
-        self._sums[len(_SUMS) + len(_FLAGS) :] += (mask == 0).sum(dim=0)
+        first = len(_SUMS) + len(_FLAGS)
+        self._sums[first : first + mask.shape[1]] += (mask == 0).sum(dim=0)
 
     def add_flags(self, *, stop: bool, checkpoint: bool = False) -> None:
         """Adds whether this rank was asked to stop or to keep its state, and whether its losses are finite."""
@@ -126,7 +141,12 @@ class StepMetrics:
 
     def dropped(self) -> torch.Tensor:
         """Number of clips, over all ranks, that lost each frame to the generator: float32 (T,), after `reduce_`."""
-        return self._sums[len(_SUMS) + len(_FLAGS) :]
+        return self._sums[len(_SUMS) + len(_FLAGS) : len(self._sums) - 2 * self._num_sets]
+
+    def losses_of_sets(self) -> list[float | None]:
+        """Mean loss of each data set, after `reduce_`; None if the step had no clip of it."""
+        clips, losses = self._sums[len(self._sums) - 2 * self._num_sets :].view(2, -1).tolist()
+        return [loss / count if count else None for count, loss in zip(clips, losses, strict=True)]
 
     def numbers(self) -> dict[str, float]:
         """Means over the clips, by the name under which they are tracked."""
@@ -241,6 +261,9 @@ NOTE = """`loss` rises at first, because each key that enters the queue makes th
   share of held-out clips whose class their neighbours predict, where the data set has labels. `checkpoints.json` has
   the scores of the kept checkpoints with their intervals, and the hash of the clips on which they were measured.
 - `effective_rank`, `embedding_std`: directions that the embeddings use, and their spread; both fall in a collapse.
+- `loss_of_NAME`, `score/retrieval_of_NAME`, `clips_of_NAME`, `epoch_of_NAME`: of each of several data sets: its loss
+  in the step, its score, its draws since the start of the run, and how often it was gone through. `loss`,
+  `score/retrieval` and `epoch` are of all sets together.
 - `accuracy`: share of queries whose own key beats all negatives.
 - `oldest_key_similarity`: cosine between the oldest keys of the queue and the keys of the same clips by the key encoder
   of now. If it is low, the queue is too long for the momentum. `oldest_key_weight`: weight of these keys by the decay.
@@ -323,6 +346,8 @@ class Interval:
                 age_unit=moco.age_unit,
             ),
         }
+        if not self._loader.mixture.is_one:
+            numbers |= self._numbers_of_sets(metrics)
         if self._clipped is not None:
             numbers["clipped_share"] = float(self._clipped) / steps
         if self._utilisation is not None:
@@ -330,6 +355,16 @@ class Interval:
         self._seconds_per_step = seconds / steps
         self._begin()
         return numbers
+
+    def _numbers_of_sets(self, metrics: StepMetrics) -> dict[str, float]:
+        """What is tracked of each of several data sets."""
+        plan, names = self._loader.plan, self._loader.mixture.names
+        numbers: dict[str, float] = {}
+        drawn, lengths = plan.drawn(self._state.step).tolist(), plan.epoch_lengths
+        for name, clips, length in zip(names, drawn, lengths, strict=True):
+            numbers |= {f"clips_of_{name}": clips, f"epoch_of_{name}": clips / length}
+        losses = zip(names, metrics.losses_of_sets(), strict=True)
+        return numbers | {f"loss_of_{name}": loss for name, loss in losses if loss is not None}
 
     def line(self, numbers: dict[str, float]) -> str:
         """The progress line."""

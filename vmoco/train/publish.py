@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vmoco import storage, tracking
 from vmoco.clip_settings import DataSettings
 from vmoco.data.manifest import Manifest
+from vmoco.data.mixture import Mixture
 from vmoco.data.training_clips import training_clips
 from vmoco.encoders import foreign, model_page, registry
 from vmoco.encoders.encoder import Encoder, Preprocessing
@@ -25,7 +25,8 @@ from vmoco.encoders.encoder_program import CARD
 from vmoco.encoders.package import NO_LICENCE, SETTINGS, VIDEO_FIELDS, VIDEOS, add_scores, write_folder
 from vmoco.encoders.promotion import Score, record
 from vmoco.encoders.registry import ARTIFACT_FOLDER, Registered
-from vmoco.evaluate.score import TooFewVideosError, label_free_score, score_encoder
+from vmoco.evaluate.mixture_score import joined_score, score_mixture
+from vmoco.evaluate.score import TooFewVideosError
 from vmoco.job_settings import RegisterSettings
 from vmoco.model.backbone import build_backbone
 from vmoco.train import state
@@ -46,18 +47,18 @@ _ORIGIN = {
 }
 
 
-def encoder_in(checkpoint: Path, *, manifest: Manifest) -> Encoder:
+def encoder_in(checkpoint: Path, *, data: Manifest | Mixture) -> Encoder:
     """The query encoder's backbone of a checkpoint, in evaluation mode and without a card.
 
     Args:
         checkpoint: folder that `TrainState.save` wrote.
-        manifest: data set that it was trained on.
+        data: data set that it was trained on, or several.
 
     Raises:
         ValueError: the checkpoint is damaged or not one.
     """
-    record = state.Record.read(checkpoint)
-    assert record.manifest_hash == manifest.hash, "an encoder's lineage names the data that it was trained on"
+    record, mixture = state.Record.read(checkpoint), Mixture.of(data)
+    assert record.manifest_hash == mixture.hash, "an encoder's lineage names the data that it was trained on"
     settings = state.read_settings(checkpoint)
     prefix = "query.backbone."
     tensors = state.read_tensors(checkpoint, record)
@@ -67,7 +68,7 @@ def encoder_in(checkpoint: Path, *, manifest: Manifest) -> Encoder:
     )
     preprocessing = Preprocessing(
         num_frames=settings.data.num_frames,
-        fps=float(np.median(manifest.table["fps"].to_numpy())) / settings.data.stride,
+        fps=mixture.fps / settings.data.stride,
         size=settings.augment.size,
         standardise=settings.augment.standardise,
     )
@@ -75,14 +76,14 @@ def encoder_in(checkpoint: Path, *, manifest: Manifest) -> Encoder:
 
 
 def write_encoder(
-    checkpoint: Path, folder: Path, *, manifest: Manifest, onnx: bool = False, data_licence: str = ""
+    checkpoint: Path, folder: Path, *, data: Manifest | Mixture, onnx: bool = False, data_licence: str = ""
 ) -> dict[str, Any]:
     """Writes the backbone of a checkpoint's query encoder as a folder of an encoder.
 
     Args:
         checkpoint: folder that `TrainState.save` wrote.
         folder: where the files of the encoder go.
-        manifest: data set that it was trained on.
+        data: data set that it was trained on, or several.
         onnx: also write encoder.onnx.
         data_licence: note on the videos. Default: that of the run's settings.
 
@@ -92,7 +93,8 @@ def write_encoder(
     Raises:
         ValueError: the checkpoint is damaged or not one, or ONNX is not installed.
     """
-    encoder = encoder_in(checkpoint, manifest=manifest)
+    mixture = Mixture.of(data)
+    encoder = encoder_in(checkpoint, data=mixture)
     record, settings = state.Record.read(checkpoint), state.read_settings(checkpoint)
     lineage = {
         "step": record.step,
@@ -101,16 +103,17 @@ def write_encoder(
         "checkpoint_sha256": record.sha256,
         "data": {
             "manifest_hash": record.manifest_hash,
-            "uri": manifest.uri,
-            "counts": manifest.counts,
+            "uri": mixture.uri,
+            "counts": mixture.counts,
             "licence": data_licence or settings.tracking.data_licence or NO_LICENCE,
+            **({} if mixture.is_one else {"sets": _sets(mixture)}),
         },
     }
     if began := settings.run.fork or settings.model.init:
         lineage["began_from"] = began
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS).write_bytes((checkpoint / state.STATE_SETTINGS).read_bytes())
-    pq.write_table(_videos(manifest, settings.data), folder / VIDEOS, compression="zstd")
+    pq.write_table(_videos(mixture, settings.data), folder / VIDEOS, compression="zstd")
     backbone, preprocessing = encoder.backbone, encoder.preprocessing
     return write_folder(folder, backbone, settings.model.backbone, preprocessing, lineage=lineage, onnx=onnx)
 
@@ -203,16 +206,16 @@ def _publish_kept(
                 f"checkpoint {kept.uri} is not the one that the run tracked: its SHA-256 is another. Restore it from a "
                 "backup, or register another step"
             )
-        manifest, folder = _manifest(checkpoint), Path(place)
-        write_encoder(checkpoint, folder, manifest=manifest, onnx=options.onnx, data_licence=options.data_licence)
-        if options.score and (score := kept.score or _score(checkpoint, manifest, show)) is not None:
+        mixture, folder = _data_of(checkpoint), Path(place)
+        write_encoder(checkpoint, folder, data=mixture, onnx=options.onnx, data_licence=options.data_licence)
+        if options.score and (score := kept.score or _score(checkpoint, mixture, show)) is not None:
             show(str(score))
         registered = publish(
             folder,
             run_id=run_id,
             name=options.name,
             alias=options.alias,
-            description=f"{what}, step {kept.step}, data {manifest.hash}",
+            description=f"{what}, step {kept.step}, data {mixture.hash}",
             score=score,
             artifact_folder=f"{ARTIFACT_FOLDER}-{kept.step:08d}",
         )
@@ -259,37 +262,50 @@ def publish_file(path: Path, options: RegisterSettings, *, show: Callable[[str],
     return registered
 
 
-def _manifest(checkpoint: Path) -> Manifest:
-    """The data set that a checkpoint was trained on, unchanged since.
+def _data_of(checkpoint: Path) -> Mixture:
+    """The data sets that a checkpoint was trained on, unchanged since.
 
     Raises:
         ValueError: it has changed.
     """
-    wanted, uri = state.Record.read(checkpoint).manifest_hash, state.read_settings(checkpoint).data.uri
-    manifest = Manifest.load(uri)
-    if manifest.hash != wanted:
+    wanted = state.Record.read(checkpoint).manifest_hash
+    mixture = Mixture.load(state.read_settings(checkpoint).data)
+    if mixture.hash != wanted:
         raise ValueError(
-            f"data set {uri} is {manifest.hash} now, the run was trained on {wanted}: videos were added or removed "
-            "since, so nobody can say what the encoder saw. Restore the data set as it was"
+            f"data set {mixture.uri} is {mixture.hash} now, the run was trained on {wanted}: videos were added or "
+            "removed since, so nobody can say what the encoder saw. Restore the data set as it was"
         )
-    return manifest
+    return mixture
 
 
-def _score(checkpoint: Path, manifest: Manifest, show: Callable[[str], None]) -> Score | None:
+def _score(checkpoint: Path, mixture: Mixture, show: Callable[[str], None]) -> Score | None:
     """The label-free score, on the clips of the run's own evaluation; None where there are too few videos for it."""
     max_videos = state.read_settings(checkpoint).evaluation.max_videos
     try:
-        return label_free_score(
-            score_encoder(encoder_in(checkpoint, manifest=manifest), manifest, max_videos=max_videos)
-        )
+        return joined_score(score_mixture(encoder_in(checkpoint, data=mixture), mixture, max_videos=max_videos))
     except TooFewVideosError as error:
         show(f"the encoder is not scored: {error}")
         return None
 
 
-def _videos(manifest: Manifest, data: DataSettings) -> pa.Table:
-    """The videos that training took, and those that were held out; not those of which all clips were left out."""
-    held_out = manifest.table.filter(manifest.table["held_out"])
-    table = pa.concat_tables([training_clips(manifest, data), held_out])
-    grouped = table.group_by("video_id").aggregate([("held_out", "max")]).sort_by("video_id")
-    return grouped.rename_columns({"held_out_max": "held_out"}).select(VIDEO_FIELDS.names).cast(VIDEO_FIELDS)
+def _sets(mixture: Mixture) -> list[dict[str, Any]]:
+    """What the card says of each of several data sets."""
+    rows = zip(mixture.names, mixture.weights, mixture.manifests, strict=True)
+    return [
+        {"name": name, "weight": round(weight, 6), "manifest_hash": each.hash, "uri": each.uri, "counts": each.counts}
+        for name, weight, each in rows
+    ]
+
+
+def _videos(mixture: Mixture, data: DataSettings) -> pa.Table:
+    """The videos that training took, and those that were held out; not those of which all clips were left out.
+
+    A name that one data set holds out and another trains on counts as trained on.
+    """
+    tables = []
+    for manifest in mixture.manifests:
+        trained = training_clips(manifest, data, others=mixture.others(manifest))
+        tables += [trained, manifest.table.filter(manifest.table["held_out"])]
+    table = pa.concat_tables([each.select(VIDEO_FIELDS.names) for each in tables])
+    grouped = table.group_by("video_id").aggregate([("held_out", "min")]).sort_by("video_id")
+    return grouped.rename_columns({"held_out_min": "held_out"}).select(VIDEO_FIELDS.names).cast(VIDEO_FIELDS)

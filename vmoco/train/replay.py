@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +23,7 @@ from vmoco import storage
 from vmoco.config import PretrainSettings
 from vmoco.data.fit import check_fits
 from vmoco.data.loader import Loader
-from vmoco.data.manifest import Manifest
+from vmoco.data.mixture import Mixture
 from vmoco.job import show as show_line
 from vmoco.model.backbone import autocast_dtype, require_determinism
 from vmoco.progress import Progress
@@ -51,22 +51,27 @@ class Outcome:
 
 
 def replay(
-    uri: str, *, ranks: int | None = None, data_uri: str | None = None, show: Callable[[str], None] = show_line
+    uri: str, *, ranks: int | None = None, data_uri: Sequence[str] = (), show: Callable[[str], None] = show_line
 ) -> Outcome:
     """Redoes the steps from the checkpoint to the step of a replay file.
 
     Args:
         uri: of the file.
         ranks: number of processes; None takes as many as the run had, if this machine can.
-        data_uri: place of the data set, if it is another one now.
+        data_uri: place of each data set, if it is another one now.
         show: prints a line.
 
     Raises:
         ValueError: the file, the checkpoint or the data set cannot be used.
     """
     found = read(uri)
-    if data_uri is not None:
-        found = replace(found, data_uri=storage.absolute_uri(data_uri))
+    if data_uri:
+        if len(data_uri) != len(found.data_uri):
+            raise ValueError(
+                f"--data {' '.join(data_uri)} does not fit the run: it has read {len(found.data_uri)} data sets "
+                f"({', '.join(found.data_uri)}); give the place of each, in this order"
+            )
+        found = replace(found, data_uri=tuple(storage.absolute_uri(each) for each in data_uri))
     settings = settings_of(found)
     _check(found, settings)
     # A GPU of its own for each rank, as in the run.
@@ -92,7 +97,7 @@ def replay(
 
 
 def settings_of(found: ReplayFile) -> PretrainSettings:
-    """The settings of the run, with the place of its data set."""
+    """The settings of the run, with the places of its data sets."""
     settings = PretrainSettings(**found.settings)
     return settings.model_copy(update={"data": settings.data.model_copy(update={"uri": found.data_uri})})
 
@@ -103,13 +108,13 @@ def _check(found: ReplayFile, settings: PretrainSettings) -> None:
     Raises:
         ValueError: something is missing, or is not what the run had.
     """
-    manifest = Manifest.load(found.data_uri)
-    if manifest.hash != found.manifest_hash:
+    mixture = Mixture.load(settings.data)
+    if mixture.hash != found.manifest_hash:
         raise ValueError(
-            f"data set {found.data_uri} has hash {manifest.hash}, and the run was on {found.manifest_hash}: give the "
+            f"data set {mixture.uri} has hash {mixture.hash}, and the run was on {found.manifest_hash}: give the "
             "place of that data set by --data"
         )
-    check_fits(manifest, settings)
+    check_fits(mixture, settings)
     if found.checkpoint is None:
         return
     with local_copy(found.checkpoint) as place:
@@ -170,9 +175,8 @@ def _redo_steps(found: ReplayFile, device: torch.device) -> Outcome:
         dtype = getattr(torch, found.autocast_dtype) if found.autocast_dtype else None
     state = TrainState(settings, manifest_hash=found.manifest_hash, device=device, autocast_dtype=dtype)
     _begin(state, found)
-    manifest = Manifest.load(found.data_uri)
     loader = Loader(
-        manifest,
+        Mixture.load(settings.data),
         settings,
         rank=rank,
         world_size=distributed.world_size(),
@@ -225,7 +229,7 @@ def _key_clip_ids(loader: Loader, settings: PretrainSettings, step: int) -> list
     draws = loader.plan.batch(step)[loader.plan.key_order(step)]
     clips = draws.clip if step < settings.two_clips_start else loader.plan.second_clips(draws)
     share = loader.plan.share(distributed.rank(), distributed.world_size())
-    return [loader.clips.clip_id(clip) for clip in clips[share]]
+    return loader.clip_ids(clips[share])
 
 
 def _outcome(path: Path) -> Outcome:

@@ -49,7 +49,8 @@ class ReplayFile:
     """cpu or cuda."""
     autocast_dtype: str | None
     """Arithmetic of the encoders, such as bfloat16; None for float32."""
-    data_uri: str
+    data_uri: tuple[str, ...]
+    """Place of each data set."""
     manifest_hash: str
     seed: int
     """Every random draw follows from it, from the step and from the clip."""
@@ -116,7 +117,8 @@ def read(uri: str) -> ReplayFile:
         ) from None
     if version != VERSION:
         raise ValueError(f"{uri} has version {version}, this vmoco reads {VERSION}: use vmoco {writer}, which wrote it")
-    return ReplayFile(**values)
+    places = values.pop("data_uri")
+    return ReplayFile(**values, data_uri=(places,) if isinstance(places, str) else tuple(places))
 
 
 def state_hash(state: TrainState) -> str:

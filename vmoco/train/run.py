@@ -16,10 +16,9 @@ import torch
 from vmoco import storage, tracking
 from vmoco.architectures import TRANSFORMERS
 from vmoco.config import PretrainSettings
-from vmoco.data.clip_index import ClipIndex
 from vmoco.data.fit import check_fits, epoch_clips, fit_to_data
 from vmoco.data.held_out import scoring_problem
-from vmoco.data.manifest import Manifest
+from vmoco.data.mixture import Mixture, absolute, shared_videos
 from vmoco.data.training_clips import reasons
 from vmoco.encoders import package
 from vmoco.model.cost import SCORE_SECONDS, scoring_seconds
@@ -37,7 +36,8 @@ class PreparedRun:
 
     settings: PretrainSettings
     """With name, storage and data URI resolved."""
-    manifest: Manifest
+    mixture: Mixture
+    """Its data sets."""
     folder: str
     """URI of the run's folder."""
     finished: str | None
@@ -64,9 +64,7 @@ def prepare(settings: PretrainSettings) -> PreparedRun:
     Raises:
         ValueError: data or storage cannot be used, or the name belongs to a run with other settings.
     """
-    if not settings.data.uri:
-        raise ValueError("--data.uri is missing: give the data set that jobs/ingest.py made")
-    storage.require_absolute(settings.data.uri, "data.uri")
+    data = absolute(settings.data)
     place = settings.run.storage or storage.join(storage.home(), "runs")
     storage.require_absolute(place, "run.storage")
     now = datetime.datetime.now(tz=datetime.UTC)
@@ -81,17 +79,18 @@ def prepare(settings: PretrainSettings) -> PreparedRun:
             "run": settings.run.model_copy(
                 update={"name": name, "storage": storage.absolute_uri(place), "fork": begin}
             ),
-            "data": settings.data.model_copy(update={"uri": storage.absolute_uri(settings.data.uri)}),
+            "data": data,
         }
     )
-    manifest = Manifest.load(resolved.data.uri)
-    resolved, fitted = fit_to_data(resolved, manifest)
-    check_fits(manifest, resolved)
+    mixture = Mixture.load(resolved.data)
+    resolved, fitted = fit_to_data(resolved, mixture)
+    mixture = Mixture.of(mixture.manifests, resolved.data.weights)
+    check_fits(mixture, resolved)
     folder = storage.join(storage.absolute_uri(place), name)
     storage.check_writable(folder)
     record = RunFolder(folder).read_run()
     if resolved.run.fork and not record:
-        check_fork(resolved, manifest.hash)
+        check_fork(resolved, mixture.hash)
     if resolved.model.init and not record:
         check_init(resolved)
     if record:
@@ -107,16 +106,16 @@ def prepare(settings: PretrainSettings) -> PreparedRun:
                 f"--run.name {name!r} belongs to a run with other settings ({changed}): set them as they were to "
                 "resume it, or give another --run.name"
             )
-        if record["manifest_hash"] != manifest.hash:
+        if record["manifest_hash"] != mixture.hash:
             raise ValueError(
-                f"--run.name {name!r} belongs to a run on data set {record['manifest_hash']}, {manifest.uri} is "
-                f"{manifest.hash}: give --data.uri as it was to resume it, or another --run.name"
+                f"--run.name {name!r} belongs to a run on data set {record['manifest_hash']}, {mixture.uri} is "
+                f"{mixture.hash}: give --data.uri as it was to resume it, or another --run.name"
             )
     # A finished run continues when its last step is raised.
     ended = record is not None and record.get("finished_step", resolved.train.steps) >= resolved.last_step
     if not ended:
         _checkpoint_space(resolved, folder)
-    return PreparedRun(resolved, manifest, folder, record["finished"] if record and ended else None, tuple(fitted))
+    return PreparedRun(resolved, mixture, folder, record["finished"] if record and ended else None, tuple(fitted))
 
 
 def _checkpoint_space(settings: PretrainSettings, folder: str) -> str:
@@ -157,9 +156,9 @@ def open_run(prepared: PreparedRun, *, parent_run: str | None = None) -> Run:
         problem = tracking.resume_run(record["run_id"])
         start = record.get("start", "")
         return Run(**vars(prepared), run_id=record["run_id"], is_new=False, start=start, warning=problem)
-    settings, manifest = prepared.settings, prepared.manifest
+    settings, mixture = prepared.settings, prepared.mixture
     assert settings.run.name is not None, "`prepare` sets it"
-    tags = {"folder": prepared.folder, "manifest_hash": manifest.hash, "preset": settings.preset}
+    tags = {"folder": prepared.folder, "manifest_hash": mixture.hash, "preset": settings.preset}
     start = ""
     if settings.model.init:
         start, origin = _copy_weights(settings, folder)
@@ -167,14 +166,14 @@ def open_run(prepared: PreparedRun, *, parent_run: str | None = None) -> Run:
     run_id = tracking.create_run(
         settings,
         tags={f"vmoco.{key}": value for key, value in tags.items()},
-        data=tracking.DataInput(manifest.uri, manifest.hash, manifest.counts),
+        data=[tracking.DataInput(each.uri, each.hash, each.counts) for each in mixture.manifests],
         note=metrics.NOTE,
         parent_run=parent_run,
     )
     folder.write_run(
         {
             "run_id": run_id,
-            "manifest_hash": manifest.hash,
+            "manifest_hash": mixture.hash,
             "settings": settings.model_dump(mode="json"),
             "finished": None,
         }
@@ -241,15 +240,15 @@ def close_run(run: Run, encoder: str) -> None:
 
 def introduce(run: Run) -> list[str]:
     """Lines to print before the first step: where the run is, its size, and warnings."""
-    settings, counts = run.settings, run.manifest.counts
+    settings, mixture, counts = run.settings, run.mixture, run.mixture.counts
     moco, train = settings.moco, settings.train
-    epoch = epoch_clips(settings, run.manifest)
+    epoch = epoch_clips(settings, mixture)
     peak, workers = train.learning_rate * train.global_batch / REFERENCE_BATCH, settings.scaling.num_workers
     lines = [
         f"run {settings.run.name}: {'new' if run.is_new else 'resumed'}, folder {run.folder}",
         f"tracked as {run.run_id} in {tracking.tracking_uri()}",
-        f"data {run.manifest.uri}: {counts['clips']} clips of {counts['videos']} videos, {counts['held_out']} videos "
-        f"held out, hash {run.manifest.hash}",
+        f"data {mixture.uri}: {counts['clips']} clips of {counts['videos']} videos, {counts['held_out']} videos "
+        f"held out, hash {mixture.hash}",
         f"{settings.last_step} steps of {train.global_batch} clips, "
         f"{settings.last_step * train.global_batch / epoch:.1f} epochs; "
         f"the generator drops {settings.num_dropped} of {settings.data.num_frames} frames from step "
@@ -260,14 +259,8 @@ def introduce(run: Run) -> list[str]:
         f"{workers} worker{'s' * (workers != 1)} on {'GPUs' if settings.scaling.use_gpu else 'CPUs'}, for "
         f"{settings.num_micro_batches} micro-batches a step; learning rate {peak:g}, with {warmup}"
     )
-    taken = ClipIndex.of(run.manifest, settings.data)
-    held_out = sum(int(piece["held_out"].to_numpy().sum()) for piece in run.manifest.batches(["held_out"]))
-    if less := counts["clips"] - held_out - taken.num_clips:
-        videos = counts["videos"] - counts["held_out"] - taken.num_videos
-        lines.append(
-            f"{less} of {less + taken.num_clips} clips are left out of training, and with them {videos} complete "
-            f"videos ({', '.join(reasons(settings.data))})"
-        )
+    lines += _of_each_set(run)
+    lines += _left_out(run)
     lines += run.fitted
     lines.append(f"checkpoints: {_checkpoint_space(settings, run.folder)}")
     if settings.model.init:
@@ -275,9 +268,11 @@ def introduce(run: Run) -> list[str]:
     if settings.run.fork:
         lines.append(f"starts from the training state {settings.run.fork}")
     if settings.evaluation.enabled:
-        if problem := scoring_problem(run.manifest):
-            lines.append(f"warning: no checkpoint gets a score: {problem}; or train with --evaluation.no-enabled")
+        problems = [problem for each in mixture.manifests if (problem := scoring_problem(each))]
+        if len(problems) == len(mixture.manifests):
+            lines.append(f"warning: no checkpoint gets a score: {problems[0]}; or train with --evaluation.no-enabled")
         else:
+            lines += [f"warning: one data set gets no score: {problem}" for problem in problems]
             lines += _scoring(settings, num_videos=counts["held_out"])
     if run.warning:
         lines.append(f"warning: {run.warning}")
@@ -300,6 +295,53 @@ def introduce(run: Run) -> list[str]:
             "query's own video never count, but a queue below an epoch is cheaper: lower --moco.queue-size"
         )
     return lines
+
+
+def _of_each_set(run: Run) -> list[str]:
+    """What a mixture of data sets is made of; nothing for a single one."""
+    settings, mixture = run.settings, run.mixture
+    if mixture.is_one:
+        return []
+    draws, lines = settings.last_step * settings.train.global_batch, []
+    indexes = mixture.indexes(settings.data)
+    for name, weight, manifest, clips in zip(mixture.names, mixture.weights, mixture.manifests, indexes, strict=True):
+        frames, height, width, _ = manifest.frame_shape
+        passes = weight * draws / (clips.num_videos * settings.data.draws_per_video)
+        lines.append(
+            f"{name}: {weight:.1%} of the draws, {passes:.1f} epochs of its own; {clips.num_clips} clips of "
+            f"{clips.num_videos} videos, {frames} frames of {height}x{width}"
+        )
+    for shared in shared_videos(mixture):
+        text = f"{shared.videos} videos are both in {shared.first.uri} and in {shared.second.uri}, so they count twice"
+        if shared.held_out:
+            text += f"; {shared.held_out} of them are held out in one of the two, and trained on in neither"
+        lines.append(text)
+    rates = [Mixture.of(each).fps for each in mixture.manifests]
+    if max(rates) > 1.5 * min(rates):
+        listed = ", ".join(f"{name} {fps:.4g}" for name, fps in zip(mixture.names, rates, strict=True))
+        lines.append(
+            f"warning: the data sets have clips of different frame rates ({listed}), so the same movement is faster "
+            "in one than in another: ingest them with one --fps if that is not wanted"
+        )
+    return lines
+
+
+def _left_out(run: Run) -> list[str]:
+    """How many clips the settings leave out of training."""
+    settings, mixture, counts = run.settings, run.mixture, run.mixture.counts
+    indexes = mixture.indexes(settings.data)
+    taken, held_out = sum(each.num_clips for each in indexes), 0
+    for manifest in mixture.manifests:
+        held_out += sum(int(piece["held_out"].to_numpy().sum()) for piece in manifest.batches(["held_out"]))
+    less = counts["clips"] - held_out - taken
+    if not less:
+        return []
+    videos = counts["videos"] - counts["held_out"] - sum(each.num_videos for each in indexes)
+    why = reasons(settings.data) + ([] if mixture.is_one else ["what another data set holds out"])
+    return [
+        f"{less} of {less + taken} clips are left out of training, and with them {videos} complete videos "
+        f"({', '.join(why)})"
+    ]
 
 
 def _scoring(settings: PretrainSettings, *, num_videos: int) -> list[str]:

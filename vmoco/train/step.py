@@ -108,7 +108,8 @@ class TrainStep:
 
         moco.update_key_encoder(settings.moco.momentum)
         keys = self._encode_all_keys(batch)
-        metrics = StepMetrics.zeros(self._device, num_frames=settings.data.num_frames)
+        num_sets = len(settings.data.weights)  # a single data set has no weight
+        metrics = StepMetrics.zeros(self._device, num_frames=settings.data.num_frames, num_sets=num_sets)
         metrics.decay = decay_at(
             batch.step, settings.moco, total_steps=settings.train.steps, difference=state.difference
         )
@@ -271,6 +272,8 @@ class TrainStep:
         )
         self._look("the contrastive loss", compared.loss)
         metrics.add(compared)
+        if settings.data.weights:
+            metrics.add_of_sets(compared.loss, self._put(batch.data_sets[micro]))
         if self._is_adversarial(batch.step):
             metrics.add_dropped(mask)
         if separately:

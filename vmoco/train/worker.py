@@ -19,7 +19,7 @@ import torch
 from vmoco import ray_internals, storage, tracking
 from vmoco.config import PretrainSettings
 from vmoco.data.checked_clips import CheckedClips
-from vmoco.data.manifest import Manifest
+from vmoco.data.mixture import Mixture
 from vmoco.model.backbone import autocast_dtype, require_determinism
 from vmoco.spool import Document
 from vmoco.train import distributed, replay_file
@@ -66,9 +66,9 @@ def _run(config: dict[str, Any]) -> dict[str, Any] | None:
     if settings.train.deterministic:
         require_determinism(settings.model.backbone, device)
     choose_kernels(settings.train, device)
-    manifest = Manifest.load(settings.data.uri)
+    mixture = Mixture.load(settings.data)
     dtype, reason = autocast_dtype(settings.train.precision, device)
-    state = TrainState(settings, manifest_hash=manifest.hash, device=device, autocast_dtype=dtype)
+    state = TrainState(settings, manifest_hash=mixture.hash, device=device, autocast_dtype=dtype)
     host = RayHost(config, settings)
     finished = False
     try:
@@ -76,9 +76,9 @@ def _run(config: dict[str, Any]) -> dict[str, Any] | None:
         host.begin(state, damaged=damaged)
         if host.is_first:
             host.show(f"{host.num_ranks} workers on {device.type}, {reason}, from step {state.step}")
-        checked = CheckedClips(config["lease"], num_clips=manifest.counts["clips"])
+        checked = CheckedClips(config["lease"], num_clips=mixture.counts["clips"])
         try:
-            reached_end = train(settings, manifest, state, device=device, host=host, checked=checked)
+            reached_end = train(settings, mixture, state, device=device, host=host, checked=checked)
         except NonFiniteError as error:
             raise host.with_replay_file(error, state) from error
         if host.writer is not None:
