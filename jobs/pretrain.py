@@ -12,6 +12,8 @@ URI is a data set made by jobs/ingest.py. The first argument is a preset. Flags 
 --moco.queue-size 16384. `python jobs/pretrain.py demo --help` lists all flags. --train.epochs 50 sets the length. The
 run takes all GPUs of the cluster, or its CPUs if there are none (--scaling.device auto), and first prints its choice.
 
+Each batch can mix several data sets, by weight: --data.uri URI1 URI2 --data.weights 0.7 0.3.
+
 Ctrl-C or `ray job stop` saves a checkpoint and ends the job. To resume a run, submit it again with its --run.name.
 """
 

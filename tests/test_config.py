@@ -59,6 +59,7 @@ def changed(settings: PretrainSettings, group: str, **fields: object) -> Pretrai
 NEEDED = {
     ("data", "two_clips_from_percent"): ("data", {"positives": "two_clips"}),
     ("data", "leave_out_sha256"): ("data", {"leave_out": "a list"}),
+    ("data", "weights"): ("data", {"uri": ["a", "b"]}),
 }
 
 
@@ -76,6 +77,8 @@ def other_value(group: str, name: str) -> object:
         ("scaling", "min_workers"): 1,
         ("augment", "hue"): 0.1,
         ("data", "max_cuts"): 1,
+        ("data", "uri"): "other",
+        ("data", "weights"): [0.7, 0.3],
         ("moco", "reversed_negatives_percent"): 50.0,
     }
     if (group, name) in needed:

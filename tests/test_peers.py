@@ -181,4 +181,6 @@ assert all(weights.grad is not None for weights in model.parameters())
     found = np.load(tmp_path / "features.npz")
     expected = {"embed": encoder.embed(frames), "pooled": encoder(frames), "maps": encoder.feature_maps(frames)}
     for each, features in expected.items():
-        np.testing.assert_allclose(found[each], features.detach().numpy(), rtol=1e-5, atol=1e-6)
+        # In another process sums are rounded otherwise: relative to the largest values, not to one that is nearly 0.
+        values = features.detach().numpy()
+        np.testing.assert_allclose(found[each], values, rtol=0, atol=1e-5 * np.abs(values).max())

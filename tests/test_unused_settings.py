@@ -118,7 +118,7 @@ IN_USE = {("data", "two_clips_from_percent")}
 ALWAYS = {
     "run": {"name", "storage", "fork", "seed"},
     "data": {
-        *("uri", "num_frames", "stride", "draws_per_video", "two_clips_from_percent", "batches_ahead"),
+        *("uri", "weights", "num_frames", "stride", "draws_per_video", "two_clips_from_percent", "batches_ahead"),
         *(
             "loader_threads",
             "leave_out",

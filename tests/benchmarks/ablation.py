@@ -13,9 +13,11 @@ videos. Settings are chosen by the validation part; the test part is for the rep
 the pretraining clips, from the seed's weights and for as many steps as a trunk and an arm have together: what this
 network can reach.
 
-Each run is a process of one thread. Its result, and the weights that it ends with, are kept in the folder the moment it
-is done; started again, the benchmark goes on with the runs that are missing. It ends by writing
-`results/ablation.{json,png}` beside this file and the table into vmoco/METHOD.md, and with one JSON line.
+Each run is a process of one thread. Its result is kept in `results/runs` beside this file the moment it is done, and
+the weights that it ends with in the folder. Commit the results: the benchmark goes on with the runs that are missing,
+also on another machine. There a trunk is trained again for the arms that its seed lacks; if it does not end with the
+same bits (another type of CPU), the seed is left as it is, because arms of two trunks must not be compared. It ends by
+writing `results/ablation.{json,png}` and the table into vmoco/METHOD.md, and with one JSON line.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.benchmarks.ablation_report import write_report
+from tests.benchmarks.ablation_report import RESULTS, write_report
+from tests.benchmarks.motion_probes import motion_scores
 from tests.dataset import write_data_set
 from tests.train.test_loop import Notes
 from tests.train.test_step import CPU, changed
@@ -135,6 +138,8 @@ FURTHER: dict[str, PretrainSettings] = {
 ARMS = DECISIVE | FURTHER
 Run = tuple[str, str, int]
 """Data set, arm and seed."""
+RUNS = RESULTS / "runs"
+"""Results of the single runs, of all machines."""
 _FROM_SCRATCH = (TRUNK, "random initialisation", "supervised")
 
 
@@ -170,27 +175,29 @@ def render(name: str, part: str) -> list[Clip]:
 
 
 def run_arm(data: str, arm: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Trains one arm on a data set and probes it; the weights that it ends with are kept too."""
+    """Trains one arm on a data set and probes it; the weights that it ends with are kept in the folder."""
     torch.set_num_threads(1)
     settings = settings_of(arm, seed)
     manifest = Manifest.load(str(folder / data / "pretrain"))
     state = TrainState(settings, manifest_hash=manifest.hash, device=CPU)
     host, started = Notes(), time.process_time()
+    trunk = weights_path(folder, data, TRUNK, seed)
     if arm not in _FROM_SCRATCH:
-        begin_from(result_path(folder, data, TRUNK, seed).with_suffix(".safetensors"), state)
+        begin_from(trunk, state)
     if arm == "supervised":
         train_supervised(state.moco.query.backbone, settings, manifest)
     elif arm != "random initialisation":
         host.show = lambda line: print(f"{data}, {arm}, seed {seed}: {line}", flush=True)  # type: ignore[method-assign]
         assert train(settings, manifest, state, device=CPU, host=host)
     result = {"data": data, "arm": arm, "seed": seed, "cpu_seconds": round(time.process_time() - started)}
-    weights = result_path(folder, data, arm, seed).with_suffix(".safetensors")
-    save_weights(weights, state, both=arm == TRUNK)  # the arms of a trunk start from both
+    save_weights(weights_path(folder, data, arm, seed), state, both=arm == TRUNK)  # its arms start from both
     documents = [json.loads(text) for name, text in sorted(host.documents.items()) if name.endswith(".json")]
     return (
         result
         | probe(state.moco.query.backbone, settings, folder / data)
         | {
+            "trunk": None if arm in _FROM_SCRATCH and arm != TRUNK else storage.file_sha256(str(trunk)),
+            "motion": motion_scores(weights_path(folder, data, arm, seed), folder / data / "validation"),
             "hardness": hardness(host.points, settings.train.steps),
             "metrics": host.points.get(settings.train.steps, {}),
             "dropped": documents[-1] if documents else {},
@@ -296,6 +303,23 @@ def result_path(folder: Path, data: str, arm: str, seed: int) -> Path:
     return folder / data / "results" / f"{re.sub('[^a-z0-9]+', '-', arm.lower())}-seed{seed}-{name}.json"
 
 
+def weights_path(folder: Path, data: str, arm: str, seed: int) -> Path:
+    """The weights that a run ends with."""
+    return result_path(folder, data, arm, seed).with_suffix(".safetensors")
+
+
+def has_its_trunk(run: Run, folder: Path, results: Path) -> bool:
+    """Whether the folder has the trunk that the results of the run's seed belong to; a run from scratch needs none."""
+    data, arm, seed = run
+    if arm in _FROM_SCRATCH:
+        return True
+    weights, result = weights_path(folder, data, TRUNK, seed), result_path(results, data, TRUNK, seed)
+    if not weights.exists() or not result.exists():
+        return False
+    expected: str = json.loads(result.read_text())["trunk"]
+    return storage.file_sha256(str(weights)) == expected
+
+
 def in_order(data: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> Iterator[Run]:
     """All runs, what decides most first: a benchmark that is stopped has the decisive arms of some seeds, on all data.
 
@@ -309,9 +333,16 @@ def in_order(data: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> 
                     yield from ((name, arm, seed) for name in data)
 
 
+def turn_of(run: Run) -> tuple[bool, int, bool]:
+    """What is done first: decisive arms; then seed after seed, so that seeds are complete; a trunk before its arms."""
+    _, arm, seed = run
+    return arm not in DECISIVE, seed, arm != TRUNK
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--folder", type=Path, default=Path(storage.home()) / "ablation", help="data and results")
+    parser.add_argument("--folder", type=Path, default=Path(storage.home()) / "ablation", help="data and weights")
+    parser.add_argument("--results", type=Path, default=RUNS, help="results of the single runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5], help="one trunk each")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--report", action="store_true", help="only write the table of the runs that are done")
@@ -319,36 +350,38 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="arms")
     parser.add_argument("--one", nargs=3, metavar=("DATA", "ARM", "SEED"), help="one run alone, in this process")
     arguments = parser.parse_args()
-    folder = arguments.folder.absolute()
+    folder, kept = arguments.folder.absolute(), arguments.results.absolute()
     if arguments.one:
         data, arm, seed = arguments.one[0], arguments.one[1], int(arguments.one[2])
-        found = run_arm(data, arm, seed, folder)
-        storage.write_atomic(str(result_path(folder, data, arm, seed)), json.dumps(found, indent=1).encode())
+        found, path = run_arm(data, arm, seed, folder), result_path(kept, data, arm, seed)
+        if not path.exists():  # a trunk that is trained again, perhaps with other bits, has its result already
+            storage.write_atomic(str(path), (json.dumps(found, indent=1) + "\n").encode())
         return
     for data in [] if arguments.report else arguments.data:
         make_data(folder, data)
     runs = list(in_order(arguments.data, [arm for arm in ARMS if arm in arguments.arms], arguments.seeds))
-    missing = [run for run in runs if not result_path(folder, *run).exists()]
-    print(f"{len(runs) - len(missing)} of {len(runs)} runs are done, results in {folder}", flush=True)
+    missing = [run for run in runs if not result_path(kept, *run).exists()]
+    print(f"{len(runs) - len(missing)} of {len(runs)} runs are done, results in {kept}", flush=True)
+    for run in dict.fromkeys((data, TRUNK, seed) for data, arm, seed in missing if arm not in _FROM_SCRATCH):
+        if run not in missing and not weights_path(folder, *run).exists():
+            missing.append(run)  # again, on this machine
     failed: list[Run] = []
 
     def start(run: Run) -> None:
-        data, arm, seed = run
-        if arm not in _FROM_SCRATCH and not result_path(folder, data, TRUNK, seed).exists():
-            failed.append(run)  # its trunk has failed, or is not among the chosen arms
+        if not has_its_trunk(run, folder, kept):
+            failed.append(run)  # it has failed, is not among the chosen arms, or is of another type of CPU
             return
-        words = ["--folder", str(folder), "--one", *map(str, run)]
+        words = ["--folder", str(folder), "--results", str(kept), "--one", *map(str, run)]
         command = [sys.executable, "-m", "tests.benchmarks.ablation", *words]
         if subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
             failed.append(run)
 
     if not arguments.report:
-        for _trunks, group in itertools.groupby(missing, key=lambda run: run[1] == TRUNK):
-            # Arms wait for their trunks.
+        for _turn, group in itertools.groupby(sorted(missing, key=turn_of), key=turn_of):
             with ThreadPoolExecutor(arguments.jobs) as pool:
                 list(pool.map(start, group))
-    done = [run for run in runs if result_path(folder, *run).exists()]
-    results = [json.loads(result_path(folder, *run).read_text()) for run in done]
+    done = [run for run in runs if result_path(kept, *run).exists()]
+    results = [json.loads(result_path(kept, *run).read_text()) for run in done]
     print(json.dumps(write_report(results, settings=BASE)))
     if failed:
         raise SystemExit(f"{len(failed)} runs failed, or lack their trunk: {', '.join(map(str, failed))}")

@@ -1,21 +1,18 @@
 """How well scores without labels rank encoders: Spearman's correlation with the labelled linear probe.
 
-    python -m tests.benchmarks.motion_probes --folder ~/.vmoco/ablation
+    python -m tests.benchmarks.motion_probes
 
-The encoders are those of the runs of the ablation: `FOLDER/DATA/results/*.json` with `linear_test` in percent, and the
-weights that the run ended with beside it (`*.safetensors`). For each data set every encoder is scored on one part,
-without its labels, by the three motion probes, their gain over a single frame, retrieval and effective rank. The
+The encoders are those of the runs of the ablation, which scores each when it ends (`motion_scores`): on the validation
+part, without its labels, by the three motion probes, their gain over a single frame, retrieval and effective rank. The
 truth is the linear probe on the test part, which shares no video with it. The interval is over encoders that are drawn
 with replacement. Encoders of one seed start from the same trunk, so they are not independent and the true interval is
 wider. With fewer than 12 encoders of a data set the figures are printed, and `enough` is false: they support no claim.
-The scores of each encoder are kept in `FOLDER/DATA/motion`, so a benchmark that is stopped goes on where it was; delete
-that folder after a change to the scores. Ends with one JSON line.
+Ends with one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -26,7 +23,7 @@ import safetensors.torch
 import scipy.stats
 import torch
 
-from vmoco import storage
+from tests.benchmarks.ablation_report import RESULTS
 from vmoco.data.held_out import sources_of
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard_reader import ClipReader
@@ -112,52 +109,41 @@ def by_place(manifest: Manifest) -> Manifest:
     return manifest.with_table(table.set_column(column, table.schema.field(column), table["video_id"]))
 
 
-def measure(folder: Path, part: str) -> dict[str, Any]:
-    """The encoders of a data set, and how each score ranks them."""
-    manifest = by_place(Manifest.load(str(folder / part)))
+def motion_scores(weights: Path, part: Path) -> dict[str, float]:
+    """The scores without labels of the encoder of a run of the ablation, on a part of its data set."""
+    manifest = by_place(Manifest.load(str(part)))
     chosen = plan_motion(manifest)
-    colours, note = read_colours(manifest, chosen.rows)
-    encoders = []
-    for path in sorted((folder / "results").glob("*.json")):
-        result, weights = json.loads(path.read_text()), path.with_suffix(".safetensors")
-        if "linear_test" not in result or not weights.exists():
-            print(f"{path}: no linear_test, or no weights beside it; left out", flush=True)
-            continue
-        kept = folder / "motion" / f"{part}-{path.stem}.json"
-        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-        known = json.loads(kept.read_text()) if kept.exists() else {}
-        if known.get("weights") != digest:
-            encoder = read_encoder(weights, manifest)
-            views = make_views(window(encoder, manifest), manifest.frame_shape[0])
-            known = {"weights": digest, "scores": score_encoder(encoder, manifest, chosen, views, colours)}
-            storage.write_atomic(str(kept), json.dumps(known).encode())
-        scores = known["scores"]
-        row = {"arm": result["arm"], "seed": result["seed"], "linear_test": result["linear_test"]}
-        encoders.append(row | {name: round(value, 4) for name, value in scores.items()})
-        print(json.dumps(encoders[-1]), flush=True)
-    found: dict[str, Any] = {"encoders": len(encoders), "enough": len(encoders) >= ENOUGH, "note": note}
-    if len(encoders) >= 3:
-        truth = np.array([row["linear_test"] for row in encoders])
-        names = [name for name in encoders[0] if name not in ("arm", "seed", "linear_test")]
-        found["ranks"] = {name: rank_correlation(np.array([row[name] for row in encoders]), truth) for name in names}
-    if not found["enough"]:
-        print(f"{folder.name}: {len(encoders)} encoders are too few for a claim, {ENOUGH} are needed", flush=True)
-    return found | {"scores": encoders}
+    colours, _ = read_colours(manifest, chosen.rows)
+    encoder = read_encoder(weights, manifest)
+    views = make_views(window(encoder, manifest), manifest.frame_shape[0])
+    found = score_encoder(encoder, manifest, chosen, views, colours)
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def rank(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """How each score ranks the encoders of a data set; `results` are those of its runs."""
+    found: dict[str, Any] = {"encoders": len(results), "enough": len(results) >= ENOUGH}
+    if len(results) >= 3:
+        truth = np.array([result["linear_test"] for result in results])
+        columns = {name: np.array([result["motion"][name] for result in results]) for name in results[0]["motion"]}
+        found["ranks"] = {name: rank_correlation(column, truth) for name, column in columns.items()}
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--folder", type=Path, default=Path(storage.home()) / "ablation", help="of the ablation")
-    parser.add_argument("--data", nargs="+", default=["doom", "moments", "camera"], help="data sets in the folder")
-    parser.add_argument("--part", default="validation", help="part on which encoders are scored")
+    parser.add_argument("--results", type=Path, default=RESULTS / "runs", help="of the runs of the ablation")
+    parser.add_argument("--data", nargs="+", default=["doom", "moments", "camera"], help="data sets")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    found = {name: measure(arguments.folder / name, arguments.part) for name in arguments.data}
+    found = {}
+    for name in arguments.data:
+        files = sorted((arguments.results / name / "results").glob("*.json"))
+        found[name] = rank([json.loads(path.read_text()) for path in files])
     for name, each in found.items():
         print(f"\n{name}, {each['encoders']} encoders{'' if each['enough'] else ' (too few for a claim)'}")
         for score_name, ranks in each.get("ranks", {}).items():
             print(f"    {score_name:28} {ranks['spearman']} [{ranks['low']}, {ranks['high']}]")
-    print(json.dumps({"benchmark": "motion_probes", "part": arguments.part, "data": found}))
+    print(json.dumps({"benchmark": "motion_probes", "data": found}))
 
 
 if __name__ == "__main__":

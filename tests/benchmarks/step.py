@@ -94,6 +94,7 @@ def state_and_step(
         key=View(random_clips(), torch.zeros(2, 1)),
         random_importance=torch.rand(2, SHAPE[2]),
         clip_ids=["a", "b"],
+        data_sets=torch.zeros(2, dtype=torch.int64),
         share=slice(0, 2),
         clips_per_rank=[2],
         key_order=torch.arange(2),

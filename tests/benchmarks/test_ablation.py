@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from tests.benchmarks import ablation
 from tests.benchmarks.ablation import ARMS, DECISIVE, FURTHER, TRUNK
 from tests.train.test_step import CPU
+from vmoco import storage
 from vmoco.train.state import TrainState
 
 
@@ -66,27 +70,62 @@ def test_an_arm_starts_from_both_encoders_of_its_trunk(tmp_path: Path) -> None:
     assert all(name.startswith("query.") for name in safetensors.torch.load_file(tmp_path / "arm.safetensors"))
 
 
-def test_a_trunk_that_is_missing_fails_its_arms_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failed run stops no other run: the benchmark goes on, reports what there is, and ends with the failures."""
-    started: list[tuple[str, ...]] = []
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Runs that the benchmark starts on two data sets and seeds: each writes its result; the trunk of seed 0 fails.
+
+    Weights of a trunk are its name; reports count results.
+    """
+    found: list[tuple[str, int]] = []
 
     def run(command: list[str], env: dict[str, str]) -> object:
-        data, arm, seed = command[-3:]
-        started.append((data, arm, seed))
-        failed = (arm, seed) == (TRUNK, "0")
+        data, arm, seed = command[-3], command[-2], int(command[-1])
+        found.append((arm, seed))
+        failed = (arm, seed) == (TRUNK, 0)
         if not failed:
-            path = ablation.result_path(tmp_path, data, arm, int(seed))
+            weights = ablation.weights_path(tmp_path / "weights", data, arm, seed)
+            weights.parent.mkdir(parents=True, exist_ok=True)
+            weights.write_text(arm)
+            path = ablation.result_path(tmp_path / "runs", data, arm, seed)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("{}")
+            path.write_text(json.dumps({"trunk": storage.file_sha256(str(weights))}))
         return type("Done", (), {"returncode": int(failed)})
 
     monkeypatch.setattr(ablation.subprocess, "run", run)
     monkeypatch.setattr(ablation, "make_data", lambda folder, name: None)
-    reported: list[int] = []
-    monkeypatch.setattr(ablation, "write_report", lambda results, settings: reported.append(len(results)))
-    words = ["--folder", str(tmp_path), "--data", "doom", "--seeds", "0", "1", "--jobs", "1", "--arms", TRUNK, "MoCo"]
-    monkeypatch.setattr("sys.argv", ["ablation", *words])
+    monkeypatch.setattr(ablation, "write_report", lambda results, settings: len(results))
+    places = ["--folder", str(tmp_path / "weights"), "--results", str(tmp_path / "runs")]
+    words = ["--data", "doom", "--seeds", "0", "1", "--jobs", "1", "--arms", TRUNK, "MoCo"]
+    monkeypatch.setattr("sys.argv", ["ablation", *places, *words])
+    return found
+
+
+def test_a_trunk_that_is_missing_fails_its_arms_alone(
+    started: list[tuple[str, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A failed run stops no other run: the benchmark goes on, reports what there is, and ends with the failures."""
     with pytest.raises(SystemExit, match=r"2 runs failed.*'MoCo', 0"):
         ablation.main()
-    assert started == [("doom", TRUNK, "0"), ("doom", TRUNK, "1"), ("doom", "MoCo", "1")]
-    assert reported == [2]
+    assert started == [(TRUNK, 0), (TRUNK, 1), ("MoCo", 1)]
+    assert capsys.readouterr().out.splitlines()[-1] == "2"
+
+
+def test_another_machine_goes_on_only_with_the_same_trunk(
+    started: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It trains the trunk again for an arm that is missing; where that ends with other bits, the arm is left out."""
+    with pytest.raises(SystemExit):
+        ablation.main()
+    shutil.rmtree(tmp_path / "weights")
+    monkeypatch.setattr("sys.argv", [word for word in sys.argv if word != "0"])  # seed 1 alone
+    ablation.main()
+    assert len(started) == 3  # nothing is missing, so no weights are needed
+    result = ablation.result_path(tmp_path / "runs", "doom", "MoCo", 1)
+    result.unlink()
+    ablation.main()
+    assert started[3:] == [(TRUNK, 1), ("MoCo", 1)]
+    result.unlink()
+    ablation.weights_path(tmp_path / "weights", "doom", TRUNK, 1).write_text("other bits")
+    with pytest.raises(SystemExit, match=r"1 runs failed"):
+        ablation.main()
+    assert len(started) == 5

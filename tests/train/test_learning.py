@@ -299,6 +299,7 @@ def batch_of_one_kind(step: int, settings: PretrainSettings, *, kind: int) -> Ra
         key=view("key"),
         random_importance=torch.zeros(ONE_KIND, NUM_FRAMES),
         clip_ids=[f"{n:016x}" for n in range(ONE_KIND)],
+        data_sets=torch.zeros(ONE_KIND, dtype=torch.int64),
         share=slice(0, ONE_KIND),
         clips_per_rank=[ONE_KIND],
         key_order=places,

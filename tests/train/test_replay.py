@@ -138,7 +138,7 @@ def test_an_update_that_makes_the_state_not_finite_is_found_at_its_own_step(tmp_
 def test_what_cannot_be_replayed_is_refused_with_a_reason(stopped: str, tmp_path: Path, harm: str) -> None:
     """Before any process starts: a checkpoint that is another one now, other data, too many ranks, other files."""
     values: dict[str, Any] = json.loads(Path(stopped).read_text())
-    ranks, data, uri = None, None, str(tmp_path / "file.json")
+    ranks, data, uri = None, tuple[str, ...](), str(tmp_path / "file.json")
     expected = "is not a replay file of vmoco: give the file that the error message"
     if harm == "rewritten":
         shutil.copytree(values["checkpoint"], tmp_path / "again")
@@ -147,7 +147,7 @@ def test_what_cannot_be_replayed_is_refused_with_a_reason(stopped: str, tmp_path
         values["checkpoint"] = str(tmp_path / "again")
         expected = "was written again since the step was not finite"
     elif harm == "data":
-        data = make_data_set(tmp_path / "data", num_videos=9).uri
+        data = (make_data_set(tmp_path / "data", num_videos=9).uri,)
         expected = "give the place of that data set by --data"
     elif harm == "ranks":
         ranks, expected = 3, "--ranks 3 is not allowed: a step has 2 micro-batches"
