@@ -23,7 +23,6 @@ from vmoco.evaluate.mixture_score import joined_numbers, joined_score, score_mix
 from vmoco.evaluate.score import TooFewVideosError, score_encoder
 from vmoco.presets import PRESETS
 from vmoco.train import replay
-from vmoco.train.evaluation import score_checkpoint
 from vmoco.train.loop import train
 from vmoco.train.publish import encoder_in, write_encoder
 from vmoco.train.replay_file import ReplayFile
@@ -108,6 +107,8 @@ def test_another_mixture_under_the_name_of_a_run_is_refused(settings: PretrainSe
 
 def test_scores_and_lineage_name_all_sets(settings: PretrainSettings, tmp_path: Path) -> None:
     """The score is the mean of the sets by weight; the card has both sets, and the list of videos those of both."""
+    from vmoco.train.evaluation import score_checkpoint
+
     run = prepare(settings)
     state = TrainState(run.settings, manifest_hash=run.mixture.hash, device=CPU)
     (tmp_path / "checkpoint").mkdir()

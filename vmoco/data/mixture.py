@@ -55,7 +55,7 @@ class Mixture:
         if isinstance(data, Mixture):
             return data
         manifests = (data,) if isinstance(data, Manifest) else tuple(data)
-        shares = np.array(weights or [each.counts["clips"] for each in manifests], np.float64)
+        shares = np.array(weights or [max(each.counts["clips"], 1) for each in manifests], np.float64)
         return cls(manifests, tuple((shares / shares.sum()).tolist()))
 
     @property
