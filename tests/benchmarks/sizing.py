@@ -3,7 +3,8 @@
     python -m tests.benchmarks.sizing
 
 Measured: decoding and scaling 640x360 h264 to the stored size, 475 frames/s per core; a JPEG of quality 92 of a 128x171
-frame, 6,000 bytes; decoding such JPEGs, 14,000 frames/s per core. `vmoco.model.cost` counts the operations of a step.
+frame, 6,000 bytes; a loader's thread that decodes such JPEGs, 6,300 frames/s (`tests.benchmarks.feed`).
+`vmoco.model.cost` counts the operations of a step.
 Not measured: the share of its peak that a GPU reaches (MFU). The tables give the hours for several values of it.
 """
 
@@ -20,7 +21,7 @@ from vmoco.presets import PRESETS
 FRAMES_PER_CORE = 475
 JPEG_BYTES = 6_000
 RAW_BYTES = 128 * 171 * 3
-JPEG_FRAMES_PER_CORE = 14_000
+JPEG_FRAMES_PER_CORE = 6_300
 PEAK = 989e12
 """Nominal bf16 operations per second of an H100 SXM."""
 DOLLARS_PER_GPU_HOUR = 2.5
