@@ -267,8 +267,10 @@ class Loader:
             for place, window in read:
                 target[place, :, :own_height, :own_width] = window
             # A crop that reaches the border is sampled half a pixel beyond it.
-            target[places, :, own_height:] = target[places, :, own_height - 1 : own_height]
-            target[places, :, :, own_width:] = target[places, :, :, own_width - 1 : own_width]
+            if own_height < height:
+                target[places, :, own_height:] = target[places, :, own_height - 1 : own_height]
+            if own_width < width:
+                target[places, :, :, own_width:] = target[places, :, :, own_width - 1 : own_width]
             seeds = self._view_seeds(draws[places], name)
             table[places] = augment.draw(seeds, self._settings.augment, height=own_height, width=own_width)
         return View(frames, self._locked(table))
