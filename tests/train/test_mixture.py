@@ -64,19 +64,19 @@ def test_losses_are_told_apart_and_a_resumed_run_ends_with_the_same_bits(
     settings: PretrainSettings, tmp_path: Path
 ) -> None:
     """The mean loss is that of the sets by their clips; a run that was stopped goes on exactly."""
-    run = open_run(prepare(settings))
+    run = open_run(prepare(changed(settings, train={"log_every": 1})))
     straight = TrainState(run.settings, manifest_hash=run.mixture.hash, device=CPU)
     host = Notes()
     assert train(run.settings, run.mixture, straight, device=CPU, host=host)
-    last = max(host.points)
-    for step, numbers in host.points.items():
-        before = [host.points.get(step - 1, {}).get(f"clips_of_{name}") for name in ("films", "sports")]
+    last, before, apart = max(host.points), [0.0, 0.0], 0
+    assert sorted(host.points) == list(range(1, last + 1))
+    for step, numbers in sorted(host.points.items()):
         drawn = [numbers[f"clips_of_{name}"] for name in ("films", "sports")]
         assert sum(drawn) == step * run.settings.train.global_batch
-        if None not in before:
-            clips = np.subtract(drawn, before)
-            losses = [numbers.get(f"loss_of_{name}", 0.0) for name in ("films", "sports")]
-            assert numbers["loss"] == pytest.approx(float(np.average(losses, weights=clips)), rel=1e-5)
+        losses = [numbers.get(f"loss_of_{name}", 0.0) for name in ("films", "sports")]
+        assert numbers["loss"] == pytest.approx(float(np.average(losses, weights=np.subtract(drawn, before))), rel=1e-5)
+        before, apart = drawn, apart + (losses[0] != losses[1])
+    assert apart > last / 2
     np.testing.assert_allclose(host.points[last]["clips_of_films"] / sum(drawn), 0.75, atol=0.01)
     assert host.points[last]["epoch_of_films"] == host.points[last]["clips_of_films"] / 7
 
