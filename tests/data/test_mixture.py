@@ -142,6 +142,7 @@ def test_one_set_is_no_mixture(mixture: Mixture) -> None:
     one = Mixture.of(mixture.manifests[0])
     assert (one.is_one, one.hash, one.counts) == (True, mixture.manifests[0].hash, mixture.manifests[0].counts)
     assert one.stream_seed(0, 7) == 7
+    assert len({7, *(mixture.stream_seed(place, 7) for place in range(3))}) == 4  # sets of one size in other orders
     assert len({mixture.hash, *(each.hash for each in mixture.manifests)}) == 4
     assert mixture.hash != Mixture.of(mixture.manifests[::-1]).hash
     assert mixture.counts["clips"] == 2 * (12 + 6 + 5)

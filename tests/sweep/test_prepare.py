@@ -137,3 +137,17 @@ def test_a_trial_reports_no_setting_that_the_sweep_uses(population: SweepSetting
     prepared = prepare(population.model_copy(update={"pretrain": named}))
     assert prepared.runs[0].settings.tracking.register_as is None
     assert unused_settings(prepared.runs[0].settings) == []
+
+
+def test_the_weights_of_data_sets_can_be_swept(tmp_path: Path, tracker_home: Path) -> None:
+    """Each trial mixes the same sets by other weights; a space that leaves a set without weight has no such trial."""
+    make_data_set(tmp_path / "films", num_videos=14, num_held_out=4)
+    make_data_set(tmp_path / "sports", num_videos=9, num_frames=12, num_held_out=3)
+    (tmp_path / "space.yaml").write_text("data.weights: [[0.5, 0.5], [0.8, 0.2], [1.0, 0.0]]")
+    uris = [str(tmp_path / name) for name in ("films", "sports")]
+    pretrain = changed(PRESETS["tiny"][1], data={"uri": uris}, run={"name": "tested"})
+    prepared = prepare(SweepSettings(space=str(tmp_path / "space.yaml"), pretrain=pretrain))
+    assert [run.settings.data.weights for run in prepared.runs] == [(0.5, 0.5), (0.8, 0.2)]
+    assert len({run.settings.content_hash() for run in prepared.runs}) == 2
+    (refused,) = prepared.refused
+    assert "--data.weights 1 0 is not allowed: each weight must be above 0" in refused
