@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +17,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from vmoco import storage
+from vmoco.clip_settings import DataSettings
 from vmoco.data.frames import Encoding, encode
-from vmoco.data.manifest import Manifest, write_manifest
+from vmoco.data.manifest import Manifest
+from vmoco.data.manifest_writer import write_manifest
 from vmoco.data.shard import Clip, ShardMetadata, Video, read_rows, write_shard
+from vmoco.data.training_clips import Selection
 from vmoco.seed import hash64
 
 SETTINGS = {"num_frames": 10, "stride": 1, "height": 40, "width": 48, "max_clips_per_video": 4, "held_out_percent": 0.0}
@@ -171,3 +175,11 @@ def real_clips(footage: Path, *, num_clips: int, num_frames: int, size: int = 11
             frames = itertools.islice(container.decode(video=0), skipped, skipped + num_frames)
             clips.append(np.stack([f.to_ndarray(format="rgb24", width=size, height=size) for f in frames]))
     return np.stack(clips)
+
+
+def training_clips(manifest: Manifest, data: DataSettings, *, others: Sequence[Manifest] = ()) -> pa.Table:
+    """Rows of the manifest that training takes, in its order; `others` are further data sets of the run."""
+    selection = Selection(manifest, data, others)
+    kept = manifest.rows(selection.keep)
+    selection.check()
+    return kept

@@ -141,6 +141,24 @@ def read_bytes(uri: str) -> bytes:
     return read() if isinstance(found, pafs.LocalFileSystem) else patiently(read)
 
 
+def lines(uri: str) -> Iterator[bytes]:
+    """The lines of a file, one after the other; none if there is no file. A remote file is copied to local disk first.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    local = local_path(uri)
+    with contextlib.ExitStack() as stack:
+        try:
+            if local is None:
+                local = Path(stack.enter_context(tempfile.TemporaryDirectory()), "copy")
+                fetch(uri, local)
+            file = stack.enter_context(open(local, "rb"))
+        except FileNotFoundError:
+            return
+        yield from file
+
+
 def write_atomic(uri: str, content: bytes | memoryview) -> None:
     """Writes a file, which appears only when it is complete; creates its folder.
 

@@ -31,8 +31,9 @@ import numpy as np
 from tests.data.videos import Image, write_video
 from vmoco.data import footage, ingest_tasks
 from vmoco.data.decoder import Decoder
-from vmoco.data.ingest_tasks import MadeShard, ProbeTask, make_shard, plan_shards, probe_videos
-from vmoco.data.source import Found
+from vmoco.data.found import Found
+from vmoco.data.ingest_plan import ProbeTask, plan_shards
+from vmoco.data.ingest_tasks import MadeShard, make_shard, probe_videos
 from vmoco.job_settings import IngestSettings
 from vmoco.seed import hash64
 

@@ -75,7 +75,7 @@ def run(folder: Path, files: int) -> dict[str, object]:
         "hangs": sum(row.reason == "timeout" for row in rejected.values()),
         "unaccounted": len(names - accepted - rejected.keys()) + len(accepted & rejected.keys()),
         "wrong": 0,
-        "reasons": ledger.totals(rejected.values()),
+        "reasons": ledger.totals(row.reason for row in rejected.values()),
         "seconds": round(seconds, 1),
     }
     wrong = list(check(manifest.uri, progress=lambda line: None))

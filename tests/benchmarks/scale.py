@@ -30,12 +30,15 @@ import pyarrow as pa
 from vmoco.clip_settings import DataSettings
 from vmoco.data import clip_index
 from vmoco.data.clip_index import CLIP, SHARD, VIDEO, ClipIndex
-from vmoco.data.manifest import FIELDS, Manifest, write_manifest
+from vmoco.data.clip_rows import ClipRows
+from vmoco.data.manifest import FIELDS, Manifest
+from vmoco.data.manifest_writer import write_manifest
 from vmoco.data.plan import Plan, Stream
 from vmoco.data.shard import ShardFile
 
 RANKS, BATCH, CLIPS_PER_VIDEO, CLIPS_PER_SHARD = 8, 4096, 10, 256
 _BLOCK = 10**6
+_ROWS = 10**4
 
 
 def write_index(place: Path, num_clips: int) -> None:
@@ -122,9 +125,9 @@ def measure_index(folder: Path, num_clips: int, *, ranks: int, steps: int) -> di
     }
 
 
-def rows_of(num_clips: int) -> pa.Table:
-    """Rows of a manifest of clips that do not exist."""
-    random, number = np.random.default_rng(0), np.arange(num_clips)
+def rows_of(first: int, num_clips: int) -> pa.Table:
+    """Rows of a manifest of clips that do not exist, from one of them on."""
+    random, number = np.random.default_rng(first), np.arange(first, first + num_clips)
     texts = {
         "clip_id": [f"{value:016x}" for value in random.integers(2**63, size=num_clips).tolist()],
         "video_id": [f"videos/{value // CLIPS_PER_VIDEO:012d}.mp4" for value in number.tolist()],
@@ -160,8 +163,10 @@ def write(uri: str, num_clips: int) -> None:
     for name in names:
         (Path(uri) / "shards" / f"{name}.arrow").touch()
     files = {name: ShardFile(0, "0" * 64, by_clips=True) for name in names}
-    table = rows_of(num_clips)
-    write_manifest(uri, table, settings={}, frame_shape=(16, 128, 171, 3), encoding="raw", shards=files, num_rejected=0)
+    rows = ClipRows()
+    for first in range(0, num_clips, _ROWS):
+        rows.add(rows_of(first, min(_ROWS, num_clips - first)))
+    write_manifest(uri, rows, settings={}, frame_shape=(16, 128, 171, 3), encoding="raw", shards=files, num_rejected=0)
 
 
 def make(uri: str, num_clips: int) -> None:

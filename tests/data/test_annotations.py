@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from vmoco.data.annotations import list_annotated
+from vmoco.data.found import Found
 from vmoco.data.ingest import list_inputs
-from vmoco.data.source import Found
 from vmoco.job_settings import IngestSettings
 
 

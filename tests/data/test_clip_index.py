@@ -27,7 +27,8 @@ from vmoco.data import clip_index
 from vmoco.data import manifest as manifests
 from vmoco.data.clip_index import CLIP, ClipIndex
 from vmoco.data.loader import Loader
-from vmoco.data.manifest import Manifest, write_manifest
+from vmoco.data.manifest import Manifest
+from vmoco.data.manifest_writer import write_manifest
 from vmoco.seed import hash64
 
 Facts = list[tuple[Any, ...]]
@@ -114,8 +115,9 @@ def test_pieces_change_nothing(
     expected = plain_facts([row for row in rows if not row["held_out"]], shots=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VMOCO_HOME", str(folder / "home"))
-        patch.setattr(manifests, "_ROWS_PER_PIECE", rows_at_once)
+        patch.setattr(manifests, "ROWS_PER_PIECE", rows_at_once)
         patch.setattr(clip_index, "_AT_ONCE", shots_at_once)
+        assert manifest.table.num_rows == len(rows)  # it is in memory now
         assert facts(ClipIndex.of(manifest, DataSettings())) == expected
         assert manifest.is_read
         opened = Manifest.load(manifest.uri)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.copies import pieces
 from tests.data.videos import write_video
-from tests.dataset import make_data_set
+from tests.dataset import make_data_set, training_clips
 from tests.made import settings_for
 from tests.train.test_step import changed
 from vmoco.data import clip_scores, contact_sheet
@@ -19,12 +19,12 @@ from vmoco.data.clip_scores import Scores, look, with_shots
 from vmoco.data.cuts import cuts
 from vmoco.data.decoder import Decoder
 from vmoco.data.fit import check_fits
+from vmoco.data.found import Found
 from vmoco.data.frames import Encoding, encode
-from vmoco.data.ingest_tasks import ProbeTask, make_shard, plan_shards, probe_videos
+from vmoco.data.ingest_plan import ProbeTask, plan_shards
+from vmoco.data.ingest_tasks import make_shard, probe_videos
 from vmoco.data.loader import Loader
 from vmoco.data.manifest import Manifest
-from vmoco.data.source import Found
-from vmoco.data.training_clips import training_clips
 from vmoco.job_settings import IngestSettings
 
 
@@ -211,12 +211,12 @@ def test_the_contact_sheet_shows_the_extremes(tmp_path: Path, monkeypatch: pytes
         return b"a picture"
 
     monkeypatch.setattr(contact_sheet, "draw", draw)
-    contact_sheet.write(manifest.uri, manifest.table, frame_shape=manifest.frame_shape, encoding=manifest.encoding)
+    contact_sheet.write(manifest.uri, [manifest.table], frame_shape=manifest.frame_shape, encoding=manifest.encoding)
     title, *rows = drawn
     assert title.startswith("16 of 24 clips, then the 4 that move least and the 4 that move most")
     lines = [row.lines[2] for row in rows[16:]]
     assert [line.split(",")[0] for line in lines] == [f"motion {at / 10}" for at in (0, 1, 2, 3, 23, 22, 21, 20)]
     assert lines[0] == "motion 0.0, 1 cuts"
     old = make_data_set(tmp_path / "old", num_videos=12)
-    contact_sheet.write(old.uri, old.table, frame_shape=old.frame_shape, encoding=old.encoding)
+    contact_sheet.write(old.uri, [old.table], frame_shape=old.frame_shape, encoding=old.encoding)
     assert drawn[len(rows) + 1].startswith("16 of 24 clips, with the numbers")

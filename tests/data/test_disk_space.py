@@ -14,8 +14,9 @@ from tests.data.test_ingest_tasks import probed, settings
 from tests.store import Store
 from vmoco.data.decoder import Decoder
 from vmoco.data.disk_space import bytes_of, check_space, num_clips_to_write
-from vmoco.data.ingest_tasks import Probed, make_shard, plan_shards
-from vmoco.data.source import Found
+from vmoco.data.found import Found
+from vmoco.data.ingest_plan import Probed, plan_shards
+from vmoco.data.ingest_tasks import make_shard
 
 HUGE = [Probed(Found("a.mp4", 1), "hash", 10**12)]
 

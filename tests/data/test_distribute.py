@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmoco.data import distribute
 from vmoco.data.distribute import arrow_type, from_table, run_tasks, to_table
-from vmoco.data.ingest_tasks import MadeShard, Probed, ProbeTask, ShardPlan, Unit
+from vmoco.data.found import Found
+from vmoco.data.ingest_plan import Probed, ProbeTask, ShardPlan, Unit
+from vmoco.data.ingest_tasks import MadeShard
 from vmoco.data.ledger import Loss, Rejection
 from vmoco.data.parts import Part, Run
 from vmoco.data.shard import ShardFile
-from vmoco.data.source import Found
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 int64 = st.integers(-(2**63), 2**63 - 1)
@@ -92,7 +94,7 @@ class Number:
 
 
 @pytest.mark.cluster
-def test_each_plan_is_a_task(ray_cluster: object) -> None:
+def test_each_plan_is_a_task(ray_cluster: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results come from one task per plan, several of one task too; a ValueError of a task ends with its message."""
 
     def squares(plan: Number) -> list[Number]:
@@ -100,9 +102,11 @@ def test_each_plan_is_a_task(ray_cluster: object) -> None:
             raise ValueError("nine is not allowed")
         return [Number(plan.value**2), Number(-plan.value)]
 
-    plans = [Number(value) for value in range(5)]
-    made = list(run_tasks(squares, plans, returns=Number, num_cpus=0.5))
+    monkeypatch.setattr(distribute, "AT_ONCE", 2)  # so that Ray gets them in several rounds
+    monkeypatch.setattr(distribute, "PER_CPU", 1)
+    plans = (Number(value) for value in range(5))
+    made = list(run_tasks(squares, plans, plan_type=Number, returns=Number, num_cpus=0.5))
     assert sorted(each.value for each in made) == [-4, -3, -2, -1, 0, 0, 1, 4, 9, 16]
-    assert list(run_tasks(squares, [], returns=Number, num_cpus=1)) == []
+    assert list(run_tasks(squares, [], plan_type=Number, returns=Number, num_cpus=1)) == []
     with pytest.raises(ValueError, match=r"^nine is not allowed$"):
-        list(run_tasks(squares, [Number(9)], returns=Number, num_cpus=1))
+        list(run_tasks(squares, [Number(9)], plan_type=Number, returns=Number, num_cpus=1))

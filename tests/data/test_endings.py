@@ -15,7 +15,8 @@ from tests.dataset import stored_frames
 from vmoco import storage
 from vmoco.data.decoder import Decoder
 from vmoco.data.endings import EXTENSIONS, Wanted, left_out
-from vmoco.data.ingest_tasks import Probed, make_shard, plan_shards
+from vmoco.data.ingest_plan import Probed, plan_shards
+from vmoco.data.ingest_tasks import make_shard
 from vmoco.data.manifest import shard_uri
 from vmoco.data.source import list_videos
 

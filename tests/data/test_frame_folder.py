@@ -10,10 +10,11 @@ import pytest
 from hypothesis import strategies
 
 from vmoco.data.annotations import list_annotated
+from vmoco.data.found import Pictures
 from vmoco.data.frame_folder import in_order, list_frame_folders
 from vmoco.data.ledger import VideoError
 from vmoco.data.listing import list_footage
-from vmoco.data.source import Pictures, list_videos
+from vmoco.data.source import list_videos
 from vmoco.job_settings import IngestSettings
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ from tests.data.test_ingest_tasks import probed, settings
 from tests.dataset import stored_frames
 from vmoco import storage
 from vmoco.data import contact_sheet, ledger
+from vmoco.data import ingest as job
 from vmoco.data.decoder import Decoder
 from vmoco.data.held_out import is_held_out
-from vmoco.data.ingest import CUTS, ingest, list_inputs
-from vmoco.data.ingest_tasks import make_shard, plan_shards
+from vmoco.data.ingest import CUTS, list_inputs
+from vmoco.data.ingest_plan import plan_shards
+from vmoco.data.ingest_tasks import make_shard
 from vmoco.data.ledger import Rejection
 from vmoco.data.manifest import NAME, Manifest
 from vmoco.job_settings import IngestSettings
@@ -50,6 +53,13 @@ def shards(folder: Path) -> dict[str, bytes]:
 
 def quiet(line: str) -> None:
     pass
+
+
+def ingest(chosen: IngestSettings, progress: Callable[[str], None]) -> Manifest:
+    """The data set as it is now: its rows are read before the next ingest replaces them."""
+    made = job.ingest(chosen, progress=progress)
+    assert made.table.num_rows == made.counts["clips"]
+    return made
 
 
 def test_every_video_is_in_the_manifest_or_in_the_ledger(tmp_path: Path, ray_cluster: object) -> None:

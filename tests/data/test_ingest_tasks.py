@@ -24,20 +24,14 @@ from vmoco.data import ledger, source
 from vmoco.data.annotations import list_annotated
 from vmoco.data.decoder import Contents, Decoder, StoredClips
 from vmoco.data.distribute import from_table, to_table
+from vmoco.data.found import Found
 from vmoco.data.held_out import is_held_out
-from vmoco.data.ingest_tasks import (
-    MadeShard,
-    Probed,
-    ProbeTask,
-    ShardPlan,
-    make_shard,
-    plan_shards,
-    probe_videos,
-)
+from vmoco.data.ingest_plan import Probed, ProbeTask, ShardPlan, plan_shards
+from vmoco.data.ingest_tasks import MadeShard, make_shard, probe_videos
 from vmoco.data.ledger import ScratchError, VideoError
 from vmoco.data.manifest import shard_uri
 from vmoco.data.shard import read_rows
-from vmoco.data.source import Found, list_videos
+from vmoco.data.source import list_videos
 from vmoco.job_settings import IngestSettings
 
 
@@ -185,7 +179,7 @@ def test_the_name_of_a_shard_follows_from_what_goes_in(tmp_path: Path) -> None:
     """Other videos, sizes, labels, contents or settings give another name; plans survive their way as text."""
     chosen = settings(tmp_path, videos_per_shard=2)
     videos = [Probed(Found(f"{number}.mp4", number), f"hash {number}", 1) for number in range(5)]
-    plans = plan_shards(videos, chosen)
+    plans = list(plan_shards(videos, chosen))
     assert [[unit.found.num_bytes for unit in plan.units] for plan in plans] == [[0, 1], [2, 3], [4]]
     names = {plan.name for plan in plans}
     for changed in (
@@ -195,9 +189,9 @@ def test_the_name_of_a_shard_follows_from_what_goes_in(tmp_path: Path) -> None:
         plan_shards([Probed(Found("0.mp4", 0, label="x"), "hash 0", 1), videos[1]], chosen),
         plan_shards([Probed(Found("0.mp4", 0), "another", 1), videos[1]], chosen),
     ):
-        names.add(changed[0].name)
+        names.add(next(changed).name)
     assert len(names) == 8
-    assert plan_shards(videos[:2], settings(tmp_path, videos_per_shard=9))[0].name == plans[0].name
+    assert next(plan_shards(videos[:2], settings(tmp_path, videos_per_shard=9))).name == plans[0].name
     assert from_table(to_table(plans, ShardPlan), ShardPlan) == plans
 
 
@@ -206,7 +200,7 @@ def test_shards_come_near_the_size_that_is_aimed_at(tmp_path: Path) -> None:
     clip_bytes = 4 * 512 * 512 * 3
     chosen = settings(tmp_path, height=512, width=512, shard_megabytes=12)  # four clips
     counts = [1, 2, 1, 1, 9, 3, 1, 4]
-    plans = plan_shards([Probed(Found(f"{n}.mp4", n), "", count) for n, count in enumerate(counts)], chosen)
+    plans = list(plan_shards([Probed(Found(f"{n}.mp4", n), "", count) for n, count in enumerate(counts)], chosen))
     assert clip_bytes * 4 == 12 * 2**20
     groups = [[counts[unit.found.num_bytes] for unit in plan.units] for plan in plans]
     assert groups == [[1, 2, 1], [1], [9], [3, 1], [4]]
@@ -223,7 +217,7 @@ def test_a_long_video_is_the_same_in_parts(root: Path, decoder: Decoder) -> None
         )
         (long,) = [each for each in probed(chosen, decoder) if each.found.video_id == "long.mp4"]
         assert len(long.parts) == (10 if seconds == 1 else 0)
-        plans = plan_shards([long], chosen)
+        plans = list(plan_shards([long], chosen))
         made = [
             make_shard(plan, root=chosen.videos, output=chosen.output, settings=chosen, decoder=decoder)
             for plan in plans
@@ -477,7 +471,7 @@ def test_whole_sources_are_held_out(tmp_path: Path, decoder: Decoder) -> None:
         }
     # The rule decides a column of the shard, so a shard that an earlier version left behind has another name.
     earlier = [Probed(dataclasses.replace(each, source=None), "hash") for each in found]
-    assert plan_shards(earlier, chosen)[0].name != plan.name
+    assert next(plan_shards(earlier, chosen)).name != plan.name
 
 
 def test_the_shards_of_complete_files_stay_the_same(root: Path, decoder: Decoder) -> None:

@@ -86,5 +86,6 @@ def test_what_ends_the_job_is_not_attributed(error: BaseException) -> None:
 
 def test_totals() -> None:
     """Every reason with its count: the most frequent first, of equals the first in the alphabet."""
-    assert ledger.totals(ROWS) == "truncated 2, decode-error 1, missing 1"
+    assert ledger.totals(row.reason for row in ROWS) == "truncated 2, decode-error 1, missing 1"
+    assert ledger.totals({"empty": 1, "missing": 3}) == "missing 3, empty 1"
     assert ledger.totals([]) == ""

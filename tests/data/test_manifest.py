@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from vmoco.data import clip_scores, manifest
-from vmoco.data.manifest import FIELDS, NAME, Manifest, write_manifest
+from vmoco.data.manifest import FIELDS, NAME, Manifest
+from vmoco.data.manifest_writer import write_manifest
 from vmoco.data.shard import ShardFile
 
 ROWS: list[dict[str, Any]] = [

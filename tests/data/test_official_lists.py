@@ -9,7 +9,8 @@ import pytest
 
 from tests.data.test_annotations import make, size
 from vmoco.data.annotations import list_annotated
-from vmoco.data.source import Found, Listing
+from vmoco.data.found import Found
+from vmoco.data.source import Listing
 
 
 def splits(listing: Listing) -> dict[str, tuple[str | None, ...]]:

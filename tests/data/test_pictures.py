@@ -214,7 +214,7 @@ def test_a_picture_that_is_cut_off_is_damaged(kind: str) -> None:
 
 
 def folder_kind(kind: str) -> Any:
-    from vmoco.data.source import Pictures
+    from vmoco.data.found import Pictures
 
     return Pictures(25, "frame_", "jpeg" if kind == "JPEG" else "png")
 

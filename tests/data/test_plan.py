@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from tests.dataset import make_data_set
 from vmoco.data.loader import Loader
-from vmoco.data.manifest import Manifest, write_manifest
+from vmoco.data.manifest import Manifest
+from vmoco.data.manifest_writer import write_manifest
 from vmoco.data.plan import Draws, Plan, Stream
 from vmoco.data.shard import ShardFile
 from vmoco.presets import PRESETS

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import strategies
 
 from tests.names import FOLDER, names
+from vmoco.data.found import Found
 from vmoco.data.ledger import VideoError
-from vmoco.data.source import Found, file_sha256, list_videos, local_copy, ranged
+from vmoco.data.source import file_sha256, list_videos, local_copy, ranged
 
 
 def make(root: Path, *names: str) -> None:

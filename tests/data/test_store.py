@@ -22,10 +22,13 @@ from vmoco import storage
 from vmoco.data.check import check
 from vmoco.data.clips import ClipPlan
 from vmoco.data.decoder import Decoder
-from vmoco.data.ingest_tasks import ProbeTask, make_shard, plan_shards, probe_videos
+from vmoco.data.found import Found
+from vmoco.data.ingest_plan import ProbeTask, plan_shards
+from vmoco.data.ingest_tasks import make_shard, probe_videos
 from vmoco.data.ledger import ScratchError, VideoError
-from vmoco.data.manifest import FIELDS, Manifest, write_manifest
-from vmoco.data.source import Found, list_videos, local_copy, ranged, readable
+from vmoco.data.manifest import FIELDS, Manifest
+from vmoco.data.manifest_writer import write_manifest
+from vmoco.data.source import list_videos, local_copy, ranged, readable
 from vmoco.evaluate.embed import EmbedTask, Work
 from vmoco.evaluate.features import Window
 from vmoco.evaluate.table import part_rejected
@@ -178,8 +181,9 @@ import sys, threading, time
 from pathlib import Path
 from tests.data.test_ingest_tasks import settings
 from vmoco.data.decoder import Decoder
-from vmoco.data.ingest_tasks import Probed
-from vmoco.data.ingest_tasks import make_shard, plan_shards
+from vmoco.data.ingest_plan import Probed
+from vmoco.data.ingest_plan import plan_shards
+from vmoco.data.ingest_tasks import make_shard
 from vmoco.data.source import list_videos
 def own_mib():
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]

@@ -23,12 +23,14 @@ from vmoco import storage
 from vmoco.data.annotations import list_annotated
 from vmoco.data.decoder import Decoder
 from vmoco.data.distribute import from_table, to_table
+from vmoco.data.found import Found, Pictures, TarMember
 from vmoco.data.ingest import list_inputs
-from vmoco.data.ingest_tasks import MadeShard, Probed, ProbeTask, ShardPlan, Unit, make_shard, plan_shards, probe_videos
+from vmoco.data.ingest_plan import Probed, ProbeTask, ShardPlan, Unit, plan_shards
+from vmoco.data.ingest_tasks import MadeShard, make_shard, probe_videos
 from vmoco.data.listing import list_footage
 from vmoco.data.manifest import shard_uri
 from vmoco.data.ranged_file import RangedFile
-from vmoco.data.source import Found, Listing, Pictures, TarMember, fetched, file_sha256, list_videos
+from vmoco.data.source import Listing, fetched, file_sha256, list_videos
 from vmoco.data.tar_files import list_tars
 from vmoco.job_settings import IngestSettings
 

@@ -9,13 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.dataset import make_data_set
+from tests.dataset import make_data_set, training_clips
 from tests.made import settings_for
 from tests.train.test_step import changed
 from vmoco.data.fit import check_fits, epoch_clips, fit_to_data
 from vmoco.data.loader import Loader
 from vmoco.data.manifest import Manifest
-from vmoco.data.training_clips import training_clips, write_list
+from vmoco.data.training_clips import write_list
 from vmoco.encoders.package import VIDEOS
 from vmoco.train import run
 from vmoco.train.publish import write_encoder

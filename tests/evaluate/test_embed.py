@@ -24,7 +24,7 @@ from tests.made import encoder_of, save_checkpoint, settings_for
 from vmoco import tracking
 from vmoco.cluster.local import LocalCluster
 from vmoco.data import ledger, probing, source
-from vmoco.data.manifest import write_manifest
+from vmoco.data.manifest_writer import write_manifest
 from vmoco.encoders import foreign, promotion, registry
 from vmoco.evaluate import embed as embedding
 from vmoco.evaluate import evaluate as evaluation
@@ -286,7 +286,7 @@ def test_a_remote_data_set_is_embedded_clip_by_clip(tmp_path: Path, store: Any) 
     assert tables[1].rows.equals(tables[0].rows)
     assert np.array_equal(tables[1].features(), tables[0].features())
     store.requests.clear()
-    (item,) = shard_items(far, pa.array([place < 2 for place in range(far.table.num_rows)]))
+    (item,) = shard_items(far, far.table.slice(0, 2))
     task = EmbedTask(encoder_of(), Work(str(tmp_path / "two"), window(encoder_of(), far), batch_size=4))
     assert task(item) == {"clips": 2, "error": ""}
     assert [method for method, _ in store.requests].count("GET") == 2

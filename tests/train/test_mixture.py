@@ -11,13 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.dataset import make_data_set
+from tests.dataset import make_data_set, training_clips
 from tests.train.test_loop import Notes
 from tests.train.test_step import CPU, changed
 from vmoco import tracking
 from vmoco.config import PretrainSettings
 from vmoco.data.mixture import Mixture
-from vmoco.data.training_clips import training_clips
 from vmoco.encoders import model_card, package
 from vmoco.evaluate.mixture_score import joined_numbers, joined_score, score_mixture
 from vmoco.evaluate.score import TooFewVideosError, score_encoder

@@ -30,11 +30,12 @@ import pyarrow.parquet
 from vmoco import storage
 from vmoco.data import official_lists
 from vmoco.data.filelist import read_cells, read_filelist
+from vmoco.data.found import Found
 from vmoco.data.frame_folder import list_frame_folders
 from vmoco.data.ledger import Rejection
 from vmoco.data.listed_files import COLUMNS, ListedFiles
 from vmoco.data.listing import Footage, list_footage
-from vmoco.data.source import Found, Listing
+from vmoco.data.source import Listing
 from vmoco.data.tar_files import members_of
 from vmoco.job_settings import Layout
 
@@ -138,7 +139,7 @@ def _with_named_folders(
     listed = list_frame_folders(root, fps)
     videos = tuple(found for found in listed.videos if found.path in folders)
     rejected = tuple(row for row in listed.rejected if row.video_id in folders)
-    return dataclasses.replace(there, videos=there.videos + videos, rejected=there.rejected + rejected)
+    return dataclasses.replace(there, videos=(*there.videos, *videos), rejected=there.rejected + rejected)
 
 
 def _guess(uri: str) -> Layout:

@@ -6,13 +6,17 @@ bytes. There is one finding, a sentence, for each error. Nothing is repaired.
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from vmoco.data import frames, ledger
-from vmoco.data.manifest import Manifest, content_hash
+from vmoco.data.clip_rows import SCHEMA, ClipRows, Counts
+from vmoco.data.manifest import Manifest
 from vmoco.data.shard import ROW_FIELDS, read_rows
 from vmoco.data.shard_reader import ShardScan
 from vmoco.progress import Progress
@@ -29,51 +33,65 @@ def check(uri: str, progress: Callable[[str], None] = print) -> list[str]:
         ValueError: there is no data set, or its shards are missing.
     """
     manifest = Manifest.load(uri)
-    findings = _check_manifest(manifest)
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in manifest.shards}
-    for row in manifest.table.to_pylist():
-        rows.setdefault(row["shard"], []).append(row)
-    unknown = sorted(rows.keys() - manifest.shards.keys())
-    findings += [
-        f"clips of shard {name} are in the manifest, but the shard is not among its shards" for name in unknown
-    ]
+    rows = ClipRows()
+    for piece in manifest.batches(SCHEMA.names):
+        rows.add(piece)
+    findings = _check_manifest(manifest, rows)
+    printed = Progress(
+        progress,
+        "check  read",
+        total=len(manifest.shards),
+        unit="shards",
+        counts=["wrong"],
+        total_work=sum(file.num_bytes for file in manifest.shards.values()),
+    )
     # Hashing and decoding let other threads run.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        names = sorted(manifest.shards)
-        printed = Progress(
-            progress,
-            "check  read",
-            total=len(names),
-            unit="shards",
-            counts=["wrong"],
-            total_work=sum(file.num_bytes for file in manifest.shards.values()),
-        )
-        checked = pool.map(lambda name: _check_shard(manifest, name, rows[name]), names)
-        for name, found in zip(names, checked, strict=True):
-            findings += found
-            printed.add(work=manifest.shards[name].num_bytes, wrong=len(found))
+    threads = os.cpu_count() or 1
+    waiting: deque[tuple[str, Future[list[str]]]] = deque()
+
+    def wait(most: int) -> None:
+        while len(waiting) > most:
+            name, future = waiting.popleft()
+            findings.extend(future.result())
+            printed.add(work=manifest.shards[name].num_bytes, wrong=len(future.result()))
+
+    with ThreadPoolExecutor(threads) as pool:
+        for name, own in _by_shard(rows, manifest.shards):
+            if name not in manifest.shards:
+                findings.append(f"clips of shard {name} are in the manifest, but the shard is not among its shards")
+                continue
+            waiting.append((name, pool.submit(_check_shard, manifest, name, own)))
+            wait(2 * threads)
+        wait(0)
     return findings
 
 
-def _check_manifest(manifest: Manifest) -> list[str]:
-    table = manifest.table
+def _by_shard(rows: ClipRows, shards: Iterable[str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The rows of each shard, sorted by its name; also of shards without rows, and of those that are not listed."""
+    there = (row for piece in rows.batches(order=("shard", "row")) for row in piece.to_pylist())
+    grouped = ((name, list(own)) for name, own in itertools.groupby(there, key=lambda row: str(row["shard"])))
+    empty = ((name, list[dict[str, Any]]()) for name in sorted(shards))
+    merged = heapq.merge(grouped, empty, key=lambda each: each[0])
+    for name, both in itertools.groupby(merged, key=lambda each: each[0]):
+        yield name, [row for _, own in both for row in own]
+
+
+def _check_manifest(manifest: Manifest, rows: ClipRows) -> list[str]:
     findings: list[str] = []
-    if content_hash(table) != manifest.hash:
-        findings.append(f"manifest: its hash is {manifest.hash}, and that of its rows is {content_hash(table)}")
-    held_out = table.filter(table["held_out"])
-    counted = {
-        "videos": len(table["video_id"].unique()),
-        "clips": table.num_rows,
-        "rejected": len(ledger.read(manifest.uri)),
-        "held_out": len(held_out["video_id"].unique()),
-    }
+    found, repeated = rows.content_hash()
+    if found != manifest.hash:
+        findings.append(f"manifest: its hash is {manifest.hash}, and that of its rows is {found}")
+    counts = Counts()
+    for piece in rows.batches():
+        counts.add(piece)
+    rejected = sum(isinstance(row, ledger.Rejection) for row in ledger.rows(manifest.uri))
+    counted = counts.found | {"rejected": rejected}
     for name, count in counted.items():
         if manifest.counts.get(name) != count:
             where = "ledger" if name == "rejected" else "manifest"
             findings.append(f"manifest: it counts {manifest.counts.get(name)} {name}, and the {where} has {count}")
-    ids = table["clip_id"].to_pylist()
-    if len(set(ids)) != len(ids):
-        findings.append(f"manifest: {len(ids) - len(set(ids))} clip_ids occur more than once")
+    if repeated:
+        findings.append(f"manifest: {repeated} clip_ids occur more than once")
     return findings
 
 

@@ -128,7 +128,7 @@ class ClipIndex:
         """The index of what training takes of a data set; `others` are further data sets of the run.
 
         Raises:
-            ValueError: as `training_clips`.
+            ValueError: as `Selection` and `Selection.check`.
         """
         if not manifest.is_read:
             folder = Path(data.cache or storage.join(storage.home(), "cache")).expanduser() / "indexes"
@@ -146,7 +146,7 @@ def _mapped(manifest: Manifest, selection: Selection, folder: Path) -> ClipIndex
 
     Raises:
         OSError: the folder cannot be used.
-        ValueError: as `training_clips`.
+        ValueError: as `Selection` and `Selection.check`.
     """
     filesystem, path = storage.filesystem(storage.join(manifest.uri, NAME))
     info = filesystem.get_file_info(path)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,27 +46,51 @@ class Row:
     """(T,), which of the frames are marked as dropped; none when left out."""
 
 
-def write(uri: str, table: pa.Table, *, frame_shape: Shape, encoding: Encoding) -> None:
-    """Writes the contact sheet of the data set at `uri`; `table` has the columns of a manifest.
+def write(uri: str, pieces: Iterable[pa.Table], *, frame_shape: Shape, encoding: Encoding) -> None:
+    """Writes the contact sheet of the data set at `uri`.
+
+    Args:
+        uri: folder of the data set.
+        pieces: rows of all its clips with the columns of a manifest, in any order; there is at least one.
+        frame_shape: (T, H, W, C) of every clip.
+        encoding: how its frames are stored.
 
     Raises:
         ValueError: a shard is missing or damaged, or the place cannot be written.
     """
-    ids = np.array([int(clip_id, 16) for clip_id in table["clip_id"].to_pylist()], np.uint64)
-    order = np.argsort(mix64(ids, hash64("contact sheet")), kind="stable")[:_CLIPS]
-    chosen = table.take(order).sort_by([("video_id", "ascending"), ("start_seconds", "ascending")])
-    shown = f"{chosen.num_rows} of {table.num_rows} clips"
-    scored = table.filter(pc.is_valid(table["motion"])).sort_by([("motion", "ascending"), ("clip_id", "ascending")])
-    if scored.num_rows >= 2 * _EXTREMES:
-        last = scored.slice(scored.num_rows - _EXTREMES).take(list(reversed(range(_EXTREMES))))
-        chosen = pa.concat_tables([chosen, scored.slice(0, _EXTREMES), last])
-        shown += f", then the {_EXTREMES} that move least and the {_EXTREMES} that move most"
+    chosen, shown = _choose(pieces)
     numbers = np.linspace(0, frame_shape[0] - 1, min(_FRAMES, frame_shape[0])).round().astype(int).tolist()
     reader = ClipReader(uri, chosen, frame_shape=frame_shape, encoding=encoding)
     frames = reader.several(range(chosen.num_rows), itertools.repeat(numbers))
     rows = [Row(pictures, _lines(row)) for row, pictures in zip(chosen.to_pylist(), frames, strict=True)]
     title = f"{shown}, with the numbers of the frames"
     storage.write_atomic(storage.join(uri, NAME), draw(rows, title=title, numbers=numbers))
+
+
+def _choose(pieces: Iterable[pa.Table]) -> tuple[pa.Table, str]:
+    """The clips that are shown, and which they are, for the title; each piece leaves only what may be shown."""
+    some: list[pa.Table] = []
+    still: list[pa.Table] = []
+    lively: list[pa.Table] = []
+    num_clips = num_scored = 0
+    rising, falling = ([("motion", order), ("clip_id", order)] for order in ("ascending", "descending"))
+    for piece in pieces:
+        some = [_first_by_hash(pa.concat_tables([*some, piece]))]
+        scored = piece.filter(pc.is_valid(piece["motion"]))
+        still = [pa.concat_tables([*still, scored]).sort_by(rising).slice(0, _EXTREMES)]
+        lively = [pa.concat_tables([*lively, scored]).sort_by(falling).slice(0, _EXTREMES)]
+        num_clips, num_scored = num_clips + piece.num_rows, num_scored + scored.num_rows
+    chosen = some[0].sort_by([("video_id", "ascending"), ("start_seconds", "ascending")])
+    shown = f"{chosen.num_rows} of {num_clips} clips"
+    if num_scored >= 2 * _EXTREMES:
+        chosen = pa.concat_tables([chosen, *still, *lively])
+        shown += f", then the {_EXTREMES} that move least and the {_EXTREMES} that move most"
+    return chosen, shown
+
+
+def _first_by_hash(rows: pa.Table) -> pa.Table:
+    ids = np.array([int(clip_id, 16) for clip_id in rows["clip_id"].to_pylist()], np.uint64)
+    return rows.take(np.argsort(mix64(ids, hash64("contact sheet")), kind="stable")[:_CLIPS])
 
 
 def dropped_frames_sheet(

@@ -7,10 +7,10 @@ only what is far too large is refused there.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from vmoco import storage
-from vmoco.data.ingest_tasks import JPEG_SHARE, Probed, plan_shards
+from vmoco.data.ingest_plan import JPEG_SHARE, Probed, plan_shards
 from vmoco.data.manifest import SHARDS
 from vmoco.job_settings import IngestSettings
 
@@ -20,7 +20,7 @@ _LEAST_JPEG = 1 / 3
 """Size of JPEG clips at low quality and of plain pictures, over what is estimated."""
 
 
-def check_space(probed: Sequence[Probed], *, output: str, settings: IngestSettings, continues: bool) -> str:
+def check_space(probed: Iterable[Probed], *, output: str, settings: IngestSettings, continues: bool) -> str:
     """Compares what will be written with what is free.
 
     Args:
@@ -56,13 +56,12 @@ def check_space(probed: Sequence[Probed], *, output: str, settings: IngestSettin
     )
 
 
-def num_clips_to_write(probed: Sequence[Probed], *, output: str, settings: IngestSettings) -> int:
+def num_clips_to_write(probed: Iterable[Probed], *, output: str, settings: IngestSettings) -> int:
     """Number of clips in the shards that an earlier run has not written yet."""
     folder = storage.join(output, SHARDS)
     there = set(storage.list_files(folder, recursive=False)) if storage.exists(folder) else set()
-    clips = {each.found.video_id: each.num_clips for each in probed}
     return sum(
-        len(unit.part.clips) if unit.part else clips[unit.found.video_id]
+        unit.num_clips
         for plan in plan_shards(probed, settings)
         if f"{plan.name}.arrow" not in there
         for unit in plan.units

@@ -9,10 +9,11 @@ dataclass, so Ray guesses no types and pickles no values. `to_table` and `from_t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -26,14 +27,32 @@ Result = TypeVar("Result")
 _SIMPLE = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 
 
+AT_ONCE, PER_CPU = 1024, 32
+"""Plans that Ray knows at a time: at least so many, and so many for each core of the cluster. Ray keeps several KB of
+each in the driver, and at the end of each such round some cores wait for the last task."""
+
+
+def in_groups(values: Iterable[Plan], size: int) -> Iterator[tuple[Plan, ...]]:
+    """Neighbouring values in groups of a size; the last group may be smaller."""
+    iterator = iter(values)
+    while group := tuple(itertools.islice(iterator, size)):
+        yield group
+
+
 def run_tasks(
-    task: Callable[[Plan], Sequence[Result]], plans: Sequence[Plan], *, returns: type[Result], num_cpus: float
+    task: Callable[[Plan], Sequence[Result]],
+    plans: Iterable[Plan],
+    *,
+    plan_type: type[Plan],
+    returns: type[Result],
+    num_cpus: float,
 ) -> Iterator[Result]:
     """Calls a function in one Ray task per plan; Ray runs a task again if its node is lost.
 
     Args:
         task: The function; it returns at least one result.
-        plans: Dataclasses of one type.
+        plans: Dataclasses. They are read as they are needed, so there may be any number of them.
+        plan_type: Their type.
         returns: The dataclass of a result.
         num_cpus: Cores of one task, which bound how many run at a time.
 
@@ -44,10 +63,6 @@ def run_tasks(
         ValueError: a task raised one.
     """
     import ray.data
-
-    if not plans:
-        return
-    plan_type = type(plans[0])
 
     def run(rows: pa.Table) -> pa.Table:
         (plan,) = from_table(rows, plan_type)
@@ -63,11 +78,13 @@ def run_tasks(
     log.setLevel(logging.WARNING)
     logging.getLogger(ray_internals.PROGRESS_LOGGER).setLevel(logging.ERROR)  # it warns that bars are off
     try:
-        # One block per plan is one task per plan.
-        blocks = ray.data.from_blocks([to_table([plan], plan_type) for plan in plans])
-        done = blocks.map_batches(run, batch_size=None, batch_format="pyarrow", num_cpus=num_cpus)
-        for rows in done.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield from from_table(rows, returns)
+        at_once = max(AT_ONCE, PER_CPU * int(ray.cluster_resources().get("CPU", 1)))
+        for group in in_groups(plans, at_once):
+            # One block per plan is one task per plan.
+            blocks = ray.data.from_blocks([to_table([plan], plan_type) for plan in group])
+            done = blocks.map_batches(run, batch_size=None, batch_format="pyarrow", num_cpus=num_cpus)
+            for rows in done.iter_batches(batch_size=None, batch_format="pyarrow"):
+                yield from from_table(rows, returns)
     finally:
         context.enable_progress_bars = bars
         log.setLevel(level)

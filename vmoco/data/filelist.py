@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vmoco import storage
+from vmoco.data.found import Found
 from vmoco.data.listed_files import ListedFiles, seconds
-from vmoco.data.source import Found
 
 _HEADERS = {
     "path": "path file filename file_name filepath file_path video video_path video_name name",

@@ -24,19 +24,10 @@ import pyarrow.fs as pafs
 
 from vmoco import storage
 from vmoco.data.endings import NUMBERED_PICTURE, Wanted
+from vmoco.data.found import Found, Pictures
 from vmoco.data.ledger import Rejection, VideoError
 from vmoco.data.ranged_file import read_errors
-from vmoco.data.source import (
-    Found,
-    Listing,
-    PictureFolder,
-    Pictures,
-    local_folders,
-    matches,
-    rejection,
-    remote_files,
-    split_pattern,
-)
+from vmoco.data.source import Listing, PictureFolder, local_folders, matches, rejection, remote_files, split_pattern
 
 _THREADS = 8
 _MOST_MISSING = 100

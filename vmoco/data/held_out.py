@@ -119,7 +119,9 @@ def scoring_problem(manifest: Manifest) -> str:
 
     It names the --held-out-percent that is enough, where there is one.
     """
-    held_out = _can_be_scored(manifest, manifest.table.filter(manifest.table["held_out"]))
+    if _has_enough(manifest):
+        return ""
+    held_out = _can_be_scored(manifest, manifest.held_out())
     num_fit = sum(held_out.values())
     if num_fit >= MIN_SCORED:
         return ""
@@ -136,6 +138,17 @@ def scoring_problem(manifest: Manifest) -> str:
                 f"{sum(place < percent * 100 for place in places)} such videos"
             )
     return too_few(num_fit, len(held_out), advice=advice, shared=len(fit) < manifest.counts["videos"])
+
+
+def _has_enough(manifest: Manifest) -> bool:
+    """Whether the rows tell already, piece by piece, that enough held-out videos can be scored."""
+    fit: set[str] = set()
+    for piece in manifest.batches(["video_id", "range", "video_sha256", "source", "start_seconds", "fps", "held_out"]):
+        found = _can_be_scored(manifest, piece.filter(piece["held_out"]))
+        fit |= {source for source, fits in found.items() if fits}
+        if len(fit) >= MIN_SCORED:
+            return True
+    return False
 
 
 def _can_be_scored(manifest: Manifest, rows: pa.Table) -> dict[str, bool]:

@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, Any, BinaryIO
 
 import numpy as np
@@ -28,46 +28,21 @@ from vmoco.data import frame_folder, shard, source
 from vmoco.data.clip_scores import Looked, Scores, look, with_shots
 from vmoco.data.clips import ClipPlan
 from vmoco.data.decoder import Decoder, StoredClips
+from vmoco.data.found import Found
 from vmoco.data.held_out import is_held_out
+from vmoco.data.ingest_plan import Probed, ProbeTask, ShardPlan, Unit
 from vmoco.data.ledger import DAMAGE, NOT_SEEKABLE, Loss, Rejection, VideoError, attributed
 from vmoco.data.manifest import FIELDS, shard_uri
 from vmoco.data.parts import Part, decoded_whole
-from vmoco.data.shard import VERSION, ShardFile, ShardMetadata, Video
+from vmoco.data.shard import ShardFile, ShardMetadata, Video
 from vmoco.data.shard_reader import ShardScan
-from vmoco.data.source import Found
 from vmoco.job_settings import IngestSettings
 from vmoco.seed import hash64
 
 FOLDER = "probes"
 """Folder of the results of probing, in a data set that is not complete yet."""
-VIDEOS_PER_TASK = 32
 _MOST_SECONDS = 7 * 86400.0
 """Longest time limit of a video; the system allows no more than 24 days."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ProbeTask:
-    """The plan of a task that probes."""
-
-    videos: tuple[Found, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Probed:
-    """A video, and what probing found."""
-
-    found: Found
-    sha256: str = ""
-    """Hash of the file; empty where it could not be read."""
-    num_clips: int = 0
-    """Clips that it will give, unless decoding finds other frames than the file lists, or cuts to split it at."""
-    parts: tuple[Part, ...] = ()
-    """What of it is decoded, by one task or by several; empty where it is decoded from its start to its end."""
-    duration: float = 0.0
-    """Seconds."""
-    notes: tuple[str, ...] = ()
-    """What is unusual about it, as in `Timeline.notes`."""
-    rejection: Rejection | None = None
 
 
 _PROBED = TypeAdapter(list[Probed])
@@ -160,35 +135,6 @@ def _probe(found: Found, *, root: str, settings: IngestSettings, decoder: Decode
         return Probed(found, sha256, rejection=rejected(found, error, settings))
 
 
-# Size of a JPEG at quality 92 over that of its raw frame, roughly: only the size of shards depends on it.
-JPEG_SHARE = 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """A video, or a part of a long one: what one request to the decoder cuts."""
-
-    found: Found
-    sha256: str
-    part: Part | None = None
-    """What of it is decoded; None decodes it from its start to its end."""
-    number: int = 0
-    """Of the part."""
-    num_parts: int = 1
-    duration: float = 0.0
-    """Seconds of the video."""
-    notes: tuple[str, ...] = ()
-    """What probing found unusual."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardPlan:
-    """The plan of a task that cuts: the content of one shard, and the shard's name, which follows from that."""
-
-    name: str
-    units: tuple[Unit, ...]
-
-
 ManifestRows = Annotated[list[dict[str, Any]], pa.list_(pa.struct(FIELDS))]
 """Rows of the manifest, one per clip."""
 
@@ -205,50 +151,6 @@ class MadeShard:
     """It was there already, with the same bytes."""
     losses: tuple[Loss, ...] = ()
     """Videos of which a part is lost."""
-
-
-def plan_shards(probed: Sequence[Probed], settings: IngestSettings, *, whole: bool = False) -> list[ShardPlan]:
-    """Groups neighbouring videos into shards of the wanted size; names follow from settings and content.
-
-    Args:
-        probed: The videos to cut, in the order of the shards; none is rejected.
-        settings: Of the ingest.
-        whole: Decode every video from its start to its end.
-    """
-    shape = settings.frame_shape
-    clip_bytes = shape[0] * shape[1] * shape[2] * shape[3] * (1.0 if settings.encoding == "raw" else JPEG_SHARE)
-    groups: list[list[Unit]] = []
-    size = 0.0
-    for each in probed:
-        for unit, num_clips in _units(each, whole=whole):
-            full = groups and size + num_clips * clip_bytes > settings.shard_megabytes * 2**20
-            if not groups or full or len(groups[-1]) == settings.videos_per_shard:
-                groups.append([])
-                size = 0.0
-            groups[-1].append(unit)
-            size += num_clips * clip_bytes
-    return [ShardPlan(_name(group, settings), tuple(group)) for group in groups]
-
-
-def _units(each: Probed, *, whole: bool) -> Iterator[tuple[Unit, int]]:
-    if whole or not each.parts:
-        yield Unit(each.found, each.sha256, duration=each.duration, notes=each.notes), each.num_clips
-        return
-    for number, part in enumerate(each.parts):
-        unit = Unit(each.found, each.sha256, part, number, len(each.parts), each.duration, each.notes)
-        yield unit, len(part.clips)
-
-
-def _name(group: list[Unit], settings: IngestSettings) -> str:
-    units: list[list[Any]] = [
-        [unit.found.entry, unit.sha256, unit.part and [unit.part.runs[0].start, unit.part.runs[-1].last]]
-        for unit in group
-    ]
-    for unit, named_so in zip(group, units, strict=True):
-        if unit.found.source is not None:  # it decides what is held out, which is a column of the shard
-            named_so.append(unit.found.source)
-    named = json.dumps([VERSION, settings.content(), units], sort_keys=True)
-    return hashlib.sha256(named.encode()).hexdigest()[:16]
 
 
 def make_shard(plan: ShardPlan, *, root: str, output: str, settings: IngestSettings, decoder: Decoder) -> MadeShard:

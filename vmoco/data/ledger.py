@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import heapq
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from vmoco import storage
@@ -145,14 +146,24 @@ def write(uri: str, rejections: Iterable[Rejection], losses: Iterable[Loss] = ()
     Raises:
         ValueError: the place cannot be written.
     """
-    rows = [dataclasses.asdict(rejection) for rejection in rejections]
-    for row in rows:
-        if not row["damaged"]:
-            del row["damaged"]
-    rows += [dataclasses.asdict(loss) | {_KEPT: True} for loss in losses]
-    ordered = sorted(rows, key=lambda row: str(row["video_id"]))
-    lines = [json.dumps(row, sort_keys=True) + "\n" for row in ordered]
-    storage.write_atomic(storage.join(uri, NAME), "".join(lines).encode())
+    write_sorted(uri, sorted(rejections, key=_by_video), sorted(losses, key=_by_video))
+
+
+def write_sorted(uri: str, rejections: Iterable[Rejection], losses: Iterable[Loss]) -> None:
+    """As `write`, of rows that are sorted by video already; memory does not grow with their number."""
+    with storage.open_atomic(storage.join(uri, NAME)) as file:
+        ordered: Iterator[Rejection | Loss] = heapq.merge(rejections, losses, key=_by_video)
+        for row in ordered:
+            values = dataclasses.asdict(row)
+            if isinstance(row, Loss):
+                values[_KEPT] = True
+            elif not row.damaged:
+                del values["damaged"]
+            file.write((json.dumps(values, sort_keys=True) + "\n").encode())
+
+
+def _by_video(row: Rejection | Loss) -> str:
+    return row.video_id
 
 
 _KEPT = "kept"
@@ -165,7 +176,7 @@ def read(uri: str) -> list[Rejection]:
     Raises:
         ValueError: a line is not a ledger row.
     """
-    return [row for row in _rows(uri) if isinstance(row, Rejection)]
+    return [row for row in rows(uri) if isinstance(row, Rejection)]
 
 
 def read_losses(uri: str) -> list[Loss]:
@@ -174,31 +185,34 @@ def read_losses(uri: str) -> list[Loss]:
     Raises:
         ValueError: a line is not a ledger row.
     """
-    return [row for row in _rows(uri) if isinstance(row, Loss)]
+    return [row for row in rows(uri) if isinstance(row, Loss)]
 
 
-def _rows(uri: str) -> list[Rejection | Loss]:
+def rows(uri: str) -> Iterator[Rejection | Loss]:
+    """All rows of the ledger of the data set at `uri`, one after the other, sorted by video; none if there is none.
+
+    Raises:
+        ValueError: a line is not a ledger row.
+    """
     place = storage.join(uri, NAME)
-    try:
-        lines = storage.read_bytes(place).decode().splitlines()
-    except FileNotFoundError:
-        return []
-    rows: list[Rejection | Loss] = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(storage.lines(place), start=1):
         try:
             values = json.loads(line)
             kept = values.pop(_KEPT, False)
-            rows.append(Loss.of(values) if kept else Rejection(**values))
+            row = Loss.of(values) if kept else Rejection(**values)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"line {number} of {place} is not a ledger row ({error}): "
                 "remove the file, and the next ingest tries its videos again"
             ) from None
-    return rows
+        yield row
 
 
-def totals(rejections: Iterable[Rejection]) -> str:
-    """How many videos were rejected for each reason, the most frequent first: `truncated 2, empty 1`."""
-    counts = Counter(rejection.reason for rejection in rejections)
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+def totals(reasons: Iterable[str] | Mapping[str, int]) -> str:
+    """How many videos were rejected for each reason, the most frequent first: `truncated 2, empty 1`.
+
+    Args:
+        reasons: of all rejections, or the number of each.
+    """
+    ordered = sorted(Counter(reasons).items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{reason} {count}" for reason, count in ordered)

@@ -18,7 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from vmoco import storage
-from vmoco.data.source import Found, split_pattern
+from vmoco.data.found import Found
+from vmoco.data.source import split_pattern
 
 COLUMNS = ("path", "start_seconds", "end_seconds", "label", "video_id", "split", "group")
 """Columns of a table; only `path` is required."""

@@ -15,8 +15,10 @@ import pyarrow.fs as pafs
 
 from vmoco import storage
 from vmoco.data.endings import is_tar
+from vmoco.data.found import Found
 from vmoco.data.frame_folder import list_frame_folders
-from vmoco.data.source import Found, Listing, find_videos, kind_of, list_videos
+from vmoco.data.gathered import gather
+from vmoco.data.source import Listing, find_videos, kind_of, list_videos
 from vmoco.data.tar_files import how_to_uncompress, is_compressed, list_tars
 
 Footage = Literal["auto", "files", "tar", "frames"]
@@ -108,17 +110,22 @@ def labelled_by_folder(listing: Listing) -> Listing:
     Not where a file beside a video has its label, and not where folders are named after splits.
     """
     videos = listing.videos
+    one = next(iter(videos), None)
+    if one is None or not (one.member or one.pictures):  # a listing is of one kind
+        return listing
     if any(found.label is not None for found in videos):
         return dataclasses.replace(listing, notes=(*listing.notes, "labels are those of the files beside the videos"))
-    if not all(found.member or found.pictures for found in videos):
-        return listing
-    folders = [posixpath.basename(posixpath.dirname(_own_path(found))) for found in videos]
-    names = set(folders)
+    names = {_folder(found) for found in videos}
     if len(names) < 2 or "" in names or {name.lower() for name in names} & _SPLITS:
         return listing
     note = f"labels are the names of the folders: {len(names)}, such as {min(names)!r}"
-    labelled = [dataclasses.replace(found, label=folder) for found, folder in zip(videos, folders, strict=True)]
-    return dataclasses.replace(listing, videos=tuple(labelled), notes=(*listing.notes, note))
+    labelled = gather(dataclasses.replace(found, label=_folder(found)) for found in videos)
+    return dataclasses.replace(listing, videos=labelled, notes=(*listing.notes, note))
+
+
+def _folder(found: Found) -> str:
+    """Name of the folder in which a video is."""
+    return posixpath.basename(posixpath.dirname(_own_path(found)))
 
 
 def _own_path(found: Found) -> str:

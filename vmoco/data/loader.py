@@ -111,7 +111,7 @@ class Loader:
     """Iterates over the batches of one rank, from `start_step` to the last step of the run.
 
     Args:
-        data: data set to read, or several; `training_clips` says which of it training takes.
+        data: data set to read, or several; `training_clips.Selection` says which of it training takes.
         settings: of the run.
         rank: of this process.
         world_size: number of ranks.

@@ -10,23 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vmoco import storage
 from vmoco.data import clip_scores
 from vmoco.data.frames import Encoding, Shape
-from vmoco.data.shard import METADATA_KEY, READABLE, READABLE_NAMES, ROW_FIELDS, VERSION, ShardFile
+from vmoco.data.shard import METADATA_KEY, READABLE, READABLE_NAMES, ROW_FIELDS, ShardFile
 from vmoco.storage import Result
 
 NAME = "manifest.parquet"
+ROWS_PER_PIECE = 2**16
+"""Rows that are read or written at once."""
 SHARDS = "shards"
 """Folder of the shards in a data set; `<name>.arrow` in it."""
 
@@ -44,8 +43,8 @@ FIELDS = [
     pa.field("source", pa.string()),
     *clip_scores.FIELDS,
 ]
-_LATER = {field.name: field for field in FIELDS if field.name in ("notes", "source")}
-_LATER |= {field.name: field for field in clip_scores.FIELDS}
+LATER = {field.name: field for field in FIELDS if field.name in ("notes", "source")}
+LATER |= {field.name: field for field in clip_scores.FIELDS}
 """Fields that came later: a manifest without any value of one has no such column, as in earlier versions."""
 
 
@@ -81,7 +80,7 @@ class Manifest:
             ValueError: the file cannot be read, or is another one than when the manifest was loaded.
         """
         read: pa.Table = _reading(self.uri, lambda: self._file().read())
-        return _with_all_fields(read.replace_schema_metadata(None))
+        return with_all_fields(read.replace_schema_metadata(None))
 
     @property
     def is_read(self) -> bool:
@@ -105,15 +104,34 @@ class Manifest:
         """
         if self.is_read:
             yield from (
-                self.table.slice(begin, _ROWS_PER_PIECE).select(list(columns))
-                for begin in range(0, self.table.num_rows, _ROWS_PER_PIECE)
+                self.table.slice(begin, ROWS_PER_PIECE).select(list(columns))
+                for begin in range(0, self.table.num_rows, ROWS_PER_PIECE)
             )
             return
         file = _reading(self.uri, self._file)
         there = [name for name in columns if name in file.schema_arrow.names]
-        pieces = file.iter_batches(batch_size=_ROWS_PER_PIECE, columns=there)
+        pieces = file.iter_batches(batch_size=ROWS_PER_PIECE, columns=there)
         while (piece := _reading(self.uri, lambda: next(pieces, None))) is not None:
-            yield _with_all_fields(pa.table(piece).replace_schema_metadata(None), columns)
+            yield with_all_fields(pa.table(piece).replace_schema_metadata(None), columns)
+
+    def rows(self, keep: Callable[[pa.Table], Any], columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows that are kept, in their order; memory holds these and one piece of the others.
+
+        Args:
+            keep: takes a piece of the table, and returns a boolean for each of its rows; null counts as false.
+            columns: names of those to read; all when left out.
+
+        Raises:
+            ValueError: as `table`.
+        """
+        names = [field.name for field in FIELDS] if columns is None else list(columns)
+        empty = pa.schema([field for field in FIELDS if field.name in names]).empty_table().select(names)
+        kept = (piece.filter(keep(piece)) for piece in self.batches(names))
+        return pa.concat_tables([empty, *(piece for piece in kept if piece.num_rows)]).combine_chunks()
+
+    def held_out(self) -> pa.Table:
+        """The rows of videos that training never sees."""
+        return self.rows(lambda piece: piece["held_out"])
 
     def _file(self) -> pq.ParquetFile:
         """The file, opened.
@@ -154,9 +172,6 @@ class Manifest:
         )
 
 
-_ROWS_PER_PIECE = 2**16
-
-
 def _open(uri: str) -> pq.ParquetFile:
     filesystem, path = storage.filesystem(storage.join(uri, NAME))
     return pq.ParquetFile(filesystem.open_input_file(path))
@@ -189,83 +204,13 @@ def shard_uri(uri: str, name: str) -> str:
     return storage.join(uri, SHARDS, f"{name}.arrow")
 
 
-def content_hash(table: pa.Table) -> str:
-    """16 hex digits of the SHA-256 over the sorted (clip_id, sha256) pairs: names and pixels, not the layout."""
-    pairs = sorted(zip(table["clip_id"].to_pylist(), table["sha256"].to_pylist(), strict=True))
-    return hashlib.sha256("".join(f"{clip} {pixels}\n" for clip, pixels in pairs).encode()).hexdigest()[:16]
-
-
-def note_counts(table: pa.Table) -> dict[str, int]:
-    """How many videos have a note of each kind, by kind."""
-    columns = table.filter(pc.is_valid(table["notes"])).select(["video_id", "notes"]).to_pydict()
-    noted = {
-        (video, note.partition(":")[0])
-        for video, notes in zip(columns["video_id"], columns["notes"], strict=True)
-        for note in notes.split("; ")
-    }
-    return dict(sorted(Counter(kind for _, kind in noted).items()))
-
-
-def _with_all_fields(table: pa.Table, columns: Sequence[str] | None = None) -> pa.Table:
+def with_all_fields(table: pa.Table, columns: Sequence[str] | None = None) -> pa.Table:
+    """Some columns of FIELDS, or all, of rows that may lack those that came later."""
     names = [field.name for field in FIELDS] if columns is None else list(columns)
-    for name, field in _LATER.items():
+    for name, field in LATER.items():
         if name in names and name not in table.column_names:
             table = table.append_column(field, pa.nulls(table.num_rows, field.type))
     return table.select(names)
-
-
-def write_manifest(
-    uri: str,
-    table: pa.Table,
-    *,
-    settings: dict[str, Any],
-    frame_shape: Shape,
-    encoding: Encoding,
-    shards: Mapping[str, ShardFile],
-    num_rejected: int,
-) -> Manifest:
-    """Writes the manifest of the data set at `uri`: from now on the data set exists, or has grown.
-
-    `table` has the columns of FIELDS in any order of rows.
-
-    Raises:
-        ValueError: the place cannot be written.
-    """
-    table = _with_all_fields(table).cast(pa.schema(FIELDS))
-    table = table.sort_by([("video_id", "ascending"), ("start_seconds", "ascending"), ("clip_id", "ascending")])
-    ids = table["clip_id"].to_pylist()
-    assert len(set(ids)) == len(ids), "two clips have one clip_id"
-    held_out = table.filter(table["held_out"])
-    manifest = Manifest(
-        uri=storage.absolute_uri(uri),
-        settings=dict(settings),
-        hash=content_hash(table),
-        frame_shape=frame_shape,
-        encoding=encoding,
-        counts={
-            "videos": len(table["video_id"].unique()),
-            "clips": table.num_rows,
-            "rejected": num_rejected,
-            "held_out": len(held_out["video_id"].unique()),
-            **note_counts(table),
-        },
-        shards=dict(sorted(shards.items())),
-    )
-    manifest = manifest.with_table(table.combine_chunks())
-    about = {
-        "version": VERSION,
-        "settings": manifest.settings,
-        "hash": manifest.hash,
-        "frame_shape": manifest.frame_shape,
-        "encoding": manifest.encoding,
-        "counts": manifest.counts,
-        "shards": {name: dataclasses.asdict(file) for name, file in manifest.shards.items()},
-    }
-    table = table.drop_columns([name for name in _LATER if table[name].null_count == table.num_rows])
-    sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(about, sort_keys=True)}), sink)
-    storage.write_atomic(storage.join(manifest.uri, NAME), memoryview(sink.getvalue()))
-    return manifest
 
 
 def _check_shards(uri: str, names: Iterable[str]) -> None:

@@ -92,7 +92,7 @@ class Mixture:
         """The clips that training takes of each set.
 
         Raises:
-            ValueError: as `training_clips`.
+            ValueError: as `Selection` and `Selection.check`.
         """
         return [ClipIndex.of(each, data, others=self.others(each)) for each in self.manifests]
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from vmoco import storage
 from vmoco.data.filelist import read_cells, read_text
+from vmoco.data.found import Found
 from vmoco.data.listed_files import ListedFiles, seconds
-from vmoco.data.source import Found
 
 _SPLIT_FILES = {"ucf101": r"(train|test)list0([123])\.txt", "hmdb51": r"([^.].*)_test_split([123])\.txt"}
 _YOUTUBE_ID = r"[\w-]{11}"

@@ -16,99 +16,28 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import pyarrow.fs as pafs
 
 from vmoco import storage
 from vmoco.data.endings import Wanted, begins_as_a_video, left_out
+from vmoco.data.found import Found, Pictures
+from vmoco.data.gathered import gather
 from vmoco.data.ledger import Rejection, ScratchError, VideoError
 from vmoco.data.ranged_file import FileRange, RangedFile, read_errors
-from vmoco.seed import hash64
 
 _PIECE_BYTES = 2**22
 _SNIFF_THREADS = 16
-
-Splits = tuple[str | None, str | None, str | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class TarMember:
-    """Where a video lies in a tar file (vmoco/data/tar_files.py)."""
-
-    tar: str
-    """Path of the tar file below the root."""
-    offset: int
-    """Byte of the tar file at which the video begins."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Pictures:
-    """Which pictures of a folder are the frames of a video (vmoco/data/frame_folder.py)."""
-
-    fps: float
-    """Pictures per second."""
-    prefix: str = ""
-    """What their names have before the number."""
-    kind: Literal["jpeg", "png"] = "jpeg"
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """A video, or a range of one, and its fields from a list of videos."""
-
-    video_id: str
-    """Its name in the data set: the path, unless a list gives another name."""
-    num_bytes: int
-    """Size of the file, or of all pictures of a folder."""
-    path: str = ""
-    """Below the root, with slashes; of a video in a tar file, the path of the tar file and then its path in it."""
-    start_seconds: float | None = None
-    end_seconds: float | None = None
-    label: str | None = None
-    splits: Splits = (None, None, None)
-    """`train`, `test` or `validate` in each official split; None where it is in no part of it."""
-    group: str | None = None
-    """Column `group` of a list: entries of one group come from one source, such as a camera, a patient or a match."""
-    source: str | None = None
-    """Recording that it is cut from: its group, the id of a YouTube video, or the path of the file. None for a complete
-    file that is a source of its own."""
-    member: TarMember | None = None
-    """Its place, if it is in a tar file."""
-    pictures: Pictures | None = None
-    """Its frames, if it is a folder of pictures."""
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            object.__setattr__(self, "path", self.video_id)
-
-    @property
-    def range(self) -> str | None:
-        """The seconds as `0.5-3`, `-3` or `0.5-`; None for the complete file."""
-        if self.start_seconds is None and self.end_seconds is None:
-            return None
-        return "-".join("" if value is None else f"{value:g}" for value in (self.start_seconds, self.end_seconds))
-
-    @property
-    def entry(self) -> str:
-        """16 hex digits over all fields: if one of them changes, it counts as another video.
-
-        Without the source, which follows from the others, and without the place in a tar file. A group or the rate of
-        pictures counts where there is one, so that the entries of earlier data sets stay the same.
-        """
-        fields = [self.video_id, self.num_bytes, self.path, self.start_seconds, self.end_seconds, self.label]
-        later = [self.group, self.pictures]
-        values = [*fields, self.splits, *(value for value in later if value is not None)]
-        return f"{hash64(*(str(value) for value in values)):016x}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
     """The videos of a folder."""
 
-    videos: tuple[Found, ...]
+    videos: Collection[Found]
     """Sorted by video_id."""
     rejected: tuple[Rejection, ...]
     """Files with a video's extension that cannot be read, and folders that cannot be read."""
@@ -203,27 +132,34 @@ def _match(parts: list[str], patterns: list[str]) -> bool:
 
 
 def _list_remote(uri: str, wanted: Wanted) -> Listing:
-    videos: list[Found] = []
-    doubtful: list[Found] = []
-    rejected, num_hidden = [], 0
-    for name, entry in remote_files(uri):
-        if {"", ".", ".."} & set(name.split("/")):
-            if wanted.takes(name):
-                message = "a part of its name is empty, . or .., which is no path: rename the object"
-                rejected.append(rejection(name, "name-not-a-path", message))
-        elif any(part.startswith(".") for part in name.split("/")):
-            num_hidden += wanted.is_video(name)
-        elif wanted.takes(name):
-            (doubtful if wanted.is_doubtful(name) else videos).append(Found(name, entry.size))
-    with ThreadPoolExecutor(_SNIFF_THREADS) as pool:  # each waits for the store
-        begin = pool.map(lambda found: begins_as_a_video(storage.join(uri, found.path)), doubtful)
-        for found, good in zip(doubtful, begin, strict=True):
-            if good:
-                videos.append(found)
-            else:
-                wanted.reject(found.path)
-    ordered = sorted(videos, key=lambda found: found.video_id)
-    return Listing(tuple(ordered), tuple(rejected), num_hidden, wanted.others)
+    rejected: list[Rejection] = []
+    num_hidden = 0
+
+    def walk() -> Iterator[Found]:
+        nonlocal num_hidden
+        doubtful: list[Found] = []
+        for name, entry in remote_files(uri):
+            if {"", ".", ".."} & set(name.split("/")):
+                if wanted.takes(name):
+                    message = "a part of its name is empty, . or .., which is no path: rename the object"
+                    rejected.append(rejection(name, "name-not-a-path", message))
+            elif any(part.startswith(".") for part in name.split("/")):
+                num_hidden += wanted.is_video(name)
+            elif wanted.takes(name):
+                if wanted.is_doubtful(name):
+                    doubtful.append(Found(name, entry.size))
+                else:
+                    yield Found(name, entry.size)
+        with ThreadPoolExecutor(_SNIFF_THREADS) as pool:  # each waits for the store
+            begin = pool.map(lambda found: begins_as_a_video(storage.join(uri, found.path)), doubtful)
+            for found, good in zip(doubtful, begin, strict=True):
+                if good:
+                    yield found
+                else:
+                    wanted.reject(found.path)
+
+    videos = gather(walk())
+    return Listing(videos, tuple(rejected), num_hidden, wanted.others)
 
 
 def remote_files(uri: str) -> Iterator[tuple[str, pafs.FileInfo]]:
@@ -273,25 +209,28 @@ def local_folders(root: str, rejected: list[Rejection]) -> Iterator[tuple[str, l
 
 
 def _list_local(root: str, wanted: Wanted) -> Listing:
-    videos: list[Found] = []
     rejected: list[Rejection] = []
     num_hidden = 0
-    for folder, names in local_folders(root, rejected):
-        num_hidden += sum(wanted.is_video(name) for name in names if name.startswith("."))
-        for name in names:
-            path = os.path.join(folder, name)
-            relative = os.path.relpath(path, root).replace(os.sep, "/")
-            if name.startswith(".") or not wanted.takes(relative):
-                continue
-            found = _found(path, relative)
-            if isinstance(found, Rejection):
-                rejected.append(found)
-            elif wanted.is_doubtful(name) and not begins_as_a_video(path):
-                wanted.reject(name)
-            else:
-                videos.append(found)
-    ordered = sorted(videos, key=lambda found: found.video_id)
-    return Listing(tuple(ordered), tuple(rejected), num_hidden, wanted.others)
+
+    def walk() -> Iterator[Found]:
+        nonlocal num_hidden
+        for folder, names in local_folders(root, rejected):
+            num_hidden += sum(wanted.is_video(name) for name in names if name.startswith("."))
+            for name in names:
+                path = os.path.join(folder, name)
+                relative = os.path.relpath(path, root).replace(os.sep, "/")
+                if name.startswith(".") or not wanted.takes(relative):
+                    continue
+                found = _found(path, relative)
+                if isinstance(found, Rejection):
+                    rejected.append(found)
+                elif wanted.is_doubtful(name) and not begins_as_a_video(path):
+                    wanted.reject(name)
+                else:
+                    yield found
+
+    videos = gather(walk())
+    return Listing(videos, tuple(rejected), num_hidden, wanted.others)
 
 
 def _found(path: str, name: str) -> Found | Rejection:

@@ -21,11 +21,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 from vmoco import storage
 from vmoco.data.endings import COMPRESSED_TARS, Wanted, is_mpeg
+from vmoco.data.found import Found, TarMember
+from vmoco.data.gathered import gather
 from vmoco.data.ledger import Rejection, VideoError
 from vmoco.data.ranged_file import RangedFile
-from vmoco.data.source import Found, Listing, TarMember, rejection
+from vmoco.data.source import Listing, rejection
 
 _THREADS = 16
+_AHEAD = 256
+"""Tar files whose contents are in memory at once."""
 _WINDOW_BYTES = 2**16
 """Bytes that are read at once: small members such as labels lie between two headers."""
 _MOST_HEADER_BYTES = 2**22
@@ -76,12 +80,13 @@ def list_tars(root: str, tars: Sequence[str], suffixes: Sequence[str] = ()) -> L
         ValueError: a suffix is not an ending.
     """
     wanted = Wanted(suffixes)
-    videos: list[Found] = []
     rejected: list[Rejection] = []
     num_hidden = num_repeated = num_absolute = 0
-    with ThreadPoolExecutor(_THREADS) as pool:  # each waits for the store
-        for contents in pool.map(lambda tar: _read(root, tar, wanted), tars):
-            rejected += contents.rejected
+
+    def read() -> Iterator[Found]:
+        nonlocal num_hidden, num_repeated, num_absolute
+        for contents in _read_all(root, tars, wanted):
+            rejected.extend(contents.rejected)
             num_repeated += contents.num_repeated
             num_absolute += contents.num_absolute
             for name in contents.members:
@@ -92,16 +97,24 @@ def list_tars(root: str, tars: Sequence[str], suffixes: Sequence[str] = ()) -> L
                     if found is None:
                         wanted.reject(name)
                     elif isinstance(found, Found):
-                        videos.append(found)
+                        yield found
                     else:
                         rejected.append(found)
+
+    videos = gather(read())
     notes = []
     if num_repeated:
         notes.append(f"{num_repeated} names occur again in their tar file: the last one counts, as when it is unpacked")
     if num_absolute:
         notes.append(f"{num_absolute} names in tar files begin with /, which is left out, as when they are unpacked")
-    ordered = sorted(videos, key=lambda found: found.video_id)
-    return Listing(tuple(ordered), tuple(rejected), num_hidden, wanted.others, notes=tuple(notes), root=root)
+    return Listing(videos, tuple(rejected), num_hidden, wanted.others, notes=tuple(notes), root=root)
+
+
+def _read_all(root: str, tars: Sequence[str], wanted: Wanted) -> Iterator[_Contents]:
+    """The contents of each tar file; only a few are read ahead."""
+    with ThreadPoolExecutor(_THREADS) as pool:  # each waits for the store
+        for first in range(0, len(tars), _AHEAD):
+            yield from pool.map(lambda tar: _read(root, tar, wanted), tars[first : first + _AHEAD])
 
 
 def members_of(listing: Listing) -> dict[str, str]:

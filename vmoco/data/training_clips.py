@@ -90,19 +90,6 @@ class Selection:
                 )
 
 
-def training_clips(manifest: Manifest, data: DataSettings, *, others: Sequence[Manifest] = ()) -> pa.Table:
-    """Rows of the manifest that training takes, in its order; `others` are further data sets of the run.
-
-    Raises:
-        ValueError: the list cannot be read, is another one than at the start of the run, or is of another data set; or
-            a score is needed that some clips do not have.
-    """
-    selection = Selection(manifest, data, others)
-    kept = selection.keep(manifest.table)
-    selection.check()
-    return manifest.table.filter(pa.array(kept))
-
-
 def _bounds(data: DataSettings) -> dict[str, str]:
     """The settings that choose by a score, as they are typed, by name."""
     fields = type(data).model_fields
@@ -121,7 +108,8 @@ def with_list(manifests: Sequence[Manifest], data: DataSettings) -> DataSettings
     """The settings with the complete place and the hash of the list of clips to leave out, if there is one.
 
     Raises:
-        ValueError: as `training_clips`.
+        ValueError: the list cannot be read, is another one than at the start of the run, or is of another data set; or
+            a score is needed that some clips do not have.
     """
     if data.leave_out is None:
         return data

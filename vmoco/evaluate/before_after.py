@@ -104,7 +104,7 @@ def compare(encoder: Encoder, manifest: Manifest, *, seed: int = 0) -> Compariso
     pairs, _ = scored_clips(manifest)
     untrained = random_initialisation(encoder, seed=seed)
     before, after = (score_encoder(each, manifest) for each in (untrained, encoder))
-    held_out = manifest.table.filter(manifest.table["held_out"])
+    held_out = manifest.held_out()
     rows = (
         Row("same video at another time", after.chance, after.by_colour, before.retrieval, after.retrieval),
         _crop_row(encoder, untrained, manifest, held_out),
@@ -210,7 +210,7 @@ def _nearest(encoder: Encoder, manifest: Manifest) -> list[str]:
     """The nearest held-out clips of a few held-out clips, as HTML."""
     with tempfile.TemporaryDirectory(prefix="vmoco-before-after-") as folder:
         work = Work(output=folder, window=window(encoder, manifest), batch_size=16, colour=False)
-        task, items = EmbedTask(encoder, work), shard_items(manifest, manifest.table["held_out"])
+        task, items = EmbedTask(encoder, work), shard_items(manifest, manifest.held_out())
         for item in items:
             if error := task(item)["error"]:
                 raise ValueError(error)

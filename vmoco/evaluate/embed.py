@@ -26,6 +26,8 @@ import torch
 from vmoco import storage
 from vmoco.data import ledger, source
 from vmoco.data.decoder import Decoder, StoredClips
+from vmoco.data.distribute import in_groups
+from vmoco.data.found import Found
 from vmoco.data.ledger import Damage, Loss, Rejection, VideoError, attributed
 from vmoco.data.manifest import NAME, Manifest
 from vmoco.data.shard_reader import ClipReader
@@ -126,14 +128,14 @@ def sliding_window(encoder: Encoder, settings: EmbedSettings) -> SlidingWindow |
     )
 
 
-def shard_items(manifest: Manifest, chosen: Any = None) -> list[dict[str, Any]]:
+def shard_items(manifest: Manifest, rows: pa.Table | None = None) -> list[dict[str, Any]]:
     """One item per shard of a data set, for `run_items`.
 
     Args:
         manifest: data set.
-        chosen: boolean column that marks the clips to embed; None embeds all.
+        rows: of the clips to embed; None embeds all.
     """
-    table = manifest.table if chosen is None else manifest.table.filter(chosen)
+    table = manifest.table if rows is None else rows
     table = table.select([*_ROW_NAMES, "fps"]).sort_by([("shard", "ascending"), ("row", "ascending")])
     about = {"data_set": manifest.uri, "frame_shape": manifest.frame_shape, "encoding": manifest.encoding}
     items = []
@@ -214,10 +216,10 @@ def _run(items: list[dict[str, Any]], encoder: Encoder, work: Work, pool: PoolSe
         log.setLevel(level)
 
 
-def _video_items(folder: str, videos: tuple[source.Found, ...], settings: EmbedSettings) -> list[dict[str, Any]]:
+def _video_items(folder: str, videos: Iterable[Found], settings: EmbedSettings) -> list[dict[str, Any]]:
     items = []
-    for first in range(0, len(videos), settings.videos_per_part):
-        group = [[found.video_id, found.num_bytes] for found in videos[first : first + settings.videos_per_part]]
+    for part in in_groups(videos, settings.videos_per_part):
+        group = [[found.video_id, found.num_bytes] for found in part]
         plan = {"folder": folder, "videos": group}
         items.append({"part": _digest(json.dumps(group), ""), "plan": json.dumps(plan)})
     return items

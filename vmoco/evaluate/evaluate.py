@@ -60,7 +60,7 @@ def plan(settings: EvaluateSettings) -> EvaluationPlan:
     manifest = Manifest.load(storage.require_absolute(settings.data, "--data"))
     notes: list[str] = []
     protocols: list[Protocol] = list(settings.protocols)
-    labelled = manifest.table["label"].null_count < manifest.table.num_rows
+    labelled = any(piece["label"].null_count < piece.num_rows for piece in manifest.batches(["label"]))
     if not protocols:
         protocols = [LABEL_FREE, *(FROZEN if labelled else ())]
         try:
@@ -102,7 +102,8 @@ def evaluate(
     tasks: list[Any] = []
     if frozen:
         used = np.any([split.train | split.test for split in planned.splits], axis=0)
-        table_uri, parts = _embedded(encoder, planned.manifest, pa.array(used), seen, settings, show, colour=True)
+        rows = planned.manifest.table.filter(pa.array(used))
+        table_uri, parts = _embedded(encoder, planned.manifest, rows, seen, settings, show, colour=True)
         tasks += [
             _remote(settings, gpu=False).remote(_measure, protocol, table_uri, parts, index, settings)
             for protocol in frozen
@@ -121,8 +122,7 @@ def _label_free(
 ) -> Score:
     manifest = planned.manifest
     rows, evaluation_set = label_free.scored_clips(manifest)
-    chosen = pc.is_in(manifest.table["clip_id"], value_set=rows["clip_id"].combine_chunks())
-    table_uri, parts = _embedded(encoder, manifest, chosen, seen, settings, show, colour=False)
+    table_uri, parts = _embedded(encoder, manifest, rows, seen, settings, show, colour=False)
     table = FeatureTable(table_uri, parts)
     source_of = dict(zip(rows["clip_id"].to_pylist(), sources_of(rows), strict=True))
     found = label_free.score(
@@ -176,9 +176,8 @@ def _features_by_view(
     settings: EvaluateSettings,
     show: Callable[[str], None],
 ) -> motion.ByView:
-    wanted = pc.is_in(manifest.table["clip_id"], value_set=chosen.rows["clip_id"].combine_chunks())
     shown = tuple(views.numbers[name] for name in names)
-    table = FeatureTable(*_embedded(encoder, manifest, wanted, seen, settings, show, colour=False, views=shown))
+    table = FeatureTable(*_embedded(encoder, manifest, chosen.rows, seen, settings, show, colour=False, views=shown))
     # Rows of the table are in the order of the shards.
     places = pc.index_in(chosen.rows["clip_id"], value_set=table.rows["clip_id"].combine_chunks()).to_numpy()
     return motion.split_views(table.features()[places], names)
@@ -187,7 +186,7 @@ def _features_by_view(
 def _embedded(
     encoder: Encoder,
     manifest: Manifest,
-    chosen: Any,
+    rows: pa.Table,
     seen: Window,
     settings: EvaluateSettings,
     show: Callable[[str], None],
@@ -195,12 +194,12 @@ def _embedded(
     colour: bool,
     views: tuple[tuple[int, ...], ...] = (),
 ) -> tuple[str, list[str]]:
-    """The table of features of the chosen clips; the table of an earlier evaluation is used again."""
+    """The table of features of the clips of some rows; the table of an earlier evaluation is used again."""
     place = storage.require_absolute(settings.features or storage.join(storage.home(), "features"), "--features")
     frames = f"views{hash64('views', str(views)):016x}" if views else f"stride{seen.stride}"
     name = f"{manifest.hash}-{encoder.weights_hash()}-{frames}{'' if colour else '-grey'}"
     output = storage.join(place, name)
-    items = shard_items(manifest, chosen)
+    items = shard_items(manifest, rows)
     work = Work(output=output, window=seen, batch_size=settings.batch_size, colour=colour, views=views)
     run_items(items, encoder, work, settings, show=show)
     return output, [item["part"] for item in items]

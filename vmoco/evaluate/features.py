@@ -18,6 +18,7 @@ import torch
 
 from vmoco.data.clip_cache import ClipCache, cache_for
 from vmoco.data.manifest import Manifest
+from vmoco.data.mixture import Mixture
 from vmoco.data.shard_reader import ClipReader
 from vmoco.encoders.encoder import Encoder
 from vmoco.progress import Progress
@@ -76,7 +77,7 @@ def window(encoder: Encoder, manifest: Manifest) -> Window:
         ValueError: the clips of the data set are too short for it.
     """
     expected, stored = encoder.preprocessing, manifest.frame_shape[0]
-    fps = float(np.median(manifest.table["fps"].to_numpy()))
+    fps = Mixture.of(manifest).fps
     if stored < expected.num_frames:
         raise ValueError(
             f"data set {manifest.uri} has clips of {stored} frames, and this encoder was trained on "

@@ -287,7 +287,7 @@ def scored_clips(manifest: Manifest, *, max_videos: int = MAX_VIDEOS, rounds: in
     """
     if problem := scoring_problem(manifest):
         raise TooFewVideosError(problem)
-    table = manifest.table.filter(manifest.table["held_out"])
+    table = manifest.held_out()
     pairs = _pairs_of_rows(table, manifest, max_videos=max_videos, rounds=rounds)
     rows = table.take(pa.array(np.unique(pairs)))
     clips = "".join(rows["clip_id"].to_pylist()) + "".join(rows["sha256"].to_pylist())

@@ -7,6 +7,8 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+import pyarrow.compute as pc
+
 from vmoco import storage
 from vmoco.config import PretrainSettings, RunSettings
 from vmoco.data.fit import fit_to_data
@@ -229,5 +231,7 @@ def _check_metric(settings: SweepSettings, mixture: Mixture) -> None:
 
 def _has_labels(manifest: Manifest) -> bool:
     """Whether some labelled clips are held out, and some are not."""
-    labelled = manifest.table.filter(manifest.table["label"].is_valid())["held_out"]
-    return set(labelled.to_pylist()) == {True, False}
+    found: set[bool] = set()
+    for piece in manifest.batches(["label", "held_out"]):
+        found.update(piece.filter(pc.is_valid(piece["label"]))["held_out"].unique().to_pylist())
+    return len(found) == 2

@@ -175,7 +175,7 @@ def knn_accuracy(
     Returns:
         None where one of the parts has no labelled clip.
     """
-    labelled = manifest.table.filter(pc.is_valid(manifest.table["label"]))
+    labelled = manifest.rows(lambda piece: pc.is_valid(piece["label"]))
     parts = [_spread(labelled.filter(pc.equal(labelled["held_out"], held)), max_clips) for held in (False, True)]
     if not all(part.num_rows for part in parts):
         return None

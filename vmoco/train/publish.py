@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vmoco import storage, tracking
 from vmoco.clip_settings import DataSettings
 from vmoco.data.manifest import Manifest
 from vmoco.data.mixture import Mixture
-from vmoco.data.training_clips import training_clips
+from vmoco.data.training_clips import Selection
 from vmoco.encoders import foreign, model_page, registry
 from vmoco.encoders.encoder import Encoder, Preprocessing
 from vmoco.encoders.encoder_program import CARD
@@ -304,8 +305,11 @@ def _videos(mixture: Mixture, data: DataSettings) -> pa.Table:
     """
     tables = []
     for manifest in mixture.manifests:
-        trained = training_clips(manifest, data, others=mixture.others(manifest))
-        tables += [trained, manifest.table.filter(manifest.table["held_out"])]
-    table = pa.concat_tables([each.select(VIDEO_FIELDS.names) for each in tables])
+        selection = Selection(manifest, data, mixture.others(manifest))
+        for piece in manifest.batches(list(dict.fromkeys([*VIDEO_FIELDS.names, *selection.columns, "clip_id"]))):
+            named = piece.filter(pc.or_(pa.array(selection.keep(piece)), piece["held_out"])).select(VIDEO_FIELDS.names)
+            tables.append(named.group_by(VIDEO_FIELDS.names).aggregate([]))
+        selection.check()
+    table = pa.concat_tables(tables)
     grouped = table.group_by("video_id").aggregate([("held_out", "min")]).sort_by("video_id")
     return grouped.rename_columns({"held_out_min": "held_out"}).select(VIDEO_FIELDS.names).cast(VIDEO_FIELDS)

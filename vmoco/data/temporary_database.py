@@ -1,0 +1,54 @@
+"""A database on the disk for temporary files, for what does not fit in memory: it is sorted and compared there.
+
+SQLite keeps a bounded number of its pages in memory, and sorts on disk. The file has no name, so the system removes it
+when the process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+
+from vmoco.data.ledger import ScratchError
+
+_CACHE_KIB = 2**16
+"""Memory for pages, and again for sorting."""
+
+
+def temporary_database() -> sqlite3.Connection:
+    """A database without a name, which is gone when it is closed."""
+    database = sqlite3.connect("", isolation_level=None)
+    for setting in ("journal_mode = OFF", "synchronous = OFF", "temp_store = FILE", f"cache_size = -{_CACHE_KIB}"):
+        database.execute(f"PRAGMA {setting}")
+    return database
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turns an error of the database's disk into a sentence.
+
+    Raises:
+        ScratchError: the disk is full, or cannot be written.
+    """
+    try:
+        yield
+    except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
+        if isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError | sqlite3.InterfaceError):
+            raise
+        folder = tempfile.gettempdir()
+        raise ScratchError(
+            f"cannot keep what ingest knows of the videos in {folder}: {error}; free space there, or set TMPDIR"
+        ) from error
+
+
+@contextlib.contextmanager
+def at_once(database: sqlite3.Connection) -> Iterator[None]:
+    """Makes one transaction of many statements, which is much faster."""
+    if database.in_transaction:
+        yield
+        return
+    database.execute("BEGIN")
+    yield
+    database.execute("COMMIT")  # not after an error, which ends the job
