@@ -25,7 +25,7 @@ from vmoco.data.ledger import Loss, Rejection
 from vmoco.data.manifest import Manifest
 from vmoco.data.parts import decoded_whole
 from vmoco.data.shard import ShardFile
-from vmoco.data.temporary_database import at_once, disk_errors, temporary_database
+from vmoco.data.temporary_database import disk_errors, temporary_database
 from vmoco.job_settings import IngestSettings
 
 Origin = Literal["before", "listed", "probed", "cut"]
@@ -64,7 +64,8 @@ class Catalog:
         self._settings, self._previous = settings, previous
         self._database = temporary_database()
         self.clips = ClipRows(self._database)
-        self._database.executescript(_TABLES)
+        for statement in _TABLES.split(";"):
+            self._database.execute(statement)
         self.files: dict[str, ShardFile] = dict(previous.shards) if previous else {}
         self.num_new = self.num_changed = 0
 
@@ -248,7 +249,7 @@ class Catalog:
         self._insert("INSERT INTO losses VALUES (?, ?, ?, ?)", [row])
 
     def _insert(self, statement: str, rows: Iterable[Any]) -> None:
-        with disk_errors(), at_once(self._database):
+        with disk_errors():
             self._database.executemany(statement, rows)
 
     def _run(self, statement: str, values: Iterable[Any] = ()) -> None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vmoco.data.manifest import FIELDS, ROWS_PER_PIECE
-from vmoco.data.temporary_database import at_once, disk_errors, temporary_database
+from vmoco.data.temporary_database import disk_errors, temporary_database
 
 SCHEMA = pa.schema(FIELDS)
 
@@ -56,7 +56,7 @@ class ClipRows:
             ScratchError: the disk is full.
         """
         marks = ", ".join("?" * len(FIELDS))
-        with disk_errors(), at_once(self._database):
+        with disk_errors():
             for first in range(0, table.num_rows, ROWS_PER_PIECE):
                 piece = table.slice(first, ROWS_PER_PIECE).select(SCHEMA.names).cast(SCHEMA)
                 columns = [column.to_pylist() for column in piece.columns]

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pydantic import TypeAdapter
 
 from vmoco.data.found import Found
-from vmoco.data.temporary_database import at_once, disk_errors, temporary_database
+from vmoco.data.temporary_database import disk_errors, temporary_database
 
 IN_MEMORY = 2**17
 """Most videos that are kept in memory, where one takes about 500 bytes."""
@@ -34,7 +34,7 @@ class _Videos(Collection[Found]):
 
     def __init__(self, videos: Iterable[Found]) -> None:
         self._database = temporary_database()
-        with disk_errors(), at_once(self._database):
+        with disk_errors():
             self._database.execute("CREATE TABLE videos (video_id TEXT, found TEXT)")
             rows = ((found.video_id, _FOUND.dump_json(found).decode()) for found in videos)
             self._length = self._database.executemany("INSERT INTO videos VALUES (?, ?)", rows).rowcount

@@ -22,6 +22,7 @@ def temporary_database() -> sqlite3.Connection:
     database = sqlite3.connect("", isolation_level=None)
     for setting in ("journal_mode = OFF", "synchronous = OFF", "temp_store = FILE", f"cache_size = -{_CACHE_KIB}"):
         database.execute(f"PRAGMA {setting}")
+    database.execute("BEGIN")  # one transaction without an end: nobody else reads it, and many would take long
     return database
 
 
@@ -41,14 +42,3 @@ def disk_errors() -> Iterator[None]:
         raise ScratchError(
             f"cannot keep what ingest knows of the videos in {folder}: {error}; free space there, or set TMPDIR"
         ) from error
-
-
-@contextlib.contextmanager
-def at_once(database: sqlite3.Connection) -> Iterator[None]:
-    """Makes one transaction of many statements, which is much faster."""
-    if database.in_transaction:
-        yield
-        return
-    database.execute("BEGIN")
-    yield
-    database.execute("COMMIT")  # not after an error, which ends the job
