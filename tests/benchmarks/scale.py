@@ -1,6 +1,6 @@
 """What does a data set of 100 million clips cost a rank? `python -m tests.benchmarks.scale [--clips 1e6 1e7 1e8]`.
 
-Two measurements, both of synthetic clips without pixels, ten clips of each video:
+Four measurements, of synthetic videos and clips without pixels, ten clips of each video:
 
 - `index`, of each size: an index is written as `ClipIndex` keeps it; then ranks open it at the same time, each in a
   process of its own, and draw global batches of 4,096 clips. Seconds to start (open, plan, first batch; the page cache
@@ -8,6 +8,10 @@ Two measurements, both of synthetic clips without pixels, ten clips of each vide
   ranks share. `random_read_ms` reads of each clip of a batch where its bytes lie and their hash.
 - `manifest`, of `--manifest-clips`: a manifest is written, a node makes its index from it, and a process reads all its
   rows, as each rank did before there was an index. Seconds, and peak memory.
+- `driver`, of `--videos`: what the driver of ingest does with each video before the first shard is cut: it keeps the
+  listing, compares it, takes what probing found, looks for duplicates and plans the shards. Seconds, and peak memory.
+- `open`, of `--shards`: a rank opens a manifest that lists so many shards. 400,000 of the default size hold the raw
+  clips of 100 million. Seconds, peak memory, and what the rank keeps.
 
 Ends with one JSON line: the largest size at the top, all sizes below `index`.
 """
@@ -29,12 +33,18 @@ import pyarrow as pa
 
 from vmoco.clip_settings import DataSettings
 from vmoco.data import clip_index
+from vmoco.data.catalog import Catalog
 from vmoco.data.clip_index import CLIP, SHARD, VIDEO, ClipIndex
 from vmoco.data.clip_rows import ClipRows
+from vmoco.data.found import Found
+from vmoco.data.gathered import gather
+from vmoco.data.ingest_plan import Probed, plan_shards
 from vmoco.data.manifest import FIELDS, Manifest
 from vmoco.data.manifest_writer import write_manifest
 from vmoco.data.plan import Plan, Stream
 from vmoco.data.shard import ShardFile
+from vmoco.job_settings import IngestSettings
+from vmoco.seed import hash64
 
 RANKS, BATCH, CLIPS_PER_VIDEO, CLIPS_PER_SHARD = 8, 4096, 10, 256
 _BLOCK = 10**6
@@ -169,6 +179,33 @@ def write(uri: str, num_clips: int) -> None:
     write_manifest(uri, rows, settings={}, frame_shape=(16, 128, 171, 3), encoding="raw", shards=files, num_rejected=0)
 
 
+def drive(uri: str, num_videos: int) -> None:
+    """Lists and plans videos that do not exist."""
+    settings = IngestSettings(videos="/in", output=uri)
+    listed = gather(Found(f"class {n % 1000:04d}/{n:010d}.mp4", 10**6 + n) for n in range(num_videos))
+    catalog = Catalog(settings, None)
+    catalog.take_listing(listed, [])
+    for found in catalog.new_videos():
+        catalog.add_probed(Probed(found, f"{hash64(found.video_id):064x}", CLIPS_PER_VIDEO, (), 10.0))
+    catalog.reject_duplicates()
+    planned = sum(len(plan.units) for plan in plan_shards(catalog.good(), settings))
+    assert planned == catalog.num_good == num_videos
+
+
+def list_shards(uri: str, num_shards: int) -> None:
+    """Writes a manifest of many shards, which are not there."""
+    files = {f"{n:016x}": ShardFile(2**28 + n, f"{n:064x}", by_clips=True) for n in range(num_shards)}
+    about: dict[str, Any] = {"settings": {}, "frame_shape": (16, 128, 171, 3), "encoding": "raw"}
+    write_manifest(uri, rows_of(0, 1000), shards=files, num_rejected=0, **about)
+
+
+def open_data_set(uri: str, num_shards: int) -> Manifest:
+    """Opens it, as a rank does."""
+    manifest = Manifest.load(uri, check_shards=False)
+    assert len(manifest.shards) == num_shards
+    return manifest
+
+
 def make(uri: str, num_clips: int) -> None:
     """Makes the index of a manifest."""
     assert ClipIndex.of(Manifest.load(uri), DataSettings()).num_clips == num_clips
@@ -180,22 +217,23 @@ def read(uri: str, num_clips: int) -> None:
     assert len(table["clip_id"].to_pylist()) == num_clips
 
 
-def alone(action: Callable[[str, int], None], uri: str, num_clips: int) -> dict[str, float]:
-    """Seconds and growth of the peak memory of an action in a process of its own."""
+def alone(action: Callable[[str, int], object], uri: str, num_clips: int) -> dict[str, float]:
+    """Seconds of an action in a process of its own, growth of the peak memory, and of that which its result keeps."""
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     process = context.Process(target=_alone, args=(action, uri, num_clips, answers))
     process.start()
-    seconds, mib = answers.get()
+    seconds, mib, kept = answers.get()
     process.join()
-    return {"seconds": round(seconds, 2), "mib": round(mib, 1)}
+    return {"seconds": round(seconds, 2), "mib": round(mib, 1), "kept_mib": round(kept, 1)}
 
 
-def _alone(action: Callable[[str, int], None], uri: str, num_clips: int, answers: Any) -> None:
-    before, began = _peak_mib(), time.perf_counter()
-    action(uri, num_clips)
+def _alone(action: Callable[[str, int], object], uri: str, num_clips: int, answers: Any) -> None:
+    held, before, began = memory()["private"], _peak_mib(), time.perf_counter()
+    result = action(uri, num_clips)
     seconds = time.perf_counter() - began
-    answers.put((seconds, _peak_mib() - before))
+    answers.put((seconds, _peak_mib() - before, memory()["private"] - held))
+    del result
 
 
 def _peak_mib() -> float:
@@ -209,6 +247,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clips", type=float, nargs="+", default=[1e6, 1e7, 1e8])
     parser.add_argument("--manifest-clips", type=float, default=1e6)
+    parser.add_argument("--videos", type=float, default=1e6)
+    parser.add_argument("--shards", type=float, default=4e5)
     parser.add_argument("--ranks", type=int, default=RANKS)
     parser.add_argument("--steps", type=int, default=50)
     options = parser.parse_args()
@@ -220,6 +260,13 @@ def main() -> None:
             found["index"].append(measure_index(folder, int(size), ranks=options.ranks, steps=options.steps))
             print(found["index"][-1], flush=True)
         uri, num_clips = str(folder / "data"), int(options.manifest_clips)
+        found["videos"] = int(options.videos)
+        found["driver"] = alone(drive, uri, found["videos"])
+        print("driver", found["driver"], flush=True)
+        found["shards"], many = int(options.shards), str(folder / "many")
+        list_shards(many, found["shards"])
+        found["open"] = alone(open_data_set, many, found["shards"])
+        print("open", found["open"], flush=True)
         found["manifest_clips"] = num_clips
         for what, action in (("write_manifest", write), ("make_index", make), ("rows_in_memory", read)):
             found[what] = alone(action, uri, num_clips)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -146,8 +146,12 @@ class Manifest:
         return file
 
     @classmethod
-    def load(cls, uri: str) -> Manifest:
-        """Opens the manifest of the data set at `uri`, and checks that its shards are there.
+    def load(cls, uri: str, *, check_shards: bool = True) -> Manifest:
+        """Opens the manifest of the data set at `uri`.
+
+        Args:
+            uri: folder of the data set.
+            check_shards: check that all shards are there, which takes a list of them.
 
         Raises:
             ValueError: there is no data set, it is of another schema version, or shards are missing.
@@ -160,7 +164,8 @@ class Manifest:
                 f"data set {uri} has schema version {version}, this vmoco reads the versions {READABLE_NAMES}: "
                 "use the vmoco that made it, or run jobs/ingest.py again into another folder"
             )
-        _check_shards(uri, about["shards"])
+        if check_shards:
+            _check_shards(uri, about["shards"])
         return cls(
             uri=uri,
             settings=about["settings"],
@@ -168,7 +173,7 @@ class Manifest:
             frame_shape=tuple(about["frame_shape"]),
             encoding=about["encoding"],
             counts=about["counts"],
-            shards={name: ShardFile(**file) for name, file in about["shards"].items()},
+            shards=about["shards"],
         )
 
 
@@ -178,8 +183,17 @@ def _open(uri: str) -> pq.ParquetFile:
 
 
 def _about(file: pq.ParquetFile) -> dict[str, Any]:
-    about: dict[str, Any] = json.loads((file.schema_arrow.metadata or {}).get(METADATA_KEY, b"{}"))
+    # Each shard is turned into its ShardFile while the text is read: there may be 400,000 of them, in every rank.
+    text = (file.schema_arrow.metadata or {}).get(METADATA_KEY, b"{}")
+    about: dict[str, Any] = json.loads(text, object_hook=_shard_file_of)
     return about
+
+
+_SHARD_FILE = {field.name for field in dataclasses.fields(ShardFile)}
+
+
+def _shard_file_of(values: dict[str, Any]) -> ShardFile | dict[str, Any]:
+    return ShardFile(**values) if "sha256" in values and values.keys() <= _SHARD_FILE else values
 
 
 def _reading(uri: str, action: Callable[[], Result]) -> Result:
@@ -213,14 +227,13 @@ def with_all_fields(table: pa.Table, columns: Sequence[str] | None = None) -> pa
     return table.select(names)
 
 
-def _check_shards(uri: str, names: Iterable[str]) -> None:
-    wanted = {f"{name}.arrow" for name in names}
+def _check_shards(uri: str, names: Collection[str]) -> None:
     folder = storage.join(uri, SHARDS)
     there = set(storage.list_files(folder, recursive=False)) if storage.exists(folder) else set()
-    missing = sorted(wanted - there)
+    missing = sorted(file for name in names if (file := f"{name}.arrow") not in there)
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ValueError(
-            f"shards missing: {len(missing)} of the {len(wanted)} of data set {uri} are not in {folder} ({shown}): "
+            f"shards missing: {len(missing)} of the {len(names)} of data set {uri} are not in {folder} ({shown}): "
             "restore them, or remove the manifest and run jobs/ingest.py again"
         )

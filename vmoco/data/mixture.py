@@ -34,13 +34,17 @@ class Mixture:
     """Share of the draws that each set gives, adding up to 1."""
 
     @classmethod
-    def load(cls, data: DataSettings) -> Mixture:
+    def load(cls, data: DataSettings, *, check_shards: bool = True) -> Mixture:
         """Opens the data sets of a run.
+
+        Args:
+            data: settings.
+            check_shards: as `Manifest.load`.
 
         Raises:
             ValueError: as `Manifest.load`; or two places hold the same data set.
         """
-        manifests = tuple(Manifest.load(uri) for uri in data.uri)
+        manifests = tuple(Manifest.load(uri, check_shards=check_shards) for uri in data.uri)
         for first, second in itertools.combinations(manifests, 2):
             if first.hash == second.hash:
                 raise ValueError(

@@ -149,7 +149,7 @@ class Clip:
     splits: tuple[str | None, str | None, str | None] = (None, None, None)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class ShardFile:
     """Size and hash of a shard."""
 

@@ -66,7 +66,8 @@ def _run(config: dict[str, Any]) -> dict[str, Any] | None:
     if settings.train.deterministic:
         require_determinism(settings.model.backbone, device)
     choose_kernels(settings.train, device)
-    mixture = Mixture.load(settings.data)
+    # The driver has looked for the shards; one that is lost since then is named when a clip of it is read.
+    mixture = Mixture.load(settings.data, check_shards=False)
     dtype, reason = autocast_dtype(settings.train.precision, device)
     state = TrainState(settings, manifest_hash=mixture.hash, device=device, autocast_dtype=dtype)
     host = RayHost(config, settings)
