@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.dataset import make_data_set
+from vmoco.data import ledger
 from vmoco.data.check import check
 from vmoco.data.frames import Encoding
+from vmoco.data.ledger import Loss, Rejection
 from vmoco.data.manifest import NAME, Manifest
 from vmoco.data.shard_reader import ClipReader
 
@@ -117,6 +119,17 @@ def test_what_a_manifest_gets_wrong_is_named(data_set: Manifest) -> None:
     labels = ["wrong", *[None] * (table.num_rows - 1)]
     pq.write_table(table.set_column(table.column_names.index("label"), "label", [labels]), path)
     assert check(data_set.uri, quiet) == ["shard 0000, row 0: label differ from the manifest"]
+
+
+def test_the_ledger_is_summed_up(data_set: Manifest) -> None:
+    """How many videos were rejected for each reason; a number that the manifest does not count is an error."""
+    rejections = [Rejection(f"{n}.mp4", "probe", "empty" if n % 3 else "truncated", "why") for n in range(7)]
+    loss = Loss("a.mp4", ((0.0, 1.0),), 3.0, "why")
+    ledger.write(data_set.uri, rejections, [loss])
+    said: list[str] = []
+    assert check(data_set.uri, said.append) == ["manifest: it counts 0 rejected, and the ledger has 7"]
+    expected = f"check  7 videos are rejected: empty 4, truncated 3; see {data_set.uri}/ledger.jsonl"
+    assert said[0] == expected
 
 
 def test_the_job_ends_with_what_is_wrong(tmp_path: Path) -> None:

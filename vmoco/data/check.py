@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -36,7 +36,10 @@ def check(uri: str, progress: Callable[[str], None] = print) -> list[str]:
     rows = ClipRows()
     for piece in manifest.batches(SCHEMA.names):
         rows.add(piece)
-    findings = _check_manifest(manifest, rows)
+    reasons = Counter(row.reason for row in ledger.rows(uri) if isinstance(row, ledger.Rejection))
+    findings = _check_manifest(manifest, rows, num_rejected=reasons.total())
+    if reasons:
+        progress(f"check  {reasons.total()} videos are rejected: {ledger.totals(reasons)}; see {uri}/{ledger.NAME}")
     printed = Progress(
         progress,
         "check  read",
@@ -76,7 +79,7 @@ def _by_shard(rows: ClipRows, shards: Iterable[str]) -> Iterator[tuple[str, list
         yield name, [row for _, own in both for row in own]
 
 
-def _check_manifest(manifest: Manifest, rows: ClipRows) -> list[str]:
+def _check_manifest(manifest: Manifest, rows: ClipRows, *, num_rejected: int) -> list[str]:
     findings: list[str] = []
     found, repeated = rows.content_hash()
     if found != manifest.hash:
@@ -84,8 +87,7 @@ def _check_manifest(manifest: Manifest, rows: ClipRows) -> list[str]:
     counts = Counts()
     for piece in rows.batches():
         counts.add(piece)
-    rejected = sum(isinstance(row, ledger.Rejection) for row in ledger.rows(manifest.uri))
-    counted = counts.found | {"rejected": rejected}
+    counted = counts.found | {"rejected": num_rejected}
     for name, count in counted.items():
         if manifest.counts.get(name) != count:
             where = "ledger" if name == "rejected" else "manifest"
