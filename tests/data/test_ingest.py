@@ -84,6 +84,7 @@ def test_every_video_is_in_the_manifest_or_in_the_ledger(tmp_path: Path, ray_clu
         frames = stored_frames(manifest.shard_uri(row["shard"]))[row["row"]]
         first = round(row["start_seconds"] * 25)
         assert [videos.number_of(frame) for frame in frames] == list(range(first, first + 4))
+    lines = list({line[:12]: line for line in lines}.values())  # the last of each kind: a slow machine prints more
     assert re.fullmatch(r"ingest  looked at 5/5 videos  rejected 2  clips 9  [\d.]+ clips/s  0:00 left", lines[-4])
     assert re.fullmatch(r"ingest  writes 9 clips in raw encoding, 0\.1 MB, to .*/out, which has .* free", lines[-3])
     assert re.fullmatch(r"ingest  cut 3/3 videos  rejected 0  clips 9  [\d.]+ clips/s  0:00 left", lines[-2])
