@@ -21,7 +21,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +94,10 @@ def list_parts(videos: Path, place: Path, *, new: bool) -> int:
     return len(rows)
 
 
-def job(name: str, *words: str) -> float:
-    """Runs a job as a user would; returns its seconds."""
-    began = time.monotonic()
+def job(name: str, *words: str) -> None:
+    """Runs a job as a user would."""
     print("\n$ python", f"jobs/{name}.py", *words, flush=True)
     subprocess.run([sys.executable, f"jobs/{name}.py", *words], check=True)
-    return time.monotonic() - began
 
 
 def figures(found: Estimate) -> list[float]:
@@ -146,10 +143,12 @@ def main() -> None:
         job("ingest", *words, "--held-out-percent", str(percent), "--max-rejected-percent", "20")
     found["counts"] = {kind: Manifest.load(uri).counts for kind, uri in data.items()}
     words = ["small", "--data.uri", data["trained"], "--run.name", "small", "--tracking.register-as", NAME]
-    found["wall_minutes"] = round(job("pretrain", *words, *options.flags) / 60, 1)
+    job("pretrain", *words, *options.flags)
     encoder = f"models:/{NAME}@candidate"
     found["card"] = {name: vmoco.load_encoder(encoder).card.get(name) for name in ("step", "run_id")}
-    losses = tracking.history(str(found["card"].pop("run_id")), "loss")
+    run_id = str(found["card"].pop("run_id"))
+    info, losses = tracking.client().get_run(run_id).info, tracking.history(run_id, "loss")
+    found["wall_minutes"] = round((info.end_time - info.start_time) / 60_000, 1)  # also where this start found it done
     found["loss"] = [round(losses[0][1], 3), round(losses[-1][1], 3)]
     found |= {kind: scores(encoder, uri, folder) for kind, uri in data.items()}
     storage.write_atomic(str(RESULT), (json.dumps(found, indent=1) + "\n").encode())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
+import os
 from collections import Counter
 from typing import Any
 
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from vmoco.data import clip_rows
 from vmoco.data.clip_rows import SCHEMA, ClipRows, Counts
 from vmoco.data.ledger import ScratchError
+from vmoco.data.temporary_database import folder
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
 NOTES = [None, "joined: 2 recordings", "joined: 2 recordings; mirrored: yes"]
@@ -74,6 +75,20 @@ def test_a_name_that_is_there_twice_is_counted() -> None:
     assert ClipRows.of(pa.Table.from_pylist(rows, schema=SCHEMA)).content_hash()[1] == 2
 
 
+def test_the_folder_is_the_one_that_is_used() -> None:
+    """The message names the folder in which the rows really are."""
+    kept = ClipRows()
+    kept._database.execute("CREATE TABLE filler AS SELECT randomblob(2000) AS x FROM (SELECT 1 UNION ALL SELECT 2)")
+    for _ in range(16):
+        kept._database.execute("INSERT INTO filler SELECT randomblob(2000) FROM filler LIMIT 20000")
+    files = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if _is_open(name)]
+    assert any(file.startswith(f"{os.path.realpath(folder())}/etilqs_") for file in files), files
+
+
+def _is_open(descriptor: str) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{descriptor}")
+
+
 def test_a_full_disk_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the temporary files do not fit, the folder and what to do are named."""
     kept = ClipRows()
@@ -85,6 +100,5 @@ def test_a_full_disk_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("clip_id", "video_id", "sha256"):
         table = table.set_column(table.column_names.index(name), name, texts_of)
     monkeypatch.setattr(clip_rows, "SCHEMA", table.schema)
-    folder = tempfile.gettempdir()
-    with pytest.raises(ScratchError, match=rf"^cannot keep what ingest knows of the videos in {folder}: .* full; free"):
+    with pytest.raises(ScratchError, match=rf"^cannot keep rows in a temporary database in {folder()}: .* full; free"):
         kept.add(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -104,9 +105,20 @@ def test_each_plan_is_a_task(ray_cluster: object, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(distribute, "AT_ONCE", 2)  # so that Ray gets them in several rounds
     monkeypatch.setattr(distribute, "PER_CPU", 1)
-    plans = (Number(value) for value in range(5))
+    given: list[int] = []
+
+    def counted(count: int) -> Iterator[Number]:
+        for value in range(count):
+            given.append(value)
+            yield Number(value)
+
+    plans = counted(5)
     made = list(run_tasks(squares, plans, plan_type=Number, returns=Number, num_cpus=0.5))
     assert sorted(each.value for each in made) == [-4, -3, -2, -1, 0, 0, 1, 4, 9, 16]
+    given.clear()
+    first = next(run_tasks(squares, counted(1000), plan_type=Number, returns=Number, num_cpus=0.5))
+    assert abs(first.value) <= 1000
+    assert len(given) < 100, "plans are read as they are needed"
     assert list(run_tasks(squares, [], plan_type=Number, returns=Number, num_cpus=1)) == []
     with pytest.raises(ValueError, match=r"^nine is not allowed$"):
         list(run_tasks(squares, [Number(9)], plan_type=Number, returns=Number, num_cpus=1))

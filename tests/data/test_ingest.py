@@ -56,8 +56,17 @@ def quiet(line: str) -> None:
 
 
 def ingest(chosen: IngestSettings, progress: Callable[[str], None]) -> Manifest:
-    """The data set as it is now: its rows are read before the next ingest replaces them."""
-    made = job.ingest(chosen, progress=progress)
+    """The data set as it is now: its rows are read before the next ingest replaces them.
+
+    No ingest has all rows of a manifest in memory, old or new.
+    """
+
+    def refuse(self: Manifest) -> pa.Table:
+        raise AssertionError("ingest reads all rows of a manifest at once")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Manifest, "table", property(refuse))
+        made = job.ingest(chosen, progress=progress)
     assert made.table.num_rows == made.counts["clips"]
     return made
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -136,3 +137,14 @@ def test_sources_are_a_column_only_where_there_are_some(tmp_path: Path) -> None:
         loaded = Manifest.load(str(tmp_path))
         assert loaded == made
         assert loaded.table["source"].to_pylist() == [source] * 3
+
+
+def test_rows_are_chosen_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chosen rows are those of the complete table, without a look at it; none are an empty table of all fields."""
+    table = write(tmp_path).table
+    loaded = Manifest.load(str(tmp_path))
+    monkeypatch.setattr(manifest, "ROWS_PER_PIECE", 2)
+    assert loaded.held_out().equals(table.filter(table["held_out"]))
+    assert loaded.rows(lambda piece: pc.equal(piece["video_id"], "a"))["clip_id"].to_pylist() == ["02", "01"]
+    assert loaded.rows(lambda piece: pc.equal(piece["video_id"], "c")).equals(table.slice(0, 0))
+    assert not loaded.is_read

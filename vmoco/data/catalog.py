@@ -34,9 +34,7 @@ Origin = Literal["before", "listed", "probed", "cut"]
 _TABLES = """
 CREATE TABLE known (video_id TEXT PRIMARY KEY, entry TEXT) WITHOUT ROWID;
 CREATE TABLE listed (video_id TEXT PRIMARY KEY, entry TEXT, found TEXT, is_new INTEGER) WITHOUT ROWID;
-CREATE TABLE probed (
-    video_id TEXT PRIMARY KEY, file TEXT, num_bytes INTEGER, num_clips INTEGER, is_good INTEGER, probed TEXT
-) WITHOUT ROWID;
+CREATE TABLE probed (video_id TEXT PRIMARY KEY, file TEXT, is_good INTEGER, probed TEXT) WITHOUT ROWID;
 CREATE TABLE files (file TEXT PRIMARY KEY, first TEXT) WITHOUT ROWID;
 CREATE TABLE rejections (origin TEXT, video_id TEXT, shard TEXT, reason TEXT, value TEXT);
 CREATE TABLE losses (is_old INTEGER, video_id TEXT, shard TEXT, value TEXT);
@@ -123,9 +121,8 @@ class Catalog:
         for piece in self._previous.batches(SCHEMA.names):
             by_entry = by_entry or is_by_entry(piece)
             self.clips.add(piece)
-        for table in ("clips", "rejections", "losses"):
-            old = {"clips": "1", "rejections": "origin = 'before'", "losses": "is_old"}[table]
-            self._run(f"DELETE FROM {table} WHERE {old} AND video_id IN (SELECT video_id FROM listed WHERE is_new)")
+        for old in ("clips WHERE", "losses WHERE is_old AND", "rejections WHERE origin = 'before' AND"):
+            self._run(f"DELETE FROM {old} video_id IN (SELECT video_id FROM listed WHERE is_new)")
         return by_entry
 
     def new_videos(self, *, by_entry: bool = False) -> Iterator[Found]:
@@ -139,9 +136,8 @@ class Catalog:
         if each.rejection:
             self._reject("probed", [each.rejection])
             return
-        found = each.found
-        row = (found.video_id, f"{each.sha256} {found.range}", found.num_bytes, each.num_clips)
-        self._insert("INSERT INTO probed VALUES (?, ?, ?, ?, 1, ?)", [(*row, _PROBED.dump_json(each).decode())])
+        row = (each.found.video_id, f"{each.sha256} {each.found.range}", _PROBED.dump_json(each).decode())
+        self._insert("INSERT INTO probed VALUES (?, ?, 1, ?)", [row])
 
     def reject_duplicates(self) -> None:
         """Rejects videos with equal content: the first by name is kept, and before it one that is in the data set."""
@@ -184,11 +180,8 @@ class Catalog:
             "WHERE origin = 'cut' AND reason = ? GROUP BY video_id",
             [ledger.NOT_SEEKABLE],
         )
-        for table in ("clips", "losses", "rejections"):
-            if table == "rejections":
-                self._run("DELETE FROM rejections WHERE origin = 'cut' AND video_id IN (SELECT video_id FROM again)")
-            else:
-                self._run(f"DELETE FROM {table} WHERE video_id IN (SELECT video_id FROM again)")
+        for what in ("clips WHERE", "losses WHERE", "rejections WHERE origin = 'cut' AND"):
+            self._run(f"DELETE FROM {what} video_id IN (SELECT video_id FROM again)")
         return self._one("SELECT COUNT(*) FROM again")
 
     def unseekable(self) -> Iterator[Probed]:
@@ -218,6 +211,7 @@ class Catalog:
         for (text,) in self._read(gone):
             found = _PROBED.validate_json(text).found
             self._reject("cut", [Rejection(found.video_id, "clip", "cuts", without_clips, entry=found.entry)])
+        self._run("DROP INDEX clips_of")  # sorting all rows is faster than looking each of them up
 
     def rejections(self) -> Iterator[Rejection]:
         """All rejected videos of the data set, sorted."""

@@ -119,13 +119,11 @@ def scoring_problem(manifest: Manifest) -> str:
 
     It names the --held-out-percent that is enough, where there is one.
     """
-    if _has_enough(manifest):
-        return ""
-    held_out = _can_be_scored(manifest, manifest.held_out())
+    held_out = _sources_that_fit(manifest, only_held_out=True, enough=MIN_SCORED)
     num_fit = sum(held_out.values())
     if num_fit >= MIN_SCORED:
         return ""
-    fit = _can_be_scored(manifest, manifest.table)
+    fit = _sources_that_fit(manifest, only_held_out=False)
     places = sorted(_place(name) for name, fits in fit.items() if fits)
     advice = "ingest more videos, or cut more clips of each (--max-clips-per-video), into another --output"
     if len(places) >= MIN_SCORED:
@@ -140,15 +138,18 @@ def scoring_problem(manifest: Manifest) -> str:
     return too_few(num_fit, len(held_out), advice=advice, shared=len(fit) < manifest.counts["videos"])
 
 
-def _has_enough(manifest: Manifest) -> bool:
-    """Whether the rows tell already, piece by piece, that enough held-out videos can be scored."""
-    fit: set[str] = set()
+def _sources_that_fit(manifest: Manifest, *, only_held_out: bool, enough: int | None = None) -> dict[str, bool]:
+    """`_can_be_scored` of a manifest, piece by piece; ends after the piece with which there are enough."""
+    found: dict[str, bool] = {}
+    num_fit = 0
     for piece in manifest.batches(["video_id", "range", "video_sha256", "source", "start_seconds", "fps", "held_out"]):
-        found = _can_be_scored(manifest, piece.filter(piece["held_out"]))
-        fit |= {source for source, fits in found.items() if fits}
-        if len(fit) >= MIN_SCORED:
-            return True
-    return False
+        rows = piece.filter(piece["held_out"]) if only_held_out else piece
+        for source, fits in _can_be_scored(manifest, rows).items():
+            num_fit += fits and not found.get(source, False)
+            found[source] = fits or found.get(source, False)
+        if enough is not None and num_fit >= enough:
+            break
+    return found
 
 
 def _can_be_scored(manifest: Manifest, rows: pa.Table) -> dict[str, bool]:

@@ -210,10 +210,9 @@ def _make_shards(
         return [make_shard(plan, root=root, output=output, settings=settings, decoder=_decoder())]
 
     work, videos, names = 0, 0, set[str]()
-    waiting: dict[str, tuple[int, int]] = {}
-    """Work and videos of the shards that are being made. A video of several shards counts with its first part."""
+    waiting: dict[str, tuple[int, int]] = {}  # work and videos of the shards that are being made
 
-    def amount(plan: ShardPlan) -> tuple[int, int]:
+    def amount(plan: ShardPlan) -> tuple[int, int]:  # a video of several shards counts with its first part
         return sum(unit.num_bytes for unit in plan.units), sum(unit.number == 0 for unit in plan.units)
 
     def planned() -> Iterator[ShardPlan]:

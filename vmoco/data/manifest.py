@@ -114,20 +114,18 @@ class Manifest:
         while (piece := _reading(self.uri, lambda: next(pieces, None))) is not None:
             yield with_all_fields(pa.table(piece).replace_schema_metadata(None), columns)
 
-    def rows(self, keep: Callable[[pa.Table], Any], columns: Sequence[str] | None = None) -> pa.Table:
+    def rows(self, keep: Callable[[pa.Table], Any]) -> pa.Table:
         """The rows that are kept, in their order; memory holds these and one piece of the others.
 
         Args:
             keep: takes a piece of the table, and returns a boolean for each of its rows; null counts as false.
-            columns: names of those to read; all when left out.
 
         Raises:
             ValueError: as `table`.
         """
-        names = [field.name for field in FIELDS] if columns is None else list(columns)
-        empty = pa.schema([field for field in FIELDS if field.name in names]).empty_table().select(names)
-        kept = (piece.filter(keep(piece)) for piece in self.batches(names))
-        return pa.concat_tables([empty, *(piece for piece in kept if piece.num_rows)]).combine_chunks()
+        schema = pa.schema(FIELDS)
+        kept = (piece.filter(keep(piece)) for piece in self.batches(schema.names))
+        return pa.concat_tables([schema.empty_table(), *(piece for piece in kept if piece.num_rows)]).combine_chunks()
 
     def held_out(self) -> pa.Table:
         """The rows of videos that training never sees."""

@@ -7,8 +7,8 @@ when the process ends, however it ends.
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
-import tempfile
 from collections.abc import Iterator
 
 from vmoco.data.ledger import ScratchError
@@ -35,10 +35,13 @@ def disk_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
-        if isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError | sqlite3.InterfaceError):
-            raise
-        folder = tempfile.gettempdir()
+    except sqlite3.OperationalError as error:
         raise ScratchError(
-            f"cannot keep what ingest knows of the videos in {folder}: {error}; free space there, or set TMPDIR"
+            f"cannot keep rows in a temporary database in {folder()}: {error}; free space there, or set TMPDIR"
         ) from error
+
+
+def folder() -> str:
+    """Where SQLite puts temporary files, by its own rule: TMPDIR counts, and /var/tmp comes before /tmp."""
+    named = [os.environ.get("SQLITE_TMPDIR"), os.environ.get("TMPDIR"), "/var/tmp", "/usr/tmp", "/tmp", "."]
+    return next(place for place in named if place and os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK))
