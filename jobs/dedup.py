@@ -53,7 +53,7 @@ def dedup(
     manifest, found = find_duplicates(loaded, settings, show=job.show)
     copies = found.table.num_rows - len(found.table["group"].unique())
     job.show(
-        f"{copies} of {manifest.table.num_rows} clips are copies of another clip; {found.num_compared} pairs were "
+        f"{copies} of {manifest.num_clips} clips are copies of another clip; {found.num_compared} pairs were "
         f"compared; see {settings.output}/{TABLE}"
     )
     job.show(f"page: {write_page(manifest, found, settings)}")

@@ -5,10 +5,11 @@ PyAV and Pillow are imported where they are used: `tests/gpu` runs on machines w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,19 @@ from vmoco.data.training_clips import Selection
 from vmoco.seed import hash64
 
 SETTINGS = {"num_frames": 10, "stride": 1, "height": 40, "width": 48, "max_clips_per_video": 4, "held_out_percent": 0.0}
+
+
+@contextlib.contextmanager
+def never_read_at_once() -> Iterator[None]:
+    """Refuses `Manifest.table`, which holds all rows of a data set."""
+    import pytest
+
+    def refuse(self: Manifest) -> pa.Table:
+        raise AssertionError("all rows of a manifest are read at once")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Manifest, "table", property(refuse))
+        yield
 
 
 def make_data_set(

@@ -11,7 +11,8 @@ from tests.dataset import write_data_set
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard import Clip
 from vmoco.encoders.encoder import Encoder
-from vmoco.evaluate.embed import EmbedTask, Work, shard_items
+from vmoco.evaluate.embed_items import shard_items
+from vmoco.evaluate.embed_task import EmbedTask, Work
 from vmoco.evaluate.features import window
 from vmoco.evaluate.table import FeatureTable
 from vmoco.seed import hash64
@@ -53,7 +54,7 @@ def embedded(
 ) -> FeatureTable:
     """The table of all clips of a data set."""
     work = Work(output=str(folder), window=window(encoder, manifest), batch_size=batch_size, colour=colour)
-    task, items = EmbedTask(encoder, work), shard_items(manifest)
+    task, items = EmbedTask(encoder, work), shard_items(manifest, manifest.table)
     for item in items:
         made = task(item)
         assert made["error"] == ""

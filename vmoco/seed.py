@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,17 @@ def hash64(*parts: str | int) -> int:
     )
     text = "\0".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def hash64_of(*parts: Iterable[str]) -> int:
+    """`hash64` of texts that come in pieces, which need not be in memory together."""
+    found, before = hashlib.blake2b(digest_size=8), ""
+    for pieces in parts:
+        found.update(f"{before}str:".encode())
+        before = "\0"
+        for piece in pieces:
+            found.update(piece.encode("utf-8", "surrogateescape"))
+    return int.from_bytes(found.digest(), "little")
 
 
 def mix64(seeds: UInt64Array, salt: int) -> UInt64Array:

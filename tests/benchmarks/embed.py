@@ -27,7 +27,9 @@ from tests.made import encoder_of
 from vmoco import job
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard import Clip
-from vmoco.evaluate.embed import Work, run_items, shard_items
+from vmoco.evaluate.embed import run_items
+from vmoco.evaluate.embed_items import Items, shard_items
+from vmoco.evaluate.embed_task import Work
 from vmoco.evaluate.features import window
 from vmoco.evaluate.table import FeatureTable, part_uri
 from vmoco.job_settings import EmbedSettings
@@ -73,13 +75,14 @@ def embed_rate(folder: Path, manifest: Manifest, backbone: str, batch: int, clip
     """Clips per second from the time when a quarter of the parts are done to the start of the last round."""
     encoder = encoder_of(backbone, num_frames=T, size=112)
     items = []
-    for item in shard_items(manifest):  # small parts: many are needed to measure the rate
+    for item in shard_items(manifest, manifest.table):  # small parts: many are needed to measure the rate
         plan = json.loads(item["plan"])
         for first in range(0, len(plan["rows"]), clips_per_part):
             part = {**plan, "rows": plan["rows"][first : first + clips_per_part]}
             items.append({"part": f"{item['part']}-{first}", "plan": json.dumps(part)})
     work = Work(output=str(folder), window=window(encoder, manifest), batch_size=batch)
-    run_items(items, encoder, work, EmbedSettings(videos="-", output="-", batch_size=batch), show=lambda _: None)
+    pool = EmbedSettings(videos="-", output="-", batch_size=batch)
+    run_items(Items(len(items), [items]), encoder, work, pool, show=lambda _: None)
     assert len(FeatureTable(str(folder))) == manifest.table.num_rows
     stamps = sorted(os.stat(part_uri(str(folder), item["part"])).st_mtime for item in items)
     first, last = len(stamps) // 4, len(stamps) - 1 - len(os.sched_getaffinity(0))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.data import videos
 from tests.data.test_ingest_tasks import probed, settings
-from tests.dataset import stored_frames
+from tests.dataset import never_read_at_once, stored_frames
 from vmoco import storage
 from vmoco.data import contact_sheet, ledger
 from vmoco.data import ingest as job
@@ -60,12 +60,7 @@ def ingest(chosen: IngestSettings, progress: Callable[[str], None]) -> Manifest:
 
     No ingest has all rows of a manifest in memory, old or new.
     """
-
-    def refuse(self: Manifest) -> pa.Table:
-        raise AssertionError("ingest reads all rows of a manifest at once")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Manifest, "table", property(refuse))
+    with never_read_at_once():
         made = job.ingest(chosen, progress=progress)
     assert made.table.num_rows == made.counts["clips"]
     return made

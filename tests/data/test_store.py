@@ -29,7 +29,7 @@ from vmoco.data.ledger import ScratchError, VideoError
 from vmoco.data.manifest import FIELDS, Manifest
 from vmoco.data.manifest_writer import write_manifest
 from vmoco.data.source import list_videos, local_copy, ranged, readable
-from vmoco.evaluate.embed import EmbedTask, Work
+from vmoco.evaluate.embed_task import EmbedTask, Work
 from vmoco.evaluate.features import Window
 from vmoco.evaluate.table import part_rejected
 

@@ -16,7 +16,8 @@ from tests.data.videos import images, write_video
 from tests.dataset import damage_clip, upload
 from tests.embeddings import embedded, labelled_data_set
 from tests.made import encoder_of
-from vmoco.evaluate.embed import EmbedTask, Work, sliding_window
+from vmoco.evaluate.embed import sliding_window
+from vmoco.evaluate.embed_task import EmbedTask, Work
 from vmoco.evaluate.features import Window
 from vmoco.evaluate.gallery import flatten, write_gallery
 from vmoco.evaluate.table import FeatureTable

@@ -27,7 +27,7 @@ def labelled(tmp_path: Path) -> tuple[FeatureTable, Split, np.ndarray]:
     features = random.normal(size=(160, 12)) + random.normal(size=(4, 12))[classes] * 0.9
     features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
     table = table_of(tmp_path, features, [f"class {name}" for name in classes])
-    (split,) = find_splits(table.rows, protocol="knn")
+    (split,) = find_splits(table.columns(), protocol="knn")
     return table, split, features
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from tests.dataset import make_data_set, write_data_set
+from tests.dataset import make_data_set, never_read_at_once, write_data_set
 from vmoco.clip_settings import DataSettings
 from vmoco.data.check import check
 from vmoco.data.manifest import Manifest
@@ -166,25 +166,20 @@ def test_an_encoder_is_scored_on_held_out_videos_only(tmp_path: Path) -> None:
     assert set(found.numbers()) >= {"retrieval", "retrieval_by_colour", "effective_rank"}
 
 
-def test_a_checkpoint_is_scored_without_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_scored_without_all_rows(tmp_path: Path) -> None:
     """Score, kNN, list of videos and the check of a data set read the manifest piece by piece."""
     from vmoco.train import publish  # not before: Ray reads how to authenticate when it is imported
     from vmoco.train.evaluation import knn_accuracy
 
     made = make_data_set(tmp_path, num_videos=12, clips_per_video=4, num_held_out=5, labels=("a", "b"))
-    expected = knn_accuracy(encoder(), made, max_clips=50)
-
-    def refuse(self: Manifest) -> pa.Table:
-        raise AssertionError("all rows of a manifest are read at once")
-
-    monkeypatch.setattr(Manifest, "table", property(refuse))
-    manifest = Manifest.load(made.uri)
-    assert score_encoder(encoder(), manifest).num_videos == 5
-    assert knn_accuracy(encoder(), manifest, max_clips=50) == expected
-    listed = publish._videos(Mixture.of(manifest), DataSettings(uri=(made.uri,)))
+    expected, manifest = knn_accuracy(encoder(), made, max_clips=50), Manifest.load(made.uri)
+    with never_read_at_once():
+        assert score_encoder(encoder(), manifest).num_videos == 5
+        assert knn_accuracy(encoder(), manifest, max_clips=50) == expected
+        listed = publish._videos(Mixture.of(manifest), DataSettings(uri=(made.uri,)))
+        assert check(made.uri, lambda line: None) == []
     assert listed["held_out"].to_pylist().count(True) == 5
     assert listed.num_rows == 12
-    assert check(made.uri, lambda line: None) == []
 
 
 def test_it_covers_the_truth_as_often_as_it_says() -> None:

@@ -118,12 +118,12 @@ def test_the_task_writes_what_the_encoder_gives(tmp_path: Path) -> None:
     manifest = labelled_data_set(tmp_path / "data", num_videos=5)
     table = embedded(encoder_of(), manifest, tmp_path / "table", batch_size=3)
     assert (
-        table.rows["clip_id"].to_pylist()
+        table.columns()["clip_id"].to_pylist()
         == manifest.table.sort_by([("shard", "ascending"), ("row", "ascending")])["clip_id"].to_pylist()
     )
-    order = [manifest.table["clip_id"].to_pylist().index(clip) for clip in table.rows["clip_id"].to_pylist()]
+    order = [manifest.table["clip_id"].to_pylist().index(clip) for clip in table.columns()["clip_id"].to_pylist()]
     expected = clip_features(encoder_of(), manifest, manifest.table)[order]
     np.testing.assert_allclose(table.features(), expected, atol=1e-6)
-    assert table.rows["label"].to_pylist() == [manifest.table["label"][at].as_py() for at in order]
-    assert set(table.rows["split_1"].to_pylist()) == {"train", "test"}
-    assert set(table.rows["clip_seconds"].to_pylist()) == {0.4}
+    assert table.columns()["label"].to_pylist() == [manifest.table["label"][at].as_py() for at in order]
+    assert set(table.columns()["split_1"].to_pylist()) == {"train", "test"}
+    assert set(table.columns()["clip_seconds"].to_pylist()) == {0.4}

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from vmoco.data.coded import strings
 from vmoco.data.manifest import Manifest
 from vmoco.seed import hash64
 
@@ -40,16 +41,19 @@ def _place(source: str) -> int:
     return hash64("held-out", source) % 10_000
 
 
+SOURCE_COLUMNS = ("video_id", "range", "video_sha256", "source")
+"""What `sources_of` needs to know of clips."""
+
+
 def sources_of(rows: pa.Table) -> list[str]:
     """The source of each row of a manifest; entries of one file have one source unless their list has groups.
 
     Data sets of earlier versions have no sources. There the hash of the file tells which rows belong together.
     """
-    columns = rows.select(["video_id", "range", "video_sha256", "source"]).to_pydict()
-    names, files = columns["source"], columns["video_sha256"]
+    video_ids, spans, files, names = (strings(rows[name]) for name in SOURCE_COLUMNS)
     of_file = {file: name for file, name in zip(files, names, strict=True) if name is not None}
     found = []
-    for video_id, span, file, name in zip(columns["video_id"], columns["range"], files, names, strict=True):
+    for video_id, span, file, name in zip(video_ids, spans, files, names, strict=True):
         found.append(name or of_file.setdefault(file, video_id.removesuffix(f"#{span}")))
     return found
 

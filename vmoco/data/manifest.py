@@ -14,11 +14,14 @@ import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vmoco import storage
 from vmoco.data import clip_scores
+from vmoco.data.coded import coded
 from vmoco.data.frames import Encoding, Shape
 from vmoco.data.shard import METADATA_KEY, READABLE, READABLE_NAMES, ROW_FIELDS, ShardFile
 from vmoco.storage import Result
@@ -126,6 +129,36 @@ class Manifest:
         schema = pa.schema(FIELDS)
         kept = (piece.filter(keep(piece)) for piece in self.batches(schema.names))
         return pa.concat_tables([schema.empty_table(), *(piece for piece in kept if piece.num_rows)]).combine_chunks()
+
+    def columns(self, names: Sequence[str]) -> pa.Table:
+        """Some columns of all rows, for what must know all clips; a text that repeats is kept once (`coded.coded`).
+
+        Raises:
+            ValueError: as `table`.
+        """
+        return coded(self.batches(names), pa.schema([pa.schema(FIELDS).field(name) for name in names]))
+
+    def take(self, places: npt.NDArray[np.integer]) -> pa.Table:
+        """The rows at some places, in their order; memory holds these and one piece of the others.
+
+        Raises:
+            ValueError: as `table`.
+        """
+        rising, begin = np.unique(places), 0
+
+        def keep(piece: pa.Table) -> pa.Array:
+            nonlocal begin
+            kept = np.zeros(piece.num_rows, bool)
+            kept[rising[slice(*np.searchsorted(rising, [begin, begin + piece.num_rows]))] - begin] = True
+            begin += piece.num_rows
+            return pa.array(kept)
+
+        return self.rows(keep).take(pa.array(np.searchsorted(rising, places)))
+
+    @property
+    def num_clips(self) -> int:
+        """Number of rows of `table`."""
+        return self.table.num_rows if self.is_read else self.counts["clips"]
 
     def held_out(self) -> pa.Table:
         """The rows of videos that training never sees."""

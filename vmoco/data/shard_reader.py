@@ -63,13 +63,17 @@ class Rows(Protocol):
         """Name of a shard, by its number."""
 
 
+_TABLE_ROWS = ("clip_id", "shard", "offset", "num_bytes", "sha256", "height", "width")
+"""What `TableRows` and a crop need to know of clips."""
+
+
 class TableRows:
-    """Rows of a manifest in memory, with clip_id, shard, offset, num_bytes and sha256."""
+    """Rows of a manifest in memory, with the first five columns of _TABLE_ROWS."""
 
     def __init__(self, rows: pa.Table) -> None:
         self.num_clips = rows.num_rows
         self._clip_ids, self._sha256 = rows["clip_id"].combine_chunks(), rows["sha256"].combine_chunks()
-        self._shards = rows["shard"].combine_chunks().dictionary_encode()
+        self._shards = rows["shard"].combine_chunks().dictionary_encode()  # that of `Manifest.columns` is one already
         self._shard_of = self._shards.indices.to_numpy()
         self._offset, self._num_bytes = rows["offset"].to_numpy(), rows["num_bytes"].to_numpy()
 
@@ -158,7 +162,7 @@ class ClipReader:
         """A reader of some clips of a data set, or of all."""
         return cls(
             manifest.uri,
-            manifest.table if rows is None else rows,
+            manifest.columns(_TABLE_ROWS) if rows is None else rows,
             frame_shape=manifest.frame_shape,
             encoding=manifest.encoding,
             shard_bytes={name: file.num_bytes for name, file in manifest.shards.items()},

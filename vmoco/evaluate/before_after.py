@@ -22,7 +22,8 @@ from vmoco.data.manifest import Manifest
 from vmoco.data.shard_reader import ClipReader
 from vmoco.encoders.encoder import Encoder
 from vmoco.encoders.foreign import random_initialisation
-from vmoco.evaluate.embed import EmbedTask, Work, shard_items
+from vmoco.evaluate.embed_items import shard_items
+from vmoco.evaluate.embed_task import EmbedTask, Work
 from vmoco.evaluate.features import Features, Frames, embed_batch, mean_colour, window, without_colour
 from vmoco.evaluate.gallery import STYLE, nearest_rows
 from vmoco.evaluate.knn import centred

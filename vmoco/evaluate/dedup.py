@@ -15,8 +15,8 @@ that is unlike it. Of two clips that agree, the one stays that (1) is held out, 
 never trained on; (2) has the larger picture; (3) is of the larger file, because a poorer copy is smaller; (4) is first
 by name. A clip that agrees with any held-out clip never stays in training.
 
-Memory holds the columns of the table and `candidates` numbers for each clip; embeddings and fingerprints are in
-temporary files, and are compared block by block.
+Memory holds the name, the number of the video and `candidates` numbers for each clip; embeddings and fingerprints are
+in temporary files, and are compared block by block.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import torch
 
 from vmoco import storage
 from vmoco.data import training_clips
+from vmoco.data.coded import codes
 from vmoco.data.manifest import NAME, Manifest
 from vmoco.data.shard_reader import ClipReader
 from vmoco.encoders.encoder import Encoder
@@ -143,13 +144,13 @@ def compare(
     Raises:
         ValueError: the table has other clips than the data set, or a clip is damaged.
     """
-    places = {name: at for at, name in enumerate(manifest.table["clip_id"].to_pylist())}
-    rows = np.array([places.get(name, -1) for name in table.rows["clip_id"].to_pylist()], np.int64)
-    if len(rows) != len(places) or (rows < 0).any():
+    about = manifest.columns(["clip_id", "video_id"])
+    rows = pc.index_in(table.columns(["clip_id"])["clip_id"], about["clip_id"].combine_chunks())
+    if len(rows) != about.num_rows or rows.null_count:
         raise ValueError(f"the table of embeddings is not of the clips of {manifest.uri}: give another --output")
     with tempfile.TemporaryFile() as scratch:
-        features = _unit_features(scratch, table, rows)
-        candidates = _candidates(features, _videos(manifest), settings, show=show)
+        features = _unit_features(scratch, table, rows.to_numpy())
+        candidates = _candidates(features, codes(about["video_id"]), settings, show=show)
     with tempfile.TemporaryFile() as scratch:
         return candidates, _agreements(scratch, manifest, candidates, show=show)
 
@@ -171,13 +172,6 @@ def _unit_features(scratch: Any, table: FeatureTable, rows: Rows) -> Features:
         features[rows[first : first + len(block)]] = apart
         first += len(block)
     return features
-
-
-def _videos(manifest: Manifest) -> npt.NDArray[np.int32]:
-    indices: npt.NDArray[np.int32] = (
-        manifest.table["video_id"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int32)
-    )
-    return indices
 
 
 def _candidates(
@@ -236,7 +230,7 @@ def _agreements(scratch: Any, manifest: Manifest, pairs: Pairs, *, show: Callabl
 
 def _stored_order(manifest: Manifest, clips: Rows) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
     """The place of each clip in `clips`, and its frames without padding, shard by shard."""
-    rows = manifest.table.take(pa.array(clips))
+    rows = manifest.take(clips)
     columns = [rows[name].to_pylist() for name in ("shard", "row")]
     order = sorted(range(len(clips)), key=lambda at: (columns[0][at], columns[1][at]))
     reader = ClipReader.of(manifest, rows, crop=True)
@@ -252,7 +246,7 @@ def _grouped(manifest: Manifest, pairs: Pairs, agrees: Features) -> pa.Table:
         partners.setdefault(one, []).append((other, similarity, agreed))
         partners.setdefault(other, []).append((one, similarity, agreed))
     involved = sorted(partners)
-    facts = dict(zip(involved, manifest.table.take(pa.array(involved, pa.int64())).to_pylist(), strict=True))
+    facts = dict(zip(involved, manifest.take(np.array(involved, np.int64)).to_pylist(), strict=True))
     # Every held-out clip is scored, so it counts as one that stays also where it is a copy of another held-out clip.
     stays, group_of, found = set[int](), dict[int, int](), []
     for row in sorted(involved, key=lambda row: _rank(facts[row])):

@@ -34,7 +34,7 @@ def write_page(manifest: Manifest, found: Duplicates, settings: DedupSettings) -
     pictures = dict(stored_thumbnails(manifest, list(clips.values())))
     rows = "".join(_row(pair, clips, pictures) for pair in pairs)
     counts = (
-        f"{copies.num_rows} of {manifest.table.num_rows} clips are copies of another clip, in "
+        f"{copies.num_rows} of {manifest.num_clips} clips are copies of another clip, in "
         f"{len(found.table['group'].unique())} groups; training can leave out {found.left_out.num_rows} of them."
     )
     page = f"""<!doctype html>
@@ -55,12 +55,11 @@ weakest first. If the first rows are no copies, raise --min-agreement.</p>
 
 
 def _clips(manifest: Manifest, names: list[str]) -> dict[str, Clip]:
-    """Clips by their ids; `row` is that of the manifest."""
-    places = np.flatnonzero(pc.is_in(manifest.table["clip_id"], value_set=pa.array(names, pa.string())).to_numpy())
+    """Clips by their ids; `row` is any number of their own."""
+    wanted = pa.array(names, pa.string())
     columns = ("video_id", "start_seconds", "shard", "row", "label")
-    rows = manifest.table.take(pa.array(places)).to_pylist()
-    found = [Clip(at, row["clip_id"], *map(row.get, columns)) for at, row in zip(places.tolist(), rows, strict=True)]
-    return {clip.clip_id: clip for clip in found}
+    rows = manifest.rows(lambda piece: pc.is_in(piece["clip_id"], wanted)).to_pylist()
+    return {row["clip_id"]: Clip(at, row["clip_id"], *map(row.get, columns)) for at, row in enumerate(rows)}
 
 
 def _row(pair: dict[str, Any], clips: dict[str, Clip], pictures: dict[int, str]) -> str:

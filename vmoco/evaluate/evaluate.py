@@ -7,12 +7,11 @@ bootstrap treats a video that is tested in two splits as one video.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from vmoco import storage
@@ -21,16 +20,18 @@ from vmoco.data.manifest import Manifest
 from vmoco.encoders import foreign
 from vmoco.encoders.encoder import Encoder
 from vmoco.encoders.promotion import Score
-from vmoco.evaluate import motion
+from vmoco.evaluate import embed_items, motion
 from vmoco.evaluate import score as label_free
-from vmoco.evaluate.embed import Work, run_items, shard_items
+from vmoco.evaluate.embed import run_items
+from vmoco.evaluate.embed_items import Items
+from vmoco.evaluate.embed_task import Work
 from vmoco.evaluate.features import Window, window
 from vmoco.evaluate.finetune import finetune
-from vmoco.evaluate.protocols import MEASURES, Measured, Split, find_splits
+from vmoco.evaluate.protocols import COLUMNS, MEASURES, Measured, Split, find_splits
 from vmoco.evaluate.score import estimate, label_free_score
 from vmoco.evaluate.table import SPLITS, FeatureTable
 from vmoco.job_settings import EvaluateSettings, Protocol
-from vmoco.seed import hash64
+from vmoco.seed import hash64, hash64_of
 
 LABEL_FREE: Protocol = "label-free"
 MOTION: Protocol = "motion"
@@ -78,7 +79,7 @@ def plan(settings: EvaluateSettings) -> EvaluationPlan:
     if moving and moving.note:
         notes.append(moving.note)
     with_labels = [protocol for protocol in protocols if protocol not in (LABEL_FREE, MOTION)]
-    splits = find_splits(manifest.table, settings.splits, protocol=with_labels[0]) if with_labels else []
+    splits = find_splits(manifest.columns(COLUMNS), settings.splits, protocol=with_labels[0]) if with_labels else []
     return EvaluationPlan(manifest, tuple(dict.fromkeys(protocols)), tuple(splits), tuple(notes), moving)
 
 
@@ -102,8 +103,8 @@ def evaluate(
     tasks: list[Any] = []
     if frozen:
         used = np.any([split.train | split.test for split in planned.splits], axis=0)
-        rows = planned.manifest.table.filter(pa.array(used))
-        table_uri, parts = _embedded(encoder, planned.manifest, rows, seen, settings, show, colour=True)
+        items = embed_items.of_data_set(planned.manifest, used)
+        table_uri, parts = _embedded(encoder, planned.manifest, items, seen, settings, show, colour=True)
         tasks += [
             _remote(settings, gpu=False).remote(_measure, protocol, table_uri, parts, index, settings)
             for protocol in frozen
@@ -122,16 +123,17 @@ def _label_free(
 ) -> Score:
     manifest = planned.manifest
     rows, evaluation_set = label_free.scored_clips(manifest)
-    table_uri, parts = _embedded(encoder, manifest, rows, seen, settings, show, colour=False)
-    table = FeatureTable(table_uri, parts)
+    items = embed_items.of_rows(manifest, rows)
+    table = FeatureTable(*_embedded(encoder, manifest, items, seen, settings, show, colour=False))
     source_of = dict(zip(rows["clip_id"].to_pylist(), sources_of(rows), strict=True))
+    about = table.columns(["clip_id", "video_id", "start_seconds", "clip_seconds"])
     found = label_free.score(
         table.features(),
-        video_ids=table.rows["video_id"].to_pylist(),
-        start_seconds=table.rows["start_seconds"].to_numpy(),
-        clip_seconds=table.rows["clip_seconds"].to_numpy(),
+        video_ids=about["video_id"].to_pylist(),
+        start_seconds=about["start_seconds"].to_numpy(),
+        clip_seconds=about["clip_seconds"].to_numpy(),
         colours=table.colours(),
-        sources=[source_of[clip] for clip in table.rows["clip_id"].to_pylist()],
+        sources=[source_of[clip] for clip in about["clip_id"].to_pylist()],
     )
     show(str(found))
     return label_free_score(replace(found, evaluation_set=evaluation_set))
@@ -177,16 +179,18 @@ def _features_by_view(
     show: Callable[[str], None],
 ) -> motion.ByView:
     shown = tuple(views.numbers[name] for name in names)
-    table = FeatureTable(*_embedded(encoder, manifest, chosen.rows, seen, settings, show, colour=False, views=shown))
+    items = embed_items.of_rows(manifest, chosen.rows)
+    table = FeatureTable(*_embedded(encoder, manifest, items, seen, settings, show, colour=False, views=shown))
     # Rows of the table are in the order of the shards.
-    places = pc.index_in(chosen.rows["clip_id"], value_set=table.rows["clip_id"].combine_chunks()).to_numpy()
+    there = table.columns(["clip_id"])["clip_id"].combine_chunks()
+    places = pc.index_in(chosen.rows["clip_id"], value_set=there).to_numpy()
     return motion.split_views(table.features()[places], names)
 
 
 def _embedded(
     encoder: Encoder,
     manifest: Manifest,
-    rows: pa.Table,
+    items: Items,
     seen: Window,
     settings: EvaluateSettings,
     show: Callable[[str], None],
@@ -194,15 +198,14 @@ def _embedded(
     colour: bool,
     views: tuple[tuple[int, ...], ...] = (),
 ) -> tuple[str, list[str]]:
-    """The table of features of the clips of some rows; the table of an earlier evaluation is used again."""
+    """Folder and parts of the table of features of some clips; what an earlier evaluation made is used again."""
     place = storage.require_absolute(settings.features or storage.join(storage.home(), "features"), "--features")
     frames = f"views{hash64('views', str(views)):016x}" if views else f"stride{seen.stride}"
     name = f"{manifest.hash}-{encoder.weights_hash()}-{frames}{'' if colour else '-grey'}"
     output = storage.join(place, name)
-    items = shard_items(manifest, rows)
     work = Work(output=output, window=seen, batch_size=settings.batch_size, colour=colour, views=views)
-    run_items(items, encoder, work, settings, show=show)
-    return output, [item["part"] for item in items]
+    parts, _ = run_items(items, encoder, work, settings, show=show)
+    return output, parts
 
 
 def _remote(settings: EvaluateSettings, *, gpu: bool) -> Any:
@@ -235,7 +238,7 @@ def _measure(
 ) -> list[tuple[int, Measured]]:
     """Runs one protocol on one split, in a Ray task."""
     table = FeatureTable(table_uri, parts)
-    split = find_splits(table.rows, settings.splits, protocol=protocol)[index]
+    split = find_splits(table.columns(COLUMNS), settings.splits, protocol=protocol)[index]
     return [(index, measured) for measured in MEASURES[protocol](table, split, settings)]
 
 
@@ -270,11 +273,25 @@ def _scores(results: list[tuple[int, Measured]], planned: EvaluationPlan, settin
 
 def _evaluation_set(protocol: str, planned: EvaluationPlan, settings: EvaluateSettings) -> str:
     """Hash of the clips, their labels and splits, and the settings of the protocol."""
-    table = planned.manifest.table.select(["clip_id", "sha256", "label", *SPLITS, "held_out"])
     how = {
         "knn": [settings.k, settings.temperature],
         "probe": [settings.max_probe_clips],
         "finetune": [settings.finetune.model_dump(mode="json"), settings.seed],
     }
     names = [split.name for split in planned.splits]
-    return f"{hash64(protocol, json.dumps([names, how.get(protocol)]), json.dumps(table.to_pydict())):016x}"
+    columns = _as_json(planned.manifest, ["clip_id", "sha256", "label", *SPLITS, "held_out"])
+    return f"{hash64_of([protocol], [json.dumps([names, how.get(protocol)])], columns):016x}"
+
+
+def _as_json(manifest: Manifest, names: Sequence[str]) -> Iterator[str]:
+    """Columns of a manifest as `json.dumps` writes them, in pieces of text."""
+    begin = "{"
+    for name in names:
+        yield f"{begin}{json.dumps(name)}: ["
+        between = ""
+        for piece in manifest.batches([name]):
+            yield between + json.dumps(piece[name].to_pylist())[1:-1]
+            between = ", "
+        yield "]"
+        begin = ", "
+    yield "}"

@@ -9,16 +9,19 @@ import base64
 import html
 import io
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from vmoco import storage
 from vmoco.data import source
+from vmoco.data.coded import strings
 from vmoco.data.ledger import VideoError
 from vmoco.data.manifest import NAME, Manifest
 from vmoco.data.shard_reader import ClipReader
@@ -108,7 +111,7 @@ def nearest_rows(table: FeatureTable, encoder: Encoder, settings: EmbedSettings)
         settings: where the clips came from, and how many queries are shown.
     """
     chosen, found, cosines = _nearest(table, settings.queries)
-    clips = {int(row): _clip(table, int(row)) for row in np.unique(np.concatenate([chosen, found.ravel()]))}
+    clips = _clips(table, np.unique(np.concatenate([chosen, found.ravel()])))
     pictures = dict(_thumbnails(list(clips.values()), encoder, settings))
     return [
         _row(clips[int(query)], [clips[int(row)] for row in near], cosine, pictures)
@@ -135,7 +138,7 @@ def _unit(features: npt.NDArray[np.floating]) -> Features:
 def _nearest(table: FeatureTable, num_queries: int) -> tuple[Rows, Rows, Features]:
     """Rows of the queries, of the nearest other clips of each, and their cosines."""
     mean = sum(block.sum(axis=0, dtype=np.float64) for block in table.blocks()) / len(table)
-    queries = _queries(table.strings("video_id"), num_queries)
+    queries = _queries(table.columns(["video_id"])["video_id"], num_queries)
     mask = np.zeros(len(table), bool)
     mask[queries] = True
     features = _unit(table.features(mask) - mean)
@@ -147,20 +150,24 @@ def _nearest(table: FeatureTable, num_queries: int) -> tuple[Rows, Rows, Feature
     return queries, rows[others].reshape(len(queries), count), cosines[others].reshape(len(queries), count)
 
 
-def _queries(videos: npt.NDArray[np.object_], count: int) -> Rows:
+def _queries(videos: pa.ChunkedArray, count: int) -> Rows:
     """Sorted rows of `count` clips, by a fixed draw: one of each video; several if there are fewer videos than that."""
-    drawn = sorted(range(len(videos)), key=lambda row: hash64("gallery", str(videos[row]), row))
-    turn: dict[str, int] = {}
-    order = []
-    for row in drawn:
-        turn[videos[row]] = turn.get(videos[row], -1) + 1
-        order.append((turn[videos[row]], hash64("gallery video", str(videos[row])), row))
+    drawn = sorted(videos.unique().to_pylist(), key=lambda video: hash64("gallery video", video))[:count]
+    place = {video: at for at, video in enumerate(drawn)}
+    rows = np.flatnonzero(pc.is_in(videos, pa.array(drawn, pa.string())).to_numpy())
+    names = strings(videos.take(pa.array(rows))).tolist()
+    turn, order = Counter[str](), []
+    for row, video in sorted(zip(rows.tolist(), names, strict=True), key=lambda each: hash64("gallery", *each[::-1])):
+        order.append((turn[video], place[video], row))
+        turn[video] += 1
     return np.array(sorted(row for _, _, row in sorted(order)[:count]), np.int64)
 
 
-def _clip(table: FeatureTable, row: int) -> Clip:
+def _clips(table: FeatureTable, places: Rows) -> dict[int, Clip]:
+    """The clips at some places, which rise."""
     names = ("clip_id", "video_id", "start_seconds", "source", "row", "label")
-    return Clip(row, *(table.rows[name][row].as_py() for name in names))
+    rows = table.rows(places, names).to_pylist()
+    return {place: Clip(place, *row.values()) for place, row in zip(places.tolist(), rows, strict=True)}
 
 
 def _row(query: Clip, near: list[Clip], cosines: Features, pictures: dict[int, str]) -> str:
@@ -205,16 +212,18 @@ def _thumbnails(clips: list[Clip], encoder: Encoder, settings: EmbedSettings) ->
 
 def stored_thumbnails(manifest: Manifest, clips: list[Clip]) -> Iterator[tuple[int, str]]:
     """The thumbnails of clips of a data set: only the frames that are shown are decoded."""
-    places = {name: at for at, name in enumerate(manifest.table["clip_id"].to_pylist())}
+    wanted = pa.array([clip.clip_id for clip in clips], pa.string())
+    rows = manifest.rows(lambda piece: pc.is_in(piece["clip_id"], wanted))
+    places = {name: at for at, name in enumerate(rows["clip_id"].to_pylist())}
     lost = [clip for clip in clips if clip.clip_id not in places]
     if lost:
         raise ValueError(
             f"clip {lost[0].clip_id} of {lost[0].video_id!r} is no longer in data set {manifest.uri}: run "
             "jobs/embed.py with another --output, or use --no-gallery"
         )
-    rows = manifest.table.take(pa.array([places[clip.clip_id] for clip in clips], pa.int64()))
     shown = _shown_frames(manifest.frame_shape[0])
-    frames = ClipReader.of(manifest, rows, crop=True).several(range(len(clips)), itertools.repeat(shown))
+    order = [places[clip.clip_id] for clip in clips]
+    frames = ClipReader.of(manifest, rows, crop=True).several(order, itertools.repeat(shown))
     for clip, pictures in zip(clips, frames, strict=True):
         yield clip.row, _animated(pictures)
 
@@ -266,10 +275,11 @@ def _map(table: FeatureTable) -> str:
     mask = np.zeros(len(table), bool)
     mask[rows] = True
     at = flatten(table.features(mask))
-    labels = table.strings("label")[rows]
+    about = table.rows(rows, ("label", "video_id", "start_seconds"))
+    labels, videos = strings(about["label"]), strings(about["video_id"])
+    starts = about["start_seconds"].to_numpy()
     by_label = any(label is not None for label in labels)
-    names = labels if by_label else table.strings("video_id")[rows]
-    videos, starts = table.strings("video_id")[rows], table.rows["start_seconds"].to_numpy()[rows]
+    names = labels if by_label else videos
     keys = sorted({str(name) for name in names})
     # Golden angle: neighbours in the list, and any few of them, differ in hue.
     colours = {key: f"hsl({place * 137.5 % 360:.0f} 70% {(45, 60)[place % 2]}%)" for place, key in enumerate(keys)}

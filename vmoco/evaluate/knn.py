@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from vmoco.data.manifest import Manifest
@@ -119,11 +118,11 @@ def nearest_clips(
         max_queries: clips that are looked up, spread evenly over the held-out ones.
         max_gallery: clips that are searched, spread evenly over all; the queries are always among them.
     """
-    held_out = np.flatnonzero(manifest.table["held_out"].to_numpy())
-    candidates = held_out if len(held_out) else np.arange(manifest.table.num_rows)
+    held_out = np.flatnonzero(manifest.columns(["held_out"])["held_out"].to_numpy())
+    candidates = held_out if len(held_out) else np.arange(manifest.num_clips)
     queries = _spread(candidates, max_queries)
-    gallery = np.union1d(queries, _spread(np.arange(manifest.table.num_rows), max_gallery))
-    rows = manifest.table.take(pa.array(gallery))
+    gallery = np.union1d(queries, _spread(np.arange(manifest.num_clips), max_gallery))
+    rows = manifest.take(gallery)
     videos = np.asarray(rows["video_id"].to_pylist())
     at = np.searchsorted(gallery, queries)
     features = centred(clip_features(encoder, manifest, rows, progress=print))

@@ -33,7 +33,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from vmoco.data.clip_cache import cache_for
-from vmoco.data.held_out import sources_of
+from vmoco.data.coded import codes, strings
+from vmoco.data.held_out import SOURCE_COLUMNS, sources_of
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard_reader import ClipReader
 from vmoco.encoders.promotion import Score
@@ -119,13 +120,13 @@ def plan_motion(manifest: Manifest) -> MotionPlan:
     Raises:
         TooFewVideosError: the data set has fewer than 20 videos.
     """
-    table = manifest.table
-    names = np.asarray(table["video_id"].to_pylist(), dtype=object)
-    held_out = np.isin(names, names[table["held_out"].to_numpy()])
+    table = manifest.columns(["video_id", "held_out", "start_seconds"])
+    names, numbers = strings(table["video_id"]), codes(table["video_id"])
+    held_out = np.isin(numbers, numbers[table["held_out"].to_numpy()])
     note = ""
     if min(len(set(names[held_out])), len(set(names[~held_out]))) < MIN_VIDEOS:
         # By source: otherwise ranges of one file would fit the probes and test them.
-        sources = np.asarray(sources_of(table), dtype=object)
+        sources = np.asarray(sources_of(manifest.columns(SOURCE_COLUMNS)), dtype=object)
         videos = sorted(set(sources), key=lambda name: hash64("motion test", name))
         if len(videos) < 2 * MIN_VIDEOS:
             raise TooFewVideosError(
@@ -137,13 +138,22 @@ def plan_motion(manifest: Manifest) -> MotionPlan:
             f"{MIN_VIDEOS} are needed; the encoder may have been trained on them"
         )
         held_out = np.isin(sources, videos[: len(videos) // 2])
-    rows = np.concatenate([_spread_clips(table, np.flatnonzero(part)) for part in (~held_out, held_out)])
-    return MotionPlan(table.take(pa.array(rows)), held_out[rows], note)
+    starts = table["start_seconds"].to_numpy()
+    rows = np.concatenate([_spread_clips(names, starts, np.flatnonzero(part)) for part in (~held_out, held_out)])
+    return MotionPlan(manifest.take(rows), held_out[rows], note)
 
 
-def _spread_clips(table: pa.Table, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Rows of at most CLIPS clips: some of each video, evenly spread over it. A fixed draw leaves out more videos."""
-    names, starts = np.asarray(table["video_id"].to_pylist(), dtype=object)[rows], table["start_seconds"].to_numpy()
+def _spread_clips(
+    names: npt.NDArray[np.object_], starts: npt.NDArray[np.float64], rows: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Rows of at most CLIPS clips: some of each video, evenly spread over it. A fixed draw leaves out more videos.
+
+    Args:
+        names: (N,), video of each row of the manifest.
+        starts: (N,), second of its video at which its clip begins.
+        rows: among which it chooses.
+    """
+    names = names[rows]
     videos = sorted(set(names), key=lambda name: hash64("motion video", name))
     per_video = int(np.clip(CLIPS // len(videos), 2, MAX_CLIPS_PER_VIDEO))
     members: dict[str, list[int]] = {video: [] for video in videos[: CLIPS // per_video]}

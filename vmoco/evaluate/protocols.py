@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from vmoco.data.coded import strings
 from vmoco.evaluate import knn
 from vmoco.evaluate.probe import fit_probe
 from vmoco.evaluate.table import SPLITS, FeatureTable
@@ -55,8 +56,8 @@ def find_splits(rows: pa.Table, wanted: Sequence[int] = (), *, protocol: str) ->
     Raises:
         ValueError: there are no labels, there is no such split, or a part of it is empty.
     """
-    names = np.asarray(rows["label"].to_pylist(), dtype=object)
-    labelled = np.array([name is not None for name in names])
+    names = strings(rows["label"])
+    labelled = names != None  # noqa: E711 - elementwise
     if not labelled.any():
         raise ValueError(
             f"{protocol} needs labels, and no clip of the data set has one: ingest a list with labels, or give "
@@ -65,8 +66,8 @@ def find_splits(rows: pa.Table, wanted: Sequence[int] = (), *, protocol: str) ->
     classes = tuple(sorted({name for name in names if name is not None}))
     place = {name: index for index, name in enumerate(classes)}
     labels = np.array([place.get(name, -1) for name in names])
-    videos = np.asarray(rows["video_id"].to_pylist(), dtype=object)
-    parts = {number: np.asarray(rows[SPLITS[number - 1]].to_pylist(), dtype=object) for number in (1, 2, 3)}
+    videos = strings(rows["video_id"])
+    parts = {number: strings(rows[SPLITS[number - 1]]) for number in (1, 2, 3)}
     there = [number for number, part in parts.items() if (part != None).any()]  # noqa: E711 - elementwise
     missing = sorted(set(wanted) - set(there))
     if missing:
@@ -93,6 +94,8 @@ def find_splits(rows: pa.Table, wanted: Sequence[int] = (), *, protocol: str) ->
 
 Features = npt.NDArray[np.float32]
 
+COLUMNS = ("video_id", "label", "held_out", *SPLITS)
+"""What `find_splits` needs to know of clips."""
 RECALL_AT = (1, 5, 10, 20, 50)
 
 

@@ -1,13 +1,13 @@
 """A table of embeddings: Parquet files in one folder, each written by one task, read block by block.
 
-All types are Arrow's own, so any Parquet reader opens it. The columns that describe the clips are held in memory (about
-200 bytes a clip); features are read one part at a time.
+All types are Arrow's own, so any Parquet reader opens it. Columns that describe the clips are read when they are asked
+for, and only these; features are read one part at a time.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vmoco import storage
+from vmoco.data.coded import coded, strings
 from vmoco.data.ledger import Loss, Rejection
 
 PARTS = "parts"
@@ -34,6 +35,8 @@ FIELDS = [
     pa.field("sha256", pa.string(), nullable=False),  # of the clip's frames as they are stored
     pa.field("colour", pa.list_(pa.float32(), 3), nullable=False),  # mean red, green, blue, 0 to 255
 ]
+_FIELDS = pa.schema(FIELDS)
+NAMES = tuple(_FIELDS.names)
 _REJECTED = b"vmoco.rejected"
 _LOSSES = b"vmoco.losses"
 FEATURE = "feature"
@@ -103,9 +106,6 @@ class FeatureTable:
         folder: the table's folder.
         parts: names of the parts to read, in order; None reads all.
 
-    Attributes:
-        rows: pyarrow table of FIELDS, one row per clip, part after part.
-
     Raises:
         ValueError: the folder has no table.
     """
@@ -118,22 +118,33 @@ class FeatureTable:
         if not parts:
             raise ValueError(f"there is no table of embeddings in {folder}: make one with jobs/embed.py")
         self._uris = [part_uri(folder, name) for name in parts]
-        names = [field.name for field in FIELDS]
-        tables = [_read_columns(uri, names) for uri in self._uris]
-        self._ends = np.cumsum([table.num_rows for table in tables])
-        self.rows = pa.concat_tables(tables).combine_chunks()
+        self._ends = np.cumsum([_read(uri, pq.read_metadata).num_rows for uri in self._uris])
 
     def __len__(self) -> int:
         """Number of clips."""
-        return int(self.rows.num_rows)
+        return int(self._ends[-1])
+
+    def columns(self, names: Sequence[str] = NAMES) -> pa.Table:
+        """Some columns of FIELDS, one row per clip, part after part; texts are as in `coded.coded`."""
+        return coded((_read_columns(uri, names) for uri in self._uris), pa.schema([_FIELDS.field(n) for n in names]))
+
+    def rows(self, places: Rows, names: Sequence[str] = NAMES) -> pa.Table:
+        """Some columns of the rows at some places, which rise; only the parts of these rows are read."""
+        begins = [0, *self._ends[:-1].tolist()]
+        pieces = [pa.schema([_FIELDS.field(name) for name in names]).empty_table()]
+        for uri, begin, end in zip(self._uris, begins, self._ends.tolist(), strict=True):
+            own = places[slice(*np.searchsorted(places, [begin, end]))]
+            if len(own):
+                pieces.append(_read_columns(uri, names).take(pa.array(own - begin)))
+        return pa.concat_tables(pieces).combine_chunks()
 
     def strings(self, name: str) -> npt.NDArray[np.object_]:
         """A column of FIELDS as Python strings; None for a missing value."""
-        return np.asarray(self.rows[name].to_pylist(), dtype=object)
+        return strings(self.columns([name])[name])
 
     def colours(self) -> Features:
         """Mean colour of each clip, float32 (N, 3)."""
-        return _dense(self.rows["colour"])
+        return _dense(self.columns(["colour"])["colour"])
 
     def blocks(self, chosen: npt.NDArray[np.bool_] | None = None) -> Blocks:
         """The features of the chosen rows, one block per part; may be iterated more than once."""
@@ -165,8 +176,8 @@ def _dense(column: pa.ChunkedArray) -> Features:
     return dense
 
 
-def _read_columns(uri: str, names: list[str]) -> pa.Table:
-    return _read(uri, lambda file: pq.read_table(file, columns=names))
+def _read_columns(uri: str, names: Sequence[str]) -> pa.Table:
+    return _read(uri, lambda file: pq.read_table(file, columns=list(names))).replace_schema_metadata(None)
 
 
 def _read(uri: str, read: Callable[[pa.NativeFile], Result]) -> Result:
