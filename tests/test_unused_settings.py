@@ -118,7 +118,16 @@ IN_USE = {("data", "two_clips_from_percent")}
 ALWAYS = {
     "run": {"name", "storage", "fork", "seed"},
     "data": {
-        *("uri", "weights", "num_frames", "stride", "draws_per_video", "two_clips_from_percent", "batches_ahead"),
+        *(
+            "uri",
+            "weights",
+            "num_frames",
+            "stride",
+            "draws_per_video",
+            "shuffle_window",
+            "two_clips_from_percent",
+            "batches_ahead",
+        ),
         *(
             "loader_threads",
             "leave_out",

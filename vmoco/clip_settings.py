@@ -29,6 +29,9 @@ class DataSettings(Settings):
     """Distance between neighbouring frames of a training clip, in stored frames. 2 takes every second one."""
     draws_per_video: int = Field(1, ge=1)
     """Number of clips drawn from each video in one epoch."""
+    shuffle_window: Annotated[int, OmittedIfDefault] = Field(0, ge=0)
+    """Number of neighbouring videos that are shuffled together; 0 shuffles all. Example: 50000, for a remote data set
+    that is larger than --data.cache-gib: one request then fetches many clips (see METHOD.md)."""
     positives: Positives = "same_clip"
     """What a query must match: another view of the same clip (paper), or another clip of the same video (rho-MoCo with
     rho = 2). The second learns less from texture."""

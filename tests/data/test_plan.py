@@ -21,6 +21,7 @@ from vmoco.presets import PRESETS
 from vmoco.seed import UInt64Array, hash64
 
 COUNTS = st.lists(st.integers(1, 6), min_size=1, max_size=9)
+WINDOWS = st.integers(0, 12)
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,17 @@ def clips_of(counts: list[int], *, longest_shot: int | None = None) -> Clips:
 
 
 def make_plan(
-    counts: list[int], *, seed: int = 3, draws_per_video: int = 2, micro_batch: int = 2, num_micro: int = 3
+    counts: list[int],
+    *,
+    seed: int = 3,
+    draws_per_video: int = 2,
+    micro_batch: int = 2,
+    num_micro: int = 3,
+    window: int = 0,
 ) -> Plan:
     """A plan over videos with so many clips each."""
     return Plan(
-        [Stream(clips_of(counts), seed=seed, draws_per_video=draws_per_video)],
+        [Stream(clips_of(counts), seed=seed, draws_per_video=draws_per_video, window=window)],
         seed=seed,
         global_batch=micro_batch * num_micro,
         micro_batch=micro_batch,
@@ -68,13 +75,21 @@ def rows(draws: Draws) -> list[tuple[int, int, int, int]]:
     return list(zip(*columns, strict=True))
 
 
-@given(counts=COUNTS, draws_per_video=st.integers(1, 8), micro=st.integers(1, 5), seed=st.integers(0, 2**63))
-def test_epoch_is_fair_to_every_video(counts: list[int], draws_per_video: int, micro: int, seed: int) -> None:
+@given(
+    counts=COUNTS,
+    draws_per_video=st.integers(1, 8),
+    micro=st.integers(1, 5),
+    seed=st.integers(0, 2**63),
+    window=WINDOWS,
+)
+def test_epoch_is_fair_to_every_video(
+    counts: list[int], draws_per_video: int, micro: int, seed: int, window: int
+) -> None:
     """In each of three epochs every video comes up draws_per_video times, with distinct clips as far as it has them.
 
     Batches run on over the ends of epochs: the stream is cut nowhere.
     """
-    plan = make_plan(counts, draws_per_video=draws_per_video, micro_batch=micro, seed=seed)
+    plan = make_plan(counts, draws_per_video=draws_per_video, micro_batch=micro, seed=seed, window=window)
     length = len(counts) * draws_per_video
     assert plan.epoch_length == length
     drawn = stream(plan, 3 * length)
@@ -88,6 +103,41 @@ def test_epoch_is_fair_to_every_video(counts: list[int], draws_per_video: int, m
             assert all(starts[video] <= clip < starts[video + 1] for clip in clips)
             assert len(set(clips)) == min(count, draws_per_video)
     assert len({row[3] for row in drawn}) == len(drawn), "two draws share a seed"
+
+
+@given(counts=COUNTS, draws_per_video=st.integers(1, 4), window=st.integers(1, 12))
+def test_draws_of_a_window_come_together(counts: list[int], draws_per_video: int, window: int) -> None:
+    """An epoch is cut into windows of neighbouring videos, of which each comes up draws_per_video times; the last one
+    has what is left over. A window of all videos is the order without one.
+    """
+    drawn = stream(make_plan(counts, draws_per_video=draws_per_video, window=window), 2 * len(counts) * draws_per_video)
+    if window >= len(counts):
+        assert drawn == stream(make_plan(counts, draws_per_video=draws_per_video), len(drawn))
+        return
+    for epoch in range(2):
+        videos = [row[1] for row in drawn if row[2] == epoch]
+        while videos:
+            part, videos = videos[: window * draws_per_video], videos[window * draws_per_video :]
+            size = len(part) // draws_per_video
+            assert any(
+                {(begin + step) % len(counts) for step in range(size)} == set(part) for begin in range(len(counts))
+            ), "they are neighbours"
+            assert set(Counter(part).values()) == {draws_per_video}
+            for number in range(draws_per_video):
+                assert len(set(part[number * size : (number + 1) * size])) == size, "a pass has each video once"
+
+
+def test_windows_begin_and_come_in_another_order_in_each_epoch() -> None:
+    """Over many epochs every pair of neighbours is torn apart, and each video is among the first as often."""
+    first, torn = Counter[int](), Counter[int]()
+    plan = make_plan([1] * 12, draws_per_video=1, window=4, micro_batch=4, num_micro=3)
+    for epoch in range(600):
+        videos = plan.batch(epoch).video.tolist()
+        first.update(videos[:4])
+        window_of = {video: place // 4 for place, video in enumerate(videos)}
+        torn.update(video for video in range(12) if window_of[video] != window_of[(video + 1) % 12])
+    assert all(200 - 4 * 12 < first[video] < 200 + 4 * 12 for video in range(12))  # 4 of 12; four standard deviations
+    assert all(150 - 4 * 11 < torn[video] < 150 + 4 * 11 for video in range(12))  # 3 of 12 borders
 
 
 def test_every_clip_gets_its_turn() -> None:
@@ -124,12 +174,16 @@ def test_shares_partition_the_batch(world_size: int, num_micro: int, micro: int)
     assert max(sizes) - min(sizes) <= micro
 
 
-@given(counts=COUNTS, micro=st.integers(1, 4), steps=st.lists(st.integers(0, 30), min_size=1, max_size=8))
-def test_batch_does_not_depend_on_what_was_asked_before(counts: list[int], micro: int, steps: list[int]) -> None:
+@given(
+    counts=COUNTS, micro=st.integers(1, 4), steps=st.lists(st.integers(0, 30), min_size=1, max_size=8), window=WINDOWS
+)
+def test_batch_does_not_depend_on_what_was_asked_before(
+    counts: list[int], micro: int, steps: list[int], window: int
+) -> None:
     """Asked in any order, or alone, a step gives the same draws and key order; its ranks' shares join to them."""
-    plan = make_plan(counts, micro_batch=micro)
+    plan = make_plan(counts, micro_batch=micro, window=window)
     for step in steps:
-        alone = make_plan(counts, micro_batch=micro)
+        alone = make_plan(counts, micro_batch=micro, window=window)
         expected = rows(alone.batch(step))
         found = plan.batch(step)
         assert rows(found) == expected

@@ -219,7 +219,7 @@ class Remote:
     """The files of this machine as if they were far away; counts what is read, and may let reads meet."""
 
     def __init__(self) -> None:
-        self.bytes_read = 0
+        self.bytes_read = self.num_reads = 0
         self.num_opened = 0
         self.meet = threading.Barrier(1)
         self.meet_opening = threading.Barrier(1)
@@ -234,6 +234,7 @@ class Remote:
             def read_at(self, num_bytes: int, offset: int) -> bytes:
                 remote.meet.wait(timeout=10)
                 remote.bytes_read += num_bytes
+                remote.num_reads += 1
                 content: bytes = file.read_at(num_bytes, offset)
                 return content
 
@@ -263,6 +264,47 @@ def test_remote_clips_are_read_by_range_and_once(remote: Far, tmp_path: Path) ->
             assert np.array_equal(reader.frames(clip), frames)
     assert far.bytes_read == sum(manifest.table["num_bytes"].to_pylist()) == cache.size()
     assert np.array_equal(ClipReader.of(manifest).frames(3), expected[3]), "without a cache"
+
+
+@pytest.mark.parametrize("size", [1, 100_000, 2**23])
+def test_neighbours_are_fetched_together(
+    remote: Far, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """A piece of a shard is fetched once, by one request, though all its clips are asked for at the same time. Clips
+    that are not asked for are fetched with those around them, and not kept.
+    """
+    manifest, far, expected = remote
+    monkeypatch.setattr(shard_reader, "_TOGETHER", size)
+    cache = ClipCache(tmp_path / "cache", max_bytes=2**30)
+    rows = manifest.table.select(["shard", "offset", "num_bytes"]).to_pylist()
+    pieces = {(row["shard"], row["offset"] // size) for row in rows}
+    assert len(pieces) == {1: 24, 100_000: 14, 2**23: 2}[size]
+    order = np.random.default_rng(0).permutation(24).tolist()
+    for clip, frames in zip(order, ClipReader.of(manifest, cache=cache, together=True).several(order), strict=True):
+        assert np.array_equal(frames, expected[clip])
+    assert far.num_reads == len(pieces)
+    assert cache.size() == sum(row["num_bytes"] for row in rows)
+    assert cache.size() <= far.bytes_read <= 1.03 * cache.size(), "what lies between two clips of a piece comes with it"
+    few = manifest.table.take(pa.array([0, 5, 7, 23]))
+    other = ClipCache(tmp_path / "other", max_bytes=2**30)
+    reader = ClipReader.of(manifest, few, cache=other, together=True)
+    for clip, frames in zip((0, 5, 7, 23), reader.several(range(4)), strict=True):
+        assert np.array_equal(frames, expected[clip])
+    assert other.size() == sum(few["num_bytes"].to_pylist())
+
+
+def test_a_damaged_neighbour_is_an_error_of_its_own(remote: Far, tmp_path: Path) -> None:
+    """A clip beside a damaged one is read; the damaged one is not kept, and is named when it is asked for."""
+    manifest, far, expected = remote
+    row = manifest.table.slice(5, 1).to_pylist()[0]
+    flip(Path(manifest.shard_uri(row["shard"])), row["offset"])
+    cache = ClipCache(tmp_path / "cache", max_bytes=2**30)
+    reader = ClipReader.of(manifest, cache=cache, together=True)
+    assert np.array_equal(reader.frames(4), expected[4])
+    assert cache.find(row["sha256"]) is None
+    with pytest.raises(ValueError, match=rf"clip {row['clip_id']} of shard .* is damaged"):
+        reader.frames(5)
+    assert far.num_reads == 2
 
 
 def test_remote_clips_are_fetched_side_by_side(remote: Far, tmp_path: Path) -> None:

@@ -87,17 +87,28 @@ class ClipCache:
         Raises:
             CacheError: the cache or the disk is too small for it.
         """
+        if (kept := self.find(name)) is not None:
+            return kept
+        content = fetch()
+        self.add(name, content)
+        return memoryview(content)
+
+    def find(self, name: str) -> memoryview | None:
+        """The bytes of a clip, mapped; None if the cache does not have them."""
         path = self._folder / name[:2] / name
         try:
             os.utime(path)  # read just now, so it is removed late
             return map_file(path)
         except FileNotFoundError:  # not there yet, or removed between the two lines
-            pass
-        content = fetch()
-        self._add(path, content)
-        return memoryview(content)
+            return None
 
-    def _add(self, path: Path, content: bytes) -> None:
+    def add(self, name: str, content: bytes | memoryview) -> None:
+        """Keeps the bytes of a clip.
+
+        Raises:
+            CacheError: the cache or the disk is too small for it.
+        """
+        path = self._folder / name[:2] / name
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         # Written under the lock, so that the total is that of the files: it takes milliseconds, the fetch takes longer.
         with self._locked_size() as size_file:

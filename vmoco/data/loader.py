@@ -150,13 +150,18 @@ class Loader:
                 cache=cache_for(manifest.uri, folder=settings.data.cache, gib=settings.data.cache_gib),
                 threads=settings.data.loader_threads,
                 checked=checked,
+                together=settings.data.shuffle_window > 0,
             )
             for manifest, clips in zip(mixture.manifests, self._indexes, strict=True)
         ]
-        draws = settings.data.draws_per_video
         self.plan = Plan(
             [
-                Stream(clips, seed=mixture.stream_seed(place, settings.run.seed), draws_per_video=draws)
+                Stream(
+                    clips,
+                    seed=mixture.stream_seed(place, settings.run.seed),
+                    draws_per_video=settings.data.draws_per_video,
+                    window=settings.data.shuffle_window,
+                )
                 for place, clips in enumerate(self._indexes)
             ],
             weights=mixture.weights,

@@ -75,19 +75,28 @@ class Stream:
 
     It keeps no array as long as the data set, unless that has few videos (`seed.Order`).
 
+    With a window, all draws of its videos come before those of the next window, and so do the bytes of its shards:
+
+        epoch    | window 5: video order of draw 0, of draw 1, ... | window 2: ... | ... | what is left over: ...
+
+    Windows are neighbours in the manifest, which begins at another video in each epoch, and come in a random order.
+
     Args:
         clips: that training takes.
         seed: of this stream.
         draws_per_video: clips drawn from each video in one epoch; distinct ones where the video has that many.
+        window: number of videos that are shuffled together; 0 shuffles all.
     """
 
-    def __init__(self, clips: PlannedClips, *, seed: int, draws_per_video: int) -> None:
+    def __init__(self, clips: PlannedClips, *, seed: int, draws_per_video: int, window: int = 0) -> None:
         assert len(clips.first_clip) > 1, "a data set has clips"
         self._clips = clips
         self._seed = seed
         self.num_clips, self.num_videos = len(clips.clip_ids), len(clips.first_clip) - 1
         self.draws_per_video = draws_per_video
+        self._window = min(window or self.num_videos, self.num_videos)
         self._order = lru_cache(maxsize=2 * draws_per_video)(self._make_order)
+        self._windows = lru_cache(maxsize=2)(self._make_window_order)
 
     @property
     def epoch_length(self) -> int:
@@ -97,13 +106,16 @@ class Stream:
     def draws(self, at: Int64Array) -> Draws:
         """The draws at some places of the stream, which rise and are at least one."""
         epochs, places = np.divmod(at, self.epoch_length)
-        passes, places = np.divmod(places, self.num_videos)
-        # One piece of each pass that they reach into.
-        borders = np.flatnonzero((np.diff(epochs) != 0) | (np.diff(passes) != 0)) + 1
-        pieces = [
-            self._draw(int(epochs[piece[0]]), int(passes[piece[0]]), places[piece])
-            for piece in np.split(np.arange(len(at)), borders)
-        ]
+        windows, places = np.divmod(places, self._window * self.draws_per_video)
+        full, left_over = divmod(self.num_videos, self._window)
+        passes, places = np.divmod(places, np.where(windows < full, self._window, max(left_over, 1)))
+        # One piece of each pass over a window that they reach into.
+        keys = np.stack([epochs, windows, passes])
+        borders = np.flatnonzero((np.diff(keys) != 0).any(axis=0)) + 1
+        pieces = []
+        for piece in np.split(np.arange(len(at)), borders):
+            epoch, window, number = keys[:, piece[0]].tolist()
+            pieces.append(self._draw(epoch, window, number, places[piece]))
         return _joined(pieces)
 
     def second_clips(self, draws: Draws) -> Int64Array:
@@ -113,13 +125,28 @@ class Stream:
         further = np.floor(uniform(draws.seed, hash64("second clip")) * (count - 1)).astype(np.int64)
         return draws.clip - place + (place + 1 + further) % count
 
-    def _make_order(self, epoch: int, number: int) -> Order:
-        """Order of the videos in one pass of an epoch."""
-        return Order(self.num_videos, hash64("video-order", self._seed, epoch, number))
+    def _make_order(self, epoch: int, window: int, number: int) -> Order:
+        """Order of the videos of a window in one pass over them."""
+        size = min(self._window, self.num_videos - window * self._window)
+        which = (window,) if self._window < self.num_videos else ()
+        return Order(size, hash64("video-order", self._seed, epoch, *which, number))
 
-    def _draw(self, epoch: int, number: int, places: Int64Array) -> Draws:
-        """The draws at some places of one pass of an epoch."""
-        video = self._order(epoch, number)[places]
+    def _make_window_order(self, epoch: int) -> Order:
+        """Order of the windows in an epoch; the videos that are left over come after them."""
+        return Order(self.num_videos // self._window, hash64("window-order", self._seed, epoch))
+
+    def _videos(self, epoch: int, window: int, number: int, places: Int64Array) -> Int64Array:
+        """The videos at some places of one pass over the window that comes as number `window`."""
+        if self._window == self.num_videos:
+            return self._order(epoch, 0, number)[places]
+        if window < self.num_videos // self._window:
+            window = int(self._windows(epoch)[np.array(window)])
+        begin = hash64("window-begin", self._seed, epoch) % self.num_videos + window * self._window
+        return (begin + self._order(epoch, window, number)[places]) % self.num_videos
+
+    def _draw(self, epoch: int, window: int, number: int, places: Int64Array) -> Draws:
+        """The draws at some places of one pass over a window."""
+        video = self._videos(epoch, window, number, places)
         ids, first = self._clips.clip_ids, self._clips.first_clip[video].astype(np.int64)
         count = self._clips.first_clip[video + 1].astype(np.int64) - first
         # The clips of a video's draws lie evenly apart, from a place that changes with the epoch.

@@ -37,6 +37,8 @@ _FETCH_THREADS = 16
 _MOST_THREADS = 8
 """Most threads that hash and decode clips of this machine's disk; while they do, other threads run."""
 _PIECE = 2**22  # bytes
+_TOGETHER = 2**23
+"""Bytes of a shard that one request fetches where neighbouring clips are wanted too."""
 _FIX = "restore the shard, or remove it and run jobs/ingest.py again"
 
 
@@ -115,6 +117,7 @@ class ClipReader:
         max_open: shards that are kept open; the one that was used longest ago is closed first.
         threads: that read several clips at once; 0 chooses.
         checked: clips on this node's disk that need no hash, because another rank has hashed them.
+        together: from a remote shard, fetch the clips around a clip into the cache with it, by one request.
     """
 
     def __init__(
@@ -130,6 +133,7 @@ class ClipReader:
         max_open: int = MAX_OPEN,
         threads: int = 0,
         checked: CheckedClips | None = None,
+        together: bool = False,
     ) -> None:
         self._uri, self._frame_shape, self._encoding, self._shard_bytes = uri, frame_shape, encoding, shard_bytes or {}
         self._rows: Rows = TableRows(rows) if isinstance(rows, pa.Table) else rows
@@ -143,7 +147,9 @@ class ClipReader:
         self._open: OrderedDict[int, Future[Any]] = OrderedDict()
         self._max_open = max_open
         self._file_marks: dict[int, str] = {}  # of the shards that are or were open
-        self._lock = threading.Lock()  # of `_open`; never held while a file is opened or read
+        self._together = together
+        self._fetching: dict[tuple[int, int], threading.Lock] = {}  # by shard and piece of it
+        self._lock = threading.Lock()  # of `_open` and `_fetching`; never held while a file is opened or read
         threads = threads or (_FETCH_THREADS if self._is_remote else min(_MOST_THREADS, os.cpu_count() or 1))
         self._pool = ThreadPoolExecutor(threads, "clips") if threads > 1 or self._is_remote else None
         self._ahead = 2 * threads
@@ -158,6 +164,7 @@ class ClipReader:
         cache: ClipCache | None = None,
         threads: int = 0,
         checked: CheckedClips | None = None,
+        together: bool = False,
     ) -> ClipReader:
         """A reader of some clips of a data set, or of all."""
         return cls(
@@ -170,6 +177,7 @@ class ClipReader:
             cache=cache,
             threads=threads,
             checked=checked,
+            together=together,
         )
 
     def frames(self, clip: int, numbers: Sequence[int] | None = None) -> Frames:
@@ -254,7 +262,8 @@ class ClipReader:
             return self._mapped(clip)
         if self._cache is None:
             return memoryview(self._fetch(clip))
-        return self._cache.read(self._rows.sha256(clip), fetch=lambda: self._fetch(clip))
+        fetch = self._fetch_together if self._together else self._fetch
+        return self._cache.read(self._rows.sha256(clip), fetch=lambda: fetch(clip))
 
     def _mapped(self, clip: int) -> memoryview:
         mapped = self._opened(clip)
@@ -273,6 +282,43 @@ class ClipReader:
         if not self._is_intact(clip, content):  # damage never enters the cache
             raise ValueError(self._damage(clip, content))
         return content
+
+    def _fetch_together(self, clip: int) -> bytes:
+        """As `_fetch`, and puts the other clips of this piece of the shard into the cache."""
+        assert self._cache is not None
+        shard, (begin, _) = self._rows.shard(clip), self._rows.extent(clip)
+        piece = begin // _TOGETHER
+        with self._lock:
+            alone = self._fetching.setdefault((shard, piece), threading.Lock())
+        try:
+            with alone:  # other threads that want this piece wait, and then find their clips
+                if (kept := self._cache.find(self._rows.sha256(clip))) is not None:
+                    return bytes(kept)
+                return self._fetch_piece(clip, [*self._around(clip, shard, piece)], self._cache)
+        finally:
+            with self._lock:
+                self._fetching.pop((shard, piece), None)
+
+    def _around(self, clip: int, shard: int, piece: int) -> Iterator[int]:
+        """The neighbours of a clip, in the rows, that begin in the same piece of the same shard; itself too."""
+        for rows in (range(clip, -1, -1), range(clip + 1, self._rows.num_clips)):
+            for at in rows:
+                if self._rows.shard(at) != shard or self._rows.extent(at)[0] // _TOGETHER != piece:
+                    break
+                yield at
+
+    def _fetch_piece(self, clip: int, clips: list[int], cache: ClipCache) -> bytes:
+        """The bytes of one of some clips, by one request; the others go into the cache."""
+        extents = {each: self._rows.extent(each) for each in clips}
+        first, last = min(at for at, _ in extents.values()), max(at + size for at, size in extents.values())
+        content = memoryview(storage.patiently(lambda: self._opened(clip).read_at(last - first, first)))
+        stored = {each: content[at - first : at - first + size] for each, (at, size) in extents.items()}
+        if not self._is_intact(clip, stored[clip]):
+            raise ValueError(self._damage(clip, stored[clip]))
+        for each, own in stored.items():
+            if self._is_intact(each, own):  # damage never enters the cache
+                cache.add(self._rows.sha256(each), own)
+        return bytes(stored[clip])
 
     def _opened(self, clip: int) -> Any:
         """The shard of a clip: its mapped bytes, or the remote file. One thread opens it, others wait for that one."""
