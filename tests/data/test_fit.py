@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from tests.dataset import make_data_set
 from tests.train.test_step import changed
 from vmoco.config import PretrainSettings
-from vmoco.data.fit import fit_to_data
+from vmoco.data.fit import fit_to_data, window_warnings
 from vmoco.data.manifest import Manifest
 from vmoco.presets import PRESETS
 
@@ -44,6 +45,25 @@ def test_steps_follow_from_epochs(manifest: Manifest, train: dict[str, Any], ste
     said = [line for line in lines if "epochs" in line]
     assert said == ([f"{train['epochs']:g} epochs of 48 clips are {steps} steps of 32"] if "epochs" in train else [])
     assert fit_to_data(fitted, manifest) == (fitted, [])
+
+
+def test_a_window_that_saves_nothing_is_said(manifest: Manifest) -> None:
+    """On a disk, where its clips do not fit into the cache, and where an epoch leaves most of its clips out."""
+
+    def said(data_set: Manifest, **data: Any) -> list[str]:
+        return window_warnings(changed(DEMO, data={"draws_per_video": 2} | data), data_set)
+
+    far = dataclasses.replace(manifest, uri="s3://bucket/set?region=nowhere")
+    gib = sum(each.num_bytes for each in manifest.shards.values()) / 2**30
+    assert said(manifest) == said(far) == []
+    (line,) = said(manifest, shuffle_window=4)
+    assert line.startswith("--data.shuffle-window 4 saves requests to a store, and ")
+    assert said(far, shuffle_window=6, cache_gib=gib * 6.5 / 12) == []
+    (line,) = said(far, shuffle_window=8, cache_gib=gib * 6.5 / 12)
+    assert "the clips of 6 videos of s3://bucket/set?region=nowhere fit into --data.cache-gib 0.00" in line
+    (line,) = said(far, shuffle_window=4, cache_gib=gib / 2, draws_per_video=1)
+    assert "all 2.0 clips of a video, of which an epoch uses 1: give --data.draws-per-video 2" in line
+    assert said(far, shuffle_window=4, draws_per_video=1) == [], "all clips stay in the cache"
 
 
 def test_epochs_of_the_preset_give_way_to_steps(manifest: Manifest) -> None:

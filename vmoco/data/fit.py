@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from vmoco import storage
 from vmoco.config import PretrainSettings
 from vmoco.data.clip_index import ClipIndex
 from vmoco.data.manifest import Manifest
@@ -50,6 +51,35 @@ def fit_to_data(settings: PretrainSettings, data: Manifest | Mixture) -> tuple[P
     values["train"] |= {"steps": steps, "epochs": None, "warmup_steps": warmup, "warmup_percent": None}
     values["data"] |= {"stride": stride, "weights": weights}
     return PretrainSettings(**values), lines
+
+
+def window_warnings(settings: PretrainSettings, data: Manifest | Mixture) -> list[str]:
+    """What a reader should know of --data.shuffle-window with these data sets."""
+    window, draws, found = settings.data.shuffle_window, settings.data.draws_per_video, list[str]()
+    if not window:
+        return found
+    for manifest in Mixture.of(data).manifests:
+        videos = manifest.counts["videos"]
+        clips, num_bytes = manifest.num_clips / videos, sum(each.num_bytes for each in manifest.shards.values())
+        if storage.local_path(manifest.uri) is not None:
+            found.append(
+                f"--data.shuffle-window {window} saves requests to a store, and {manifest.uri} is on a disk: leave it "
+                "out for a better order"
+            )
+            continue
+        fits = int(settings.data.cache_gib * 2**30 * videos / max(num_bytes, 1))
+        if window > fits and videos > fits:
+            found.append(
+                f"--data.shuffle-window {window}: the clips of {fits} videos of {manifest.uri} fit into "
+                f"--data.cache-gib {settings.data.cache_gib:g}, so most are fetched several times; lower the window or "
+                "raise the size of the cache"
+            )
+        elif draws < 0.75 * clips and videos > fits:
+            found.append(
+                f"--data.shuffle-window {window} fetches all {clips:.1f} clips of a video, of which an epoch uses "
+                f"{draws}: give --data.draws-per-video {round(clips)} (and fewer epochs)"
+            )
+    return found
 
 
 def epoch_clips(settings: PretrainSettings, data: Manifest | Mixture) -> int:
