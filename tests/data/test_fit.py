@@ -53,14 +53,14 @@ def test_a_window_that_saves_nothing_is_said(manifest: Manifest) -> None:
     def said(data_set: Manifest, **data: Any) -> list[str]:
         return window_warnings(changed(DEMO, data={"draws_per_video": 2} | data), data_set)
 
-    far = dataclasses.replace(manifest, uri="s3://bucket/set?region=nowhere")
+    far = dataclasses.replace(manifest, uri="gs://bucket/set")
     gib = sum(each.num_bytes for each in manifest.shards.values()) / 2**30
     assert said(manifest) == said(far) == []
     (line,) = said(manifest, shuffle_window=4)
     assert line.startswith("--data.shuffle-window 4 saves requests to a store, and ")
     assert said(far, shuffle_window=6, cache_gib=gib * 6.5 / 12) == []
     (line,) = said(far, shuffle_window=8, cache_gib=gib * 6.5 / 12)
-    assert "the clips of 6 videos of s3://bucket/set?region=nowhere fit into --data.cache-gib 0.00" in line
+    assert "the clips of 6 videos of gs://bucket/set fit into --data.cache-gib 0.00" in line
     (line,) = said(far, shuffle_window=4, cache_gib=gib / 2, draws_per_video=1)
     assert "all 2.0 clips of a video, of which an epoch uses 1: give --data.draws-per-video 2" in line
     assert said(far, shuffle_window=4, draws_per_video=1) == [], "all clips stay in the cache"
