@@ -141,19 +141,32 @@ def read_bytes(uri: str) -> bytes:
     return read() if isinstance(found, pafs.LocalFileSystem) else patiently(read)
 
 
+@contextlib.contextmanager
+def on_disk(uri: str) -> Iterator[Path]:
+    """A file on this machine's disk; a remote one is copied, and the copy is deleted at the end of the block.
+
+    Raises:
+        OSError: it cannot be read; of a file that is on this disk already, opening it says so.
+    """
+    local = local_path(uri)
+    if local is not None:
+        yield local
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder, "copy")
+        fetch(uri, local)
+        yield local
+
+
 def lines(uri: str) -> Iterator[bytes]:
     """The lines of a file, one after the other; none if there is no file. A remote file is copied to local disk first.
 
     Raises:
         OSError: it cannot be read.
     """
-    local = local_path(uri)
     with contextlib.ExitStack() as stack:
         try:
-            if local is None:
-                local = Path(stack.enter_context(tempfile.TemporaryDirectory()), "copy")
-                fetch(uri, local)
-            file = stack.enter_context(open(local, "rb"))
+            file = stack.enter_context(open(stack.enter_context(on_disk(uri)), "rb"))
         except FileNotFoundError:
             return
         yield from file

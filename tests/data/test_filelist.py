@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.data.test_annotations import make
 from vmoco.data.annotations import list_annotated
 from vmoco.data.filelist import read_filelist
+from vmoco.data.found import Found
 from vmoco.data.listed_files import ListedFiles
 from vmoco.data.source import Listing
 
@@ -90,7 +91,7 @@ def test_encodings_of_spreadsheets(tmp_path: Path, encoding: str) -> None:
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     """Bytes that are no text, a line of another form, nothing that is there, and what can be read in two ways."""
-    with pytest.raises(ValueError, match=r"train.csv is not UTF-8 text \(invalid start byte at byte 5\)"):
+    with pytest.raises(ValueError, match=r"train.csv is not UTF-8 text \(invalid start byte at byte 5 of line 1\)"):
         listed(tmp_path, b"a.mp4\xff", A)
     with pytest.raises(
         ValueError, match=r"line 3: 'alone.mp4' is not `path label` separated by spaces, as other lines"
@@ -146,7 +147,7 @@ def test_any_names_with_any_separator(tmp_path: Path, names: list[str], separato
         (name, *((str(place), str(place + 2.5)) if ranged else ()), f"class{place}") for place, name in enumerate(names)
     ]
     (tmp_path / "list.txt").write_text("".join(separator.join(row) + "\n" for row in rows))
-    found, _ = read_filelist(str(tmp_path / "list.txt"), ListedFiles("/videos", names))
+    found, _ = read_filelist(str(tmp_path / "list.txt"), ListedFiles("/videos", [Found(name, 9) for name in names]))
     read = [
         (each.path, *((f"{each.start_seconds:g}", f"{each.end_seconds:g}") if ranged else ()), each.label)
         for each in found

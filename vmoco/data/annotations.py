@@ -15,28 +15,29 @@ refused: a list that is read in the wrong way would give wrong labels.
 from __future__ import annotations
 
 import dataclasses
-import io
+import itertools
+import json
 import posixpath
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.fs
-import pyarrow.json
-import pyarrow.parquet
+import pyarrow.parquet as pq
 
 from vmoco import storage
 from vmoco.data import official_lists
-from vmoco.data.filelist import read_cells, read_filelist
+from vmoco.data.filelist import read_filelist
 from vmoco.data.found import Found
 from vmoco.data.frame_folder import list_frame_folders
+from vmoco.data.gathered import gather
 from vmoco.data.ledger import Rejection
+from vmoco.data.list_text import first_cells, read_lines
 from vmoco.data.listed_files import COLUMNS, ListedFiles
 from vmoco.data.listing import Footage, list_footage
+from vmoco.data.named_entries import NamedEntries
 from vmoco.data.source import Listing
-from vmoco.data.tar_files import members_of
 from vmoco.job_settings import Layout
 
 TABLES = (".csv", ".parquet", ".jsonl")
@@ -67,13 +68,12 @@ def list_annotated(
         ValueError: the list cannot be read, names a path outside the root, two videos alike, or no video of the root.
     """
     there = list_footage(root, footage, fps=fps, suffixes=suffixes)
-    folders = {found.path for found in there.videos if found.pictures}.union(there.picture_folders)
-    paths = folders.union(found.path for found in there.videos)
-    files = ListedFiles(there.root, paths, inside=members_of(there), folders=folders)
+    files = ListedFiles(there.root, there.videos, there.picture_folders)
     notes = list(there.notes)
     if layout == "auto":
         layout = _guess(annotations)
         notes.append(f"{annotations} is read as --layout {layout}")
+    named: Iterable[Found]
     if layout == "table":
         named = _table(annotations, files)
     elif layout == "filelist":
@@ -85,50 +85,59 @@ def list_annotated(
         named = official_lists.ssv2(annotations, files)
     else:
         named = official_lists.official_splits(annotations, layout, files)
-    once = dict.fromkeys(named)
-    if len(once) < len(named):
-        notes.append(f"{len(named) - len(once)} entries are repeated, and count once")
-    _refuse_repeated(annotations, once)
-    there = _with_named_folders(annotations, root, once, there, fps)
-    by_path = {found.path: found for found in there.videos}
-    if files.renamed:
-        path, exact = next(iter(files.renamed.items()))
-        notes.append(
-            f"{len(files.renamed)} names differ from their files in case or Unicode form, such as {path!r}, "
-            f"which is {exact!r}"
+    entries = NamedEntries(named)
+    if entries.num_different < entries.num_named:
+        notes.append(f"{entries.num_named - entries.num_different} entries are repeated, and count once")
+    if repeated := entries.repeated():
+        name, times, number = repeated
+        raise ValueError(
+            f"{annotations} names {name!r} {times} times ({number} such names): "
+            "give each row a video_id of its own, or keep one of them"
         )
-    num_entries = Counter(found.path for found in once)
+    there = _with_named_folders(annotations, root, entries, there, fps)
+    if files.num_renamed:
+        path, exact = files.first_renamed
+        notes.append(
+            f"{files.num_renamed} names differ from their files in case or Unicode form, such as {path!r}, which is "
+            f"{exact!r}"
+        )
+    entries.take_files(there.videos)
     unreadable = {row.video_id: row for row in there.rejected}
-    videos, rejected = [], []
-    for found in sorted(once, key=lambda found: found.video_id):
-        if own := by_path.get(found.path):
-            # A file with several names is one source; with one name it is held out by that name, as ever.
-            source = found.source or (found.path if num_entries[found.path] > 1 else None)
-            place: dict[str, Any] = {"member": own.member, "pictures": own.pictures}
-            videos.append(dataclasses.replace(found, num_bytes=own.num_bytes, source=source, **place))
-        else:
-            reason, message = "missing", f"the list names {found.path}"
-            if known := unreadable.get(found.path):
-                reason, message = known.reason, known.message
-            elif files.is_ambiguous(found.path):
-                reason, message = "ambiguous", f"several files are meant by {found.path}: list the exact name"
-            rejected.append(Rejection(found.video_id, "list", reason, message, transient=True))
+    videos = gather(_complete(*each) for each in entries.with_file())
     if not videos:
         raise ValueError(
-            f"none of the {len(named)} videos that {annotations} names is in {root}: check --videos and --annotations"
+            f"none of the {entries.num_named} videos that {annotations} names is in {root}: check --videos and "
+            "--annotations"
         )
-    return Listing(tuple(videos), tuple(rejected), 0, notes=tuple(notes), root=there.root)
+    rejected = gather((_missing(found, files, unreadable) for found in entries.without_file()), Rejection)
+    return Listing(videos, rejected, 0, notes=tuple(notes), root=there.root)
 
 
-def _with_named_folders(
-    annotations: str, root: str, named: Iterable[Found], there: Listing, fps: float | None
-) -> Listing:
+def _complete(found: Found, file: Found, named_again: bool) -> Found:
+    """An entry with what its file tells; `named_again` if other entries have the same file."""
+    # A file with several names is one source; with one name it is held out by that name, as ever.
+    source = found.source or (found.path if named_again else None)
+    place: dict[str, Any] = {"member": file.member, "pictures": file.pictures}
+    return dataclasses.replace(found, num_bytes=file.num_bytes, source=source, **place)
+
+
+def _missing(found: Found, files: ListedFiles, unreadable: Mapping[str, Rejection]) -> Rejection:
+    """Why there is no file for an entry."""
+    reason, message = "missing", f"the list names {found.path}"
+    if known := unreadable.get(found.path):
+        reason, message = known.reason, known.message
+    elif files.is_ambiguous(found.path):
+        reason, message = "ambiguous", f"several files are meant by {found.path}: list the exact name"
+    return Rejection(found.video_id, "list", reason, message, transient=True)
+
+
+def _with_named_folders(annotations: str, root: str, named: NamedEntries, there: Listing, fps: float | None) -> Listing:
     """Adds the folders of pictures that a list names beside video files.
 
     Raises:
         ValueError: there are some, and their rate is not known.
     """
-    folders = {found.path for found in named}.intersection(there.picture_folders)
+    folders = {folder for folder in there.picture_folders if named.names(folder)}
     if not folders:
         return there
     if fps is None:
@@ -137,9 +146,9 @@ def _with_named_folders(
             "the number of pictures per second, for example --fps 25"
         )
     listed = list_frame_folders(root, fps)
-    videos = tuple(found for found in listed.videos if found.path in folders)
-    rejected = tuple(row for row in listed.rejected if row.video_id in folders)
-    return dataclasses.replace(there, videos=(*there.videos, *videos), rejected=there.rejected + rejected)
+    videos = gather(itertools.chain(there.videos, (found for found in listed.videos if found.path in folders)))
+    rejected = (*there.rejected, *(row for row in listed.rejected if row.video_id in folders))
+    return dataclasses.replace(there, videos=videos, rejected=rejected)
 
 
 def _guess(uri: str) -> Layout:
@@ -164,56 +173,66 @@ def _guess(uri: str) -> Layout:
         return "table"
     if suffix == ".json":
         return "ssv2"
-    first = read_cells(uri)[0]
+    first = first_cells(uri)
     if official_lists.kinetics_columns(first):
         return "kinetics"
     return "table" if suffix == ".csv" and "path" in first else "filelist"
 
 
-def _table(uri: str, files: ListedFiles) -> list[Found]:
-    named = []
+def _table(uri: str, files: ListedFiles) -> Iterator[Found]:
+    number = 0
     for number, row in enumerate(_rows(uri), start=1):
         where = f"{uri}, row {number}"
         if unknown := sorted(set(row) - set(COLUMNS)):
             allowed = ", ".join(sorted(set(COLUMNS) - {"path"}))
             raise ValueError(f"{where} has the column {unknown[0]!r}: path and optionally {allowed} are allowed")
-        named.append(files.entry(row, where=where))
-    return named
+        yield files.entry(row, where=where)
+    if not number:
+        raise ValueError(f"list {uri} has no rows")
 
 
-def _rows(uri: str) -> list[dict[str, Any]]:
-    """The rows of a table."""
+def _rows(uri: str) -> Iterator[dict[str, Any]]:
+    """The rows of a table, one after the other.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     suffix = posixpath.splitext(uri)[1].lower()
     if suffix not in TABLES:
         raise ValueError(f"list {uri} ends in {suffix or 'nothing'!r}: {', '.join(TABLES)} are allowed")
     try:
-        source = io.BytesIO(storage.read_bytes(uri))
-        if suffix == ".csv":
-            names = pa.csv.open_csv(io.BytesIO(source.getvalue())).schema.names
-            strings = pa.csv.ConvertOptions(
-                column_types=dict.fromkeys(names, pa.string()),
-                strings_can_be_null=True,
-                quoted_strings_can_be_null=False,
-            )
-            options = pa.csv.ParseOptions(newlines_in_values=True)
-            table = pa.csv.read_csv(source, convert_options=strings, parse_options=options)
-        elif suffix == ".parquet":
-            table = pa.parquet.read_table(source)
-        else:
-            table = pa.json.read_json(source)
+        if suffix == ".jsonl":
+            yield from _json_rows(uri)
+            return
+        with storage.on_disk(uri) as path:
+            pieces = _csv_pieces(str(path)) if suffix == ".csv" else pq.ParquetFile(path).iter_batches()
+            for piece in pieces:
+                yield from piece.to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(f"list {uri} cannot be read: {str(error).splitlines()[0]}") from None
-    rows: list[dict[str, Any]] = table.to_pylist()
-    if not rows:
-        raise ValueError(f"list {uri} has no rows")
-    return rows
 
 
-def _refuse_repeated(annotations: str, named: dict[Found, None]) -> None:
-    counts = Counter(found.video_id for found in named)
-    twice = [name for name, count in counts.items() if count > 1]
-    if twice:
-        raise ValueError(
-            f"{annotations} names {twice[0]!r} {counts[twice[0]]} times ({len(twice)} such names): "
-            "give each row a video_id of its own, or keep one of them"
-        )
+def _csv_pieces(path: str) -> Iterator[pa.RecordBatch]:
+    """Rows of a CSV file; all values are text."""
+    with pa.csv.open_csv(path) as reader:
+        names = reader.schema.names
+    strings = pa.csv.ConvertOptions(
+        column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, quoted_strings_can_be_null=False
+    )
+    options = pa.csv.ParseOptions(newlines_in_values=True)
+    with pa.csv.open_csv(path, convert_options=strings, parse_options=options) as reader:
+        yield from reader
+
+
+def _json_rows(uri: str) -> Iterator[dict[str, Any]]:
+    """Rows of JSON lines."""
+    for number, line in enumerate(read_lines(uri), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"list {uri} cannot be read: line {number} is not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f'{uri}, line {number}: {line.strip()[:80]!r} is no row: write {{"path": ...}}')
+        yield row

@@ -13,12 +13,12 @@ commas. So the videos decide: the form in which most lines name a file that is t
 from __future__ import annotations
 
 import csv
-import io
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from vmoco import storage
 from vmoco.data.found import Found
+from vmoco.data.list_text import first_cells, read_cells, read_lines
 from vmoco.data.listed_files import ListedFiles, seconds
 
 _HEADERS = {
@@ -41,67 +41,43 @@ _SAMPLE = 2000
 _Parse = Callable[[str], "dict[str, Any] | None"]
 
 
-def read_text(uri: str) -> str:
-    """The text of a list.
-
-    Raises:
-        ValueError: the file cannot be read, or is not text.
-    """
-    try:
-        content = storage.read_bytes(uri)
-    except OSError as error:
-        raise ValueError(f"list {uri} cannot be read: {str(error).splitlines()[0]}") from None
-    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        return content.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"list {uri} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from None
-
-
-def read_cells(uri: str) -> list[list[str]]:
-    """The lines of a text list whose labels contain no separator, or are quoted, without empty lines.
-
-    The first of tab, semicolon and comma in its first line separates; otherwise spaces do.
-
-    Raises:
-        ValueError: the file cannot be read, or has no line.
-    """
-    text = read_text(uri)
-    first = next((line for line in text.splitlines() if line.strip()), "")
-    separator = next((sign for sign in "\t;," if sign in first), None)
-    if separator is None:
-        rows = [line.split() for line in text.splitlines()]
-    else:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
-        rows = [[cell.strip() for cell in row] for row in reader]
-    rows = [row for row in rows if any(row)]
-    if not rows:
-        raise ValueError(f"list {uri} has no rows")
-    return rows
-
-
-def read_filelist(uri: str, files: ListedFiles) -> tuple[list[Found], str]:
+def read_filelist(uri: str, files: ListedFiles) -> tuple[Iterator[Found], str]:
     """The entries of a text list, and the form in which it was read, for the user.
 
     Raises:
-        ValueError: a line does not fit, no form or more than one fits, or a path is outside the folder.
+        ValueError: no form or more than one fits; and while the entries are read, a line does not fit, or a path is
+            outside the folder.
     """
-    header = _header(read_cells(uri)[0], files)
+    header = _header(first_cells(uri), files)
     if header:
-        rows = [dict(zip(header, row, strict=False)) for row in read_cells(uri)[1:]]
-        if not rows:
-            raise ValueError(f"list {uri} has no rows")
-        named = [files.entry(_row(row), where=f"{uri}, row {number}") for number, row in enumerate(rows, start=1)]
-        return named, f"columns {', '.join(header)}"
-    lines = [(number, line.strip()) for number, line in enumerate(read_text(uri).splitlines(), start=1) if line.strip()]
-    form, parse = _form(uri, [line for _, line in lines], files)
-    named = []
-    for number, line in lines:
+        return _below_header(uri, header, files), f"columns {', '.join(header)}"
+    form, parse = _form(uri, files)
+    return _in_form(uri, form, parse, files), form
+
+
+def _below_header(uri: str, header: list[str], files: ListedFiles) -> Iterator[Found]:
+    number = 0
+    for number, cells in enumerate(read_cells(uri)):
+        if number:
+            row = _row(dict(zip(header, cells, strict=False)))
+            yield files.entry(row, where=f"{uri}, row {number}")
+    if not number:
+        raise ValueError(f"list {uri} has no rows")
+
+
+def _in_form(uri: str, form: str, parse: _Parse, files: ListedFiles) -> Iterator[Found]:
+    for number, line in _lines(uri):
         row = parse(line)
         if row is None:
             raise ValueError(f"{uri}, line {number}: {line!r} is not {form}, as other lines are")
-        named.append(files.entry(row, where=f"{uri}, line {number}"))
-    return named, form
+        yield files.entry(row, where=f"{uri}, line {number}")
+
+
+def _lines(uri: str) -> Iterator[tuple[int, str]]:
+    """The lines that are not empty, each with its number."""
+    for number, line in enumerate(read_lines(uri), start=1):
+        if stripped := line.strip():
+            yield number, stripped
 
 
 def _header(cells: list[str], files: ListedFiles) -> list[str]:
@@ -111,33 +87,49 @@ def _header(cells: list[str], files: ListedFiles) -> list[str]:
     return columns if is_header and files.find(cells[0]) is None else []
 
 
-def _form(uri: str, lines: list[str], files: ListedFiles) -> tuple[str, _Parse]:
+def _form(uri: str, files: ListedFiles) -> tuple[str, _Parse]:
     """The form in which most lines name a file, by its name, and how it reads a line.
 
     Raises:
         ValueError: no form fits, or two do.
     """
-    for part in (lines[:: max(1, len(lines) // _SAMPLE)], lines):
-        best, chosen, read_so = 0, "", []
-        rival = ""
-        for form, parse in _PARSERS.items():
-            rows = [parse(line) for line in part]
-            count = sum(row is not None and _names_a_file(row, files) for row in rows)
-            if count > best:
-                best, chosen, read_so, rival = count, form, rows, ""
-            elif count and count == best and rows != read_so and form != _FIRST_SPACE:
-                rival = form
-        if rival:
+    count = sum(1 for _ in _lines(uri))
+    for step in dict.fromkeys([max(1, count // _SAMPLE), 1]):
+        found = [_Reading(form, parse) for form, parse in _PARSERS.items()]
+        for _, line in itertools.islice(_lines(uri), 0, None, step):
+            for reading in found:
+                reading.take(line, files)
+        best = max(found, key=lambda reading: reading.count)  # the first of the best
+        if not best.count:
+            continue
+        equal = [each for each in found if each.count == best.count and each.form != _FIRST_SPACE]
+        if rivals := [each for each in equal if each is not best and each.rows != best.rows]:
             raise ValueError(
-                f"list {uri} can be read as {chosen} and as {rival}, and both name {best} videos of {files.root}: "
-                "write a header, for example path,label"
+                f"list {uri} can be read as {best.form} and as {rivals[-1].form}, and both name {best.count} videos of "
+                f"{files.root}: write a header, for example path,label"
             )
-        if chosen:
-            return chosen, _PARSERS[chosen]
+        return best.form, best.parse
+    (_, first), *_ = itertools.islice(_lines(uri), 1)
     raise ValueError(
-        f"none of the {len(lines)} videos that {uri} names is in {files.root}: check --videos and --annotations. "
-        f"Its first line is {lines[0]!r}; allowed are {FORMS}"
+        f"none of the {count} videos that {uri} names is in {files.root}: check --videos and --annotations. "
+        f"Its first line is {first!r}; allowed are {FORMS}"
     )
+
+
+class _Reading:
+    """What the lines are when they are read in one form."""
+
+    def __init__(self, form: str, parse: _Parse) -> None:
+        self.form, self.parse = form, parse
+        self.count = 0
+        """Lines that name a file."""
+        self.rows = 0
+        """A hash of all rows, to tell two readings apart."""
+
+    def take(self, line: str, files: ListedFiles) -> None:
+        row = self.parse(line)
+        self.rows = hash((self.rows, None if row is None else tuple(row.items())))
+        self.count += row is not None and _names_a_file(row, files)
 
 
 def _names_a_file(row: Mapping[str, Any], files: ListedFiles) -> bool:
@@ -145,7 +137,7 @@ def _names_a_file(row: Mapping[str, Any], files: ListedFiles) -> bool:
         found = files.find(files.below_root(row["path"], where=""))
     except ValueError:
         return False
-    return found in files.folders if _NUM_FRAMES in row else found is not None
+    return found is not None and (_NUM_FRAMES not in row or files.is_folder(found))
 
 
 def _row(cells: Mapping[str, str]) -> dict[str, Any]:

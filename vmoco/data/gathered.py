@@ -1,54 +1,62 @@
-"""Gathers the videos that a folder holds, sorted by name: a few of them in memory, many in a temporary database."""
+"""Gathers videos, or why some are rejected, sorted by name: a few of them in memory, many in a temporary database."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Iterator
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
 from vmoco.data.found import Found
+from vmoco.data.ledger import Rejection
 from vmoco.data.temporary_database import disk_errors, temporary_database
 
 IN_MEMORY = 2**17
 """Most videos that are kept in memory, where one takes about 500 bytes."""
-_FOUND = TypeAdapter(Found)
 _AT_ONCE = 1000
 
+Row = TypeVar("Row", Found, Rejection)
 
-def gather(videos: Iterable[Found]) -> Collection[Found]:
-    """Videos sorted by video_id; their number is known, and they can be read more than once.
+
+def gather(rows: Iterable[Row], kind: type[Any] = Found) -> Collection[Row]:
+    """Rows sorted by video_id; their number is known, and they can be read more than once.
+
+    Args:
+        rows: of one kind.
+        kind: of the rows.
 
     Raises:
         ScratchError: the disk for temporary files is full.
     """
-    iterator = iter(videos)
+    iterator = iter(rows)
     first = list(itertools.islice(iterator, IN_MEMORY))
     if len(first) < IN_MEMORY:
-        return tuple(sorted(first, key=lambda found: found.video_id))
-    return _Videos(itertools.chain(first, iterator))
+        return tuple(sorted(first, key=lambda row: row.video_id))
+    return _OnDisk(itertools.chain(first, iterator), kind)
 
 
-class _Videos(Collection[Found]):
-    """Videos on disk."""
+class _OnDisk(Collection[Row]):
+    """Rows on disk."""
 
-    def __init__(self, videos: Iterable[Found]) -> None:
+    def __init__(self, rows: Iterable[Row], kind: type[Any]) -> None:
+        self._adapter: TypeAdapter[Any] = TypeAdapter(kind)
         self._database = temporary_database()
         with disk_errors():
-            self._database.execute("CREATE TABLE videos (video_id TEXT, found TEXT)")
-            rows = ((found.video_id, _FOUND.dump_json(found).decode()) for found in videos)
-            self._length = self._database.executemany("INSERT INTO videos VALUES (?, ?)", rows).rowcount
+            self._database.execute("CREATE TABLE rows (video_id TEXT, content TEXT)")
+            values = ((row.video_id, self._adapter.dump_json(row).decode()) for row in rows)
+            self._length = self._database.executemany("INSERT INTO rows VALUES (?, ?)", values).rowcount
             # Once, so that each reading is in order.
-            self._database.execute("CREATE INDEX by_name ON videos (video_id, found)")
+            self._database.execute("CREATE INDEX by_name ON rows (video_id, content)")
 
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[Found]:
+    def __iter__(self) -> Iterator[Row]:
         with disk_errors():
-            found = self._database.execute("SELECT found FROM videos ORDER BY video_id, found")
+            found = self._database.execute("SELECT content FROM rows ORDER BY video_id, content")
             while rows := found.fetchmany(_AT_ONCE):
-                yield from (_FOUND.validate_json(text) for (text,) in rows)
+                yield from (self._adapter.validate_json(text) for (text,) in rows)
 
-    def __contains__(self, video: object) -> bool:
-        return any(found == video for found in self)
+    def __contains__(self, row: object) -> bool:
+        return any(found == row for found in self)

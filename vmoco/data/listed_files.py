@@ -11,48 +11,50 @@ folder of pictures is found by the name of the video that they come from, which 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import posixpath
-import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from vmoco import storage
 from vmoco.data.found import Found
+from vmoco.data.path_lookup import Named, PathLookup, ask
 from vmoco.data.source import split_pattern
+from vmoco.data.temporary_database import disk_errors, temporary_database
 
 COLUMNS = ("path", "start_seconds", "end_seconds", "label", "video_id", "split", "group")
 """Columns of a table; only `path` is required."""
 
 
 class ListedFiles:
-    """The videos below a folder, to look names of a list up."""
+    """The videos below a folder, to look names of a list up. They lie in a temporary database, so there may be many.
 
-    def __init__(
-        self, root: str, paths: Iterable[str], *, inside: Mapping[str, str] | None = None, folders: Iterable[str] = ()
-    ) -> None:
-        """Takes the paths of the videos.
+    Args:
+        root: Folder or URI prefix, or a pattern.
+        videos: All videos.
+        folders: Paths of further folders of pictures.
 
-        Args:
-            root: Folder or URI prefix, or a pattern.
-            paths: Of all videos.
-            inside: The path in its tar file of each video that is in one, by its path.
-            folders: Those of the paths that are folders of pictures.
-        """
+    Raises:
+        ScratchError: the disk for temporary files is full; so may each method.
+    """
+
+    def __init__(self, root: str, videos: Iterable[Found], folders: Iterable[str] = ()) -> None:
         self.root = split_pattern(root)[0]
-        self.paths = frozenset(paths)
-        self.folders = frozenset(folders)
-        self.renamed: dict[str, str] = {}
-        ordered = sorted(self.paths)
-        self._by_path = _Lookup(((path, path) for path in ordered), self.folders)
-        self._inside = inside or {}
-        members = sorted(self._inside.items())
-        self._by_end = _Lookup((end, path) for path, own in members for end in _ends(own))
-        self._by_member = _Lookup((own, path) for path, own in members)
-        by_priority = sorted(ordered, key=lambda path: (path in self.folders, path))
-        self.by_stem: Mapping[str, str] = {  # the first of several
-            self._stem(posixpath.basename(path), path): path for path in reversed(by_priority)
-        }
+        self._database = temporary_database()
+        with disk_errors():
+            for table in (
+                "files (path TEXT PRIMARY KEY, own TEXT, is_folder INTEGER) WITHOUT ROWID",
+                "renamed (path TEXT UNIQUE, file TEXT)",
+            ):
+                self._database.execute(f"CREATE TABLE {table}")
+            rows = itertools.chain(map(_row, videos), ((folder, None, True) for folder in folders))
+            self._database.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?)", rows)
+        self._has_tars = bool(ask(self._database, "SELECT 1 FROM files WHERE own IS NOT NULL LIMIT 1"))
+        self._has_stems = False
+        self._by_path = PathLookup(self._database, "by_path", self._paths, ("stem", "folded", "folded_stem"))
+        self._by_end = PathLookup(self._database, "by_end", lambda: self._in_tars(_ends))
+        self._by_member = PathLookup(self._database, "by_member", lambda: self._in_tars(lambda own: [own]))
         local = storage.local_path(self.root)
         roots = {self.root} if local is None else {str(local), os.path.realpath(local)}
         roots |= {f"file://{root}" for root in roots if local is not None}
@@ -60,41 +62,81 @@ class ListedFiles:
 
     def find(self, path: str) -> str | None:
         """The file that a path of a list, relative to the folder, means; None if there is none, or several."""
-        if path in self.paths:
+        if self._is_file(path):
             return path
         if found := self._by_path.find(path):
             return found
-        if (folder := posixpath.splitext(path)[0]) in self.folders:
+        if self.is_folder(folder := posixpath.splitext(path)[0]):
             return folder
-        return next(filter(None, (lookup.find(name) for name, lookup in self._in_tars(path))), None)
+        return next(filter(None, (lookup.find(name) for name, lookup in self._tar_lookups(path))), None)
 
-    def _stem(self, name: str, path: str) -> str:
-        return name if path in self.folders else posixpath.splitext(name)[0]
+    def by_stem(self, stem: str) -> str | None:
+        """The first file whose name, without folder and ending, is exactly that; folders come last."""
+        if not self._has_stems:
+            with disk_errors():
+                self._database.execute("CREATE TABLE stems (stem TEXT, is_folder INTEGER, path TEXT)")
+                named = ((posixpath.basename(path), path, is_folder) for path, _, is_folder in self._paths())
+                rows = ((n if is_folder else posixpath.splitext(n)[0], is_folder, path) for n, path, is_folder in named)
+                self._database.executemany("INSERT INTO stems VALUES (?, ?, ?)", rows)
+                self._database.execute("CREATE INDEX by_stem ON stems (stem, is_folder, path)")
+            self._has_stems = True
+        question = "SELECT path FROM stems WHERE stem = ? ORDER BY is_folder, path LIMIT 1"
+        return next((path for (path,) in ask(self._database, question, stem)), None)
 
-    def _in_tars(self, path: str) -> Iterator[tuple[str, _Lookup]]:
+    def is_folder(self, path: str) -> bool:
+        """Whether a path is that of a folder of pictures."""
+        return bool(ask(self._database, "SELECT 1 FROM files WHERE path = ? AND is_folder", path))
+
+    def _is_file(self, path: str) -> bool:
+        return bool(ask(self._database, "SELECT 1 FROM files WHERE path = ?", path))
+
+    def _paths(self) -> Named:
+        """Each path by its own name."""
+        found = self._database.execute("SELECT path, is_folder FROM files ORDER BY path")
+        return ((path, path, bool(is_folder)) for path, is_folder in found)
+
+    def _in_tars(self, names: Callable[[str], list[str]]) -> Named:
+        """The path of each video in a tar file, by names that follow from its path there."""
+        found = self._database.execute("SELECT path, own FROM files WHERE own IS NOT NULL ORDER BY path")
+        return ((name, path, False) for path, own in found for name in names(own))
+
+    def _tar_lookups(self, path: str) -> Iterator[tuple[str, PathLookup]]:
         """Where to look a path up among those in tar files, and by which name."""
-        if self._inside:
+        if self._has_tars:
             yield path, self._by_end
             yield from ((end, self._by_member) for end in _ends(path))
 
+    @property
+    def num_renamed(self) -> int:
+        """How many names that were resolved are not exactly those of their files."""
+        count: int = ask(self._database, "SELECT COUNT(*) FROM renamed")[0][0]
+        return count
+
+    @property
+    def first_renamed(self) -> tuple[str, str]:
+        """The first of them, and its file; there is one."""
+        name, file = ask(self._database, "SELECT path, file FROM renamed ORDER BY rowid LIMIT 1")[0]
+        return name, file
+
     def resolve(self, path: str) -> str:
-        """The file that `find` finds, or the path as it is; `renamed` then has what is not exactly the file's name."""
+        """The file that `find` finds, or the path as it is; `num_renamed` counts names that are not exactly its own."""
         found = self.find(path)
         if found is None:
             return path
         if not self.is_in_tar(found) and not found.startswith(path):
-            self.renamed[path] = found
+            with disk_errors():
+                self._database.execute("INSERT OR IGNORE INTO renamed VALUES (?, ?)", (path, found))
         return found
 
     def is_ambiguous(self, path: str) -> bool:
         """Whether several files differ from a path, which is not a file, only in ending, case or Unicode form."""
         return self._by_path.is_ambiguous(path) or any(
-            lookup.is_ambiguous(name) for name, lookup in self._in_tars(path)
+            lookup.is_ambiguous(name) for name, lookup in self._tar_lookups(path)
         )
 
     def is_in_tar(self, path: str) -> bool:
         """Whether a path is that of a video in a tar file."""
-        return path in self._inside
+        return bool(ask(self._database, "SELECT 1 FROM files WHERE path = ? AND own IS NOT NULL", path))
 
     def below_root(self, path: str, *, where: str) -> str:
         """A path of a list, relative to the folder.
@@ -115,6 +157,9 @@ class ListedFiles:
         Raises:
             ValueError: the row has no path, or a value that is not allowed.
         """
+        for name in COLUMNS:
+            if any("\ud800" <= sign <= "\udfff" for sign in str(row.get(name, ""))):
+                raise ValueError(f"{where}: {name} {row[name]!r} is no text: a part of it is half a character")
         if not row.get("path"):
             raise ValueError(f"{where} has no path: path and optionally {', '.join(COLUMNS[1:])} are allowed")
         named = self.below_root(str(row["path"]), where=where)
@@ -129,35 +174,6 @@ class ListedFiles:
         name = path if found.range is None else f"{path}#{found.range}"
         source = found.group or (None if found.range is None else path)
         return dataclasses.replace(found, video_id=name if video_id is None else video_id, source=source)
-
-
-class _Lookup:
-    """Finds a path by its name, exactly, without ending, or in another case or Unicode form."""
-
-    def __init__(self, named: Iterable[tuple[str, str]], folders: frozenset[str] = frozenset()) -> None:
-        pairs = list(named)
-        stems = [(name if path in folders else posixpath.splitext(name)[0], path) for name, path in pairs]
-        self._exact = _unique(pairs)
-        self._without_ending = _unique(stems)
-        self._folded = _unique((_fold(name), path) for name, path in pairs)
-        self._folded_without_ending = _unique((_fold(stem), path) for stem, path in stems)
-
-    def find(self, name: str) -> str | None:
-        """The path that a name means; None if there is none, or several."""
-        return next(filter(None, self._candidates(name)), None)
-
-    def is_ambiguous(self, name: str) -> bool:
-        """Whether several paths differ from a name only in ending, case or Unicode form."""
-        return "" in self._candidates(name)
-
-    def _candidates(self, name: str) -> list[str | None]:
-        folded = _fold(name)
-        return [
-            self._exact.get(name),
-            self._without_ending.get(name),
-            self._folded.get(folded),
-            self._folded_without_ending.get(folded),
-        ]
 
 
 def seconds(value: Any, name: str, *, where: str) -> float | None:
@@ -177,19 +193,13 @@ def seconds(value: Any, name: str, *, where: str) -> float | None:
     return number
 
 
-def _fold(path: str) -> str:
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
-
-
 def _ends(path: str) -> list[str]:
     """A path, and the path without its first folder, its first two ..., to the name alone."""
     parts = path.split("/")
     return ["/".join(parts[first:]) for first in range(len(parts))]
 
 
-def _unique(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """The path of each key; empty for a key that several paths have."""
-    found: dict[str, str] = {}
-    for key, path in pairs:
-        found[key] = path if found.setdefault(key, path) == path else ""
-    return found
+def _row(found: Found) -> tuple[str, str | None, bool]:
+    """Path of a video, that in its tar file, and whether it is a folder."""
+    own = found.path.removeprefix(f"{found.member.tar}/") if found.member else None
+    return found.path, own, found.pictures is not None

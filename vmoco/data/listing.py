@@ -7,6 +7,7 @@ counted. Without any, tar files or pictures are taken if there is one kind of th
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import posixpath
 from collections.abc import Sequence
 from typing import Literal
@@ -81,7 +82,9 @@ def _tars(root: str, tars: Sequence[str], uri: str, suffixes: Sequence[str]) -> 
         raise ValueError(f"{storage.join(root, tars[0])} cannot be read: {how_to_uncompress(tars[0])}")
     found = list_tars(root, tars, suffixes)
     if not found.videos:
-        why = "; ".join([*(f"{row.video_id}: {row.message}" for row in found.rejected[:3]), found.left_out])
+        why = "; ".join(
+            [*(f"{row.video_id}: {row.message}" for row in itertools.islice(found.rejected, 3)), found.left_out]
+        )
         raise ValueError(f"no videos found in the {len(tars)} tar files of {uri}: {why or 'they are empty'}")
     number = f"{len(tars)} tar files" if len(tars) > 1 else "1 tar file"
     said = f"{uri} is read as --layout tar: {number} with {len(found.videos)} videos"

@@ -11,14 +11,16 @@ Of a folder only the files with these names are read: archives bring others alon
 
 from __future__ import annotations
 
+import itertools
 import json
 import posixpath
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from vmoco import storage
-from vmoco.data.filelist import read_cells, read_text
 from vmoco.data.found import Found
+from vmoco.data.list_text import first_cells, read_cells, read_text
 from vmoco.data.listed_files import ListedFiles, seconds
 
 _SPLIT_FILES = {"ucf101": r"(train|test)list0([123])\.txt", "hmdb51": r"([^.].*)_test_split([123])\.txt"}
@@ -31,21 +33,16 @@ def is_split_file(name: str, layout: str) -> bool:
     return re.fullmatch(_SPLIT_FILES[layout], posixpath.basename(name)) is not None
 
 
-def kinetics(uri: str, files: ListedFiles) -> list[Found]:
+def kinetics(uri: str, files: ListedFiles) -> Iterator[Found]:
     """One entry per row: the trimmed file if there is one, otherwise a range of the uncut one.
 
     Raises:
         ValueError: the list cannot be read, or a row lacks a field.
     """
-    rows = read_cells(uri)
-    columns = kinetics_columns(rows[0])
-    with_header = "youtube_id" in rows[0]
-    if with_header:
-        rows = rows[1:]
-        if not rows:
-            raise ValueError(f"list {uri} has no rows")
-    named = []
-    for number, cells in enumerate(rows, start=1):
+    first = first_cells(uri)
+    columns, with_header = kinetics_columns(first), "youtube_id" in first
+    number = 0
+    for number, cells in enumerate(itertools.islice(read_cells(uri), int(with_header), None), start=1):
         where = f"{uri}, row {number}"
         row = dict(zip(columns, cells, strict=False))
         missing = [name for name in _KINETICS[1:4] if not row.get(name)]
@@ -55,21 +52,20 @@ def kinetics(uri: str, files: ListedFiles) -> list[Found]:
         youtube_id = row["youtube_id"]
         trimmed = f"{youtube_id}_{start:06.0f}_{end:06.0f}"
         # Ids differ in case alone, so names are taken exactly.
-        path = files.by_stem.get(trimmed) or files.by_stem.get(f"{youtube_id}_{start:g}_{end:g}")
-        uncut = None if path else files.by_stem.get(youtube_id)
-        named.append(
-            Found(
-                trimmed,
-                0,
-                path or uncut or f"{trimmed}.mp4",
-                start_seconds=start if uncut else None,
-                end_seconds=end if uncut else None,
-                label=row.get("label") or None,
-                splits=(row.get("split") or None, None, None),
-                source=youtube_id,
-            )
+        path = files.by_stem(trimmed) or files.by_stem(f"{youtube_id}_{start:g}_{end:g}")
+        uncut = None if path else files.by_stem(youtube_id)
+        yield Found(
+            trimmed,
+            0,
+            path or uncut or f"{trimmed}.mp4",
+            start_seconds=start if uncut else None,
+            end_seconds=end if uncut else None,
+            label=row.get("label") or None,
+            splits=(row.get("split") or None, None, None),
+            source=youtube_id,
         )
-    return named
+    if not number:
+        raise ValueError(f"list {uri} has no rows")
 
 
 def kinetics_columns(cells: list[str]) -> list[str]:
@@ -121,9 +117,8 @@ def ssv2(uri: str, files: ListedFiles) -> list[Found]:
                     f"{where} has the label {label!r}, which is not among the {len(labels)} of the labels file"
                 )
             stem = str(item["id"])
-            named.append(
-                Found(path := files.by_stem.get(stem, f"{stem}.webm"), 0, path, label=label, splits=_split_of(place))
-            )
+            path = files.by_stem(stem) or f"{stem}.webm"
+            named.append(Found(path, 0, path, label=label, splits=_split_of(place)))
     return named
 
 

@@ -39,7 +39,7 @@ class Listing:
 
     videos: Collection[Found]
     """Sorted by video_id."""
-    rejected: tuple[Rejection, ...]
+    rejected: Collection[Rejection]
     """Files with a video's extension that cannot be read, and folders that cannot be read."""
     num_hidden: int
     """Number of videos that are skipped because their name, or a folder's, starts with a dot."""

@@ -117,11 +117,6 @@ def _read_all(root: str, tars: Sequence[str], wanted: Wanted) -> Iterator[_Conte
             yield from pool.map(lambda tar: _read(root, tar, wanted), tars[first : first + _AHEAD])
 
 
-def members_of(listing: Listing) -> dict[str, str]:
-    """The path in its tar file of each video that is in one, by its path."""
-    return {found.path: found.path.removeprefix(f"{found.member.tar}/") for found in listing.videos if found.member}
-
-
 def is_compressed(tar: str) -> bool:
     """Whether a name is that of a compressed tar file."""
     return tar.lower().endswith(COMPRESSED_TARS)

@@ -11,8 +11,8 @@ import heapq
 import json
 import logging
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, cast
 
 from vmoco import storage
 from vmoco.data import ledger, source
@@ -58,7 +58,7 @@ def embed(encoder: Encoder, settings: EmbedSettings, *, show: Callable[[str], No
             f"folder of its videos, or leave out {settings.sliding}"
         )
     storage.check_writable(output)
-    seen, listed = Window(encoder.preprocessing.num_frames, 1), tuple[Rejection, ...]()
+    seen, listed = Window(encoder.preprocessing.num_frames, 1), cast(Collection[Rejection], ())
     if is_data_set:
         manifest = Manifest.load(videos)
         seen = window(encoder, manifest)
@@ -97,7 +97,7 @@ def embed(encoder: Encoder, settings: EmbedSettings, *, show: Callable[[str], No
     return Embedded(table, num_rejected, num_reused)
 
 
-def _write_ledger(output: str, listed: Sequence[Rejection], parts: Sequence[str]) -> int:
+def _write_ledger(output: str, listed: Collection[Rejection], parts: Sequence[str]) -> int:
     """Writes the ledger from what the parts record, one at a time; returns the number of rejected videos.
 
     Args:
