@@ -19,6 +19,7 @@ from tests.made import encoder_of
 from tests.names import FOLDER, NAMES
 from tests.store import BUCKET, Fault, Store
 from vmoco import storage
+from vmoco.data import source
 from vmoco.data.check import check
 from vmoco.data.clips import ClipPlan
 from vmoco.data.decoder import Decoder
@@ -117,15 +118,16 @@ def test_any_name_gives_what_it_gives_in_a_folder(store: Store, tmp_path: Path) 
     assert len(list_videos(f"{root}/in/[[]g].m*").videos) == 1
 
 
-def test_a_name_that_is_no_path_is_a_row(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("most_folders", [0, 1000], ids=["at once", "folder by folder"])
+def test_a_name_that_is_no_path_is_a_row(store: Store, monkeypatch: pytest.MonkeyPatch, most_folders: int) -> None:
     """An object whose name has an empty part, `.` or `..` is in the ledger and ends no job; the others are listed."""
-    for name in ("a.mp4", "x//b.mp4", "x/./c.mp4", "x/../d.mp4"):
+    monkeypatch.setattr(source, "MAX_FOLDERS", most_folders)
+    bad = ("x//b.mp4", "x/./c.mp4", "x/../d.mp4", "/e.mp4", "./f.mp4", "../g.mp4")
+    for name in ("a.mp4", "y/z/h.mp4", "y/i.mp4", *bad):
         store.client.put_object(Bucket=BUCKET, Key=f"in/{name}", Body=b"content")
     listing = list_videos(f"s3://{BUCKET}/in")
-    assert [found.video_id for found in listing.videos] == ["a.mp4"]
-    assert {(row.video_id, row.reason) for row in listing.rejected} == {
-        (name, "name-not-a-path") for name in ("x//b.mp4", "x/./c.mp4", "x/../d.mp4")
-    }
+    assert [found.video_id for found in listing.videos] == ["a.mp4", "y/i.mp4", "y/z/h.mp4"]
+    assert {(row.video_id, row.reason) for row in listing.rejected} == {(name, "name-not-a-path") for name in bad}
 
 
 def test_a_store_is_opened_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import hashlib
+import itertools
 import os
 import stat
 import tempfile
@@ -162,19 +163,36 @@ def _list_remote(uri: str, wanted: Wanted) -> Listing:
     return Listing(videos, tuple(rejected), num_hidden, wanted.others)
 
 
+MAX_FOLDERS = 1000
+
+
 def remote_files(uri: str) -> Iterator[tuple[str, pafs.FileInfo]]:
     """The files below a URI prefix, each with its path below it.
+
+    A store answers with all names at once, 260 bytes each. So its folders are listed one after the other, unless there
+    are more than MAX_FOLDERS of them: each is a request.
 
     Raises:
         ValueError: the store cannot list them.
     """
     filesystem, path = storage.filesystem(uri)
     root = path.rstrip("/")
-    try:
-        entries = storage.patiently(lambda: filesystem.get_file_info(pafs.FileSelector(root, recursive=True)))
-    except OSError as error:
-        raise ValueError(f"{uri} cannot be listed ({error}): check the address and its permissions") from error
-    return ((entry.path[len(root) + 1 :], entry) for entry in entries if entry.type == pafs.FileType.File)
+
+    def listed(folder: str, *, recursive: bool) -> list[pafs.FileInfo]:
+        try:
+            found = pafs.FileSelector(folder, recursive=recursive)
+            entries: list[pafs.FileInfo] = storage.patiently(lambda: filesystem.get_file_info(found))
+        except OSError as error:
+            raise ValueError(f"{uri} cannot be listed ({error}): check the address and its permissions") from error
+        return entries
+
+    top = listed(root, recursive=False)
+    folders = [entry.path for entry in top if entry.type == pafs.FileType.Directory]
+    strange = any(folder[len(root) + 1 :] in ("", ".", "..") for folder in folders)  # it would be taken for another one
+    if strange or len(folders) > MAX_FOLDERS:
+        top, folders = listed(root, recursive=True), []
+    for entries in itertools.chain([top], (listed(folder, recursive=True) for folder in folders)):
+        yield from ((entry.path[len(root) + 1 :], entry) for entry in entries if entry.type == pafs.FileType.File)
 
 
 def local_folders(root: str, rejected: list[Rejection]) -> Iterator[tuple[str, list[str]]]:
