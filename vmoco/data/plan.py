@@ -105,17 +105,15 @@ class Stream:
 
     def draws(self, at: Int64Array) -> Draws:
         """The draws at some places of the stream, which rise and are at least one."""
-        epochs, places = np.divmod(at, self.epoch_length)
-        windows, places = np.divmod(places, self._window * self.draws_per_video)
-        full, left_over = divmod(self.num_videos, self._window)
-        passes, places = np.divmod(places, np.where(windows < full, self._window, max(left_over, 1)))
-        # One piece of each pass over a window that they reach into.
-        keys = np.stack([epochs, windows, passes])
-        borders = np.flatnonzero((np.diff(keys) != 0).any(axis=0)) + 1
-        pieces = []
-        for piece in np.split(np.arange(len(at)), borders):
-            epoch, window, number = keys[:, piece[0]].tolist()
-            pieces.append(self._draw(epoch, window, number, places[piece]))
+        pieces, begin = [], 0
+        while begin < len(at):  # once for each pass over a window that they reach into
+            epoch, place = divmod(int(at[begin]), self.epoch_length)
+            window, place = divmod(place, self._window * self.draws_per_video)
+            size = self._size(window)
+            number, place = divmod(place, size)
+            end = int(np.searchsorted(at, at[begin] + size - place))
+            pieces.append(self._draw(epoch, window, number, at[begin:end] - at[begin] + place))
+            begin = end
         return _joined(pieces)
 
     def second_clips(self, draws: Draws) -> Int64Array:
@@ -125,11 +123,14 @@ class Stream:
         further = np.floor(uniform(draws.seed, hash64("second clip")) * (count - 1)).astype(np.int64)
         return draws.clip - place + (place + 1 + further) % count
 
+    def _size(self, window: int) -> int:
+        """Number of videos of a window."""
+        return min(self._window, self.num_videos - window * self._window)
+
     def _make_order(self, epoch: int, window: int, number: int) -> Order:
         """Order of the videos of a window in one pass over them."""
-        size = min(self._window, self.num_videos - window * self._window)
         which = (window,) if self._window < self.num_videos else ()
-        return Order(size, hash64("video-order", self._seed, epoch, *which, number))
+        return Order(self._size(window), hash64("video-order", self._seed, epoch, *which, number))
 
     def _make_window_order(self, epoch: int) -> Order:
         """Order of the windows in an epoch; the videos that are left over come after them."""
@@ -309,5 +310,7 @@ def data_sets(clips: Int64Array, first_clips: Int64Array) -> Int64Array:
 
 
 def _joined(pieces: Sequence[Draws]) -> Draws:
+    if len(pieces) == 1:
+        return pieces[0]
     names = ("clip", "video", "epoch", "seed")
     return Draws(*(np.concatenate([getattr(each, name) for each in pieces]) for name in names))
