@@ -13,7 +13,7 @@ from tests.dataset import make_data_set
 from tests.made import encoder_of
 from vmoco.encoders.foreign import random_initialisation
 from vmoco.evaluate.before_after import AFTER, BEFORE, compare, found, write_page
-from vmoco.evaluate.score import TooFewVideosError, score_encoder
+from vmoco.evaluate.score import Answers, Estimate, TooFewVideosError, score_encoder
 
 PROBE = """<script>addEventListener("load", () => {
   const all = [...document.images];
@@ -29,6 +29,8 @@ def test_random_weights_beside_random_weights(tmp_path: Path) -> None:
     encoder = random_initialisation(encoder_of(), seed=3)
     same = compare(encoder, manifest, seed=3)
     assert [row.before for row in same.rows] == [row.after for row in same.rows]
+    assert {row.difference for row in same.rows} == {Estimate(0.0, 0.0, 0.0)}
+    assert same.rows[0].cells()[-1] == "+0.0 [+0.0, +0.0]"
     other = compare(encoder, manifest, seed=4)
     assert [row.after for row in other.rows] == [row.after for row in same.rows]
     assert other.rows[1].before != same.rows[1].before
@@ -36,6 +38,17 @@ def test_random_weights_beside_random_weights(tmp_path: Path) -> None:
     assert same.rows[0].after == score.retrieval
     assert (same.rows[0].chance, same.rows[1].chance) == (1 / 5, 1 / 10)
     assert (same.num_videos, same.num_clips) == (5, 10)
+
+
+def test_a_difference_is_paired() -> None:
+    """Two encoders of which one is right wherever the other is, and once more in each video: +20 points for sure."""
+    one, other = np.tile([1.0, 0, 0, 0, 0], 8), np.tile([1.0, 0, 1, 0, 0], 8)
+    one[:20], other[:20] = 1 - one[:20], 1 - other[:20]
+    videos = np.repeat(np.arange(8), 5)
+    worse, better = Answers(np.minimum(one, other), videos), Answers(np.maximum(one, other), videos)
+    assert worse.estimate().high > better.estimate().low
+    assert better.above(worse) == pytest.approx(Estimate(0.2, 0.2, 0.2))
+    assert worse.above(better) == pytest.approx(Estimate(-0.2, -0.2, -0.2))
 
 
 def test_colour_finds_what_differs_in_colour(tmp_path: Path) -> None:

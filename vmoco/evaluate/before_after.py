@@ -27,7 +27,7 @@ from vmoco.evaluate.embed_task import EmbedTask, Work
 from vmoco.evaluate.features import Features, Frames, embed_batch, mean_colour, window, without_colour
 from vmoco.evaluate.gallery import STYLE, nearest_rows
 from vmoco.evaluate.knn import centred
-from vmoco.evaluate.score import Estimate, estimate, score_encoder, scored_clips
+from vmoco.evaluate.score import Answers, Estimate, score_encoder, scored_clips
 from vmoco.evaluate.table import FeatureTable
 from vmoco.job_settings import EmbedSettings
 from vmoco.seed import hash64, uniforms
@@ -58,10 +58,19 @@ class Row:
     before: Estimate
     """The score of random weights."""
     after: Estimate
+    difference: Estimate
+    """Of the two, clip by clip: its interval is narrower than theirs let expect, because both see the same clips."""
+
+    @classmethod
+    def of(cls, name: str, before: Answers, after: Answers, *, chance: float, by_colour: float) -> Row:
+        """The row of the answers of both encoders."""
+        return cls(name, chance, by_colour, before.estimate(), after.estimate(), after.above(before))
 
     def cells(self) -> tuple[str, ...]:
         """The texts of one line of the table, in the order of `COLUMNS`."""
-        return (self.name, f"{self.chance:.1%}", f"{self.by_colour:.1%}", str(self.before), str(self.after))
+        apart = self.difference
+        points = f"{100 * apart.value:+.1f} [{100 * apart.low:+.1f}, {100 * apart.high:+.1f}]"
+        return (self.name, f"{self.chance:.1%}", f"{self.by_colour:.1%}", str(self.before), str(self.after), points)
 
 
 MEANING = (
@@ -69,7 +78,7 @@ MEANING = (
     "part of a video, or another, mirrored crop of the same clip."
 )
 """What the scores count, for the user."""
-COLUMNS = ("score on held-out clips, without colour", "chance", "colour alone", BEFORE, AFTER)
+COLUMNS = ("score on held-out clips, without colour", "chance", "colour alone", BEFORE, AFTER, "points more")
 
 
 @dataclass(frozen=True)
@@ -86,8 +95,8 @@ class Comparison:
         """What the table does not show, as a text for the user."""
         return (
             f"In brackets: 95 % intervals over {self.num_videos} held-out videos or parts of videos "
-            f"({self.num_clips} clips). Where intervals overlap, the difference may be chance. With so few videos, "
-            "the scores say nothing about other videos."
+            f"({self.num_clips} clips). The difference is on the same clips; where its interval contains 0, it may be "
+            "chance. With so few videos, the scores say nothing about other videos."
         )
 
 
@@ -106,8 +115,12 @@ def compare(encoder: Encoder, manifest: Manifest, *, seed: int = 0) -> Compariso
     untrained = random_initialisation(encoder, seed=seed)
     before, after = (score_encoder(each, manifest) for each in (untrained, encoder))
     held_out = manifest.held_out()
+    assert before.answers is not None
+    assert after.answers is not None
     rows = (
-        Row("same video at another time", after.chance, after.by_colour, before.retrieval, after.retrieval),
+        Row.of(
+            "same video at another time", before.answers, after.answers, chance=after.chance, by_colour=after.by_colour
+        ),
         _crop_row(encoder, untrained, manifest, held_out),
     )
     return Comparison(rows, len(pairs["video_id"].unique()), held_out.num_rows)
@@ -123,10 +136,11 @@ def _crop_row(encoder: Encoder, untrained: Encoder, manifest: Manifest, held_out
     right_by_colour = found(-((colours[0][:, None] - colours[1][None]) ** 2).sum(axis=2))
     grey = [[without_colour(frames) for frames in view] for view in crops]
     before, after = (
-        estimate(found(queries @ gallery.T), np.concatenate([videos, videos]))
+        Answers(found(queries @ gallery.T), np.concatenate([videos, videos]))
         for queries, gallery in ([_features(each, view) for view in grey] for each in (untrained, encoder))
     )
-    return Row("same clip in another crop", 1 / len(rows), float(right_by_colour.mean()), before, after)
+    by_colour = float(right_by_colour.mean())
+    return Row.of("same clip in another crop", before, after, chance=1 / len(rows), by_colour=by_colour)
 
 
 def found(similarity: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:

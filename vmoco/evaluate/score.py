@@ -17,7 +17,8 @@ forwards and backwards. It embeds 4 more clips of a video; the score embeds 8.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +82,24 @@ def estimate(
     return Estimate(float(numbers.mean()), float(low), float(high))
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Which searches were right; those of two encoders for the same clips have the same order."""
+
+    right: npt.NDArray[np.float64]
+    """(N,), 1 or 0."""
+    groups: npt.NDArray[Any]
+    """(N,), source of each: they are resampled for the interval."""
+
+    def estimate(self) -> Estimate:
+        """Share of right answers."""
+        return estimate(self.right, self.groups)
+
+    def above(self, other: Answers) -> Estimate:
+        """How much larger the share is than that of another encoder, on the same clips in the same resamples."""
+        return estimate(self.right - other.right, self.groups)
+
+
 MAX_VIDEOS = 2000
 """Most videos that take part. It limits the work (8 clips of each are embedded) and the memory (about 50 MB)."""
 ROUNDS = 4
@@ -113,6 +132,8 @@ class LabelFreeScore:
     """Hash of the clips and of their pairs. Only scores with equal hashes can be compared."""
     arrow: Estimate | None = None
     """Share of pairs that tell forwards from backwards, by `arrow`; None if no clip was embedded backwards."""
+    answers: Answers | None = field(default=None, compare=False, repr=False)
+    """What `retrieval` is the mean of, to compare two encoders clip by clip."""
 
     def numbers(self) -> dict[str, float]:
         """Metrics for the tracker, by name; `retrieval` is the score that chooses between encoders by default."""
@@ -188,13 +209,15 @@ def score(
     found = [_found(apart[a] @ apart[b].T, left_out) for a, b in _both_ways(places)]
     by_colour = [_found(-_squared_distances(hues[a], hues[b]), left_out) for a, b in _both_ways(places)]
     num_videos = pairs.shape[1]
+    answers = Answers(np.concatenate(found), np.tile(groups, len(found)))
     return LabelFreeScore(
-        retrieval=estimate(np.concatenate(found), np.tile(groups, len(found))),
+        retrieval=answers.estimate(),
         by_colour=float(np.mean(by_colour)),
         chance=float(np.mean(1 / (num_videos - left_out.sum(axis=1)))) if left_out.any() else 1 / num_videos,
         effective_rank=effective_rank(chosen),
         num_videos=num_videos,
         num_clips=len(rows),
+        answers=answers,
     )
 
 
