@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vmoco.data import annotations, gathered, named_entries
 from vmoco.data.annotations import list_annotated
 from vmoco.data.found import Found
 from vmoco.data.ingest import list_inputs
+from vmoco.data.source import Listing
 from vmoco.job_settings import IngestSettings
 
 
@@ -111,3 +114,85 @@ def test_what_is_no_list_is_refused(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("path\nz.mp4\n")
     with pytest.raises(ValueError, match=r"none of the 1 videos that .*list.csv names is in .*: check --videos"):
         list_annotated(root, f"{root}/list.csv", "table")
+
+
+NAMED = [
+    {"path": "a", "label": "x"},
+    {"path": "a", "label": "x"},
+    {"path": "A.MP4", "label": "y", "video_id": "again"},
+    {"path": "gone.mp4"},
+    {"path": "c"},
+    {"path": "b.mp4", "start_seconds": 1},
+]
+
+
+def test_a_list_on_disk_is_as_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries, their files, reasons and notes do not depend on how many there are."""
+    root = make(tmp_path / "in", "a.mp4", "b.mp4", "c.mp4", "c.avi")
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, NAMED)))
+    small = list_annotated(root, str(tmp_path / "list.jsonl"), "table")
+    assert [(found.video_id, found.path, found.source) for found in small.videos] == [
+        ("a.mp4", "a.mp4", "a.mp4"),
+        ("again", "a.mp4", "a.mp4"),
+        ("b.mp4#1-", "b.mp4", "b.mp4"),
+    ]
+    assert [(row.video_id, row.reason) for row in small.rejected] == [("c", "ambiguous"), ("gone.mp4", "missing")]
+    assert small.notes == (
+        "1 entries are repeated, and count once",
+        "1 names differ from their files in case or Unicode form, such as 'A.MP4', which is 'a.mp4'",
+    )
+    monkeypatch.setattr(gathered, "IN_MEMORY", 0)
+    monkeypatch.setattr(named_entries, "_AT_ONCE", 2)
+    large = list_annotated(root, str(tmp_path / "list.jsonl"), "table")
+    assert not isinstance(large.videos, tuple)
+    assert not isinstance(large.rejected, tuple)
+    assert (tuple(large.videos), tuple(large.rejected), large.notes) == (small.videos, small.rejected, small.notes)
+
+
+def test_memory_does_not_grow_with_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of Kinetics with half of its files, four times as long, takes no more Python objects at a time."""
+    monkeypatch.setattr(gathered, "IN_MEMORY", 100)
+    for module in (gathered, named_entries):
+        monkeypatch.setattr(module, "_AT_ONCE", 50)
+
+    def peak(count: int) -> int:
+        names = [f"{number:011d}_{5:06d}_{15:06d}" for number in range(count)]
+        videos = gathered.gather(Found(f"{name}.mp4", 9) for name in names[::2])
+        monkeypatch.setattr(annotations, "list_footage", lambda *args, **more: Listing(videos, (), 0, root="/in"))
+        lines = (f"run,{name[:11]},5,15,train\n" for name in names)
+        (tmp_path / "list.csv").write_text("label,youtube_id,time_start,time_end,split\n" + "".join(lines))
+        del names
+        tracemalloc.start()
+        try:
+            listing = list_annotated("/in", str(tmp_path / "list.csv"), "kinetics")
+            assert (len(listing.videos), len(listing.rejected)) == (count // 2, count // 2)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few, many = peak(2000), peak(8000)
+    # pydantic keeps up to 16,384 texts that it has read, 1.2 MB. An entry takes 1,900 bytes as an object with its names.
+    assert many < few + 2**21
+
+
+def test_half_a_character_is_refused(tmp_path: Path) -> None:
+    """JSON can write what no text is; the row is named, not the line of our code that cannot store it."""
+    root = make(tmp_path, "a.mp4")
+    (tmp_path / "list.jsonl").write_text('{"path": "a.mp4", "label": "\\ud83d"}\n')
+    with pytest.raises(ValueError, match=r"list.jsonl, row 1: label '\\ud83d' is no text"):
+        list_annotated(root, f"{root}/list.jsonl", "table")
+    (tmp_path / "list.jsonl").write_text('{"path": "a.mp4"}\n[1]\n')
+    with pytest.raises(ValueError, match=r"list.jsonl, line 2: '\[1\]' is no row"):
+        list_annotated(root, f"{root}/list.jsonl", "table")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["unix", "windows", "mac"])
+def test_line_ends(tmp_path: Path, end: str) -> None:
+    """Lines end as on any system, also within a quoted label, which keeps them."""
+    root = make(tmp_path / "in", "a.mp4", "b.mp4")
+    (tmp_path / "list.txt").write_bytes(end.join(["file,label", 'a.mp4,"one', 'two"', "", "b.mp4,three", ""]).encode())
+    listing = list_annotated(root, str(tmp_path / "list.txt"), "filelist")
+    assert [(found.path, found.label) for found in listing.videos] == [("a.mp4", f"one{end}two"), ("b.mp4", "three")]
+    (tmp_path / "list.txt").write_bytes(end.join(["a.mp4 1", "b.mp4 2"]).encode())
+    listing = list_annotated(root, str(tmp_path / "list.txt"), "filelist")
+    assert [(found.path, found.label) for found in listing.videos] == [("a.mp4", "1"), ("b.mp4", "2")]
