@@ -171,7 +171,7 @@ def test_memory_does_not_grow_with_a_list(tmp_path: Path, monkeypatch: pytest.Mo
             tracemalloc.stop()
 
     few, many = peak(2000), peak(8000)
-    # pydantic keeps up to 16,384 texts that it has read, 1.2 MB. An entry takes 1,900 bytes as an object with its names.
+    # pydantic keeps up to 16,384 texts that it has read, 1.2 MB. An entry is 1,900 bytes as an object with its names.
     assert many < few + 2**21
 
 
