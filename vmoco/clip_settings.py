@@ -31,7 +31,7 @@ class DataSettings(Settings):
     """Number of clips drawn from each video in one epoch."""
     shuffle_window: Annotated[int, OmittedIfDefault] = Field(0, ge=0)
     """Number of neighbouring videos that are shuffled together; 0 shuffles all. Example: 50000, for a remote data set
-    that is larger than --data.cache-gib: one request then fetches many clips (see METHOD.md)."""
+    that is larger than --data.cache-gib: one request then fetches many clips, for each node (METHOD.md)."""
     positives: Positives = "same_clip"
     """What a query must match: another view of the same clip (paper), or another clip of the same video (rho-MoCo with
     rho = 2). The second learns less from texture."""

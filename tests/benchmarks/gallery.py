@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from vmoco import storage
-from vmoco.evaluate.protocols import MEASURES, find_splits
+from vmoco.evaluate.protocols import COLUMNS, MEASURES, find_splits
 from vmoco.evaluate.table import FeatureTable, part_bytes, part_uri
 from vmoco.job_settings import EvaluateSettings
 
@@ -56,7 +56,7 @@ def measure(folder: str, protocol: str) -> dict[str, float]:
     """Runs one protocol; returns its seconds and the peak memory of this process."""
     began = time.perf_counter()
     table = FeatureTable(folder)
-    (split,) = find_splits(table.rows, protocol="knn")
+    (split,) = find_splits(table.columns(COLUMNS), protocol="knn")
     found = MEASURES[protocol](table, split, EvaluateSettings(data="-"))[0]
     words = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     mib = int(words.split()[1]) / 2**10

@@ -4,7 +4,9 @@ A million synthetic videos of ten clips of 150 kB, of which each epoch draws all
 reads them through a cache that holds a tenth. For several windows, over the second of two epochs:
 
 - `requests_a_clip`, `bytes_a_clip`: requests to the store and fetched bytes, for each clip that is trained on. Without
-  a window each clip is a request; with one, a request fetches the clips of 8 MiB of a shard.
+  a window each clip is a request; with one, a request fetches the clips of 8 MiB of a shard. `of_8_nodes`: the same
+  where eight nodes share the work. Each has a cache, and fetches the pieces that its part of the queries and of the
+  keys, which are shuffled, lies in.
 - `same_video_keys`: how many of the 65,536 keys in the queue are of the query's own video. They never count, so they
   are places that hold no negative.
 - `videos_a_batch`: different videos in a batch of 256.
@@ -18,6 +20,7 @@ one JSON line.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from collections import OrderedDict
@@ -27,10 +30,10 @@ import numpy as np
 from tests.data.test_plan import Clips
 from vmoco.data.plan import Stream
 from vmoco.data.shard_reader import _TOGETHER
-from vmoco.seed import mix64
+from vmoco.seed import mix64, permutation
 
 CLIPS_PER_VIDEO, CLIP_BYTES, CLIPS_PER_SHARD, QUEUE, BATCH = 10, 150_000, 1700, 65_536, 256
-CACHE_SHARE = 0.1
+CACHE_SHARE, NODES = 0.1, 8
 
 
 def synthetic(num_videos: int) -> Clips:
@@ -67,6 +70,15 @@ def reads(clips: np.ndarray, *, counted: int, together: bool, num_clips: int) ->
     return requests / counted, requests * per_request * CLIP_BYTES / counted
 
 
+def of_node(clips: np.ndarray) -> np.ndarray:
+    """What the first of NODES nodes reads: its part of the queries and of the keys of each batch."""
+    batches = clips.reshape(-1, BATCH)
+    keys = np.stack([batch[permutation(BATCH, step)] for step, batch in enumerate(batches)])
+    share = BATCH // NODES
+    found: np.ndarray = np.concatenate([batches[:, :share], keys[:, :share]], axis=1).reshape(-1)
+    return found
+
+
 def same_video_keys(videos: np.ndarray, *, counted: int) -> float:
     """Mean number of keys of the query's own video in the queue, over the last `counted` queries."""
     order = np.lexsort((np.arange(len(videos)), videos))
@@ -90,12 +102,16 @@ def main() -> None:
         length = stream.epoch_length // BATCH * BATCH
         draws = [stream.draws(np.arange(at, at + BATCH)) for at in range(0, 2 * length, BATCH)]
         drawn, videos = (np.concatenate([getattr(each, name) for each in draws]) for name in ("clip", "video"))
-        requests, num_bytes = reads(drawn, counted=length, together=window > 0, num_clips=stream.num_clips)
+        read = functools.partial(reads, together=window > 0, num_clips=stream.num_clips)
+        requests, num_bytes = read(drawn, counted=length)
+        part = of_node(drawn)
+        of_part = [each * 2 for each in read(part, counted=len(part) // 2)]  # a clip is read as query and as key
         shards = np.sort((drawn[-length:] // CLIPS_PER_SHARD).reshape(-1, BATCH), axis=1)
         different = np.sort(videos[-length:].reshape(-1, BATCH), axis=1)
         found[window] = {
             "requests_a_clip": round(requests, 4),
             "bytes_a_clip": round(num_bytes),
+            "of_8_nodes": [round(of_part[0], 4), round(of_part[1])],
             "same_video_keys": round(same_video_keys(videos, counted=length), 3),
             "videos_a_batch": round(1 + float((np.diff(different, axis=1) != 0).sum(axis=1).mean()), 1),
             "shards_a_batch": round(1 + float((np.diff(shards, axis=1) != 0).sum(axis=1).mean()), 1),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
+import re
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from vmoco.data import annotations, gathered, named_entries
 from vmoco.data.annotations import list_annotated
 from vmoco.data.found import Found
 from vmoco.data.ingest import list_inputs
+from vmoco.data.listed_files import ListedFiles
 from vmoco.data.source import Listing
 from vmoco.job_settings import IngestSettings
 
@@ -85,7 +90,7 @@ def test_tables_say_the_same(tmp_path: Path, write: object) -> None:
         ({"path": ""}, r"row 2 has no path"),
         ({"path": "a.mp4", "lable": "x"}, r"has the column 'lable': path and optionally end_seconds, group, label"),
         ({"path": "a.mp4", "start_seconds": "soon"}, r"start_seconds 'soon' is not a number of seconds from 0 on"),
-        ({"path": "a.mp4", "start_seconds": -1}, r"start_seconds -1 is not a number"),
+        ({"path": "a.mp4", "start_seconds": -1}, r"start_seconds '-1' is not a number"),
         ({"path": "a.mp4", "start_seconds": 3, "end_seconds": 3}, r"start_seconds 3 is not before end_seconds 3"),
         ({"path": "b.mp4", "video_id": "first"}, r"names 'first' 2 times \(1 such names\): give each row a video_id"),
     ],
@@ -173,6 +178,86 @@ def test_memory_does_not_grow_with_a_list(tmp_path: Path, monkeypatch: pytest.Mo
     few, many = peak(2000), peak(8000)
     # pydantic keeps up to 16,384 texts that it has read, 1.2 MB. An entry is 1,900 bytes as an object with its names.
     assert many < few + 2**21
+
+
+def test_a_folder_whose_name_is_no_text_stands_aside(tmp_path: Path) -> None:
+    """Beside the videos of a list lie pictures in a folder whose name is bytes that are no UTF-8."""
+    root = make(tmp_path, "a.mp4")
+    folder = os.fsencode(tmp_path) + b"/pics\xff"
+    os.mkdir(folder)
+    for number in range(3):
+        with open(folder + b"/frame_%03d.jpg" % number, "wb") as file:
+            file.write(b"x")
+    (tmp_path / "list.txt").write_text("a.mp4 1\n")
+    assert [found.label for found in list_annotated(root, f"{root}/list.txt", "auto").videos] == ["1"]
+
+
+def test_many_ranges_of_one_file(tmp_path: Path) -> None:
+    """Each range knows that its file has others, and finds out in a time that does not grow with their number."""
+    root = make(tmp_path, "a.mp4", "b.mp4")
+
+    def seconds(count: int) -> float:
+        rows = [{"path": "a.mp4", "start_seconds": at, "end_seconds": at + 1} for at in range(count)]
+        (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"path": "b.mp4"}])))
+        began = time.process_time()
+        listing = list_annotated(root, f"{root}/list.jsonl", "table")
+        assert [found.source for found in listing.videos] == ["a.mp4"] * count + [None]
+        return time.process_time() - began
+
+    few = min(seconds(500) for _ in range(3))
+    assert seconds(8000) < 64 * few, "16 times the work; it was 256 times where each range counted all"
+
+
+@pytest.mark.parametrize(
+    ("line", "label"),
+    [
+        (json.dumps({"path": "a.mp4", "label": "one\u2028two\x85"}, ensure_ascii=False), "one\u2028two\x85"),
+        ('{"path": "a.mp4", "label": 2.50}', "2.50"),
+        ('{"path": "a.mp4", "label": "2020-01-01"}', "2020-01-01"),
+        ('{"path": "a.mp4", "label": %s}' % ("9" * 5001), "9" * 5001),
+    ],
+    ids=["line ends of Unicode", "a number", "a date", "a long number"],
+)
+def test_json_is_read_as_it_is_written(tmp_path: Path, line: str, label: str) -> None:
+    """Texts keep what they hold, numbers keep their digits, dates stay texts: as in CSV."""
+    root = make(tmp_path, "a.mp4")
+    (tmp_path / "list.jsonl").write_text(line + "\n")
+    assert [found.label for found in list_annotated(root, f"{root}/list.jsonl", "table").videos] == [label]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"path": "a.mp4", "label": 1, "label": 2}', "line 1 is not JSON (a name is there twice: path, label, label)"),
+        ('{"path": "a.mp4", "end_seconds": 1%s}' % ("0" * 400), "row 1: end_seconds '10000"),
+        ('{"path": "a.mp4", "label": %s}' % ("[" * 20_000), "line 1 is not JSON (maximum recursion depth exceeded"),
+        ('{"path": "a.mp4"}\n{"path": ', "line 2 is not JSON (Expecting value"),
+    ],
+    ids=["twice", "endless", "deep", "cut off"],
+)
+def test_json_that_says_nothing_is_refused(tmp_path: Path, line: str, said: str) -> None:
+    """With the line, and without a traceback."""
+    root = make(tmp_path, "a.mp4")
+    (tmp_path / "list.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        list_annotated(root, f"{root}/list.jsonl", "table")
+
+
+def test_no_file_stays_open(tmp_path: Path) -> None:
+    """The temporary databases go with the list, without Python having to look for cycles."""
+    root = make(tmp_path, "a.mp4", "B.mp4")
+    (tmp_path / "list.txt").write_text("A.MP4 1\nb 2\n")
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            listing = list_annotated(root, f"{root}/list.txt", "filelist")
+            assert len(listing.videos) == 2
+        assert len(os.listdir("/proc/self/fd")) <= before
+        assert not any(isinstance(each, ListedFiles) for each in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 def test_half_a_character_is_refused(tmp_path: Path) -> None:

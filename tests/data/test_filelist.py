@@ -12,6 +12,7 @@ from tests.data.test_annotations import make
 from vmoco.data.annotations import list_annotated
 from vmoco.data.filelist import read_filelist
 from vmoco.data.found import Found
+from vmoco.data.list_text import ListFile
 from vmoco.data.listed_files import ListedFiles
 from vmoco.data.source import Listing
 
@@ -147,7 +148,9 @@ def test_any_names_with_any_separator(tmp_path: Path, names: list[str], separato
         (name, *((str(place), str(place + 2.5)) if ranged else ()), f"class{place}") for place, name in enumerate(names)
     ]
     (tmp_path / "list.txt").write_text("".join(separator.join(row) + "\n" for row in rows))
-    found, _ = read_filelist(str(tmp_path / "list.txt"), ListedFiles("/videos", [Found(name, 9) for name in names]))
+    found, _ = read_filelist(
+        ListFile(str(tmp_path / "list.txt")), ListedFiles("/videos", [Found(name, 9) for name in names])
+    )
     read = [
         (each.path, *((f"{each.start_seconds:g}", f"{each.end_seconds:g}") if ranged else ()), each.label)
         for each in found

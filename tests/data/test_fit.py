@@ -58,11 +58,13 @@ def test_a_window_that_saves_nothing_is_said(manifest: Manifest) -> None:
     assert said(manifest) == said(far) == []
     (line,) = said(manifest, shuffle_window=4)
     assert line.startswith("--data.shuffle-window 4 saves requests to a store, and ")
-    assert said(far, shuffle_window=6, cache_gib=gib * 6.5 / 12) == []
-    (line,) = said(far, shuffle_window=8, cache_gib=gib * 6.5 / 12)
-    assert "the clips of 6 videos of gs://bucket/set fit into --data.cache-gib 0.00" in line
-    (line,) = said(far, shuffle_window=4, cache_gib=gib / 2, draws_per_video=1)
-    assert "all 2.0 clips of a video, of which an epoch uses 1: give --data.draws-per-video 2" in line
+    room = gib / 0.9 / 12
+    assert said(far, shuffle_window=6, cache_gib=6.5 * room) == []
+    (line,) = said(far, shuffle_window=8, cache_gib=6.5 * room)
+    assert line.startswith("--data.shuffle-window 8: the clips of a window have 0.0")
+    assert line.endswith("lower the window to 6, or raise the size of the cache")
+    (line,) = said(far, shuffle_window=4, cache_gib=6.5 * room, draws_per_video=1)
+    assert "fetches all 2.0 clips of each video of gs://bucket/set, and an epoch uses 1: give --data.draws" in line
     assert said(far, shuffle_window=4, draws_per_video=1) == [], "all clips stay in the cache"
 
 

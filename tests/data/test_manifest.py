@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from tests.dataset import make_data_set
+from vmoco import storage
 from vmoco.data import clip_scores, manifest
 from vmoco.data.manifest import FIELDS, NAME, Manifest
 from vmoco.data.manifest_writer import write_manifest
@@ -148,3 +151,34 @@ def test_rows_are_chosen_piece_by_piece(tmp_path: Path, monkeypatch: pytest.Monk
     assert loaded.rows(lambda piece: pc.equal(piece["video_id"], "a"))["clip_id"].to_pylist() == ["02", "01"]
     assert loaded.rows(lambda piece: pc.equal(piece["video_id"], "c")).equals(table.slice(0, 0))
     assert not loaded.is_read
+
+
+class FailsOnce:
+    """`ParquetFile.iter_batches` of a store that breaks off one read; a reader that has failed has no more rows."""
+
+    def __init__(self, at: int) -> None:
+        self._reads, self._at = 0, at
+
+    def __call__(self, file: pq.ParquetFile, **how: Any) -> Iterator[pa.RecordBatch]:
+        for batch in self.original(file, **how):
+            self._reads += 1
+            if self._reads == self._at:
+                raise OSError("connection lost")
+            yield batch
+
+    original = staticmethod(pq.ParquetFile.iter_batches)
+
+
+@pytest.mark.parametrize("rows_per_piece", [2, 5, 100])
+def test_reading_goes_on_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_per_piece: int) -> None:
+    """Whichever read of whichever group of rows fails, no row is lost and none comes twice."""
+    monkeypatch.setattr(manifest, "ROWS_PER_PIECE", rows_per_piece)
+    monkeypatch.setattr(storage, "_WAITS_SECONDS", (0.0, 0.0))
+    made = make_data_set(tmp_path, num_videos=12)
+    for group in (7, 24):
+        pq.write_table(pq.read_table(tmp_path / NAME), tmp_path / NAME, row_group_size=group)
+        for at in range(1, 13):
+            fails = FailsOnce(at)
+            with monkeypatch.context() as patch:
+                patch.setattr(pq.ParquetFile, "iter_batches", lambda file, fails=fails, **how: fails(file, **how))
+                assert Manifest.load(str(tmp_path)).columns(["clip_id"])["clip_id"].equals(made.table["clip_id"]), at

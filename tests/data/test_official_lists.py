@@ -195,3 +195,12 @@ def test_ssv2_lists_that_are_refused(tmp_path: Path) -> None:
     (lists / "train.json").write_text("{")
     with pytest.raises(ValueError, match=r"train.json is not JSON"):
         list_annotated(root, str(lists / "train.json"), "ssv2")
+
+
+def test_half_a_character_in_ssv2_is_refused(tmp_path: Path) -> None:
+    """JSON can write what no text is; the entry is named."""
+    for entry in ({"id": "1", "template": "Holding \ud83d"}, {"id": "\ud83d"}):
+        (tmp_path / "1.webm").write_bytes(b"x")
+        (tmp_path / "train.json").write_text(json.dumps([{"id": "1"}, entry]))
+        with pytest.raises(ValueError, match=r"train.json, entry 2: (id|template) '.*ud83d' is no text"):
+            list_annotated(str(tmp_path), str(tmp_path / "train.json"), "ssv2")

@@ -105,26 +105,43 @@ def test_epoch_is_fair_to_every_video(
     assert len({row[3] for row in drawn}) == len(drawn), "two draws share a seed"
 
 
+def are_windows(videos: list[int], sizes: list[int], *, draws_per_video: int, num_videos: int) -> bool:
+    """Whether draws are those of windows of these sizes, in any order: whole passes over neighbouring videos."""
+    if not videos:
+        return not sizes
+    for size in set(sizes):
+        part, rest = videos[: size * draws_per_video], sizes.copy()
+        rest.remove(size)
+        near = any({(begin + step) % num_videos for step in range(size)} == set(part) for begin in range(num_videos))
+        passes = all(len(set(part[at : at + size])) == size for at in range(0, len(part), size))
+        left = {"draws_per_video": draws_per_video, "num_videos": num_videos}
+        if near and passes and are_windows(videos[len(part) :], rest, **left):
+            return True
+    return False
+
+
 @given(counts=COUNTS, draws_per_video=st.integers(1, 4), window=st.integers(1, 12))
 def test_draws_of_a_window_come_together(counts: list[int], draws_per_video: int, window: int) -> None:
-    """An epoch is cut into windows of neighbouring videos, of which each comes up draws_per_video times; the last one
-    has what is left over. A window of all videos is the order without one.
+    """An epoch is cut into windows of neighbouring videos, of which each comes up draws_per_video times. Their sizes
+    differ by one at most: a small rest would end an epoch with batches of few videos. One window is the order without.
     """
     drawn = stream(make_plan(counts, draws_per_video=draws_per_video, window=window), 2 * len(counts) * draws_per_video)
-    if window >= len(counts):
+    number = max(1, round(len(counts) / window))
+    if number == 1:
         assert drawn == stream(make_plan(counts, draws_per_video=draws_per_video), len(drawn))
         return
+    size, more = divmod(len(counts), number)
+    sizes = [size + 1] * more + [size] * (number - more)
     for epoch in range(2):
         videos = [row[1] for row in drawn if row[2] == epoch]
-        while videos:
-            part, videos = videos[: window * draws_per_video], videos[window * draws_per_video :]
-            size = len(part) // draws_per_video
-            assert any(
-                {(begin + step) % len(counts) for step in range(size)} == set(part) for begin in range(len(counts))
-            ), "they are neighbours"
-            assert set(Counter(part).values()) == {draws_per_video}
-            for number in range(draws_per_video):
-                assert len(set(part[number * size : (number + 1) * size])) == size, "a pass has each video once"
+        assert are_windows(videos, sizes, draws_per_video=draws_per_video, num_videos=len(counts))
+
+
+def test_there_are_not_too_many_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of the windows is an array: of many videos, a window is as large as its greatest length demands."""
+    monkeypatch.setattr("vmoco.data.plan.MAX_WINDOWS", 3)
+    videos = [row[1] for row in stream(make_plan([1] * 10, draws_per_video=1, window=1), 10)]
+    assert are_windows(videos, [3, 3, 4], draws_per_video=1, num_videos=10)
 
 
 def test_windows_begin_and_come_in_another_order_in_each_epoch() -> None:

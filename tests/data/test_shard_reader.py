@@ -293,6 +293,27 @@ def test_neighbours_are_fetched_together(
     assert other.size() == sum(few["num_bytes"].to_pylist())
 
 
+def test_a_store_that_is_away_is_waited_for_once(remote: Far, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that want one piece get the error of the one that fetches it; later the piece is there."""
+    manifest, far, expected = remote
+    monkeypatch.setattr(storage, "_WAITS_SECONDS", (0.3, 0.3))
+    clips = [at for at, shard in enumerate(manifest.table["shard"].to_pylist()) if shard == "0000"]
+    reader = ClipReader.of(manifest, cache=ClipCache(tmp_path / "cache", max_bytes=2**30), together=True)
+    tries = []
+
+    def away(path: str) -> Any:
+        tries.append(path)
+        raise OSError("connection refused")
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(len(clips)) as pool:
+        patch.setattr(far, "open_input_file", away)
+        errors = [future.exception() for future in [pool.submit(reader.frames, clip) for clip in clips]]
+    assert {str(error) for error in errors} == {"connection refused"}
+    assert len(tries) == 3, "one thread has tried, and waited twice"
+    assert np.array_equal(reader.frames(clips[3]), expected[clips[3]])
+    assert not reader._fetching
+
+
 def test_a_damaged_neighbour_is_an_error_of_its_own(remote: Far, tmp_path: Path) -> None:
     """A clip beside a damaged one is read; the damaged one is not kept, and is named when it is asked for."""
     manifest, far, expected = remote

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from tests.dataset import make_data_set, never_read_at_once
@@ -13,6 +14,7 @@ from tests.embeddings import embedded, labelled_data_set
 from tests.made import encoder_of
 from vmoco.data.found import Found
 from vmoco.data.manifest import Manifest
+from vmoco.data.manifest_writer import write_manifest
 from vmoco.evaluate import embed_items
 from vmoco.evaluate import evaluate as evaluation
 from vmoco.evaluate.dedup import duplicates_of
@@ -31,14 +33,20 @@ def clips_of(items: list[Item]) -> list[list[str]]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Manifest:
-    """8 videos of 3 clips in two shards, whose rows alternate in the manifest, as after videos were added."""
+    """8 videos of 3 clips in two shards, whose videos alternate in the manifest, as after videos were added."""
     made = make_data_set(tmp_path / "data", num_videos=8, clips_per_video=3)
+    place, shards = made.table.column_names.index("shard"), np.array(sorted(made.shards))
+    alternating = pa.array(shards[np.arange(24) // 3 % 2].tolist())
+    table = made.table.set_column(place, made.table.schema.field(place), alternating)
+    kept = {name: getattr(made, name) for name in ("settings", "frame_shape", "encoding", "shards")}
+    write_manifest(made.uri, table, num_rejected=0, **kept)
     return Manifest.load(made.uri)
 
 
 def test_rounds_are_the_whole(data: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each shard is one item, whose part has the name it always had; a round has as many shards as it may."""
     whole = embed_items.shard_items(data, data.table)
+    assert embed_items.shard_items(data, data.table.slice(0, 0)) == []
     assert [sorted(each) for each in clips_of(whole)] == [
         sorted(data.table.filter(np.equal(data.table["shard"].to_pylist(), name))["clip_id"].to_pylist())
         for name in sorted(data.shards)

@@ -33,7 +33,7 @@ from vmoco.data.found import Found
 from vmoco.data.frame_folder import list_frame_folders
 from vmoco.data.gathered import gather
 from vmoco.data.ledger import Rejection
-from vmoco.data.list_text import first_cells, read_lines
+from vmoco.data.list_text import ListFile, copied, first_cells, is_text, read_with_ends
 from vmoco.data.listed_files import COLUMNS, ListedFiles
 from vmoco.data.listing import Footage, list_footage
 from vmoco.data.named_entries import NamedEntries
@@ -73,19 +73,15 @@ def list_annotated(
     if layout == "auto":
         layout = _guess(annotations)
         notes.append(f"{annotations} is read as --layout {layout}")
-    named: Iterable[Found]
-    if layout == "table":
-        named = _table(annotations, files)
-    elif layout == "filelist":
-        named, form = read_filelist(annotations, files)
-        notes.append(f"its lines are read as {form}")
-    elif layout == "kinetics":
-        named = official_lists.kinetics(annotations, files)
-    elif layout == "ssv2":
-        named = official_lists.ssv2(annotations, files)
+    if layout == "ssv2":
+        entries = NamedEntries(official_lists.ssv2(annotations, files))
+    elif layout in ("ucf101", "hmdb51"):
+        entries = NamedEntries(official_lists.official_splits(annotations, layout, files))
     else:
-        named = official_lists.official_splits(annotations, layout, files)
-    entries = NamedEntries(named)
+        with copied(annotations) as file:
+            named, form = _read(file, layout, files)
+            entries = NamedEntries(named)
+        notes += [f"its lines are read as {form}"] if form else []
     if entries.num_different < entries.num_named:
         notes.append(f"{entries.num_named - entries.num_different} entries are repeated, and count once")
     if repeated := entries.repeated():
@@ -113,6 +109,15 @@ def list_annotated(
     return Listing(videos, rejected, 0, notes=tuple(notes), root=there.root)
 
 
+def _read(file: ListFile, layout: Layout, files: ListedFiles) -> tuple[Iterable[Found], str]:
+    """The entries of a list that is one file, and the form of its lines if that was found out."""
+    if layout == "table":
+        return _table(file, files), ""
+    if layout == "kinetics":
+        return official_lists.kinetics(file, files), ""
+    return read_filelist(file, files)
+
+
 def _complete(found: Found, file: Found, named_again: bool) -> Found:
     """An entry with what its file tells; `named_again` if other entries have the same file."""
     # A file with several names is one source; with one name it is held out by that name, as ever.
@@ -137,7 +142,7 @@ def _with_named_folders(annotations: str, root: str, named: NamedEntries, there:
     Raises:
         ValueError: there are some, and their rate is not known.
     """
-    folders = {folder for folder in there.picture_folders if named.names(folder)}
+    folders = {folder for folder in there.picture_folders if is_text(folder) and named.names(folder)}
     if not folders:
         return there
     if fps is None:
@@ -173,43 +178,45 @@ def _guess(uri: str) -> Layout:
         return "table"
     if suffix == ".json":
         return "ssv2"
-    first = first_cells(uri)
+    first = first_cells(ListFile(uri))
     if official_lists.kinetics_columns(first):
         return "kinetics"
     return "table" if suffix == ".csv" and "path" in first else "filelist"
 
 
-def _table(uri: str, files: ListedFiles) -> Iterator[Found]:
+def _table(file: ListFile, files: ListedFiles) -> Iterator[Found]:
     number = 0
-    for number, row in enumerate(_rows(uri), start=1):
-        where = f"{uri}, row {number}"
+    for number, row in enumerate(_rows(file), start=1):
+        where = f"{file}, row {number}"
         if unknown := sorted(set(row) - set(COLUMNS)):
             allowed = ", ".join(sorted(set(COLUMNS) - {"path"}))
             raise ValueError(f"{where} has the column {unknown[0]!r}: path and optionally {allowed} are allowed")
         yield files.entry(row, where=where)
     if not number:
-        raise ValueError(f"list {uri} has no rows")
+        raise ValueError(f"list {file} has no rows")
 
 
-def _rows(uri: str) -> Iterator[dict[str, Any]]:
+def _rows(file: ListFile) -> Iterator[dict[str, Any]]:
     """The rows of a table, one after the other.
 
     Raises:
         ValueError: it cannot be read.
     """
-    suffix = posixpath.splitext(uri)[1].lower()
+    suffix = posixpath.splitext(file.uri)[1].lower()
     if suffix not in TABLES:
-        raise ValueError(f"list {uri} ends in {suffix or 'nothing'!r}: {', '.join(TABLES)} are allowed")
+        raise ValueError(f"list {file} ends in {suffix or 'nothing'!r}: {', '.join(TABLES)} are allowed")
     try:
         if suffix == ".jsonl":
-            yield from _json_rows(uri)
+            yield from _json_rows(file)
             return
-        with storage.on_disk(uri) as path:
+        with file.on_disk() as path:
             pieces = _csv_pieces(str(path)) if suffix == ".csv" else pq.ParquetFile(path).iter_batches()
             for piece in pieces:
                 yield from piece.to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"list {uri} cannot be read: {str(error).splitlines()[0]}") from None
+        if "UTF8" in str(error):
+            raise ValueError(f"list {file} is not UTF-8 text ({str(error).splitlines()[0]}): convert it") from None
+        raise ValueError(f"list {file} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _csv_pieces(path: str) -> Iterator[pa.RecordBatch]:
@@ -224,15 +231,27 @@ def _csv_pieces(path: str) -> Iterator[pa.RecordBatch]:
         yield from reader
 
 
-def _json_rows(uri: str) -> Iterator[dict[str, Any]]:
-    """Rows of JSON lines."""
-    for number, line in enumerate(read_lines(uri), start=1):
+def _json_rows(file: ListFile) -> Iterator[dict[str, Any]]:
+    """Rows of JSON lines. Numbers are text, as they are written: a label 2.50 stays `2.50`, as in CSV."""
+    for number, line in enumerate(read_with_ends(file), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"list {uri} cannot be read: line {number} is not JSON ({error})") from None
+            row = json.loads(line, parse_int=str, parse_float=str, object_pairs_hook=_once)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"list {file} cannot be read: line {number} is not JSON ({error})") from None
         if not isinstance(row, dict):
-            raise ValueError(f'{uri}, line {number}: {line.strip()[:80]!r} is no row: write {{"path": ...}}')
+            raise ValueError(f'{file}, line {number}: {line.strip()[:80]!r} is no row: write {{"path": ...}}')
         yield row
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON.
+
+    Raises:
+        ValueError: a name is there twice.
+    """
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"a name is there twice: {', '.join(name for name, _ in pairs)}")
+    return row

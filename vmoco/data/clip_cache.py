@@ -21,7 +21,7 @@ from vmoco import storage
 
 _SIZE = "size"
 """Name of the file that holds the total, in bytes."""
-_KEEP_SHARE = 0.9
+KEEP_SHARE = 0.9
 """Share of the bound that stays after clips were removed, so that not every new clip has to look through all files."""
 
 
@@ -148,7 +148,7 @@ class ClipCache:
             files = sorted(self._files())
             used = sum(size for _, size, _ in files) + num_bytes
             for _, size, path in files:
-                if used <= self._max_bytes * _KEEP_SHARE:
+                if used <= self._max_bytes * KEEP_SHARE:
                     break
                 path.unlink(missing_ok=True)
                 used -= size

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from vmoco.data.found import Found
-from vmoco.data.list_text import first_cells, read_cells, read_lines
+from vmoco.data.list_text import ListFile, first_cells, read_cells, read_lines
 from vmoco.data.listed_files import ListedFiles, seconds
 
 _HEADERS = {
@@ -41,41 +41,41 @@ _SAMPLE = 2000
 _Parse = Callable[[str], "dict[str, Any] | None"]
 
 
-def read_filelist(uri: str, files: ListedFiles) -> tuple[Iterator[Found], str]:
+def read_filelist(file: ListFile, files: ListedFiles) -> tuple[Iterator[Found], str]:
     """The entries of a text list, and the form in which it was read, for the user.
 
     Raises:
         ValueError: no form or more than one fits; and while the entries are read, a line does not fit, or a path is
             outside the folder.
     """
-    header = _header(first_cells(uri), files)
+    header = _header(first_cells(file), files)
     if header:
-        return _below_header(uri, header, files), f"columns {', '.join(header)}"
-    form, parse = _form(uri, files)
-    return _in_form(uri, form, parse, files), form
+        return _below_header(file, header, files), f"columns {', '.join(header)}"
+    form, parse = _form(file, files)
+    return _in_form(file, form, parse, files), form
 
 
-def _below_header(uri: str, header: list[str], files: ListedFiles) -> Iterator[Found]:
+def _below_header(file: ListFile, header: list[str], files: ListedFiles) -> Iterator[Found]:
     number = 0
-    for number, cells in enumerate(read_cells(uri)):
+    for number, cells in enumerate(read_cells(file)):
         if number:
             row = _row(dict(zip(header, cells, strict=False)))
-            yield files.entry(row, where=f"{uri}, row {number}")
+            yield files.entry(row, where=f"{file}, row {number}")
     if not number:
-        raise ValueError(f"list {uri} has no rows")
+        raise ValueError(f"list {file} has no rows")
 
 
-def _in_form(uri: str, form: str, parse: _Parse, files: ListedFiles) -> Iterator[Found]:
-    for number, line in _lines(uri):
+def _in_form(file: ListFile, form: str, parse: _Parse, files: ListedFiles) -> Iterator[Found]:
+    for number, line in _lines(file):
         row = parse(line)
         if row is None:
-            raise ValueError(f"{uri}, line {number}: {line!r} is not {form}, as other lines are")
-        yield files.entry(row, where=f"{uri}, line {number}")
+            raise ValueError(f"{file}, line {number}: {line!r} is not {form}, as other lines are")
+        yield files.entry(row, where=f"{file}, line {number}")
 
 
-def _lines(uri: str) -> Iterator[tuple[int, str]]:
+def _lines(file: ListFile) -> Iterator[tuple[int, str]]:
     """The lines that are not empty, each with its number."""
-    for number, line in enumerate(read_lines(uri), start=1):
+    for number, line in enumerate(read_lines(file), start=1):
         if stripped := line.strip():
             yield number, stripped
 
@@ -87,16 +87,16 @@ def _header(cells: list[str], files: ListedFiles) -> list[str]:
     return columns if is_header and files.find(cells[0]) is None else []
 
 
-def _form(uri: str, files: ListedFiles) -> tuple[str, _Parse]:
+def _form(file: ListFile, files: ListedFiles) -> tuple[str, _Parse]:
     """The form in which most lines name a file, by its name, and how it reads a line.
 
     Raises:
         ValueError: no form fits, or two do.
     """
-    count = sum(1 for _ in _lines(uri))
+    count = sum(1 for _ in _lines(file))
     for step in dict.fromkeys([max(1, count // _SAMPLE), 1]):
         found = [_Reading(form, parse) for form, parse in _PARSERS.items()]
-        for _, line in itertools.islice(_lines(uri), 0, None, step):
+        for _, line in itertools.islice(_lines(file), 0, None, step):
             for reading in found:
                 reading.take(line, files)
         best = max(found, key=lambda reading: reading.count)  # the first of the best
@@ -105,13 +105,13 @@ def _form(uri: str, files: ListedFiles) -> tuple[str, _Parse]:
         equal = [each for each in found if each.count == best.count and each.form != _FIRST_SPACE]
         if rivals := [each for each in equal if each is not best and each.rows != best.rows]:
             raise ValueError(
-                f"list {uri} can be read as {best.form} and as {rivals[-1].form}, and both name {best.count} videos of "
-                f"{files.root}: write a header, for example path,label"
+                f"list {file} can be read as {best.form} and as {rivals[-1].form}, and both name {best.count} videos "
+                f"of {files.root}: write a header, for example path,label"
             )
         return best.form, best.parse
-    (_, first), *_ = itertools.islice(_lines(uri), 1)
+    (_, first), *_ = itertools.islice(_lines(file), 1)
     raise ValueError(
-        f"none of the {count} videos that {uri} names is in {files.root}: check --videos and --annotations. "
+        f"none of the {count} videos that {file} names is in {files.root}: check --videos and --annotations. "
         f"Its first line is {first!r}; allowed are {FORMS}"
     )
 

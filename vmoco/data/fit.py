@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from vmoco import storage
 from vmoco.config import PretrainSettings
+from vmoco.data.clip_cache import KEEP_SHARE
 from vmoco.data.clip_index import ClipIndex
 from vmoco.data.manifest import Manifest
 from vmoco.data.mixture import Mixture
@@ -55,29 +56,37 @@ def fit_to_data(settings: PretrainSettings, data: Manifest | Mixture) -> tuple[P
 
 def window_warnings(settings: PretrainSettings, data: Manifest | Mixture) -> list[str]:
     """What a reader should know of --data.shuffle-window with these data sets."""
-    window, draws, found = settings.data.shuffle_window, settings.data.draws_per_video, list[str]()
+    window, draws = settings.data.shuffle_window, settings.data.draws_per_video
+    manifests = Mixture.of(data).manifests
+    far = [manifest for manifest in manifests if storage.local_path(manifest.uri) is None]
     if not window:
-        return found
-    for manifest in Mixture.of(data).manifests:
-        videos = manifest.counts["videos"]
-        clips, num_bytes = manifest.num_clips / videos, sum(each.num_bytes for each in manifest.shards.values())
-        if storage.local_path(manifest.uri) is not None:
+        return []
+    if not far:
+        where = "is on a disk" if len(manifests) == 1 else "are on disks"
+        return [
+            f"--data.shuffle-window {window} saves requests to a store, and {' '.join(each.uri for each in manifests)} "
+            f"{where}: leave it out for a better order"
+        ]
+    videos = [manifest.counts["videos"] for manifest in far]
+    num_bytes = [sum(each.num_bytes for each in manifest.shards.values()) for manifest in far]
+    room = settings.data.cache_gib * 2**30 * KEEP_SHARE
+    if sum(num_bytes) <= room:
+        return []  # a clip is fetched once, with its neighbours or without
+    # All data sets have a window at the same time.
+    needed = sum(size * min(window / count, 1) for size, count in zip(num_bytes, videos, strict=True))
+    if needed > room:
+        return [
+            f"--data.shuffle-window {window}: the clips of a window have {needed / 2**30:.3g} GiB, and the cache of "
+            f"--data.cache-gib {settings.data.cache_gib:g} keeps {room / 2**30:.3g}, so they are fetched repeatedly; "
+            f"lower the window to {int(window * room / needed)}, or raise the size of the cache"
+        ]
+    found = []
+    for manifest, count in zip(far, videos, strict=True):
+        clips = manifest.num_clips / count
+        if draws < 0.75 * clips:
             found.append(
-                f"--data.shuffle-window {window} saves requests to a store, and {manifest.uri} is on a disk: leave it "
-                "out for a better order"
-            )
-            continue
-        fits = int(settings.data.cache_gib * 2**30 * videos / max(num_bytes, 1))
-        if window > fits and videos > fits:
-            found.append(
-                f"--data.shuffle-window {window}: the clips of {fits} videos of {manifest.uri} fit into "
-                f"--data.cache-gib {settings.data.cache_gib:g}, so most are fetched several times; lower the window or "
-                "raise the size of the cache"
-            )
-        elif draws < 0.75 * clips and videos > fits:
-            found.append(
-                f"--data.shuffle-window {window} fetches all {clips:.1f} clips of a video, of which an epoch uses "
-                f"{draws}: give --data.draws-per-video {round(clips)} (and fewer epochs)"
+                f"--data.shuffle-window {window} fetches all {clips:.1f} clips of each video of {manifest.uri}, and an "
+                f"epoch uses {draws}: give --data.draws-per-video {round(clips)} (and fewer epochs)"
             )
     return found
 

@@ -37,7 +37,7 @@ def gather(rows: Iterable[Row], kind: type[Any] = Found) -> Collection[Row]:
 
 
 class _OnDisk(Collection[Row]):
-    """Rows on disk."""
+    """Rows on disk, for one thread; they cannot be pickled, and equal no tuple."""
 
     def __init__(self, rows: Iterable[Row], kind: type[Any]) -> None:
         self._adapter: TypeAdapter[Any] = TypeAdapter(kind)

@@ -14,11 +14,13 @@ import dataclasses
 import itertools
 import os
 import posixpath
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from vmoco import storage
 from vmoco.data.found import Found
+from vmoco.data.list_text import is_text
 from vmoco.data.path_lookup import Named, PathLookup, ask
 from vmoco.data.source import split_pattern
 from vmoco.data.temporary_database import disk_errors, temporary_database
@@ -48,13 +50,16 @@ class ListedFiles:
                 "renamed (path TEXT UNIQUE, file TEXT)",
             ):
                 self._database.execute(f"CREATE TABLE {table}")
-            rows = itertools.chain(map(_row, videos), ((folder, None, True) for folder in folders))
-            self._database.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?)", rows)
+            # No list can name a folder whose name is no text.
+            rows = itertools.chain(map(_row, videos), ((each, None, True) for each in folders if is_text(each)))
+            both = "ON CONFLICT DO UPDATE SET is_folder = is_folder OR excluded.is_folder"
+            self._database.executemany(f"INSERT INTO files VALUES (?, ?, ?) {both}", rows)
         self._has_tars = bool(ask(self._database, "SELECT 1 FROM files WHERE own IS NOT NULL LIMIT 1"))
         self._has_stems = False
-        self._by_path = PathLookup(self._database, "by_path", self._paths, ("stem", "folded", "folded_stem"))
-        self._by_end = PathLookup(self._database, "by_end", lambda: self._in_tars(_ends))
-        self._by_member = PathLookup(self._database, "by_member", lambda: self._in_tars(lambda own: [own]))
+        database = self._database
+        self._by_path = PathLookup(database, "by_path", lambda: _paths(database), ("stem", "folded", "folded_stem"))
+        self._by_end = PathLookup(database, "by_end", lambda: _in_tars(database, _ends))
+        self._by_member = PathLookup(database, "by_member", lambda: _in_tars(database, lambda own: [own]))
         local = storage.local_path(self.root)
         roots = {self.root} if local is None else {str(local), os.path.realpath(local)}
         roots |= {f"file://{root}" for root in roots if local is not None}
@@ -75,7 +80,7 @@ class ListedFiles:
         if not self._has_stems:
             with disk_errors():
                 self._database.execute("CREATE TABLE stems (stem TEXT, is_folder INTEGER, path TEXT)")
-                named = ((posixpath.basename(path), path, is_folder) for path, _, is_folder in self._paths())
+                named = ((posixpath.basename(path), path, is_folder) for path, _, is_folder in _paths(self._database))
                 rows = ((n if is_folder else posixpath.splitext(n)[0], is_folder, path) for n, path, is_folder in named)
                 self._database.executemany("INSERT INTO stems VALUES (?, ?, ?)", rows)
                 self._database.execute("CREATE INDEX by_stem ON stems (stem, is_folder, path)")
@@ -89,16 +94,6 @@ class ListedFiles:
 
     def _is_file(self, path: str) -> bool:
         return bool(ask(self._database, "SELECT 1 FROM files WHERE path = ?", path))
-
-    def _paths(self) -> Named:
-        """Each path by its own name."""
-        found = self._database.execute("SELECT path, is_folder FROM files ORDER BY path")
-        return ((path, path, bool(is_folder)) for path, is_folder in found)
-
-    def _in_tars(self, names: Callable[[str], list[str]]) -> Named:
-        """The path of each video in a tar file, by names that follow from its path there."""
-        found = self._database.execute("SELECT path, own FROM files WHERE own IS NOT NULL ORDER BY path")
-        return ((name, path, False) for path, own in found for name in names(own))
 
     def _tar_lookups(self, path: str) -> Iterator[tuple[str, PathLookup]]:
         """Where to look a path up among those in tar files, and by which name."""
@@ -157,9 +152,7 @@ class ListedFiles:
         Raises:
             ValueError: the row has no path, or a value that is not allowed.
         """
-        for name in COLUMNS:
-            if any("\ud800" <= sign <= "\udfff" for sign in str(row.get(name, ""))):
-                raise ValueError(f"{where}: {name} {row[name]!r} is no text: a part of it is half a character")
+        refuse_no_text(row, where=where)
         if not row.get("path"):
             raise ValueError(f"{where} has no path: path and optionally {', '.join(COLUMNS[1:])} are allowed")
         named = self.below_root(str(row["path"]), where=where)
@@ -176,6 +169,17 @@ class ListedFiles:
         return dataclasses.replace(found, video_id=name if video_id is None else video_id, source=source)
 
 
+def refuse_no_text(row: Mapping[str, Any], *, where: str) -> None:
+    """Refuses a value that cannot be written.
+
+    Raises:
+        ValueError: one is half a character.
+    """
+    for name, value in row.items():
+        if not is_text(str(value)):
+            raise ValueError(f"{where}: {name} {value!r} is no text: a part of it is half a character")
+
+
 def seconds(value: Any, name: str, *, where: str) -> float | None:
     """A number of seconds; None where there is no value.
 
@@ -185,8 +189,8 @@ def seconds(value: Any, name: str, *, where: str) -> float | None:
     if value is None or value == "":
         return None
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = float(value) + 0.0  # never -0.0
+    except (TypeError, ValueError, OverflowError):
         number = -1.0
     if not 0 <= number < 1e9:
         raise ValueError(f"{where}: {name} {value!r} is not a number of seconds from 0 on")
@@ -203,3 +207,15 @@ def _row(found: Found) -> tuple[str, str | None, bool]:
     """Path of a video, that in its tar file, and whether it is a folder."""
     own = found.path.removeprefix(f"{found.member.tar}/") if found.member else None
     return found.path, own, found.pictures is not None
+
+
+def _paths(database: sqlite3.Connection) -> Named:
+    """Each path by its own name."""
+    found = database.execute("SELECT path, is_folder FROM files ORDER BY path")
+    return ((path, path, bool(is_folder)) for path, is_folder in found)
+
+
+def _in_tars(database: sqlite3.Connection, names: Callable[[str], list[str]]) -> Named:
+    """The path of each video in a tar file, by names that follow from its path there."""
+    found = database.execute("SELECT path, own FROM files WHERE own IS NOT NULL ORDER BY path")
+    return ((name, path, False) for path, own in found for name in names(own))

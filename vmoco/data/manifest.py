@@ -111,22 +111,22 @@ class Manifest:
                 for begin in range(0, self.table.num_rows, ROWS_PER_PIECE)
             )
             return
-        file = _reading(self.uri, self._file)
-        there = [name for name in columns if name in file.schema_arrow.names]
-        pieces = file.iter_batches(batch_size=ROWS_PER_PIECE, columns=there)
-        while (piece := _reading(self.uri, lambda: next(pieces, None))) is not None:
-            yield with_all_fields(pa.table(piece).replace_schema_metadata(None), columns)
+        pieces, begin = _Pieces(self._file, columns), 0
+        while (piece := _reading(self.uri, functools.partial(pieces.read, begin))) is not None:
+            begin += piece.num_rows
+            yield piece
 
-    def rows(self, keep: Callable[[pa.Table], Any]) -> pa.Table:
+    def rows(self, keep: Callable[[pa.Table], Any], names: Sequence[str] | None = None) -> pa.Table:
         """The rows that are kept, in their order; memory holds these and one piece of the others.
 
         Args:
             keep: takes a piece of the table, and returns a boolean for each of its rows; null counts as false.
+            names: of the columns to read, which `keep` sees; all when left out.
 
         Raises:
             ValueError: as `table`.
         """
-        schema = pa.schema(FIELDS)
+        schema = pa.schema(FIELDS if names is None else [pa.schema(FIELDS).field(name) for name in names])
         kept = (piece.filter(keep(piece)) for piece in self.batches(schema.names))
         return pa.concat_tables([schema.empty_table(), *(piece for piece in kept if piece.num_rows)]).combine_chunks()
 
@@ -206,6 +206,41 @@ class Manifest:
             counts=about["counts"],
             shards=about["shards"],
         )
+
+
+class _Pieces:
+    """Reads columns of a manifest piece by piece, and goes on after an error where it was.
+
+    A reader of Parquet that has failed says that it has no more rows, so it is never asked again.
+
+    Args:
+        opened: opens the file.
+        columns: to read.
+    """
+
+    def __init__(self, opened: Callable[[], pq.ParquetFile], columns: Sequence[str]) -> None:
+        self._opened, self._columns = opened, columns
+        self._pieces: Iterator[pa.Table] | None = None
+
+    def read(self, begin: int) -> pa.Table | None:
+        """The rows from this one on, as many as are a piece; None after the last one."""
+        pieces, self._pieces = self._pieces or self._from(begin), None
+        piece = next(pieces, None)
+        self._pieces = pieces
+        return piece
+
+    def _from(self, begin: int) -> Iterator[pa.Table]:
+        file = self._opened()
+        there = [name for name in self._columns if name in file.schema_arrow.names]
+        ends = np.cumsum([file.metadata.row_group(at).num_rows for at in range(file.num_row_groups)])
+        first = int(np.searchsorted(ends, begin, side="right"))
+        skip = begin - (int(ends[first - 1]) if first else 0)
+        groups = range(first, file.num_row_groups)
+        for batch in file.iter_batches(batch_size=ROWS_PER_PIECE, row_groups=groups, columns=there):
+            piece = pa.table(batch).slice(skip)
+            skip -= batch.num_rows - piece.num_rows
+            if piece.num_rows:
+                yield with_all_fields(piece.replace_schema_metadata(None), self._columns)
 
 
 def _open(uri: str) -> pq.ParquetFile:

@@ -39,20 +39,24 @@ class NamedEntries:
             self._database.execute("CREATE TABLE named (video_id TEXT, path TEXT, entry TEXT)")
             rows = ((found.video_id, found.path, _FOUND.dump_json(found).decode()) for found in named)
             self.num_named = self._database.executemany("INSERT INTO named VALUES (?, ?, ?)", rows).rowcount
-            self._database.execute("CREATE TABLE entries (video_id TEXT, path TEXT, entry TEXT)")
-            self._database.execute("INSERT INTO entries SELECT DISTINCT * FROM named ORDER BY video_id, entry")
+            self._database.execute("CREATE TABLE entries (video_id TEXT, path TEXT, entry TEXT, place INTEGER)")
+            # GROUP BY sorts; DISTINCT would look each row up in a tree that does not fit into memory.
+            each = "SELECT video_id, path, entry, MIN(rowid) FROM named GROUP BY video_id, entry, path"
+            self._database.execute(f"INSERT INTO entries {each}")
             self._database.execute("DROP TABLE named")
             self._database.execute("CREATE INDEX by_path ON entries (path)")
             self._database.execute("CREATE TABLE files (path TEXT PRIMARY KEY, file TEXT) WITHOUT ROWID")
         self.num_different: int = ask(self._database, "SELECT COUNT(*) FROM entries")[0][0]
 
     def repeated(self) -> tuple[str, int, int] | None:
-        """A name that several entries have, their number, and how many such names there are; None if there is none."""
-        names = "SELECT video_id, COUNT(*) AS times FROM entries GROUP BY video_id HAVING times > 1"
+        """The first name that several entries have, their number, and how many such names there are; None if none."""
+        names = (
+            "SELECT video_id, COUNT(*) AS times, MIN(place) AS first FROM entries GROUP BY video_id HAVING times > 1"
+        )
         (number,) = ask(self._database, f"SELECT COUNT(*) FROM ({names})")[0]
         if not number:
             return None
-        name, times = ask(self._database, f"{names} ORDER BY video_id LIMIT 1")[0]
+        name, times, _ = ask(self._database, f"{names} ORDER BY first LIMIT 1")[0]
         return name, times, number
 
     def names(self, path: str) -> bool:
@@ -67,10 +71,11 @@ class NamedEntries:
 
     def with_file(self) -> Iterator[tuple[Found, Found, bool]]:
         """By name, each entry whose file is there, the file, and whether other entries name it too."""
-        several = "(SELECT COUNT(*) FROM entries AS other WHERE other.path = entries.path) > 1"
+        others = "entries AS other WHERE other.path = entries.path AND other.place <> entries.place"
+        several = f"EXISTS (SELECT 1 FROM {others})"
         question = f"SELECT entry, file, {several} FROM entries JOIN files USING (path) ORDER BY video_id, entry"
-        for entry, file, others in self._rows(question):
-            yield _FOUND.validate_json(entry), _FOUND.validate_json(file), bool(others)
+        for entry, file, is_named_again in self._rows(question):
+            yield _FOUND.validate_json(entry), _FOUND.validate_json(file), bool(is_named_again)
 
     def without_file(self) -> Iterator[Found]:
         """By name, each entry whose file is not there."""

@@ -20,8 +20,8 @@ from typing import Any
 
 from vmoco import storage
 from vmoco.data.found import Found
-from vmoco.data.list_text import first_cells, read_cells, read_text
-from vmoco.data.listed_files import ListedFiles, seconds
+from vmoco.data.list_text import ListFile, first_cells, read_cells, read_text
+from vmoco.data.listed_files import ListedFiles, refuse_no_text, seconds
 
 _SPLIT_FILES = {"ucf101": r"(train|test)list0([123])\.txt", "hmdb51": r"([^.].*)_test_split([123])\.txt"}
 _YOUTUBE_ID = r"[\w-]{11}"
@@ -33,17 +33,17 @@ def is_split_file(name: str, layout: str) -> bool:
     return re.fullmatch(_SPLIT_FILES[layout], posixpath.basename(name)) is not None
 
 
-def kinetics(uri: str, files: ListedFiles) -> Iterator[Found]:
+def kinetics(file: ListFile, files: ListedFiles) -> Iterator[Found]:
     """One entry per row: the trimmed file if there is one, otherwise a range of the uncut one.
 
     Raises:
         ValueError: the list cannot be read, or a row lacks a field.
     """
-    first = first_cells(uri)
+    first = first_cells(file)
     columns, with_header = kinetics_columns(first), "youtube_id" in first
     number = 0
-    for number, cells in enumerate(itertools.islice(read_cells(uri), int(with_header), None), start=1):
-        where = f"{uri}, row {number}"
+    for number, cells in enumerate(itertools.islice(read_cells(file), int(with_header), None), start=1):
+        where = f"{file}, row {number}"
         row = dict(zip(columns, cells, strict=False))
         missing = [name for name in _KINETICS[1:4] if not row.get(name)]
         if missing:
@@ -65,7 +65,7 @@ def kinetics(uri: str, files: ListedFiles) -> Iterator[Found]:
             source=youtube_id,
         )
     if not number:
-        raise ValueError(f"list {uri} has no rows")
+        raise ValueError(f"list {file} has no rows")
 
 
 def kinetics_columns(cells: list[str]) -> list[str]:
@@ -110,6 +110,7 @@ def ssv2(uri: str, files: ListedFiles) -> list[Found]:
             where = f"{place}, entry {number}"
             if not isinstance(item, dict) or not item.get("id"):
                 raise ValueError(f"{where} has no id: an entry of ssv2 is {{'id': ..., 'template': ...}}")
+            refuse_no_text(item, where=where)
             text = item.get("template") or item.get("label")
             label = None if text is None else _label(str(text))
             if labels and label is not None and label not in labels:
@@ -124,7 +125,7 @@ def ssv2(uri: str, files: ListedFiles) -> list[Found]:
 
 def _json(uri: str) -> Any:
     try:
-        content = json.loads(read_text(uri))
+        content = json.loads(read_text(ListFile(uri)))
     except json.JSONDecodeError as error:
         raise ValueError(f"list {uri} is not JSON ({error})") from None
     if not isinstance(content, list | dict):
@@ -161,7 +162,7 @@ def official_splits(folder: str, layout: str, files: ListedFiles) -> list[Found]
         if not match:
             continue
         place = storage.join(folder, name)
-        for line in filter(None, map(str.strip, read_text(place).splitlines())):
+        for line in filter(None, map(str.strip, read_text(ListFile(place)).splitlines())):
             if layout == "ucf101":
                 named, part = line.split(" ", maxsplit=1)[0], match[1]
             else:

@@ -1,7 +1,7 @@
 """Finds the path that a name means: exactly, without ending, in another case or Unicode form.
 
 The keys lie in a temporary database, for there may be many paths. A kind of key is made when a name is looked up by it
-for the first time: most lists write all names exactly, and need none.
+for the first time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class PathLookup:
     Args:
         database: in which the keys are kept.
         name: of the tables of this lookup.
-        named: gives all names, each time it is called.
+        named: gives all names, each time it is called. It must not hold who holds the lookup: the database's file would
+            stay until Python looks for cycles.
         kinds: of keys to look a name up by, in turn.
     """
 

@@ -70,6 +70,10 @@ class PlannedClips(Protocol):
         """(N,): number of clips of its shot, which are neighbours."""
 
 
+MAX_WINDOWS = 2**20
+"""Their order is an array."""
+
+
 class Stream:
     """The endless order in which the clips of one data set are drawn, epoch after epoch.
 
@@ -79,13 +83,14 @@ class Stream:
 
         epoch    | window 5: video order of draw 0, of draw 1, ... | window 2: ... | ... | what is left over: ...
 
-    Windows are neighbours in the manifest, which begins at another video in each epoch, and come in a random order.
+    The videos of a window are neighbours in the manifest, which begins at another video in each epoch. Windows are as
+    large as each other, give or take one video, and come in a random order.
 
     Args:
         clips: that training takes.
         seed: of this stream.
         draws_per_video: clips drawn from each video in one epoch; distinct ones where the video has that many.
-        window: number of videos that are shuffled together; 0 shuffles all.
+        window: number of videos that are shuffled together, about; 0 shuffles all. There are MAX_WINDOWS at most.
     """
 
     def __init__(self, clips: PlannedClips, *, seed: int, draws_per_video: int, window: int = 0) -> None:
@@ -94,9 +99,9 @@ class Stream:
         self._seed = seed
         self.num_clips, self.num_videos = len(clips.clip_ids), len(clips.first_clip) - 1
         self.draws_per_video = draws_per_video
-        self._window = min(window or self.num_videos, self.num_videos)
+        self._num_windows = min(max(1, round(self.num_videos / (window or self.num_videos))), MAX_WINDOWS)
         self._order = lru_cache(maxsize=2 * draws_per_video)(self._make_order)
-        self._windows = lru_cache(maxsize=2)(self._make_window_order)
+        self._windows = lru_cache(maxsize=2)(self._make_windows)
 
     @property
     def epoch_length(self) -> int:
@@ -108,9 +113,11 @@ class Stream:
         pieces, begin = [], 0
         while begin < len(at):  # once for each pass over a window that they reach into
             epoch, place = divmod(int(at[begin]), self.epoch_length)
-            window, place = divmod(place, self._window * self.draws_per_video)
+            windows, starts = self._windows(epoch)
+            turn = int(np.searchsorted(starts, place, side="right")) - 1
+            window = int(windows[turn])
             size = self._size(window)
-            number, place = divmod(place, size)
+            number, place = divmod(place - int(starts[turn]), size)
             end = int(np.searchsorted(at, at[begin] + size - place))
             pieces.append(self._draw(epoch, window, number, at[begin:end] - at[begin] + place))
             begin = end
@@ -124,26 +131,30 @@ class Stream:
         return draws.clip - place + (place + 1 + further) % count
 
     def _size(self, window: int) -> int:
-        """Number of videos of a window."""
-        return min(self._window, self.num_videos - window * self._window)
+        """Number of videos of a window; the first ones have one more, where they do not divide evenly."""
+        size, more = divmod(self.num_videos, self._num_windows)
+        return size + (window < more)
+
+    def _make_windows(self, epoch: int) -> tuple[Int64Array, Int64Array]:
+        """The windows in their order, and the first draw of each in the epoch."""
+        order = permutation(self._num_windows, hash64("window-order", self._seed, epoch))
+        size, more = divmod(self.num_videos, self._num_windows)
+        ends = np.cumsum((size + (order < more)) * self.draws_per_video)
+        return order, np.concatenate([[0], ends[:-1]])
 
     def _make_order(self, epoch: int, window: int, number: int) -> Order:
         """Order of the videos of a window in one pass over them."""
-        which = (window,) if self._window < self.num_videos else ()
+        which = (window,) if self._num_windows > 1 else ()
         return Order(self._size(window), hash64("video-order", self._seed, epoch, *which, number))
 
-    def _make_window_order(self, epoch: int) -> Order:
-        """Order of the windows in an epoch; the videos that are left over come after them."""
-        return Order(self.num_videos // self._window, hash64("window-order", self._seed, epoch))
-
     def _videos(self, epoch: int, window: int, number: int, places: Int64Array) -> Int64Array:
-        """The videos at some places of one pass over the window that comes as number `window`."""
-        if self._window == self.num_videos:
-            return self._order(epoch, 0, number)[places]
-        if window < self.num_videos // self._window:
-            window = int(self._windows(epoch)[np.array(window)])
-        begin = hash64("window-begin", self._seed, epoch) % self.num_videos + window * self._window
-        return (begin + self._order(epoch, window, number)[places]) % self.num_videos
+        """The videos at some places of one pass over a window."""
+        found = self._order(epoch, window, number)[places]
+        if self._num_windows == 1:
+            return found
+        size, more = divmod(self.num_videos, self._num_windows)
+        begin = hash64("window-begin", self._seed, epoch) % self.num_videos + window * size + min(window, more)
+        return (begin + found) % self.num_videos
 
     def _draw(self, epoch: int, window: int, number: int, places: Int64Array) -> Draws:
         """The draws at some places of one pass over a window."""

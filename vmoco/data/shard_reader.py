@@ -67,6 +67,7 @@ class Rows(Protocol):
 
 _TABLE_ROWS = ("clip_id", "shard", "offset", "num_bytes", "sha256", "height", "width")
 """What `TableRows` and a crop need to know of clips."""
+_TEXTS = ("clip_id", "sha256")
 
 
 class TableRows:
@@ -74,7 +75,8 @@ class TableRows:
 
     def __init__(self, rows: pa.Table) -> None:
         self.num_clips = rows.num_rows
-        self._clip_ids, self._sha256 = rows["clip_id"].combine_chunks(), rows["sha256"].combine_chunks()
+        # Large strings: 2 GiB of hashes are those of 33 million clips.
+        self._clip_ids, self._sha256 = (rows[name].cast(pa.large_string()).combine_chunks() for name in _TEXTS)
         self._shards = rows["shard"].combine_chunks().dictionary_encode()  # that of `Manifest.columns` is one already
         self._shard_of = self._shards.indices.to_numpy()
         self._offset, self._num_bytes = rows["offset"].to_numpy(), rows["num_bytes"].to_numpy()
@@ -148,7 +150,7 @@ class ClipReader:
         self._max_open = max_open
         self._file_marks: dict[int, str] = {}  # of the shards that are or were open
         self._together = together
-        self._fetching: dict[tuple[int, int], threading.Lock] = {}  # by shard and piece of it
+        self._fetching: dict[tuple[int, int], Future[dict[int, memoryview]]] = {}  # by shard and piece of it
         self._lock = threading.Lock()  # of `_open` and `_fetching`; never held while a file is opened or read
         threads = threads or (_FETCH_THREADS if self._is_remote else min(_MOST_THREADS, os.cpu_count() or 1))
         self._pool = ThreadPoolExecutor(threads, "clips") if threads > 1 or self._is_remote else None
@@ -284,41 +286,52 @@ class ClipReader:
         return content
 
     def _fetch_together(self, clip: int) -> bytes:
-        """As `_fetch`, and puts the other clips of this piece of the shard into the cache."""
+        """As `_fetch`, and puts the other clips of this piece of the shard into the cache.
+
+        One thread fetches a piece, and others that want it wait for that one.
+        """
         assert self._cache is not None
         shard, (begin, _) = self._rows.shard(clip), self._rows.extent(clip)
-        piece = begin // _TOGETHER
+        piece = shard, begin // _TOGETHER
         with self._lock:
-            alone = self._fetching.setdefault((shard, piece), threading.Lock())
-        try:
-            with alone:  # other threads that want this piece wait, and then find their clips
-                if (kept := self._cache.find(self._rows.sha256(clip))) is not None:
-                    return bytes(kept)
-                return self._fetch_piece(clip, [*self._around(clip, shard, piece)], self._cache)
-        finally:
-            with self._lock:
-                self._fetching.pop((shard, piece), None)
+            future = self._fetching.get(piece)
+            fetches = future is None
+            if future is None:
+                future = self._fetching[piece] = Future()
+        if fetches:
+            try:
+                kept = self._cache.find(self._rows.sha256(clip))  # by a thread that has just left
+                future.set_result(self._fetch_piece(clip, *piece, self._cache) if kept is None else {clip: kept})
+            except BaseException as error:
+                future.set_exception(error)
+            finally:
+                with self._lock:
+                    del self._fetching[piece]
+        stored = future.result().get(clip)
+        if stored is None:  # the piece was fetched for a clip whose neighbours end before this one
+            return self._fetch(clip)
+        if not self._is_intact(clip, stored):
+            raise ValueError(self._damage(clip, stored))
+        return bytes(stored)
 
-    def _around(self, clip: int, shard: int, piece: int) -> Iterator[int]:
-        """The neighbours of a clip, in the rows, that begin in the same piece of the same shard; itself too."""
-        for rows in (range(clip, -1, -1), range(clip + 1, self._rows.num_clips)):
+    def _fetch_piece(self, clip: int, shard: int, piece: int, cache: ClipCache) -> dict[int, memoryview]:
+        """The clips around a clip, by one request; those without damage are in the cache then."""
+        extents = {clip: self._rows.extent(clip)}
+        for rows, last in ((range(clip - 1, -1, -1), clip), (range(clip + 1, self._rows.num_clips), clip)):
             for at in rows:
-                if self._rows.shard(at) != shard or self._rows.extent(at)[0] // _TOGETHER != piece:
+                begin, size = self._rows.extent(at)
+                gap = abs(begin - extents[last][0]) - (size if at < last else extents[last][1])
+                # What lies between two clips of a sparse selection is not worth its bytes.
+                if self._rows.shard(at) != shard or begin // _TOGETHER != piece or not 0 <= gap <= size:
                     break
-                yield at
-
-    def _fetch_piece(self, clip: int, clips: list[int], cache: ClipCache) -> bytes:
-        """The bytes of one of some clips, by one request; the others go into the cache."""
-        extents = {each: self._rows.extent(each) for each in clips}
-        first, last = min(at for at, _ in extents.values()), max(at + size for at, size in extents.values())
-        content = memoryview(storage.patiently(lambda: self._opened(clip).read_at(last - first, first)))
+                extents[at], last = (begin, size), at
+        first, end = min(at for at, _ in extents.values()), max(at + size for at, size in extents.values())
+        content = memoryview(storage.patiently(lambda: self._opened(clip).read_at(end - first, first)))
         stored = {each: content[at - first : at - first + size] for each, (at, size) in extents.items()}
-        if not self._is_intact(clip, stored[clip]):
-            raise ValueError(self._damage(clip, stored[clip]))
         for each, own in stored.items():
             if self._is_intact(each, own):  # damage never enters the cache
                 cache.add(self._rows.sha256(each), own)
-        return bytes(stored[clip])
+        return stored
 
     def _opened(self, clip: int) -> Any:
         """The shard of a clip: its mapped bytes, or the remote file. One thread opens it, others wait for that one."""

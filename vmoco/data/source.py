@@ -41,7 +41,10 @@ class Listing:
     videos: Collection[Found]
     """Sorted by video_id."""
     rejected: Collection[Rejection]
-    """Files with a video's extension that cannot be read, and folders that cannot be read."""
+    """Files with a video's extension, and folders, that cannot be read; what a list names and is not there.
+
+    Many videos, and many of these, are on disk (`gathered.gather`).
+    """
     num_hidden: int
     """Number of videos that are skipped because their name, or a folder's, starts with a dot."""
     others: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -164,6 +167,7 @@ def _list_remote(uri: str, wanted: Wanted) -> Listing:
 
 
 MAX_FOLDERS = 1000
+"""Most folders of a bucket that are listed one after the other."""
 
 
 def remote_files(uri: str) -> Iterator[tuple[str, pafs.FileInfo]]:
@@ -173,7 +177,7 @@ def remote_files(uri: str) -> Iterator[tuple[str, pafs.FileInfo]]:
     are more than MAX_FOLDERS of them: each is a request.
 
     Raises:
-        ValueError: the store cannot list them.
+        ValueError: the store cannot list them; raised when the first file is asked for, or a later one.
     """
     filesystem, path = storage.filesystem(uri)
     root = path.rstrip("/")

@@ -69,7 +69,8 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """The texts of one line of the table, in the order of `COLUMNS`."""
         apart = self.difference
-        points = f"{100 * apart.value:+.1f} [{100 * apart.low:+.1f}, {100 * apart.high:+.1f}]"
+        value, low, high = (round(100 * each, 1) + 0.0 for each in (apart.value, apart.low, apart.high))  # never -0.0
+        points = f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
         return (self.name, f"{self.chance:.1%}", f"{self.by_colour:.1%}", str(self.before), str(self.after), points)
 
 

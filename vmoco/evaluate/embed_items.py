@@ -80,7 +80,7 @@ def _of_shards(manifest: Manifest, chosen: Mask | None, names: list[str]) -> pa.
         begin += piece.num_rows
         return pc.and_(pc.is_in(piece["shard"], wanted), _chosen(chosen, begin - piece.num_rows, piece))
 
-    return manifest.rows(keep)
+    return manifest.rows(keep, _ROW_NAMES)
 
 
 def _chosen(chosen: Mask | None, begin: int, piece: pa.Table) -> pa.Array:
@@ -94,6 +94,8 @@ def shard_items(manifest: Manifest, rows: pa.Table) -> list[Item]:
         manifest: data set.
         rows: of its clips to embed.
     """
+    if not rows.num_rows:
+        return []
     table = rows.select(_ROW_NAMES).sort_by([("shard", "ascending"), ("row", "ascending")])
     about = {"data_set": manifest.uri, "frame_shape": manifest.frame_shape, "encoding": manifest.encoding}
     shards = table["shard"].combine_chunks().dictionary_encode()

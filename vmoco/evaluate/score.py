@@ -87,7 +87,7 @@ class Answers:
     """Which searches were right; those of two encoders for the same clips have the same order."""
 
     right: npt.NDArray[np.float64]
-    """(N,), 1 or 0."""
+    """(N,), 1 for right, 0 for wrong; a share where several are the nearest."""
     groups: npt.NDArray[Any]
     """(N,), source of each: they are resampled for the interval."""
 
