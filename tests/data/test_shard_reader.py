@@ -325,7 +325,8 @@ def test_a_damaged_neighbour_is_an_error_of_its_own(remote: Far, tmp_path: Path)
     assert cache.find(row["sha256"]) is None
     with pytest.raises(ValueError, match=rf"clip {row['clip_id']} of shard .* is damaged"):
         reader.frames(5)
-    assert far.num_reads == 2
+    assert far.num_reads == 3, "the piece once more, and then the clip alone"
+    assert cache.find(row["sha256"]) is None
 
 
 def test_remote_clips_are_fetched_side_by_side(remote: Far, tmp_path: Path) -> None:

@@ -308,14 +308,11 @@ class ClipReader:
                 with self._lock:
                     del self._fetching[piece]
         stored = future.result().get(clip)
-        if stored is None:  # the piece was fetched for a clip whose neighbours end before this one
-            return self._fetch(clip)
-        if not self._is_intact(clip, stored):
-            raise ValueError(self._damage(clip, stored))
-        return bytes(stored)
+        # It is not there if it is damaged, or if the piece was fetched for a clip whose neighbours end before this one.
+        return self._fetch(clip) if stored is None else bytes(stored)
 
     def _fetch_piece(self, clip: int, shard: int, piece: int, cache: ClipCache) -> dict[int, memoryview]:
-        """The clips around a clip, by one request; those without damage are in the cache then."""
+        """The clips around a clip that are not damaged, by one request; they are in the cache then."""
         extents = {clip: self._rows.extent(clip)}
         for rows, last in ((range(clip - 1, -1, -1), clip), (range(clip + 1, self._rows.num_clips), clip)):
             for at in rows:
@@ -327,11 +324,11 @@ class ClipReader:
                 extents[at], last = (begin, size), at
         first, end = min(at for at, _ in extents.values()), max(at + size for at, size in extents.values())
         content = memoryview(storage.patiently(lambda: self._opened(clip).read_at(end - first, first)))
-        stored = {each: content[at - first : at - first + size] for each, (at, size) in extents.items()}
-        for each, own in stored.items():
-            if self._is_intact(each, own):  # damage never enters the cache
-                cache.add(self._rows.sha256(each), own)
-        return stored
+        read = {each: content[at - first : at - first + size] for each, (at, size) in extents.items()}
+        intact = {each: own for each, own in read.items() if self._is_intact(each, own)}
+        for each, own in intact.items():
+            cache.add(self._rows.sha256(each), own)
+        return intact
 
     def _opened(self, clip: int) -> Any:
         """The shard of a clip: its mapped bytes, or the remote file. One thread opens it, others wait for that one."""
