@@ -20,6 +20,7 @@ from tests.names import FOLDER, NAMES
 from tests.store import BUCKET, Fault, Store
 from vmoco import storage
 from vmoco.data import source
+from vmoco.data.annotations import list_annotated
 from vmoco.data.check import check
 from vmoco.data.clips import ClipPlan
 from vmoco.data.decoder import Decoder
@@ -272,3 +273,20 @@ def test_the_job_is_patient_and_then_clear(store: Store, tmp_path: Path) -> None
     after = {name: store.content(name) for name in store.names("out") if "probes" not in name}
     assert after == before
     assert Manifest.load(output) == manifest
+
+
+def test_a_list_is_copied_once_to_be_read_often(store: Store) -> None:
+    """A text list is read for its kind, its header, its form and its entries: two copies, and no temporary folder."""
+    for name in ("a.mp4", "b.mp4"):
+        storage.write_atomic(f"s3://{BUCKET}/in/{name}", b"content")
+    uri = f"s3://{BUCKET}/list.txt"
+    storage.write_atomic(uri, b"a.mp4 1\nb.mp4 2\ngone.mp4 3\n")
+    before = set(os.listdir(tempfile.gettempdir()))
+    store.requests.clear()
+    listing = list_annotated(f"s3://{BUCKET}/in", uri, "auto")
+    assert [(found.video_id, found.label) for found in listing.videos] == [("a.mp4", "1"), ("b.mp4", "2")]
+    assert sum(method == "GET" and path.endswith("list.txt") for method, path in store.requests) == 2
+    assert set(os.listdir(tempfile.gettempdir())) <= before
+    missing = f"s3://{BUCKET}/none.txt"
+    with pytest.raises(ValueError, match=f"list {missing} cannot be read"):
+        list_annotated(f"s3://{BUCKET}/in", missing, "filelist")

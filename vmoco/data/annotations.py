@@ -178,7 +178,8 @@ def _guess(uri: str) -> Layout:
         return "table"
     if suffix == ".json":
         return "ssv2"
-    first = first_cells(ListFile(uri))
+    with copied(uri) as file:
+        first = first_cells(file)
     if official_lists.kinetics_columns(first):
         return "kinetics"
     return "table" if suffix == ".csv" and "path" in first else "filelist"
