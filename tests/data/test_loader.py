@@ -345,3 +345,24 @@ def test_two_threads_may_take_memory_at_once() -> None:
     memory = BatchMemory(pin_memory=False)
     memory._free[4000] = TakenByAnother()
     assert memory.take((4, 1000)).shape == (4, 1000)
+
+
+def test_windows_save_requests(manifest: Manifest, tmp_path: Path, store: Any) -> None:
+    """From a store, a run in windows asks for pieces of shards and not for clips; it trains on the clips of its plan."""
+    far = dataset.upload(manifest, "s3://bucket/windows")
+    stored, asked = stored_clips(manifest), {}
+    for window in (0, 4):
+        data = {"cache": str(tmp_path / str(window)), "shuffle_window": window, "draws_per_video": 2}
+        settings = settings_with(data=data)
+        loader = Loader(far, settings, rank=0, world_size=1)
+        store.requests.clear()
+        batches = list(loader)
+        asked[window] = sum(method == "GET" and "/shards/" in path for method, path in store.requests)
+        for batch in batches:
+            for clip_id, frames in zip(batch.clip_ids, batch.query.frames.numpy(), strict=True):
+                window_of(frames, stored[clip_id], stride=settings.data.stride)
+        # The 10 videos that are not held out are two windows of 5, drawn twice.
+        first = [name for batch in batches for name in batch.video_ids.tolist()][:10]
+        assert len(set(first)) == (5 if window else 10)
+    assert asked[0] >= 20, "each clip; two threads may ask for one at the same time"
+    assert asked[4] == 2, "each shard, which is one piece"

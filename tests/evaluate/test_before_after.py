@@ -12,7 +12,7 @@ from tests.browser import title_of
 from tests.dataset import make_data_set
 from tests.made import encoder_of
 from vmoco.encoders.foreign import random_initialisation
-from vmoco.evaluate.before_after import AFTER, BEFORE, compare, found, write_page
+from vmoco.evaluate.before_after import AFTER, BEFORE, COLUMNS, compare, found, write_page
 from vmoco.evaluate.score import Answers, Estimate, TooFewVideosError, score_encoder
 
 PROBE = """<script>addEventListener("load", () => {
@@ -31,6 +31,7 @@ def test_random_weights_beside_random_weights(tmp_path: Path) -> None:
     assert [row.before for row in same.rows] == [row.after for row in same.rows]
     assert {row.difference for row in same.rows} == {Estimate(0.0, 0.0, 0.0)}
     assert same.rows[0].cells()[-1] == "+0.0 [+0.0, +0.0]"
+    assert {len(row.cells()) for row in same.rows} == {len(COLUMNS)}
     other = compare(encoder, manifest, seed=4)
     assert [row.after for row in other.rows] == [row.after for row in same.rows]
     assert other.rows[1].before != same.rows[1].before

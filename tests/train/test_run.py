@@ -217,6 +217,15 @@ def test_a_run_whose_checkpoints_cannot_be_scored_says_so_at_its_start(
     assert not any(line.startswith(warning) for line in lines)
 
 
+def test_a_window_that_saves_nothing_is_reported_at_the_start(settings: PretrainSettings) -> None:
+    """On a disk it costs randomness and saves no request."""
+    lines = introduce(open_run(prepare(changed(settings, data={"shuffle_window": 3}))))
+    assert any(line.startswith("warning: --data.shuffle-window 3 saves requests to a store") for line in lines)
+    assert not any(
+        "shuffle-window" in line for line in introduce(open_run(prepare(changed(settings, run={"name": "b"}))))
+    )
+
+
 def test_a_setting_without_effect_is_reported_at_the_start_and_the_run_resumes(settings: PretrainSettings) -> None:
     """One warning for each, with the setting that makes it so; the same when the run is resumed."""
     unused = changed(settings, moco={"decay_end": 0.5}, train={"optimizer": "adamw", "sgd_momentum": 0.5})
