@@ -12,7 +12,7 @@ import json
 import logging
 import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 from vmoco import storage
 from vmoco.data import ledger, source
@@ -58,7 +58,8 @@ def embed(encoder: Encoder, settings: EmbedSettings, *, show: Callable[[str], No
             f"folder of its videos, or leave out {settings.sliding}"
         )
     storage.check_writable(output)
-    seen, listed = Window(encoder.preprocessing.num_frames, 1), cast(Collection[Rejection], ())
+    seen = Window(encoder.preprocessing.num_frames, 1)
+    listed: Collection[Rejection] = ()
     if is_data_set:
         manifest = Manifest.load(videos)
         seen = window(encoder, manifest)
