@@ -348,7 +348,7 @@ def test_two_threads_may_take_memory_at_once() -> None:
 
 
 def test_windows_save_requests(manifest: Manifest, tmp_path: Path, store: Any) -> None:
-    """From a store, a run in windows asks for pieces of shards and not for clips; it trains on the clips of its plan."""
+    """From a store, a run in windows asks for pieces of shards, not for clips; it trains on the clips of its plan."""
     far = dataset.upload(manifest, "s3://bucket/windows")
     stored, asked = stored_clips(manifest), {}
     for window in (0, 4):
