@@ -16,10 +16,12 @@ from PIL import Image
 
 from tests.data import videos
 from tests.data.test_ingest_tasks import probed, settings
-from tests.dataset import never_read_at_once, stored_frames
+from tests.dataset import damage_clip, never_read_at_once, stored_clips, stored_frames, training_clips
 from vmoco import storage
+from vmoco.clip_settings import DataSettings
 from vmoco.data import contact_sheet, ledger
 from vmoco.data import ingest as job
+from vmoco.data.check import check
 from vmoco.data.decoder import Decoder
 from vmoco.data.held_out import is_held_out
 from vmoco.data.ingest import CUTS, list_inputs
@@ -127,6 +129,37 @@ def test_running_again_does_nothing_and_adding_appends(tmp_path: Path, ray_clust
     assert {path: before[path] for path in old} == {path: path.stat().st_mtime_ns for path in old}
     assert second.hash != first.hash
     assert second.table.filter([name != "a.mp4" for name in second.table["video_id"].to_pylist()]) == first.table
+
+
+def test_a_data_set_of_schema_2_is_continued(tmp_path: Path, ray_cluster: object) -> None:
+    """Its shards stay as they are and are read beside new ones, which have the new hash and the scores of their clips.
+
+    `version_2` was made by the code of commit 152faab, whose shards have schema 2, with the settings of these tests.
+    """
+    shutil.copytree(ROOT / "tests/data/version_2", tmp_path, dirs_exist_ok=True)
+    old = Manifest.load(str(tmp_path / "out"))
+    assert ingest(settings(tmp_path), progress=quiet) == old
+    assert old.counts == {"videos": 2, "clips": 6, "rejected": 1, "held_out": 0}
+    assert not check(old.uri, progress=quiet)
+
+    before, rows = shards(tmp_path / "out"), old.table
+    videos.write_video(tmp_path / "in/a.mp4", videos.images(25))
+    continued = ingest(settings(tmp_path), progress=quiet)
+    assert continued.counts == {"videos": 3, "clips": 9, "rejected": 1, "held_out": 0}
+    assert before.items() < shards(tmp_path / "out").items()
+    assert {f"{name}.arrow" for name, shard in continued.shards.items() if not shard.by_clips} == set(before)
+    is_old = pa.array([name != "a.mp4" for name in continued.table["video_id"].to_pylist()])
+    assert continued.table.filter(is_old).select(rows.column_names) == rows
+    assert [score is None for score in continued.table["motion"].to_pylist()] == is_old.to_pylist()
+    assert not check(continued.uri, progress=quiet)
+    assert [len(clip) for clip in stored_clips(continued)] == 9 * [4]
+    with pytest.raises(
+        ValueError, match=r"6 of the 9 training clips .* have none, because an earlier version made them"
+    ):
+        training_clips(continued, DataSettings(num_frames=4, min_motion=1.0))
+
+    damage_clip(old, 4)
+    assert next(iter(old.shards)) in "".join(check(continued.uri, progress=quiet))
 
 
 def test_a_data_set_that_no_encoder_can_be_scored_on_is_named(tmp_path: Path, ray_cluster: object) -> None:
