@@ -28,7 +28,10 @@ PAIRS = (
     (f"{ADVERSARY}, relative, every 4th step", f"{ADVERSARY}, relative"),
     (f"{ADVERSARY}, relative, sampled, contrast", f"{ADVERSARY}, relative, sampled"),
     ("MoCo + two clips + random dropping", "MoCo + two clips"),
+    ("MoCo, old keys", "MoCo, momentum 0.9"),
     ("MoCo, old keys + decay", "MoCo, old keys"),
+    ("MoCo, old keys + two clips", "MoCo, old keys"),
+    ("MoCo, old keys + random dropping", "MoCo, old keys"),
     ("VideoMoCo (adversarial dropping + decay)", ADVERSARY),
 )
 """An arm, and the arm that lacks only one part of it; these answer what the two references do not."""
