@@ -63,7 +63,9 @@ def test_small_has_nothing_to_warn_about(tmp_path: Path, tracker_home: Path) -> 
     make_data_set(tmp_path / "data", num_videos=112, num_frames=16, height=64, width=64, num_held_out=12)
     lines = introduce(open_run(prepare(changed(SMALL, data={"uri": str(tmp_path / "data")}))))
     assert "200 epochs of 400 clips are 1,250 steps of 64" in lines
-    assert any(line.startswith("1250 steps of 64 clips, 200.0 epochs; the generator drops 2 of 8") for line in lines)
+    assert any(
+        line.startswith("1250 steps of 64 clips, 200.0 epochs; 2 of 8 frames are dropped at random") for line in lines
+    )
     assert any(line.endswith(" micro-batches a step; learning rate 0.002, with warm-up of 62 steps") for line in lines)
     warnings = [line for line in lines if line.startswith("warning")]
     assert all("the queue holds 2.6 epochs" in line for line in warnings)

@@ -33,8 +33,9 @@ PAIRS = (
     ("MoCo, old keys + two clips", "MoCo, old keys"),
     ("MoCo, old keys + random dropping", "MoCo, old keys"),
     ("VideoMoCo (adversarial dropping + decay)", ADVERSARY),
+    ("MoCo, old keys + random dropping", "VideoMoCo (adversarial dropping + decay)"),
 )
-"""An arm, and the arm that lacks only one part of it; these answer what the two references do not."""
+"""An arm, and the arm that lacks only one part of it; at the end what presets use, and the paper's own form."""
 ENOUGH = 3
 """Fewest trunks with which an arm can be chosen by the validation part."""
 METHOD = Path(__file__).parents[2] / "vmoco/METHOD.md"
@@ -158,7 +159,7 @@ def tables(results: list[Result]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     pairs = [(arm, other) for arm, other in PAIRS if difference(results, arm, other, measure="linear_test").count]
     if pairs:
-        lines += ["", "| one part more | than | linear probe, difference | trunks |", "|---|---|---|---|"]
+        lines += ["", "| arm | less | difference in the linear probe | trunks |", "|---|---|---|---|"]
         for arm, other in pairs:
             apart = difference(results, arm, other, measure="linear_test")
             lines.append(f"| {arm} | {other} | {apart} | {apart.count} |")

@@ -19,10 +19,11 @@ several tries.
 `sparse_over_best_peer` the same against the best other decoder. `probe_share` is the part of ours that finds the time
 stamps: in ingest another task has done that.
 
-On a core of a virtual machine, milliseconds a clip: an hour with key frames every 2 s takes 26, of which 17 find the
-time stamps (decoding every frame of ten minutes takes 44, and so of the hour six times as much), PyAV 6, torchcodec
-104. Ten minutes take 10, of which 3 find the time stamps, PyAV 7 and decord 20. Every frame of a minute of 320x180
-takes 8, PyAV 6 with a cheaper filter, decord 8, FFmpeg 8.
+On a core of a virtual machine, milliseconds a clip: an hour with key frames every second takes 20, of which 14 find the
+time stamps (every frame of it decoded: 200), PyAV 4, torchcodec 6 or 9, decord 15, FFmpeg 79. Ten minutes with key
+frames every 2 s take 8, PyAV 4, torchcodec 6, decord 11. Every frame of a minute of 640x360 takes 13, PyAV 11 with a
+cheaper filter, decord 13, FFmpeg 18, torchcodec 23. So what is slower than the best is to look at each time stamp
+before anything is decoded, which PyAV does not do, and the filter.
 
 Decoders that are not installed are left out with a note. The files stay in `$VMOCO_HOME/cache/decode`.
 """

@@ -18,7 +18,7 @@ through the bare decoders again.
 Videos and shards are in memory (/dev/shm), because the bare decoders write nothing and the disk is not measured;
 `--scratch FOLDER` puts them elsewhere.
 
-On two cores of a virtual machine the efficiency is 0.71 to 0.76. In the steady state of a run under a profiler (0.69),
+On two cores of a virtual machine the efficiency is 0.71 to 0.77. In the steady state of a run under a profiler (0.69),
 both cores spent their time as follows: 66 % on what the bare decoders do too; 10 % on further work of the decoders (a
 second look at each video, copies of frames, caches shared with the rest); 6 % on two hashes of each clip, of which
 there is one now; 8 % on writing clips to memory that the machine must first get from its host (2.5 of 2.8 ms a clip;

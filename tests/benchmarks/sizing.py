@@ -53,7 +53,7 @@ def sets() -> Iterator[str]:
     settings = PRESETS["recommended"][1]
     cost = step_cost(settings, bf16=True)
     frames = [each.videos * each.frames_per_video for each in SETS]
-    clip_flops = 6 * cost.forward_flops
+    clip_flops = cost.flops_before / settings.train.global_batch  # no generator ever starts
     gpu_hours = [[each.videos * clip_flops / (mfu * PEAK) / 3600 for each in SETS] for mfu in (0.1, 0.2, 0.4)]
     yield _row("videos, frames each", [f"{each.videos:,} x {each.frames_per_video}" for each in SETS])
     yield _row("ingest, core hours", [f"{each / FRAMES_PER_CORE / 3600:,.0f}" for each in frames])
@@ -72,7 +72,7 @@ def scales() -> Iterator[str]:
     yield "|---|---|---|---|"
     costs = [step_cost(_scaled(size), bf16=True) for size in sizes]
     batches = [_scaled(size).train.global_batch for size in sizes]
-    seconds = [cost.flops_after / size / (0.2 * PEAK) for cost, size in zip(costs, sizes, strict=True)]
+    seconds = [cost.flops_before / size / (0.2 * PEAK) for cost, size in zip(costs, sizes, strict=True)]
     clips = [batch / each for batch, each in zip(batches, seconds, strict=True)]
     read = [each * 2 * 16 * JPEG_BYTES for each in clips]  # query and key, 16 frames each
     yield _row("global batch", [f"{each:,}" for each in batches])

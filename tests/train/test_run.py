@@ -258,6 +258,52 @@ def test_a_transformer_is_introduced_as_one(settings: PretrainSettings) -> None:
     assert said("adamw", model=swin, train={"micro_batch": 8, "optimizer": "adamw"}) == (False, False)
 
 
+@pytest.mark.parametrize(
+    ("generator", "expected"),
+    [
+        ({"start_percent": 50.0}, "; the generator drops 2 of 8 frames from step 10; "),
+        ({"start_percent": 100.0, "before_start": "random"}, "; 2 of 8 frames are dropped at random, without a gen"),
+        ({"start_percent": 100.0, "before_start": "whole"}, "; no frame is dropped; "),
+        ({"drop_ratio": 0.0}, "; no frame is dropped; "),
+    ],
+)
+def test_the_first_lines_say_which_frames_are_dropped(
+    settings: PretrainSettings, generator: dict[str, Any], expected: str
+) -> None:
+    """By the generator from a step on, at random, or none."""
+    lines = introduce(open_run(prepare(changed(settings, generator=generator))))
+    assert sum(expected in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "momentum", "expected"),
+    [
+        (400, 0.99, "within 100 steps, which is 25% of this run; .* lower it to about 0.9 "),
+        (4000, 0.999, "within 1,000 steps, which is 25% of this run; .* lower it to about 0.99 "),
+        (2000, 0.995, None),  # a tenth of the run
+        (20, 0.9, None),  # no run of so few steps is for its encoder
+        (187_500, 0.999, None),
+    ],
+)
+def test_a_key_encoder_too_slow_for_the_run_is_named(
+    settings: PretrainSettings, steps: int, momentum: float, expected: str | None
+) -> None:
+    """The first lines say how much of the run it lags behind, and advise a momentum of which they do not warn."""
+
+    def said(momentum: float) -> list[str]:
+        chosen = changed(settings, run={"name": f"{momentum}"}, train={"steps": steps}, moco={"momentum": momentum})
+        return [line for line in introduce(open_run(prepare(chosen))) if "key encoder follows" in line]
+
+    if expected is None:
+        assert said(momentum) == []
+        return
+    (line,) = said(momentum)
+    assert re.search(expected, line)
+    advised = re.search(r"about ([0-9.]+) ", line)
+    assert advised
+    assert said(float(advised[1])) == []
+
+
 def test_positions_of_other_clips_are_no_start(settings: PretrainSettings, tmp_path: Path) -> None:
     """An mvit_v2_s for 6 frames is refused where a run trains on 8, with both; a swin3d is taken."""
     for name in ("mvit_v2_s", "swin3d_nano"):

@@ -29,6 +29,9 @@ from vmoco.train.run_folder import INIT, RunFolder, check_fork, check_init, is_c
 from vmoco.train.state import Record, checkpoint_bytes, differences, networks_in
 from vmoco.unused_settings import unused_settings
 
+_SLOW_SHARE, _GOOD_SHARE = 0.1, 0.025
+"""Parts of a run within which the key encoder follows: more than the first is warned of, the second is advised."""
+
 
 @dataclass(frozen=True)
 class PreparedRun:
@@ -251,8 +254,7 @@ def introduce(run: Run) -> list[str]:
         f"held out, hash {mixture.hash}",
         f"{settings.last_step} steps of {train.global_batch} clips, "
         f"{settings.last_step * train.global_batch / epoch:.1f} epochs; "
-        f"the generator drops {settings.num_dropped} of {settings.data.num_frames} frames from step "
-        f"{settings.generator_start}; the oldest of {moco.queue_size} keys weighs {_oldest_key(settings)}",
+        f"{_dropping(settings)}; the oldest of {moco.queue_size} keys weighs {_oldest_key(settings)}",
     ]
     warmup = f"warm-up of {train.warmup_steps} steps" if train.warmup_steps else "no warm-up"
     lines.append(
@@ -289,12 +291,30 @@ def introduce(run: Run) -> list[str]:
             "normalised with the same clips as its query, which lets the encoder cheat (MoCo, section 3.3): lower "
             "--train.micro-batch"
         )
+    follows = 1 / (1 - moco.momentum)  # steps in which a key encoder comes within 1/e of one that stands still
+    if moco.momentum > 0.9 and follows > _SLOW_SHARE * train.steps:
+        advised = max(0.9, 1 - 1 / (_GOOD_SHARE * train.steps))
+        lines.append(
+            f"warning: with --moco.momentum {moco.momentum:g} the key encoder follows within {follows:,.0f} steps, "
+            f"which is {100 * follows / train.steps:.0f}% of this run; in our trials 25% cost 2 to 11 points of a "
+            f"linear probe against 2.5%: lower it to about {advised:.3g} (vmoco/METHOD.md)"
+        )
     if moco.queue_size > epoch:
         lines.append(
             f"warning: the queue holds {moco.queue_size / epoch:.1f} epochs, so each video several times. Keys of the "
             "query's own video never count, but a queue below an epoch is cheaper: lower --moco.queue-size"
         )
     return lines
+
+
+def _dropping(settings: PretrainSettings) -> str:
+    """Which frames of a query are dropped, in words."""
+    frames = f"{settings.num_dropped} of {settings.data.num_frames} frames"
+    if settings.num_dropped and settings.generator_start < settings.train.steps:
+        return f"the generator drops {frames} from step {settings.generator_start}"
+    if settings.num_dropped and settings.generator.before_start == "random":
+        return f"{frames} are dropped at random, without a generator"
+    return "no frame is dropped"
 
 
 def _of_each_set(run: Run) -> list[str]:
