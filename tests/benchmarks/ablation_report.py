@@ -35,7 +35,7 @@ PAIRS = (
     ("VideoMoCo (adversarial dropping + decay)", ADVERSARY),
     ("MoCo, old keys + random dropping", "VideoMoCo (adversarial dropping + decay)"),
 )
-"""An arm, and the arm that lacks only one part of it; at the end what presets use, and the paper's own form."""
+"""An arm, and the arm that lacks only one part of it; at the end the best recipe and the paper's own form, which differ in more."""
 ENOUGH = 3
 """Fewest trunks with which an arm can be chosen by the validation part."""
 METHOD = Path(__file__).parents[2] / "vmoco/METHOD.md"
