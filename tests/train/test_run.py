@@ -280,6 +280,7 @@ def test_the_first_lines_say_which_frames_are_dropped(
     [
         (400, 0.99, "within 100 steps, which is 25% of this run; .* lower it to about 0.9 "),
         (4000, 0.999, "within 1,000 steps, which is 25% of this run; .* lower it to about 0.99 "),
+        (200_000, 0.99999, "within 100,000 steps, which is 50% of this run; .* lower it to about 0.9998 "),
         (2000, 0.995, None),  # a tenth of the run
         (20, 0.9, None),  # no run of so few steps is for its encoder
         (187_500, 0.999, None),

@@ -293,11 +293,11 @@ def introduce(run: Run) -> list[str]:
         )
     follows = 1 / (1 - moco.momentum)  # steps in which a key encoder comes within 1/e of one that stands still
     if moco.momentum > 0.9 and follows > _SLOW_SHARE * train.steps:
-        advised = max(0.9, 1 - 1 / (_GOOD_SHARE * train.steps))
+        advised = 1 - min(0.1, float(f"{1 / (_GOOD_SHARE * train.steps):.1g}"))
         lines.append(
             f"warning: with --moco.momentum {moco.momentum:g} the key encoder follows within {follows:,.0f} steps, "
             f"which is {100 * follows / train.steps:.0f}% of this run; in our trials 25% cost 2 to 11 points of a "
-            f"linear probe against 2.5%: lower it to about {advised:.3g} (vmoco/METHOD.md)"
+            f"linear probe against 2.5%: lower it to about {advised:g} (vmoco/METHOD.md)"
         )
     if moco.queue_size > epoch:
         lines.append(
