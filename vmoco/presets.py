@@ -131,8 +131,8 @@ PRESETS: dict[str, tuple[str, PretrainSettings]] = {
         PretrainSettings(
             preset="recommended",
             # 16 frames, every second one: they span the same time as 32 frames, at half the cost.
-            # One clip twice as a pair. Beside a key encoder that follows soon, two clips of a video gained 1 point where
-            # an action lasts, and lost 12 where it is short (beside a slow one 7 and 0).
+            # One clip twice as a pair. With a key encoder that follows soon, two clips of a video gained 1 point where
+            # an action lasts, and lost 12 where it is short (with a slow one: 7 and 0).
             data=DataSettings(num_frames=16, stride=2),
             # The augmentation of MoCo v2: blur, a weaker hue, and a fifth of the clips keep their colours.
             augment=AugmentSettings(hue=0.1, jitter_probability=0.8, blur_probability=0.5),

@@ -35,7 +35,8 @@ PAIRS = (
     ("VideoMoCo (adversarial dropping + decay)", ADVERSARY),
     ("MoCo, old keys + random dropping", "VideoMoCo (adversarial dropping + decay)"),
 )
-"""An arm, and the arm that lacks only one part of it; at the end the best recipe and the paper's own form, which differ in more."""
+"""An arm, and the arm that lacks only one part of it; at the end the best recipe and the paper's form, which differ in
+more than one."""
 ENOUGH = 3
 """Fewest trunks with which an arm can be chosen by the validation part."""
 METHOD = Path(__file__).parents[2] / "vmoco/METHOD.md"
