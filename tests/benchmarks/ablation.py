@@ -103,6 +103,8 @@ DECAY: dict[str, object] = {"decay": 0.99966, "age_unit": "key", "decay_on": "ex
 # weighs 0.06.
 STALE: dict[str, object] = {"queue_size": 8192, "momentum": 0.9}
 RANDOM: dict[str, object] = {"drop_ratio": 0.25, "start_percent": 100.0}
+# As many steps as take the CPU time of an arm with a generator.
+AS_LONG = {"steps": 2 * FORK_STEPS, "checkpoint_every": 2 * FORK_STEPS}
 ADVERSARIAL: dict[str, object] = {"drop_ratio": 0.25}
 RELATIVE = ADVERSARIAL | {"relative": True}
 SAMPLED = RELATIVE | {"select": "sample"}
@@ -132,6 +134,8 @@ FURTHER: dict[str, PretrainSettings] = {
     "MoCo, old keys + decay": changed(BASE, moco=STALE | DECAY),
     "MoCo, old keys + two clips": changed(BASE, data=TWO_CLIPS, moco=STALE),
     "MoCo, old keys + random dropping": changed(BASE, moco=STALE, generator=RANDOM),
+    "MoCo, old keys + random dropping, twice the steps": changed(BASE, moco=STALE, generator=RANDOM, train=AS_LONG),
+    "VideoMoCo, old keys": changed(BASE, generator=ADVERSARIAL, moco=STALE | DECAY),
     "MoCo, momentum 0.9": changed(BASE, moco={"momentum": 0.9}),
     "MoCo + two clips + random dropping": changed(BASE, data=TWO_CLIPS, generator=RANDOM),
     "MoCo + decay": changed(BASE, moco=DECAY),
