@@ -40,6 +40,8 @@ PAIRS = (
 )
 """An arm, and the arm that lacks only one part of it; at the end the best recipe and the paper's form, which differ in
 more than one. With twice the steps the recipe takes the CPU time of the paper's form."""
+LONGER = "twice the steps"
+"""How the name of an arm ends that has more steps than the others, so it takes no part in the choice."""
 ENOUGH = 3
 """Fewest trunks with which an arm can be chosen by the validation part."""
 METHOD = Path(__file__).parents[2] / "vmoco/METHOD.md"
@@ -248,7 +250,7 @@ def _line(results: list[Result]) -> dict[str, Any]:
 def _choices(results: list[Result]) -> list[tuple[str, str, Choice]]:
     """What is chosen, what it is compared with, and the choice."""
     kinds = (
-        ("among all arms", REFERENCE, _is_forked),
+        ("among all arms", REFERENCE, lambda arm: _is_forked(arm) and not arm.endswith(LONGER)),
         ("among adversarial arms", CONTROL, lambda arm: arm.startswith(ADVERSARY)),
     )
     found = [(what, other, choose(results, other, allowed=allowed)) for what, other, allowed in kinds]

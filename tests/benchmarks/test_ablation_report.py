@@ -14,6 +14,7 @@ from tests.benchmarks import ablation_report as report
 from tests.benchmarks.ablation import ARMS, BASE
 
 MOCO, RANDOM, RELATIVE = "MoCo", "MoCo + random dropping", "MoCo + adversarial dropping, relative"
+LONGER = "MoCo, old keys + random dropping, twice the steps"
 
 
 def result(arm: str, seed: int, test: float, validation: float = 0.0, **more: Any) -> dict[str, Any]:
@@ -62,6 +63,7 @@ def test_the_test_part_chooses_nothing() -> None:
         results += [result(MOCO, seed, 40, 40), result(RANDOM, seed, 50 + seed, 41), result(RELATIVE, seed, 38, 45)]
     results += [result("MoCo + two clips", seed, 90, 90) for seed in range(2)]  # too few trunks
     results += [result("supervised", seed, 99, 99) for seed in range(3)]  # learned from labels
+    results += [result(LONGER, seed, 99, 99) for seed in range(3)]  # with more steps than the others
     found = report._line(results)["chosen_on_validation"]
     assert found["among all arms"]["arm"] == RELATIVE
     assert found["among all arms"]["validation"]["mean"] == 5
@@ -79,6 +81,7 @@ def test_the_arms_that_the_report_compares_exist() -> None:
     """Every name in the report is an arm: a renamed arm would silently leave a comparison out."""
     named = {report.REFERENCE, report.CONTROL, *(name for pair in report.PAIRS for name in pair)}
     assert named <= set(ARMS)
+    assert [arm for arm in ARMS if arm.endswith(report.LONGER)] == [LONGER]
     assert sum(arm.startswith(report.ADVERSARY) for arm in ARMS) == 6
 
 
