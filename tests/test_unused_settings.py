@@ -107,7 +107,7 @@ CASES: dict[str, tuple[Groups, Groups]] = {
     "workers not elastic": ({"scaling": {"num_workers": 2}}, {"scaling": {"min_workers": 2, "resize_seconds": 5.0}}),
     "no evaluation": (
         {"evaluation": {"enabled": False}},
-        {"evaluation": {"num_cpus": 3, "device": "gpu"}, "train": {"keep_best": 4}},
+        {"evaluation": {"num_cpus": 3, "device": "gpu", "motion": True}, "train": {"keep_best": 4}},
     ),
     "not registered": ({"tracking": {"register_as": None}}, {"tracking": {"alias": "best-of-march"}}),
 }

@@ -128,5 +128,5 @@ class AugmentSettings(Settings):
     flip_probability: float = Field(0.5, ge=0, le=1)
     """Probability that a view is mirrored left to right. Set 0 if left and right differ in meaning."""
     standardise: bool = False
-    """Normalises each clip by its own mean and deviation, not by those of Kinetics. Then the encoder cannot recognise a
-    clip by its light or contrast."""
+    """Normalises each clip by its own mean and deviation. Then the encoder cannot recognise a clip by its light or
+    contrast, and changes of brightness and contrast leave little but pixels that become black or white."""

@@ -286,7 +286,9 @@ class RegisterSettings(Settings):
     """Owner and licence of the videos, for example 'CC BY 4.0, by us'. This text is saved with the encoder."""
 
 
-Metric = Literal["retrieval", "arrow", "effective_rank", "knn"]
+Metric = Literal["retrieval", "arrow", "speed", "order", "knn"]
+MOTION_PROBES = ("speed", "order")
+"""Metrics of checkpoints that are measured only with `--evaluation.motion`."""
 
 
 class SweepSettings(Settings):
@@ -301,8 +303,8 @@ class SweepSettings(Settings):
     samples: int = Field(16, ge=1)
     """Number of trials, if --search is not grid. Submit the sweep again with a larger number to add trials."""
     metric: Metric = "retrieval"
-    """Score that chooses the best trial; higher is better. arrow: a clip is nearer to another clip of its video
-    than to that clip played backwards, so the encoder sees motion. knn needs labels."""
+    """Score that chooses the best trial; higher is better. arrow, speed and order say whether an encoder sees motion
+    (vmoco/METHOD.md compares them); speed and order set --evaluation.motion. knn needs labels."""
     scheduler: Literal["none", "asha", "pbt"] = "none"
     """What happens to bad trials. none: nothing. asha: they stop at 1/3, 1/9, ... of their steps. pbt: --samples trials
     train together, and every --pbt-steps the worst copy the best and change their settings."""

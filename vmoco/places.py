@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from vmoco.settings import Settings
+from vmoco.settings import OmittedIfDefault, Settings
 
 Device = Literal["auto", "cpu", "gpu"]
 ScoringDevice = Literal["auto", "cpu", "gpu", "shared-gpu"]
@@ -74,6 +74,9 @@ class EvaluationSettings(Settings):
     max_videos: int = Field(500, ge=2)
     """Largest number of held-out videos used for a score, with up to 8 clips each, and 4 of them also played
     backwards. Lower it to score faster."""
+    motion: Annotated[bool, OmittedIfDefault] = False
+    """Also measures what linear probes read of motion: score/speed and score/order (vmoco/METHOD.md). Needs 20 videos,
+    and takes as long as the other scores together."""
 
     @property
     def use_gpu(self) -> bool:

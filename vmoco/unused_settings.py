@@ -140,7 +140,7 @@ def _train_and_places(settings: PretrainSettings) -> Reasons:
         found["scaling", "resize_seconds"] = "the number of workers is fixed (--scaling.min-workers)"
     if not evaluation.enabled:
         # Not `max_videos`: jobs/register.py reads it from the checkpoint, to score the encoder later.
-        for name in ("num_cpus", "device"):
+        for name in ("num_cpus", "device", "motion"):
             found["evaluation", name] = "checkpoints are not scored (--evaluation.no-enabled)"
         found["train", "keep_best"] = "checkpoints have no scores (--evaluation.no-enabled)"
     if settings.tracking.register_as is None:

@@ -42,7 +42,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.benchmarks.ablation_report import RESULTS, write_report
+from tests.benchmarks import camera
+from tests.benchmarks.ablation_report import FROM_SCRATCH, RESULTS, TRUNK, write_report
 from tests.benchmarks.motion_probes import motion_scores
 from tests.dataset import write_data_set
 from tests.train.test_loop import Notes
@@ -50,6 +51,7 @@ from tests.train.test_step import CPU, changed
 from vmoco import storage
 from vmoco.clip_settings import AugmentSettings, DataSettings
 from vmoco.config import GeneratorSettings, MocoSettings, ModelSettings, PretrainSettings, TrainSettings
+from vmoco.data import footage
 from vmoco.data.augment import augment
 from vmoco.data.loader import Loader
 from vmoco.data.manifest import Manifest
@@ -68,6 +70,12 @@ from vmoco.train.state import TrainState
 PRETRAIN_MAPS, FIT_MAPS, VALIDATION_MAPS, TEST_MAPS = range(1, 17), range(1, 23), range(23, 25), range(25, 33)
 PLACES_PER_MAP, FIT_PLACES_PER_MAP, TEST_PLACES_PER_MAP = 72, 60, 240
 PRETRAIN_SEED, PROBE_SEED = 0, 1
+CAMERA_VIDEOS = {
+    "pretrain": camera.PRETRAIN,
+    "fit": camera.FIT,
+    "validation": camera.VALIDATION,
+    "test": camera.TEST,
+}
 CAMERA_CLIPS = {"pretrain": 1152, "fit": 1320, "validation": 480, "test": 1920}  # frames that are drawn, 2 clips each
 DATA_SETS = ("doom", "moments", "camera")
 PARTS = ("fit", "validation", "test")
@@ -112,7 +120,6 @@ CONTRAST: dict[str, object] = {"objective": "contrast"}
 TWO_CLIPS: dict[str, object] = {"positives": "two_clips"}
 REVERSED: dict[str, object] = {"reversed_negatives_percent": 25.0}
 
-TRUNK = "trunk: MoCo, 700 steps"
 # What decides whether a part of the method is worth having; these come first for all seeds.
 DECISIVE: dict[str, PretrainSettings] = {
     TRUNK: changed(BASE, train={"steps": TRUNK_STEPS, "warmup_steps": 50, "checkpoint_every": TRUNK_STEPS}),
@@ -147,7 +154,6 @@ Run = tuple[str, str, int]
 """Data set, arm and seed."""
 RUNS = RESULTS / "runs"
 """Results of the single runs, of all machines."""
-_FROM_SCRATCH = (TRUNK, "random initialisation", "supervised")
 
 
 def make_data(folder: Path, name: str) -> None:
@@ -162,12 +168,8 @@ def make_data(folder: Path, name: str) -> None:
 def render(name: str, part: str) -> list[Clip]:
     """The clips of a part of a data set."""
     if name == "camera":
-        from tests.benchmarks import camera
-        from vmoco.data import footage
-
-        videos = {"pretrain": camera.PRETRAIN, "fit": camera.FIT, "validation": camera.FIT, "test": camera.TEST}[part]
         seed = hash64("camera part", part) % 1000
-        return camera.render(footage.fetch(), videos=videos, number=CAMERA_CLIPS[part], seed=seed)
+        return camera.render(footage.fetch(), videos=CAMERA_VIDEOS[part], number=CAMERA_CLIPS[part], seed=seed)
     try:
         from tests.benchmarks import doom
     except ModuleNotFoundError as error:
@@ -189,7 +191,7 @@ def run_arm(data: str, arm: str, seed: int, folder: Path) -> dict[str, Any]:
     state = TrainState(settings, manifest_hash=manifest.hash, device=CPU)
     host, started = Notes(), time.process_time()
     trunk = weights_path(folder, data, TRUNK, seed)
-    if arm not in _FROM_SCRATCH:
+    if arm not in FROM_SCRATCH:
         begin_from(trunk, state)
     if arm == "supervised":
         train_supervised(state.moco.query.backbone, settings, manifest)
@@ -203,7 +205,7 @@ def run_arm(data: str, arm: str, seed: int, folder: Path) -> dict[str, Any]:
         result
         | probe(state.moco.query.backbone, settings, folder / data)
         | {
-            "trunk": None if arm in _FROM_SCRATCH and arm != TRUNK else storage.file_sha256(str(trunk)),
+            "trunk": None if arm in FROM_SCRATCH and arm != TRUNK else storage.file_sha256(str(trunk)),
             "motion": motion_scores(weights_path(folder, data, arm, seed), folder / data / "validation"),
             "hardness": hardness(host.points, settings.train.steps),
             "metrics": host.points.get(settings.train.steps, {}),
@@ -297,7 +299,7 @@ def probe(backbone: Backbone, settings: PretrainSettings, folder: Path) -> dict[
 def settings_of(arm: str, seed: int) -> PretrainSettings:
     """The settings of a run."""
     # An arm sees its clips in another order than its trunk did.
-    return changed(ARMS[arm], run={"seed": seed if arm in _FROM_SCRATCH else seed + 1000})
+    return changed(ARMS[arm], run={"seed": seed if arm in FROM_SCRATCH else seed + 1000})
 
 
 def result_path(folder: Path, data: str, arm: str, seed: int) -> Path:
@@ -318,7 +320,7 @@ def weights_path(folder: Path, data: str, arm: str, seed: int) -> Path:
 def has_its_trunk(run: Run, folder: Path, results: Path) -> bool:
     """Whether the folder has the trunk that the results of the run's seed belong to; a run from scratch needs none."""
     data, arm, seed = run
-    if arm in _FROM_SCRATCH:
+    if arm in FROM_SCRATCH:
         return True
     weights, result = weights_path(folder, data, TRUNK, seed), result_path(results, data, TRUNK, seed)
     if not weights.exists() or not result.exists():
@@ -369,7 +371,7 @@ def main() -> None:
     runs = list(in_order(arguments.data, [arm for arm in ARMS if arm in arguments.arms], arguments.seeds))
     missing = [run for run in runs if not result_path(kept, *run).exists()]
     print(f"{len(runs) - len(missing)} of {len(runs)} runs are done, results in {kept}", flush=True)
-    for run in dict.fromkeys((data, TRUNK, seed) for data, arm, seed in missing if arm not in _FROM_SCRATCH):
+    for run in dict.fromkeys((data, TRUNK, seed) for data, arm, seed in missing if arm not in FROM_SCRATCH):
         if run not in missing and not weights_path(folder, *run).exists():
             missing.append(run)  # again, on this machine
     failed: list[Run] = []

@@ -18,6 +18,9 @@ from scipy import stats
 from vmoco.config import PretrainSettings
 
 RESULTS = Path(__file__).parent / "results"
+TRUNK = "trunk: MoCo, 700 steps"
+FROM_SCRATCH = (TRUNK, "random initialisation", "supervised")
+"""Runs that do not start from a trunk."""
 REFERENCE, CONTROL = "MoCo", "MoCo + random dropping"
 ADVERSARY = "MoCo + adversarial dropping"
 """How the name of every adversarial arm begins."""

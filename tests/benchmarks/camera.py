@@ -1,9 +1,10 @@
 """Clips of which only the motion tells the class, made otherwise than Doom's: a virtual camera moves over real frames.
 
 A clip shows a part of one frame of real footage while the camera pans, zooms or turns over it: eight ways to move, at a
-speed of its own. Frames come from different videos for pretraining, fitting and testing, so nothing of what is seen
-tells the class, and no single frame does. The two clips of one "video" show the same frame and move independently of
-each other: unlike in Doom, where both hold one action, a pair of clips tells nothing about the class.
+speed of its own. The motion is drawn whatever the frame, so neither what is seen nor a single frame tells the class.
+The probe is fitted on other motions over the videos of pretraining, and tested on other videos. The two clips of
+one "video" show the same frame and move independently of each other: unlike in Doom, where both hold one action, a pair
+of clips tells nothing about the class.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from vmoco.seed import hash64
 MOTIONS = ("pan left", "pan right", "pan up", "pan down", "zoom in", "zoom out", "turn left", "turn right")
 NUM_FRAMES, HEIGHT, WIDTH = 16, 48, 64
 FPS = 25.0
-# Which videos serve for what: those of one package stay together.
-PRETRAIN = ("dancer.avi", "pianist.avi", "test_A.avi", "test_B.avi", "demo.mp4", "bikes.mp4")
-FIT = ("carphone_pristine.mp4", "WolfgangLanger_Pexels.mp4")
-TEST = ("bigbuckbunny.mp4", "single_face.mp4")
+# Which videos serve for what: no video of the first line is in the others, and each of those in one.
+PRETRAIN = FIT = ("dancer.avi", "pianist.avi", "test_A.avi", "test_B.avi", "demo.mp4", "bikes.mp4")
+VALIDATION = ("carphone_pristine.mp4",)
+TEST = ("bigbuckbunny.mp4", "single_face.mp4", "WolfgangLanger_Pexels.mp4")
 
 _SHORT_SIDE = 144  # pixels of a source frame
 _FRAMES_OF_A_VIDEO = 60

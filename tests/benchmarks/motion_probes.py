@@ -4,8 +4,9 @@
 
 The encoders are those of the runs of the ablation, which scores each when it ends (`motion_scores`): on the validation
 part, without its labels, by the three motion probes, their gain over a single frame, retrieval and effective rank. The
-truth is the linear probe on the test part, which shares no video with it. The interval is over encoders that are drawn
-with replacement. Encoders of one seed start from the same trunk, so they are not independent and the true interval is
+truth is the linear probe on the test part, which shares no video with it. It is told for all encoders, and for the arms
+alone: without random weights and trunks, which are easily told from the others, they are as alike as the trials of a
+sweep. The interval is over encoders that are drawn with replacement. Encoders of one seed start from the same trunk, so they are not independent and the true interval is
 wider. With fewer than 12 encoders of a data set the figures are printed, and `enough` is false: they support no claim.
 Ends with one JSON line.
 """
@@ -23,7 +24,7 @@ import safetensors.torch
 import scipy.stats
 import torch
 
-from tests.benchmarks.ablation_report import RESULTS
+from tests.benchmarks.ablation_report import FROM_SCRATCH, RESULTS
 from vmoco.data.held_out import sources_of
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard_reader import ClipReader
@@ -138,7 +139,9 @@ def main() -> None:
     found = {}
     for name in arguments.data:
         files = sorted((arguments.results / name / "results").glob("*.json"))
-        found[name] = rank([json.loads(path.read_text()) for path in files])
+        results = [json.loads(path.read_text()) for path in files]
+        found[name] = rank(results)
+        found[f"{name}, arms"] = rank([result for result in results if result["arm"] not in FROM_SCRATCH])
     for name, each in found.items():
         print(f"\n{name}, {each['encoders']} encoders{'' if each['enough'] else ' (too few for a claim)'}")
         for score_name, ranks in each.get("ranks", {}).items():

@@ -12,7 +12,17 @@ import safetensors.torch
 import torch
 
 from tests.benchmarks import ablation
-from tests.benchmarks.ablation import ARMS, DECISIVE, FURTHER, TRUNK
+from tests.benchmarks.ablation import (
+    ARMS,
+    CAMERA_VIDEOS,
+    DECISIVE,
+    FIT_MAPS,
+    FURTHER,
+    PRETRAIN_MAPS,
+    TEST_MAPS,
+    TRUNK,
+    VALIDATION_MAPS,
+)
 from tests.train.test_step import CPU
 from vmoco import storage
 from vmoco.train.state import TrainState
@@ -26,9 +36,22 @@ def test_what_decides_comes_first_for_all_seeds() -> None:
     assert decisive == sorted(decisive, reverse=True)
     assert [seed for _, arm, seed in runs if arm in FURTHER] == sorted([0, 1, 2] * 2 * len(FURTHER))
     for at, (data, arm, seed) in enumerate(runs):
-        if arm not in ablation._FROM_SCRATCH:
+        if arm not in ablation.FROM_SCRATCH:
             assert (data, TRUNK, seed) in runs[:at]
     assert [data for data, _, _ in runs] == ["doom", "moments"] * (len(runs) // 2)
+
+
+def test_a_test_part_shows_videos_that_nothing_else_does() -> None:
+    """No map or video that a probe is tested or chosen on serves for anything else."""
+    for parts in (
+        {"pretrain": PRETRAIN_MAPS, "fit": FIT_MAPS, "validation": VALIDATION_MAPS, "test": TEST_MAPS},
+        CAMERA_VIDEOS,
+    ):
+        shown = {part: set(names) for part, names in parts.items()}
+        for part in ("validation", "test"):
+            others = set().union(*(names for other, names in shown.items() if other != part))
+            assert shown[part], part
+            assert not shown[part] & others, part
 
 
 def test_each_arm_is_another_training() -> None:

@@ -17,6 +17,7 @@ from vmoco.data.shard import Clip
 from vmoco.encoders.encoder import Encoder, Preprocessing
 from vmoco.evaluate import evaluate as evaluation
 from vmoco.evaluate.features import Window, embed_views, window
+from vmoco.evaluate.motion import CLIPS as CLIPS_OF_A_PART
 from vmoco.evaluate.motion import (
     COLOUR,
     ENCODER,
@@ -27,6 +28,7 @@ from vmoco.evaluate.motion import (
     make_views,
     measure_motion,
     plan_motion,
+    probe_encoder,
     read_colours,
     split_views,
     still_features,
@@ -238,6 +240,15 @@ def test_checkpoints_are_scored_by_arrow_too(moving: Manifest) -> None:
     alone = score_encoder(middle_frame(), moving).arrow
     assert alone is not None
     assert alone.low <= 0.5 <= alone.high
+
+
+def test_checkpoints_are_probed_as_in_the_protocol(moving: Manifest) -> None:
+    """The same shares of speed and order as with all baselines; a part of the clips is enough to see motion."""
+    full = measured(flow(), moving)
+    found = probe_encoder(flow(), moving, max_clips=CLIPS_OF_A_PART)
+    assert found == {probe: full[probe].by[ENCODER].value for probe in ("speed", "order")}
+    assert probe_encoder(flow(), moving, max_clips=40)["speed"] > 0.6
+    assert plan_motion(moving, max_clips=40).rows.num_rows == 80
 
 
 @pytest.mark.cluster

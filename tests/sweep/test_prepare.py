@@ -105,6 +105,7 @@ def test_a_trial_that_failed_is_tried_again_where_nobody_went_on_from_it(populat
         ({"search": "grid"}, "--search random"),
         ({"pbt_steps": 20}, "leaves a single generation"),
         ({"metric": "knn"}, "needs labelled clips"),
+        ({"metric": "speed"}, "--metric speed cannot be measured: the data set has 12 videos, and motion needs 20"),
         ({"space": "elsewhere"}, "neither a file nor a built-in"),
     ],
 )
@@ -114,6 +115,23 @@ def test_bad_flags_are_refused_with_a_message(
     """Before anything is made."""
     with pytest.raises(ValueError, match=message):
         prepare(SweepSettings.model_validate(population.model_dump() | change))
+
+
+def test_a_sweep_by_a_motion_probe_measures_it(population: SweepSettings, tmp_path: Path) -> None:
+    """Its trials set --evaluation.motion; clips that are too short for three speeds are refused with the advice."""
+    make_data_set(tmp_path / "long", num_videos=20, clips_per_video=3, num_held_out=10, num_frames=16)
+    make_data_set(tmp_path / "short", num_videos=20, clips_per_video=3, num_held_out=10, num_frames=8)
+
+    def by_order(data: str) -> SweepSettings:
+        pretrain = changed(population.pretrain, data={"uri": str(tmp_path / data)})
+        return population.model_copy(update={"metric": "order", "pretrain": pretrain})
+
+    prepared = prepare(by_order("long"))
+    assert prepared.sweep.score == "score/order"
+    assert all(run.settings.evaluation.motion for run in prepared.runs)
+    assert not population.pretrain.evaluation.motion
+    with pytest.raises(ValueError, match=r"playback speed is left out: stored clips have 8 frames.*--num-frames 29"):
+        prepare(by_order("short"))
 
 
 def test_a_population_cannot_change_its_tensors(population: SweepSettings, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tests.train.test_checkpoint_writer import Tracker
 from tests.train.test_step import CPU, changed
 from tests.waiting import wait_until
 from vmoco.cluster.local import LocalCluster
+from vmoco.data.mixture import Mixture
 from vmoco.evaluate.score import scored_clips
 from vmoco.job_settings import Metric
 from vmoco.presets import PRESETS
@@ -112,15 +113,31 @@ def test_a_score_computes_where_it_is_told_to(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     score, numbers = score_checkpoint(made.uri, data, max_videos=6, device="cpu")
     assert 0 <= score.value <= 1
-    assert {f"score/{metric}" for metric in get_args(Metric)} - set(numbers) == {"score/knn"}, (
-        "a sweep can choose by all"
-    )
+    without = {f"score/{metric}" for metric in get_args(Metric)} - set(numbers)
+    assert without == {"score/knn", "score/speed", "score/order"}, "a sweep can choose by all"
     hidden = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
     assert task_options(changed(SETTINGS, evaluation={"num_cpus": 2}), None)["runtime_env"] == hidden
     for device, share in (("gpu", 1), ("shared-gpu", 0.02)):
         with_gpu = task_options(changed(SETTINGS, evaluation={"device": device}), None)
         assert with_gpu["num_gpus"] == share
         assert "runtime_env" not in with_gpu
+
+
+def test_a_score_tells_of_motion_where_it_is_asked_to(tmp_path: Path) -> None:
+    """Speed and order of each set that has enough videos, and their mean by weight; of too few videos none."""
+    from vmoco.train.evaluation import score_checkpoint
+
+    sizes = {"few": 16, "films": 20, "sports": 24}
+    for name, count in sizes.items():
+        make_data_set(tmp_path / name, num_videos=count, clips_per_video=3, num_held_out=count // 2, num_frames=16)
+    data = changed(SETTINGS, data={"uri": [str(tmp_path / name) for name in sizes], "weights": [0.5, 0.4, 0.1]}).data
+    made = checkpoint(RunFolder(str(tmp_path / "run")), 1, Mixture.load(data).hash)
+    _, numbers = score_checkpoint(made.uri, data, max_videos=60, device="cpu", motion=True)
+    for probe, classes in (("speed", 3), ("order", 2)):
+        films, sports = (numbers[f"score/{probe}_of_{name}"] for name in ("films", "sports"))
+        assert f"score/{probe}_of_few" not in numbers
+        assert (films * 30 * classes) % 1 == pytest.approx(0, abs=1e-6), "a share of 10 videos with 3 clips each"
+        assert numbers[f"score/{probe}"] == pytest.approx(0.8 * films + 0.2 * sports)
 
 
 def test_a_score_reads_through_the_cache_of_the_run(tmp_path: Path, store: Any, vmoco_home: Path) -> None:

@@ -15,7 +15,7 @@ Histories = Mapping[str, Sequence[tuple[int, float]]]
 
 DRAWN: Mapping[str, tuple[str, ...]] = {
     "loss": ("loss",),
-    "scores": ("score/retrieval", "score/retrieval_by_colour", "score/arrow", "score/knn"),
+    "scores": tuple(f"score/{name}" for name in ("retrieval", "retrieval_by_colour", "arrow", "speed", "order", "knn")),
     "accuracy": ("accuracy",),
     "effective_rank": ("effective_rank",),
     "embedding_std": ("embedding_std",),

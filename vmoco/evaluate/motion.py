@@ -23,6 +23,7 @@ Limits of the probes:
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,13 +33,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from vmoco.data.clip_cache import cache_for
+from vmoco.config import PretrainSettings
+from vmoco.data.clip_cache import ClipCache, cache_for
 from vmoco.data.coded import codes, strings
 from vmoco.data.held_out import SOURCE_COLUMNS, sources_of
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard_reader import ClipReader
+from vmoco.encoders.encoder import Encoder
 from vmoco.encoders.promotion import Score
-from vmoco.evaluate.features import Features, Window
+from vmoco.evaluate.features import Features, Window, embed_views, window
 from vmoco.evaluate.probe import fit_probe
 from vmoco.evaluate.score import Estimate, TooFewVideosError, arrow_right, choose_pairs, estimate
 from vmoco.seed import hash64
@@ -114,8 +117,12 @@ class Motion:
         return Score(f"motion-{self.probe}", evaluation_set, found.value, found.low, found.high, text)
 
 
-def plan_motion(manifest: Manifest) -> MotionPlan:
+def plan_motion(manifest: Manifest, *, max_clips: int = CLIPS) -> MotionPlan:
     """Chooses clips and divides their videos: held-out videos test, or half of all videos where those are too few.
+
+    Args:
+        manifest: data set.
+        max_clips: most clips of each part.
 
     Raises:
         TooFewVideosError: the data set has fewer than 20 videos.
@@ -139,24 +146,26 @@ def plan_motion(manifest: Manifest) -> MotionPlan:
         )
         held_out = np.isin(sources, videos[: len(videos) // 2])
     starts = table["start_seconds"].to_numpy()
-    rows = np.concatenate([_spread_clips(names, starts, np.flatnonzero(part)) for part in (~held_out, held_out)])
+    parts = [np.flatnonzero(part) for part in (~held_out, held_out)]
+    rows = np.concatenate([_spread_clips(names, starts, part, most=max_clips) for part in parts])
     return MotionPlan(manifest.take(rows), held_out[rows], note)
 
 
 def _spread_clips(
-    names: npt.NDArray[np.object_], starts: npt.NDArray[np.float64], rows: npt.NDArray[np.int64]
+    names: npt.NDArray[np.object_], starts: npt.NDArray[np.float64], rows: npt.NDArray[np.int64], *, most: int
 ) -> npt.NDArray[np.int64]:
-    """Rows of at most CLIPS clips: some of each video, evenly spread over it. A fixed draw leaves out more videos.
+    """Rows of at most `most` clips: some of each video, evenly spread over it. A fixed draw leaves out more videos.
 
     Args:
         names: (N,), video of each row of the manifest.
         starts: (N,), second of its video at which its clip begins.
         rows: among which it chooses.
+        most: number of rows that it chooses.
     """
     names = names[rows]
     videos = sorted(set(names), key=lambda name: hash64("motion video", name))
-    per_video = int(np.clip(CLIPS // len(videos), 2, MAX_CLIPS_PER_VIDEO))
-    members: dict[str, list[int]] = {video: [] for video in videos[: CLIPS // per_video]}
+    per_video = int(np.clip(most // len(videos), 2, MAX_CLIPS_PER_VIDEO))
+    members: dict[str, list[int]] = {video: [] for video in videos[: most // per_video]}
     for row, name in zip(rows, names, strict=True):
         if name in members:
             members[name].append(row)
@@ -286,9 +295,7 @@ def measure_motion(
     Raises:
         ValueError: a feature is not finite.
     """
-    for source, features in sources.items():
-        if not all(np.isfinite(shown).all() for shown in features.values()):
-            raise ValueError(f"a feature of {source} is not finite: the encoder is broken and cannot be scored")
+    _check_finite(sources)
     test, films = chosen.test, np.asarray(sources_of(chosen.rows), dtype=object)
     videos = np.asarray(chosen.rows["video_id"].to_pylist(), dtype=object)
     found = []
@@ -306,6 +313,14 @@ def measure_motion(
             for source, features in sources.items()
         }
         found.append(_motion("arrow", 1 / 2, right, np.tile(films[test][pairs[0, :, 0]], 2 * pairs.shape[0])))
+    return found + measure_probes(sources, chosen, views)
+
+
+def measure_probes(sources: Mapping[str, ByView], chosen: MotionPlan, views: Views) -> list[Motion]:
+    """The linear probes alone: speed, if clips are long enough, and order. Arguments and errors as `measure_motion`."""
+    _check_finite(sources)
+    test, films = chosen.test, np.asarray(sources_of(chosen.rows), dtype=object)
+    found = []
     for probe, classes in probe_views(views).items():
         right = {
             source: _probe_right([features[view] for view in classes], films, test)
@@ -313,6 +328,52 @@ def measure_motion(
         }
         found.append(_motion(probe, 1 / len(classes), right, np.tile(films[test], len(classes))))
     return found
+
+
+def probe_encoder(
+    encoder: Encoder, manifest: Manifest, *, max_clips: int, batch_size: int = 16, cache: ClipCache | None = None
+) -> dict[str, float]:
+    """The share of right answers of the linear probes of an encoder, by probe, without baselines.
+
+    Args:
+        encoder: in evaluation mode.
+        manifest: data set.
+        max_clips: most clips that fit the probes, and most that test them.
+        batch_size: clips in one forward.
+        cache: cache for the clips of a remote data set; None uses the default one.
+
+    Raises:
+        TooFewVideosError: the data set has too few videos.
+        ValueError: a feature is not finite, or a clip is damaged.
+    """
+    chosen, seen = plan_motion(manifest, max_clips=max_clips), window(encoder, manifest)
+    views = make_views(seen, manifest.frame_shape[0], min_frames=max(MIN_FRAMES, encoder.min_frames))
+    names = list(dict.fromkeys(view for classes in probe_views(views).values() for view in classes))
+    shown = [views.numbers[name] for name in names]
+    reader = ClipReader.of(manifest, chosen.rows, crop=True, cache=cache or cache_for(manifest.uri))
+    clips, parts = reader.several(range(chosen.rows.num_rows)), []
+    while batch := list(itertools.islice(clips, batch_size)):
+        parts.append(embed_views(encoder, batch, shown, colour=False).numpy())
+    features = split_views(np.concatenate(parts), names)
+    return {each.probe: each.by[ENCODER].value for each in measure_probes({ENCODER: features}, chosen, views)}
+
+
+def motion_problem(manifest: Manifest, settings: PretrainSettings) -> str:
+    """Why the linear probes of a run's encoder cannot be measured on a data set, or not all; empty if they can."""
+    try:
+        plan_motion(manifest)
+    except TooFewVideosError as error:
+        return str(error)
+    seen = Window(settings.data.num_frames, settings.data.stride)
+    least = max(MIN_FRAMES, settings.architecture.min_frames)
+    views = make_views(seen, manifest.frame_shape[0], min_frames=least)
+    return "" if views.has_speed else views.note
+
+
+def _check_finite(sources: Mapping[str, ByView]) -> None:
+    for source, features in sources.items():
+        if not all(np.isfinite(shown).all() for shown in features.values()):
+            raise ValueError(f"a feature of {source} is not finite: the encoder is broken and cannot be scored")
 
 
 def _probe_right(

@@ -169,6 +169,7 @@ An estimate: it depends on the driver and was not measured."""
 SCORE_SECONDS = 1800.0
 """Longest time in which a checkpoint must be scored; the presets need about a third of it."""
 _CLIPS_PER_VIDEO = 20  # 8 for the label-free score, 4 backwards for `arrow`, 8 for kNN where the videos have labels
+_MOTION_CLIPS_PER_VIDEO = 20  # 2 to fit the linear probes and 2 to test them, in 5 views
 _FLOPS_PER_SECOND = {"cpu": 5e10, "cuda": 1e13}  # of one CPU core (66e9 measured), of one GPU in float32
 
 
@@ -180,7 +181,8 @@ def scoring_seconds(settings: PretrainSettings, *, num_videos: int) -> float:
         num_videos: held-out videos of the data set; `evaluation.max_videos` of them at most take part.
     """
     evaluation = settings.evaluation
-    clips = _CLIPS_PER_VIDEO * min(num_videos, evaluation.max_videos)
+    per_video = _CLIPS_PER_VIDEO + _MOTION_CLIPS_PER_VIDEO * evaluation.motion
+    clips = per_video * min(num_videos, evaluation.max_videos)
     speed = _FLOPS_PER_SECOND["cuda"] if evaluation.use_gpu else _FLOPS_PER_SECOND["cpu"] * max(evaluation.num_cpus, 1)
     return clips * step_cost(settings, bf16=False).forward_flops / speed
 

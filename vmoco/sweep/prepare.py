@@ -15,8 +15,9 @@ from vmoco.data.fit import fit_to_data
 from vmoco.data.manifest import Manifest
 from vmoco.data.mixture import Mixture, absolute
 from vmoco.evaluate.mixture_score import sets_with_score
+from vmoco.evaluate.motion import motion_problem
 from vmoco.evaluate.score import scored_clips
-from vmoco.job_settings import SweepSettings
+from vmoco.job_settings import MOTION_PROBES, SweepSettings
 from vmoco.places import TrackingSettings
 from vmoco.sweep import space as spaces
 from vmoco.sweep.record import Sweep, Trial, read_sweep
@@ -122,6 +123,8 @@ def prepare(settings: SweepSettings) -> PreparedSweep:
         base, _ = fit_to_data(base, Mixture.load(base.data))
     if not base.scaling.num_workers:  # trials side by side waste less than workers that wait for each other
         base = base.model_copy(update={"scaling": base.scaling.model_copy(update={"num_workers": 1})})
+    if settings.metric in MOTION_PROBES:
+        base = base.model_copy(update={"evaluation": base.evaluation.model_copy(update={"motion": True})})
     settings = settings.model_copy(update={"pretrain": base})
     if not base.evaluation.enabled:
         raise ValueError("--evaluation.no-enabled leaves a sweep without a score: leave the flag out")
@@ -222,6 +225,10 @@ def _check_population(settings: SweepSettings, space: Space) -> None:
 def _check_metric(settings: SweepSettings, mixture: Mixture) -> None:
     for _name, _weight, manifest in sets_with_score(mixture):  # raises if no set has enough videos
         scored_clips(manifest, max_videos=settings.pretrain.evaluation.max_videos)  # or pairs of clips
+    if settings.metric in MOTION_PROBES:
+        problems = [motion_problem(each, settings.pretrain) for each in mixture.manifests]
+        if all(problems):
+            raise ValueError(f"--metric {settings.metric} cannot be measured: {problems[0]}; or give another --metric")
     if settings.metric == "knn" and not any(map(_has_labels, mixture.manifests)):
         raise ValueError(
             f"--metric knn needs labelled clips, some held out and some not, and {mixture.uri} does not have both: "

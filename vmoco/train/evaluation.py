@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ from vmoco.encoders.promotion import Score
 from vmoco.evaluate.features import clip_features
 from vmoco.evaluate.knn import classify
 from vmoco.evaluate.mixture_score import joined_numbers, joined_score, score_mixture
+from vmoco.evaluate.motion import CLIPS, probe_encoder
+from vmoco.evaluate.score import TooFewVideosError
 from vmoco.model.cost import SCORE_SECONDS
 from vmoco.spool import Spool
 from vmoco.train.machines import reported
@@ -43,7 +45,7 @@ SCORE = "score/retrieval"
 Scored = tuple[Score, dict[str, float]]
 
 
-def score_checkpoint(uri: str, data: DataSettings, *, max_videos: int, device: str) -> Scored:
+def score_checkpoint(uri: str, data: DataSettings, *, max_videos: int, device: str, motion: bool = False) -> Scored:
     """Scores the encoder of a checkpoint on the held-out videos of its data sets.
 
     Args:
@@ -51,6 +53,7 @@ def score_checkpoint(uri: str, data: DataSettings, *, max_videos: int, device: s
         data: of the run: its data sets, and the cache of their clips.
         max_videos: largest number of held-out videos that take part.
         device: "cpu" or "cuda".
+        motion: whether the linear probes of `motion` are measured too.
 
     Returns:
         The label-free score, as it is recorded; all numbers, by name.
@@ -67,28 +70,39 @@ def score_checkpoint(uri: str, data: DataSettings, *, max_videos: int, device: s
         encoder = encoder_in(checkpoint, data=mixture).to(torch.device(device))
     scored = score_mixture(encoder, mixture, max_videos=max_videos, cache_of=cache_of)
     numbers = joined_numbers(scored)
-    most = 4 * max_videos // len(mixture.manifests)
-    accuracies = {
-        name: (weight, accuracy)
-        for name, weight, manifest in zip(mixture.names, mixture.weights, mixture.manifests, strict=True)
-        if (accuracy := knn_accuracy(encoder, manifest, max_clips=most, cache=cache_of(manifest))) is not None
-    }
-    if accuracies:
-        total = sum(weight for weight, _ in accuracies.values())
-        numbers["knn"] = sum(weight / total * accuracy for weight, accuracy in accuracies.values())
-        if not mixture.is_one:
-            numbers |= {f"knn_of_{name}": accuracy for name, (_, accuracy) in accuracies.items()}
+    share = max_videos // len(mixture.manifests)
+    by_set: dict[str, dict[str, float]] = {}
+    for name, manifest in zip(mixture.names, mixture.manifests, strict=True):
+        cache = cache_of(manifest)
+        accuracy = knn_accuracy(encoder, manifest, max_clips=4 * share, cache=cache)
+        by_set[name] = {} if accuracy is None else {"knn": accuracy}
+        if motion:
+            with contextlib.suppress(TooFewVideosError):  # of this set; the start of the run has said so
+                by_set[name] |= probe_encoder(encoder, manifest, max_clips=min(CLIPS, 2 * share), cache=cache)
+    numbers |= _means(by_set, mixture)
     return joined_score(scored), {f"score/{name}": value for name, value in numbers.items()}
 
 
+def _means(by_set: Mapping[str, Mapping[str, float]], mixture: Mixture) -> dict[str, float]:
+    """The mean of each number by weight, over the sets that have it; of several sets that of each too."""
+    weights, means = dict(zip(mixture.names, mixture.weights, strict=True)), {}
+    for what in dict.fromkeys(what for numbers in by_set.values() for what in numbers):
+        found = {name: numbers[what] for name, numbers in by_set.items() if what in numbers}
+        total = sum(weights[name] for name in found)
+        means[what] = sum(weights[name] / total * value for name, value in found.items())
+        if not mixture.is_one:
+            means |= {f"{what}_of_{name}": value for name, value in found.items()}
+    return means
+
+
 def score_and_report(
-    uri: str, data: DataSettings, *, max_videos: int, device: str, channel: Any | None, run: str
+    uri: str, data: DataSettings, *, max_videos: int, device: str, motion: bool, channel: Any | None, run: str
 ) -> Scored:
     """`score_checkpoint`, while this machine is reported to the channel of the run, if there is one."""
     with contextlib.ExitStack() as stack:
         if channel is not None:
             stack.enter_context(reported(channel, run=run, by_worker=False))
-        return score_checkpoint(uri, data, max_videos=max_videos, device=device)
+        return score_checkpoint(uri, data, max_videos=max_videos, device=device, motion=motion)
 
 
 def task_options(settings: PretrainSettings, group: PlacementGroup | None) -> dict[str, Any]:
@@ -145,6 +159,7 @@ def score_in_task(
             settings.data,
             max_videos=settings.evaluation.max_videos,
             device=device,
+            motion=settings.evaluation.motion,
             channel=channel,
             run=settings.run.name or "",
         )

@@ -258,8 +258,10 @@ NOTE = """`loss` rises at first, because each key that enters the queue makes th
   colour; it chooses the best checkpoint. `score/retrieval_by_colour`: the same by mean colour alone. `score/arrow`:
   share of held-out clips that are nearer to another clip of their video than to that clip played backwards. 0.5 is
   chance: then the encoder sees no motion, or the clips of a video move independently of each other. `score/knn`:
-  share of held-out clips whose class their neighbours predict, where the data set has labels. `checkpoints.json` has
-  the scores of the kept checkpoints with their intervals, and the hash of the clips on which they were measured.
+  share of held-out clips whose class their neighbours predict, where the data set has labels. `score/speed`,
+  `score/order` (with `--evaluation.motion`): share of clips of which a linear probe tells the playback speed (chance
+  0.33) or whether its halves are exchanged (0.5). `checkpoints.json` has the scores of the kept checkpoints with their
+  intervals, and the hash of the clips on which they were measured.
 - `effective_rank`, `embedding_std`: directions that the embeddings use, and their spread; both fall in a collapse.
 - `loss_of_NAME`, `score/retrieval_of_NAME`, `clips_of_NAME`, `epoch_of_NAME`: of each of several data sets: its loss
   in the step, its score, its draws since the start of the run, and how often it was gone through. `loss`,

@@ -21,6 +21,7 @@ from vmoco.data.held_out import scoring_problem
 from vmoco.data.mixture import Mixture, absolute, shared_videos
 from vmoco.data.training_clips import reasons
 from vmoco.encoders import package
+from vmoco.evaluate.motion import motion_problem
 from vmoco.model.cost import SCORE_SECONDS, scoring_seconds
 from vmoco.model.queue import decay_at, oldest_key_weight
 from vmoco.train import metrics
@@ -276,6 +277,9 @@ def introduce(run: Run) -> list[str]:
         else:
             lines += [f"warning: one data set gets no score: {problem}" for problem in problems]
             lines += _scoring(settings, num_videos=counts["held_out"])
+        if settings.evaluation.motion:
+            why = [problem for each in mixture.manifests if (problem := motion_problem(each, settings))]
+            lines += [f"warning: --evaluation.motion does not measure everything: {problem}" for problem in why]
     if run.warning:
         lines.append(f"warning: {run.warning}")
     lines += [f"warning: {line}" for line in (*unused_settings(settings), *window_warnings(settings, mixture))]
