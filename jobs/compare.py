@@ -44,11 +44,14 @@ def compare(encoder: Annotated[str, tyro.conf.Positional], /, *, data: str, page
     except TooFewVideosError as error:  # a small folder of the reader's: nothing is wrong with the encoder
         print(f"note: no scores and no page: {error}")
     else:
-        table = Table(*before_after.COLUMNS, title=f"{encoder}, step {loaded.card.get('step')}")
-        for row in found.rows:
-            table.add_row(*row.cells())
-        Console(width=None if Console().is_terminal else 130).print(table)
-        print(before_after.MEANING, found.limits())
+        for note in found.notes:
+            print(f"note: {note}")
+        if found.rows:
+            table = Table(*before_after.COLUMNS, title=f"{encoder}, step {loaded.card.get('step')}")
+            for row in found.rows:
+                table.add_row(*row.cells())
+            Console(width=None if Console().is_terminal else 130).print(table)
+            print(before_after.MEANING, found.limits())
         before_after.write_page(page, loaded, manifest, found, title=encoder, loss=loss)
         print(f"scores, loss curve and nearest clips, before and after: {page.as_uri()}")
     if loss is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -100,17 +101,37 @@ def test_few_long_videos_are_cut_into_parts(vmoco_home: Path, tmp_path: Path, mo
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     (tmp_path / "lost.mp4").symlink_to(tmp_path / "nowhere.mp4")
     listed = tmp_path / "parts.csv"
-    listed.write_text(demo.list_parts(str(tmp_path)))
+    chosen = demo.choose(str(tmp_path))
+    listed.write_text(chosen.listed)
+    assert chosen.note == "up to 8 parts of 3 s of each long video count as videos"
     listing = list_annotated(str(tmp_path), str(listed), "table")
     assert [found.video_id for found in listing.videos] == ["broken.mp4", "long.mp4#0-3", "long.mp4#3-6", "short.mp4"]
     assert [found.source for found in listing.videos] == [None, "long.mp4#0-3", "long.mp4#3-6", None]
     assert [row.reason for row in listing.rejected] == ["dangling-link"]
-    settings = demo.ingest_settings(str(tmp_path), listed.read_text())
+    settings = demo.ingest_settings(str(tmp_path), chosen)
+    assert settings.max_clips_per_video == 4
     assert settings.annotations == f"{settings.output}.csv"
     assert tyro.cli(IngestSettings, args=demo.flags(settings)) == settings
     assert settings.output != demo.ingest_settings(str(tmp_path)).output
     monkeypatch.setattr(demo, "FEW_VIDEOS", 2)
-    assert demo.list_parts(str(tmp_path)) == ""
+    assert demo.choose(str(tmp_path)) == demo.Choice(max_clips=8)
+
+
+def test_of_many_videos_it_takes_some(vmoco_home: Path, tmp_path: Path) -> None:
+    """40 of 100, evenly spread from the first to the last name, with fewer clips of each; ingest reads the list."""
+    for number in range(100):
+        (tmp_path / f"{number:03d}.mp4").touch()
+    chosen = demo.choose(str(tmp_path))
+    assert chosen.note.startswith("40 of the 100 videos, so that the demo is short")
+    listed = tmp_path / "some.csv"
+    listed.write_text(chosen.listed)
+    names = [found.video_id for found in list_annotated(str(tmp_path), str(listed), "table").videos]
+    assert (len(set(names)), names[0], names[-1]) == (40, "000.mp4", "099.mp4")
+    steps = {int(after[:3]) - int(before[:3]) for before, after in itertools.pairwise(names)}
+    assert steps == {2, 3}
+    settings = demo.ingest_settings(str(tmp_path), chosen)
+    assert (settings.max_clips_per_video, settings.videos_per_shard) == (8, 1)
+    assert settings.annotations == f"{settings.output}.csv"
 
 
 def test_short_videos_and_lists_are_taken_as_they_are(tmp_path: Path) -> None:
@@ -118,7 +139,7 @@ def test_short_videos_and_lists_are_taken_as_they_are(tmp_path: Path) -> None:
     write_video(tmp_path / "short.mp4", images(30), fps=25)
     (tmp_path / "list.csv").write_text("path\nshort.mp4\n")
     for place in (str(tmp_path), str(tmp_path / "list.csv")):
-        assert demo.list_parts(place) == ""
+        assert demo.choose(place) == demo.Choice()
 
 
 def test_videos_that_are_not_there(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ the encoder with random weights in a new process without Ray. All that it keeps 
 A few long videos are cut into parts of a few seconds, each of which counts as a video and as a source (column `group`
 of the list). Mean colour tells ten whole videos apart, so a score over them shows nothing; parts of one video share
 their colours. The score is then of films that were trained on: it compares encoders, and says nothing of other films.
+Of a folder with many videos it takes some, because it is to end in five minutes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from vmoco import storage
@@ -34,10 +36,15 @@ ENCODER = "models:/videomoco-demo@candidate"
 PAGE = "before-after.html"
 FEW_VIDEOS = 20
 """With at most so many videos, long ones are cut into parts."""
+MAX_VIDEOS = 40
+"""Most videos of a folder that it takes, evenly spread over their names."""
 PART_SECONDS, MAX_PARTS = 3, 8
 """Length of a part, and most parts of one video."""
 _PROBE_SECONDS = 60.0
 _ROOT = Path(__file__).resolve().parents[1]
+
+Part = tuple[str, int | str, int | str]
+"""A video, and the first and last second of a part of it; empty texts for the complete video."""
 
 
 class StepFailedError(Exception):
@@ -79,11 +86,11 @@ def run(*, videos: str | None = None, dashboard_port: int | None = None) -> None
     announce = Announcer(6)
     announce("footage")
     place = _footage(videos)
-    parts = list_parts(place)
-    settings = ingest_settings(place, parts)
+    chosen = choose(place)
+    settings = ingest_settings(place, chosen)
     if settings.annotations:
-        storage.write_atomic(settings.annotations, parts.encode())
-        print(f"long videos count as parts of {PART_SECONDS} s, listed in {settings.annotations}", flush=True)
+        storage.write_atomic(settings.annotations, chosen.listed.encode())
+        print(f"{chosen.note}, listed in {settings.annotations}", flush=True)
     announce("a local Ray cluster")
     with cluster:
         print(f"job server and dashboard: {cluster.address}", flush=True)
@@ -102,42 +109,60 @@ def run(*, videos: str | None = None, dashboard_port: int | None = None) -> None
     print(next_commands())
 
 
-def ingest_settings(videos: str, parts: str = "") -> IngestSettings:
+@dataclass(frozen=True)
+class Choice:
+    """What the demo takes of the videos."""
+
+    listed: str = ""
+    """List of videos or parts of videos (CSV); empty where all are taken as they are."""
+    note: str = ""
+    """What the list holds, for the user."""
+    max_clips: int = 24
+    """Most clips of each."""
+    videos_per_shard: int = 1
+
+
+def ingest_settings(videos: str, chosen: Choice = Choice()) -> IngestSettings:
     """Small frames and few clips. The name of the data set's folder follows from what decides its content.
 
     Args:
         videos: folder or URI.
-        parts: list of parts (CSV), or empty; it is written as `annotations`.
+        chosen: what is taken of them; its list is to be written as `annotations`.
     """
     settings = IngestSettings(
         videos=videos,
         output="-",
         height=80,
         width=107,  # 4:3, for square crops
-        max_clips_per_video=4 if parts else 24,  # as many as fit into a part
+        max_clips_per_video=chosen.max_clips,
         held_out_percent=30,
-        videos_per_shard=4 if parts else 1,
+        videos_per_shard=chosen.videos_per_shard,
     )
-    content = json.dumps([videos, parts, settings.content()], sort_keys=True)
+    content = json.dumps([videos, chosen.listed, settings.content()], sort_keys=True)
     name = f"demo-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
     output = storage.join(storage.home(), "data", name)
-    made = {"output": output} | ({"annotations": f"{output}.csv"} if parts else {})
+    made = {"output": output} | ({"annotations": f"{output}.csv"} if chosen.listed else {})
     return IngestSettings(**settings.model_dump() | made)
 
 
-def list_parts(videos: str) -> str:
-    """A list of parts of the videos in a folder, as CSV; empty where nothing is to be cut.
+def choose(videos: str) -> Choice:
+    """Chooses what of the videos in a folder the demo takes; a URI or a list is taken as it is.
 
-    Empty for a URI or a list, which are taken as they are, for more than `FEW_VIDEOS` videos, and where none is long
-    enough for two parts. A video that cannot be read stays on the list, so that ingest says why.
+    Of more than `MAX_VIDEOS` videos it takes so many, and of more than `FEW_VIDEOS` fewer clips of each. Fewer videos
+    are cut into parts, if one is long enough. A video that cannot be read stays on the list, so that ingest says why.
     """
     if not os.path.isdir(storage.local_path(videos) or ""):
-        return ""
+        return Choice()
     listing = source.list_videos(videos)
     names = [found.path for found in listing.videos]
+    if len(names) > MAX_VIDEOS:
+        places = [round(place * (len(names) - 1) / (MAX_VIDEOS - 1)) for place in range(MAX_VIDEOS)]
+        listed = _as_list([(names[place], "", "") for place in places])
+        note = f"{MAX_VIDEOS} of the {len(names)} videos, so that the demo is short (jobs/ingest.py takes all)"
+        return Choice(listed, note, max_clips=8)
     if len(names) > FEW_VIDEOS:
-        return ""
-    rows: list[tuple[str, int | str, int | str]] = [(row.video_id, "", "") for row in listing.rejected]
+        return Choice(max_clips=8)
+    rows: list[Part] = [(row.video_id, "", "") for row in listing.rejected]
     decoder = Decoder()  # in a process of its own: a damaged video may crash it
     try:
         for name in names:
@@ -151,7 +176,12 @@ def list_parts(videos: str) -> str:
     finally:
         decoder.close()
     if len(rows) == len(names) + len(listing.rejected):
-        return ""
+        return Choice()
+    note = f"up to {MAX_PARTS} parts of {PART_SECONDS} s of each long video count as videos"
+    return Choice(_as_list(rows), note, max_clips=4, videos_per_shard=4)  # as many clips as fit into a part
+
+
+def _as_list(rows: list[Part]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(
         [("path", "start_seconds", "end_seconds", "group")]

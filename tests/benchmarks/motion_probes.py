@@ -4,11 +4,11 @@
 
 The encoders are those of the runs of the ablation, which scores each when it ends (`motion_scores`): on the validation
 part, without its labels, by the three motion probes, their gain over a single frame, retrieval and effective rank. The
-truth is the linear probe on the test part, which shares no video with it. It is told for all encoders, and for the arms
+truth is the linear probe on the test part, which shares no video with it. Once for all encoders, and once for the arms
 alone: without random weights and trunks, which are easily told from the others, they are as alike as the trials of a
-sweep. The interval is over encoders that are drawn with replacement. Encoders of one seed start from the same trunk, so they are not independent and the true interval is
-wider. With fewer than 12 encoders of a data set the figures are printed, and `enough` is false: they support no claim.
-Ends with one JSON line.
+sweep. The interval is over encoders that are drawn with replacement. Encoders of one seed start from the same trunk, so
+they are not independent and the true interval is wider. With fewer than 12 encoders of a data set the figures are
+printed, and `enough` is false: they support no claim. Ends with one JSON line.
 """
 
 from __future__ import annotations

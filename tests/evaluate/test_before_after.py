@@ -13,6 +13,7 @@ from tests.dataset import make_data_set
 from tests.made import encoder_of
 from vmoco.encoders.foreign import random_initialisation
 from vmoco.evaluate.before_after import AFTER, BEFORE, COLUMNS, compare, found, write_page
+from vmoco.evaluate.motion_probes import probe_encoder
 from vmoco.evaluate.score import Answers, Estimate, TooFewVideosError, score_encoder
 
 PROBE = """<script>addEventListener("load", () => {
@@ -39,6 +40,7 @@ def test_random_weights_beside_random_weights(tmp_path: Path) -> None:
     assert same.rows[0].after == score.retrieval
     assert (same.rows[0].chance, same.rows[1].chance) == (1 / 5, 1 / 10)
     assert (same.num_videos, same.num_clips) == (5, 10)
+    assert [note.partition(":")[0] for note in same.notes] == ["no probes of motion"]
 
 
 def test_a_difference_is_paired() -> None:
@@ -68,10 +70,34 @@ def test_a_match_is_the_largest_of_its_row_and_column() -> None:
     assert 0 < found(similarity).mean() < 1
 
 
-def test_too_few_held_out_videos_are_refused(tmp_path: Path) -> None:
-    """With one held-out video there is no other video to confuse it with."""
-    with pytest.raises(TooFewVideosError, match="1 of 1 held-out videos"):
-        compare(encoder_of(), make_data_set(tmp_path, num_held_out=1))
+def test_probes_of_motion_stand_beside_the_searches(tmp_path: Path) -> None:
+    """With enough videos, the figures are those of the protocol; the gain is paired."""
+    manifest, encoder = make_data_set(tmp_path, num_videos=24, num_frames=16, num_held_out=12), encoder_of()
+    found = compare(encoder, manifest, seed=1)
+    rows = {row.name: row for row in found.rows[2:]}
+    assert list(rows) == ["playback speed, by a probe", "order of halves, by a probe"]
+    speed, order = rows.values()
+    assert speed.after.value == probe_encoder(encoder, manifest, max_clips=1000)["speed"]
+    untrained = random_initialisation(encoder, seed=1)
+    assert order.before.value == probe_encoder(untrained, manifest, max_clips=1000)["order"]
+    assert (speed.chance, order.chance) == (1 / 3, 1 / 2)
+    assert speed.difference.value == pytest.approx(speed.after.value - speed.before.value)
+    assert {len(row.cells()) for row in found.rows} == {len(COLUMNS)}
+
+
+def test_too_few_held_out_videos_have_a_page_without_scores(tmp_path: Path) -> None:
+    """With one held-out video there is no other to confuse it with: its clips are shown; a single clip is refused."""
+    manifest, encoder = make_data_set(tmp_path / "one", num_held_out=1), encoder_of()
+    found = compare(encoder, manifest)
+    assert found.rows == ()
+    assert found.notes[0].startswith("no scores: 1 of 1 held-out videos")
+    write_page(tmp_path / "page.html", encoder, manifest, found, title="one video")
+    text = (tmp_path / "page.html").read_text()
+    assert text.count(f"<h3>{AFTER}</h3>") == 2
+    assert "No scores: 1 of 1 held-out videos" in text
+    assert "<table>" not in text
+    with pytest.raises(TooFewVideosError, match="0 clips are held out, and a comparison needs two"):
+        compare(encoder, make_data_set(tmp_path / "none"))
 
 
 def test_a_browser_shows_the_page(tmp_path: Path) -> None:

@@ -28,11 +28,11 @@ from vmoco.evaluate.motion import (
     make_views,
     measure_motion,
     plan_motion,
-    probe_encoder,
     read_colours,
     split_views,
     still_features,
 )
+from vmoco.evaluate.motion_probes import probe_encoder
 from vmoco.evaluate.score import score_encoder
 from vmoco.job_settings import EvaluateSettings
 from vmoco.model.backbone import Backbone

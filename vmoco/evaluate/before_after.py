@@ -1,7 +1,8 @@
 """What pretraining has changed: compares an encoder with random weights of the same network, on held-out clips.
 
-The same code scores both on the same clips, without colour. The table also gives chance and mean colour alone, because
-a score that colour reaches too shows nothing. `compare` returns one `Row` for each score: to add a score, add a row.
+The same code scores both on the same clips, without colour: by searches, and by linear probes of motion. The table also
+gives chance and mean colour alone, because a score that colour reaches too shows nothing. `compare` returns one `Row`
+for each score: to add a score, add a row.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from vmoco.evaluate.embed_task import EmbedTask, Work
 from vmoco.evaluate.features import Features, Frames, embed_batch, mean_colour, window, without_colour
 from vmoco.evaluate.gallery import STYLE, nearest_rows
 from vmoco.evaluate.knn import centred
-from vmoco.evaluate.score import Answers, Estimate, score_encoder, scored_clips
+from vmoco.evaluate.motion import COLOUR, ENCODER, RANDOM, Motion, measure_probes, plan_motion
+from vmoco.evaluate.motion_probes import view_features
+from vmoco.evaluate.score import Answers, Estimate, TooFewVideosError, score_encoder, scored_clips
 from vmoco.evaluate.table import FeatureTable
 from vmoco.job_settings import EmbedSettings
 from vmoco.seed import hash64, uniforms
@@ -66,6 +69,13 @@ class Row:
         """The row of the answers of both encoders."""
         return cls(name, chance, by_colour, before.estimate(), after.estimate(), after.above(before))
 
+    @classmethod
+    def of_probe(cls, name: str, found: Motion) -> Row:
+        """The row of a linear probe on the features of both encoders."""
+        assert found.gain is not None
+        by = found.by
+        return cls(name, found.chance, by[COLOUR].value, by[RANDOM], by[ENCODER], found.gain)
+
     def cells(self) -> tuple[str, ...]:
         """The texts of one line of the table, in the order of `COLUMNS`."""
         apart = self.difference
@@ -75,8 +85,10 @@ class Row:
 
 
 MEANING = (
-    "Each score is the share of clips whose nearest clip is the right one: another clip of the same video or "
-    "part of a video, or another, mirrored crop of the same clip."
+    "The first scores are the share of clips whose nearest clip is the right one: another clip of the same video or "
+    "part of a video, or another, mirrored crop of the same clip. Those by a probe are the share of clips of which a "
+    "linear classifier of features tells whether they are played 1, 2 or 4 times as fast, or with their halves "
+    "exchanged."
 )
 """What the scores count, for the user."""
 COLUMNS = ("score on held-out clips, without colour", "chance", "colour alone", BEFORE, AFTER, "points more")
@@ -87,10 +99,13 @@ class Comparison:
     """Both encoders on one data set."""
 
     rows: tuple[Row, ...]
+    """Empty where there are too few videos for any score."""
     num_videos: int
     """Held-out videos that were scored."""
     num_clips: int
     """Held-out clips."""
+    notes: tuple[str, ...] = ()
+    """What is left out or restricted, and why, as messages for the user."""
 
     def limits(self) -> str:
         """What the table does not show, as a text for the user."""
@@ -110,21 +125,47 @@ def compare(encoder: Encoder, manifest: Manifest, *, seed: int = 0) -> Compariso
         seed: of the random weights.
 
     Raises:
-        TooFewVideosError: fewer than two held-out videos have two clips that do not overlap.
+        TooFewVideosError: fewer than two clips are held out, so there is nothing to compare.
     """
-    pairs, _ = scored_clips(manifest)
+    held_out = manifest.held_out()
+    if held_out.num_rows < 2:
+        raise TooFewVideosError(
+            f"{held_out.num_rows} clips are held out, and a comparison needs two: ingest more videos, or with a larger "
+            "--held-out-percent"
+        )
+    try:
+        pairs, _ = scored_clips(manifest)
+    except TooFewVideosError as error:
+        return Comparison((), 0, held_out.num_rows, (f"no scores: {error}",))
     untrained = random_initialisation(encoder, seed=seed)
     before, after = (score_encoder(each, manifest) for each in (untrained, encoder))
-    held_out = manifest.held_out()
     assert before.answers is not None
     assert after.answers is not None
-    rows = (
+    rows = [
         Row.of(
             "same video at another time", before.answers, after.answers, chance=after.chance, by_colour=after.by_colour
         ),
         _crop_row(encoder, untrained, manifest, held_out),
-    )
-    return Comparison(rows, len(pairs["video_id"].unique()), held_out.num_rows)
+    ]
+    notes: tuple[str, ...] = ()
+    try:
+        probed, notes = _probe_rows(encoder, untrained, manifest)
+    except TooFewVideosError as error:
+        notes = (f"no probes of motion: {error}",)
+    else:
+        rows += probed
+    return Comparison(tuple(rows), len(pairs["video_id"].unique()), held_out.num_rows, notes)
+
+
+_PROBES = {"speed": "playback speed, by a probe", "order": "order of halves, by a probe"}
+
+
+def _probe_rows(encoder: Encoder, untrained: Encoder, manifest: Manifest) -> tuple[list[Row], tuple[str, ...]]:
+    """Rows of the linear probes of motion, with notes; TooFewVideosError where there are too few videos."""
+    chosen = plan_motion(manifest)
+    views, features, notes = view_features({ENCODER: encoder, RANDOM: untrained}, manifest, chosen)
+    rows = [Row.of_probe(_PROBES[found.probe], found) for found in measure_probes(features, chosen, views)]
+    return rows, tuple(filter(None, (chosen.note, *notes)))
 
 
 def _crop_row(encoder: Encoder, untrained: Encoder, manifest: Manifest, held_out: pa.Table) -> Row:
@@ -194,8 +235,13 @@ def write_page(
         f"<section><h3>{BEFORE}</h3>{before}<h3>{AFTER}</h3>{after}</section>\n"
         for before, after in zip(*rows, strict=True)
     )
-    lines = ["".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)]
-    lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row.cells()) for row in compared.rows]
+    scores = ""
+    if compared.rows:
+        lines = ["".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)]
+        lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row.cells()) for row in compared.rows]
+        scores = f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>\n"
+        scores += f"<p>{html.escape(MEANING)} {html.escape(compared.limits())}</p>\n"
+    scores += "".join(f"<p>{html.escape(note[:1].upper() + note[1:])}.</p>\n" for note in compared.notes)
     curve = ""
     if loss is not None:
         source = base64.b64encode(loss.read_bytes()).decode()
@@ -210,9 +256,7 @@ def write_page(
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{STYLE}{_TABLE_STYLE}</style></head><body>
 <h1>{head}: before and after pretraining</h1>
-<table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table>
-<p>{html.escape(MEANING)} {html.escape(compared.limits())}</p>
-{curve}<h2>Nearest clips</h2>
+{scores}{curve}<h2>Nearest clips</h2>
 <p>A held-out clip is on the left; beside it are the nearest other held-out clips, by the cosine of their features
 (the number in bold), after the mean of all clips is subtracted. The encoders
 see all clips without colour. A green frame marks a clip of the same video, or of the same part of a video.</p>

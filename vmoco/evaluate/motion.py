@@ -23,7 +23,6 @@ Limits of the probes:
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,15 +32,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from vmoco.config import PretrainSettings
-from vmoco.data.clip_cache import ClipCache, cache_for
+from vmoco.data.clip_cache import cache_for
 from vmoco.data.coded import codes, strings
 from vmoco.data.held_out import SOURCE_COLUMNS, sources_of
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard_reader import ClipReader
-from vmoco.encoders.encoder import Encoder
 from vmoco.encoders.promotion import Score
-from vmoco.evaluate.features import Features, Window, embed_views, window
+from vmoco.evaluate.features import Features, Window
 from vmoco.evaluate.probe import fit_probe
 from vmoco.evaluate.score import Estimate, TooFewVideosError, arrow_right, choose_pairs, estimate
 from vmoco.seed import hash64
@@ -328,46 +325,6 @@ def measure_probes(sources: Mapping[str, ByView], chosen: MotionPlan, views: Vie
         }
         found.append(_motion(probe, 1 / len(classes), right, np.tile(films[test], len(classes))))
     return found
-
-
-def probe_encoder(
-    encoder: Encoder, manifest: Manifest, *, max_clips: int, batch_size: int = 16, cache: ClipCache | None = None
-) -> dict[str, float]:
-    """The share of right answers of the linear probes of an encoder, by probe, without baselines.
-
-    Args:
-        encoder: in evaluation mode.
-        manifest: data set.
-        max_clips: most clips that fit the probes, and most that test them.
-        batch_size: clips in one forward.
-        cache: cache for the clips of a remote data set; None uses the default one.
-
-    Raises:
-        TooFewVideosError: the data set has too few videos.
-        ValueError: a feature is not finite, or a clip is damaged.
-    """
-    chosen, seen = plan_motion(manifest, max_clips=max_clips), window(encoder, manifest)
-    views = make_views(seen, manifest.frame_shape[0], min_frames=max(MIN_FRAMES, encoder.min_frames))
-    names = list(dict.fromkeys(view for classes in probe_views(views).values() for view in classes))
-    shown = [views.numbers[name] for name in names]
-    reader = ClipReader.of(manifest, chosen.rows, crop=True, cache=cache or cache_for(manifest.uri))
-    clips, parts = reader.several(range(chosen.rows.num_rows)), []
-    while batch := list(itertools.islice(clips, batch_size)):
-        parts.append(embed_views(encoder, batch, shown, colour=False).numpy())
-    features = split_views(np.concatenate(parts), names)
-    return {each.probe: each.by[ENCODER].value for each in measure_probes({ENCODER: features}, chosen, views)}
-
-
-def motion_problem(manifest: Manifest, settings: PretrainSettings) -> str:
-    """Why the linear probes of a run's encoder cannot be measured on a data set, or not all; empty if they can."""
-    try:
-        plan_motion(manifest)
-    except TooFewVideosError as error:
-        return str(error)
-    seen = Window(settings.data.num_frames, settings.data.stride)
-    least = max(MIN_FRAMES, settings.architecture.min_frames)
-    views = make_views(seen, manifest.frame_shape[0], min_frames=least)
-    return "" if views.has_speed else views.note
 
 
 def _check_finite(sources: Mapping[str, ByView]) -> None:

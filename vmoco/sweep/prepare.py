@@ -15,7 +15,7 @@ from vmoco.data.fit import fit_to_data
 from vmoco.data.manifest import Manifest
 from vmoco.data.mixture import Mixture, absolute
 from vmoco.evaluate.mixture_score import sets_with_score
-from vmoco.evaluate.motion import motion_problem
+from vmoco.evaluate.motion_probes import motion_problem
 from vmoco.evaluate.score import scored_clips
 from vmoco.job_settings import MOTION_PROBES, SweepSettings
 from vmoco.places import TrackingSettings

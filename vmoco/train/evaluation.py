@@ -32,7 +32,8 @@ from vmoco.encoders.promotion import Score
 from vmoco.evaluate.features import clip_features
 from vmoco.evaluate.knn import classify
 from vmoco.evaluate.mixture_score import joined_numbers, joined_score, score_mixture
-from vmoco.evaluate.motion import CLIPS, probe_encoder
+from vmoco.evaluate.motion import CLIPS
+from vmoco.evaluate.motion_probes import probe_encoder
 from vmoco.evaluate.score import TooFewVideosError
 from vmoco.model.cost import SCORE_SECONDS
 from vmoco.spool import Spool

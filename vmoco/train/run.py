@@ -21,7 +21,7 @@ from vmoco.data.held_out import scoring_problem
 from vmoco.data.mixture import Mixture, absolute, shared_videos
 from vmoco.data.training_clips import reasons
 from vmoco.encoders import package
-from vmoco.evaluate.motion import motion_problem
+from vmoco.evaluate.motion_probes import motion_problem
 from vmoco.model.cost import SCORE_SECONDS, scoring_seconds
 from vmoco.model.queue import decay_at, oldest_key_weight
 from vmoco.train import metrics
