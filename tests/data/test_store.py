@@ -171,7 +171,7 @@ def test_parts_are_read_by_ranges(store: Store, tmp_path: Path) -> None:
     store.faults.append(Fault("GET", "in/a", times=4, status="500 Internal Server Error"))
     found = []
     for at in (str(path), source):
-        made = decoder.cut(at, plan, part=parts[2], **options)  # type: ignore[arg-type]
+        made = decoder.cut(at, plan, extent=parts[2], **options)  # type: ignore[arg-type]
         found.append((made, os.pread(decoder.scratch.fileno(), sum(made.sizes), 0)))
     assert found[0] == found[1]
     assert store.faults[0].times == 0

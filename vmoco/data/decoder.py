@@ -50,6 +50,10 @@ MEMORY_BYTES = 768 * 2**20
 # Signals by which a decoder ends itself. Another one may not come again: the kernel kills when memory is short.
 _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 
+Extent = Part | Literal["choose", "whole"]
+"""What of a video is decoded: the part that a task was given; what its clips need, which the decoder finds out
+(`video.cut_clips`); or every frame (`video.cut_whole`), where parts were planned before and there are none."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
@@ -95,7 +99,7 @@ class _Probe:
 class _Cut:
     source: Source
     plan: ClipPlan
-    part: Part | None
+    extent: Extent
     size: tuple[int, int]
     encoding: Encoding
     quality: int
@@ -178,7 +182,7 @@ class Decoder:
         source: Source,
         plan: ClipPlan,
         *,
-        part: Part | None,
+        extent: Extent,
         size: tuple[int, int],
         encoding: Encoding,
         quality: int,
@@ -190,7 +194,7 @@ class Decoder:
         Args:
             source: The video.
             plan: Which clips to cut.
-            part: What of the video to decode; None decodes every frame.
+            extent: What of the video to decode. The clips are the same whichever way they are decoded.
             size: Height and width of a frame in pixels.
             encoding: How frames are stored.
             quality: Of JPEG frames, 1 to 100.
@@ -201,7 +205,7 @@ class Decoder:
             VideoError: the video is damaged or too short, or the decoder hangs or crashes.
             ScratchError: the scratch file cannot be written.
         """
-        answer = self._ask(_Cut(source, plan, part, size, encoding, quality, offset), seconds=seconds)
+        answer = self._ask(_Cut(source, plan, extent, size, encoding, quality, offset), seconds=seconds)
         assert isinstance(answer, StoredClips), answer
         return answer
 
@@ -346,14 +350,16 @@ def _cut(request: _Cut, scratch: int) -> StoredClips:
 
     sink = ScratchSink(scratch, encoding=request.encoding, quality=request.quality, offset=request.offset)
     height, width = request.size
+    part = request.extent if isinstance(request.extent, Part) else None
     if isinstance(request.source, PictureFolder):
-        cut = pictures.cut(request.source, request.plan, part=request.part, height=height, width=width, sink=sink)
+        cut = pictures.cut(request.source, request.plan, part=part, height=height, width=width, sink=sink)
         return StoredClips(cut.start_times, cut.start_seconds, cut.fps, sink.sizes, cut.notes, cut.damage)
     source = readable(request.source)
-    if request.part:
-        cut = video.cut_part(source, request.part, request.plan, height=height, width=width, sink=sink)
+    if part:
+        cut = video.cut_part(source, part, request.plan, height=height, width=width, sink=sink)
     else:
-        cut = video.cut_whole(source, request.plan, height=height, width=width, sink=sink)
+        cut_video = video.cut_clips if request.extent == "choose" else video.cut_whole
+        cut = cut_video(source, request.plan, height=height, width=width, sink=sink)
     return StoredClips(cut.start_times, cut.start_seconds, cut.fps, sink.sizes, cut.notes, cut.damage)
 
 
