@@ -219,7 +219,8 @@ def cut_part(source: Source, part: Part, plan: ClipPlan, *, height: int, width: 
     """Decodes the runs of a part of a video: its clips have the pixels that `cut_whole` gives.
 
     Raises:
-        VideoError: NOT_SEEKABLE, if a run does not hold exactly the planned frames.
+        VideoError: NOT_SEEKABLE, if a run does not hold exactly the planned frames; another reason, if the file cannot
+            be read for now.
     """
     if part.shots_from is None:
         return _cut_runs(source, part, plan, height=height, width=width, sink=sink)[0]
@@ -259,7 +260,8 @@ def _cut_runs(
             for run in part.runs:
                 _decode_run(container, stream, run, collector, log, whole=plan.deinterlace == "auto")
     except VideoError as error:
-        if error.reason == "hdr":
+        # A store that fails for a while says nothing about the video: the whole would be noted for good.
+        if error.transient or error.reason == "hdr":
             raise
         raise VideoError("decode", NOT_SEEKABLE, error.message) from None
     if not collector.complete:
