@@ -40,7 +40,7 @@ from pydantic import TypeAdapter
 from vmoco.data.clips import ClipPlan
 from vmoco.data.frames import Encoding, Frames, Shape
 from vmoco.data.ledger import Damage, ScratchError, Stage, VideoError, attributed
-from vmoco.data.parts import Part, plan_parts
+from vmoco.data.parts import Part, contradicted, plan_parts
 from vmoco.data.ranged_file import FileRange
 from vmoco.data.scratch import PieceSink, ScratchSink
 from vmoco.data.source import PictureFolder, Source, readable
@@ -66,7 +66,7 @@ class Contents:
     duration: float
     """Seconds from the first frame to the last."""
     notes: tuple[str, ...] = ()
-    """What is unusual about it, as in `Timeline.notes`."""
+    """What is unusual about it, as in `Timeline.notes`, and why a file that could seek is decoded from its start."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,12 +337,12 @@ def _probe(request: _Probe) -> Contents:
         line = probing.probe(readable(request.source), damaged=plan.damaged)
     indices = plan_clips(line, plan)
     parts = plan_parts(line, plan, indices=indices, seconds=request.part_seconds)
-    if (
-        isinstance(request.source, PictureFolder) and len(parts) == 1
-    ):  # no more than the pictures of clips is read anyway
+    # Of a folder of pictures, no more than those of clips is read anyway.
+    if isinstance(request.source, PictureFolder) and len(parts) == 1:
         parts = []
     duration = float((line.times[-1] - line.times[0]) * line.time_base) if len(line.times) else 0.0
-    return Contents(len(indices), tuple(parts), duration, line.notes)
+    notes = (*line.notes, *contradicted(line, plan, indices=indices))
+    return Contents(len(indices), tuple(parts), duration, notes)
 
 
 def _cut(request: _Cut, scratch: int) -> StoredClips:
