@@ -1,7 +1,8 @@
 """Decides what of a video is decoded: the runs of frames that hold its clips, and which task decodes which of them.
 
 Decoding can begin only at key frames. So a run goes from the last key frame before a clip to the last frame of the
-clip, and clips that need the same frames share a run. What lies between two runs is neither read nor decoded:
+clip, and clips that need the same frames share a run. What lies between two runs is not decoded; of a file in a
+store it is not fetched a second time, after probing:
 
     frames    K . . . . K . . . . K . . . . K . . . . K . . . .
     clips         AAAA              BBBB  CC
