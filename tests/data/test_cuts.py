@@ -170,7 +170,7 @@ def test_a_range_is_decoded_alone(tmp_path: Path, decoder: Decoder) -> None:
 
     def made(plan: ClipPlan, *, whole: bool) -> tuple[StoredClips, bytes]:
         (part,) = decoder.probe(str(path), plan, part_seconds=600, seconds=60).parts
-        stored = decoder.cut(str(path), plan, part=None if whole else part, **out)
+        stored = decoder.cut(str(path), plan, extent="whole" if whole else part, **out)
         return stored, os.pread(decoder.scratch.fileno(), sum(stored.sizes), 0)
 
     assert made(plan, whole=False) == made(plan, whole=True)

@@ -62,7 +62,7 @@ def strange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Decoder
 
 
 def cut(decoder: Decoder, path: Path, **changes: Any) -> StoredClips:
-    options: dict[str, Any] = {"part": None, "size": (24, 32), "encoding": "raw", "quality": 92, "offset": 0}
+    options: dict[str, Any] = {"extent": "whole", "size": (24, 32), "encoding": "raw", "quality": 92, "offset": 0}
     return decoder.cut(str(path), PLAN, **{**options, "seconds": 60.0, **changes})
 
 

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import numpy as np
 import pytest
 from hypothesis import strategies
 
 from tests.data import videos
 from tests.data.test_ledger import STRANGE as UNUSUAL
 from tests.dataset import stored_frames
+from tests.decoding import InProcess
 from tests.names import FOLDER, names
 from vmoco.data import ledger, source
 from vmoco.data.annotations import list_annotated
@@ -30,6 +32,7 @@ from vmoco.data.ingest_plan import Probed, ProbeTask, ShardPlan, plan_shards
 from vmoco.data.ingest_tasks import MadeShard, make_shard, probe_videos
 from vmoco.data.ledger import ScratchError, VideoError
 from vmoco.data.manifest import shard_uri
+from vmoco.data.ranged_file import FileRange, RangedFile
 from vmoco.data.shard import read_rows
 from vmoco.data.source import list_videos
 from vmoco.job_settings import IngestSettings
@@ -248,6 +251,43 @@ def test_runs_change_nothing_but_a_note(root: Path, decoder: Decoder) -> None:
         assert kinds == {"runs.mp4": "", "whole.mp4": "" if whole else "decoded-whole"}
     assert len(found[True]) == 6
     assert found[False] == found[True]
+
+
+def test_a_store_that_fails_changes_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever read of the runs fails, the video is rejected for now; the next try writes the bytes of no failure."""
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (160, 224, 3), np.uint8) for _ in range(10)] * 30
+    path = videos.write_video(tmp_path / "in/a.mov", images, codec="mjpeg", pix_fmt="yuvj444p")
+    video_file = FileRange(str(path), path.stat().st_size)  # as if the folder were in a store
+    monkeypatch.setattr(source, "ranged", lambda root, found: video_file)
+    honest, decoder, reads, failing = RangedFile.read, InProcess(), 0, 0
+
+    def read(file: RangedFile, size: int = -1) -> bytes:
+        nonlocal reads
+        reads += 1
+        if reads == failing:
+            raise VideoError("read", "read-error", "AWS Error NETWORK_CONNECTION", transient=True)
+        return honest(file, size)
+
+    monkeypatch.setattr(RangedFile, "read", read)
+    chosen = settings(tmp_path, max_clips_per_video=2)
+    (plan,) = plan_shards(probed(chosen, decoder), chosen)
+
+    def made(number: int) -> MadeShard:
+        nonlocal reads, failing
+        reads, failing = 0, number
+        output = str(tmp_path / "out")
+        return make_shard(plan, root=chosen.videos, output=output, settings=chosen, decoder=decoder)
+
+    expected = made(0)
+    assert [row["notes"] for row in expected.rows] == [None, None]
+    assert reads >= 3
+    for number in range(1, reads + 1):
+        shutil.rmtree(tmp_path / "out/shards")
+        failed = made(number)
+        (rejection,) = failed.rejected
+        assert (failed.rows, rejection.reason, rejection.transient) == ([], "read-error", True)
+        assert made(0) == expected
 
 
 def test_results_of_a_first_look_are_kept(root: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data import videos
+from tests.decoding import InProcess
 from vmoco.data import probing, video
 from vmoco.data.clips import ClipPlan
 from vmoco.data.ledger import VideoError
@@ -194,6 +195,16 @@ def with_a_lying_size(path: Path) -> Path:
     return path
 
 
+def with_a_double_time(path: Path) -> Path:
+    """The table of durations says that a frame between the clips, the only one with a duration of its own, has none."""
+    content = bytearray(path.read_bytes())
+    at = content.index(b"stts") + 12 + 8 + 4
+    assert int.from_bytes(content[at - 4 : at], "big") == 1
+    content[at : at + 4] = bytes(4)
+    path.write_bytes(content)
+    return path
+
+
 def hiding_a_frame(path: Path) -> Path:
     """One packet of VP8 says that its frame is not shown: the bit `show_frame` of its first byte."""
     content = bytearray(path.read_bytes())
@@ -248,13 +259,21 @@ NOT_TRIED: dict[str, dict[str, Any]] = {
     "h264.ts": {"options": CLOSED},
     "mpeg4.avi": {"codec": "mpeg4", "options": {"g": "12"}},
     "edit-list.mp4": {"options": CLOSED, "change": beginning_late},
+    "vp8-hidden.webm": {**VP8, "change": hiding_a_frame},
+}
+# The file contradicts itself before anything is decoded: no run is tried, and the note says why.
+CONTRADICTED: dict[str, dict[str, Any]] = {
     "lying-size.mp4": {"options": CLOSED, "change": with_a_lying_size},
     "lying-size-of-hevc.mp4": {
         "codec": "libx265",
         "options": {"x265-params": f"{X265}:open-gop=0"},
         "change": with_a_lying_size,
     },
-    "vp8-hidden.webm": {**VP8, "change": hiding_a_frame},
+    "double-times.mp4": {
+        "options": {**CLOSED, "bf": "0"},
+        "pts": [n + (n > 60) for n in range(120)],
+        "change": with_a_double_time,
+    },
 }
 
 
@@ -280,10 +299,10 @@ PLANS = [
 ]
 
 
-@pytest.mark.parametrize("name", [*SPARSE, *REFUSED, *NOT_TRIED])
+@pytest.mark.parametrize("name", [*SPARSE, *REFUSED, *NOT_TRIED, *CONTRADICTED])
 def test_runs_give_the_clips_of_the_whole(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In each codec and container, the very bytes and times; what cannot be decoded from the middle is found out."""
-    path = make(tmp_path / name, **{**SPARSE, **REFUSED, **NOT_TRIED}[name])
+    path = make(tmp_path / name, **{**SPARSE, **REFUSED, **NOT_TRIED, **CONTRADICTED}[name])
     begun: list[str] = []
     honest = {name: getattr(video, name) for name in ("cut_part", "_cut_undamaged")}
 
@@ -305,12 +324,25 @@ def test_runs_give_the_clips_of_the_whole(tmp_path: Path, name: str, monkeypatch
         assert (cut.start_times, cut.start_seconds, cut.fps) == (whole.start_times, whole.start_seconds, whole.fps)
         refused = cut.notes[:1] if cut.notes and cut.notes[0].startswith("decoded-whole") else ()
         assert (cut.damage, cut.notes) == (whole.damage, (*refused, *whole.notes))
-        outcomes.add("refused" if refused else "sparse" if len(begun) == 2 and "cut_part" in begun else "not tried")
-        assert len(begun) == (3 if refused else 2)
+        tried = "cut_part" in begun
+        outcomes.add(("refused" if refused else "sparse") if tried else "contradicted" if refused else "not tried")
+        assert len(begun) == (3 if tried and refused else 2)
     if name in REFUSED:  # a plan may be lucky
         assert "refused" in outcomes <= {"refused", "sparse"}
     else:
-        assert outcomes == {"sparse" if name in SPARSE else "not tried"}
+        kinds = {"sparse": SPARSE, "not tried": NOT_TRIED, "contradicted": CONTRADICTED}
+        assert outcomes == {kind for kind, names in kinds.items() if name in names}
+
+
+@pytest.mark.parametrize("name", CONTRADICTED)
+def test_a_file_that_contradicts_itself_is_noted_where_it_matters(tmp_path: Path, name: str) -> None:
+    """Probing for ingest gives the note, and none where every frame is decoded by plan."""
+    path = make(tmp_path / name, **CONTRADICTED[name])
+    decoder = InProcess()
+    for plan, kinds in ((PLANS[0], ["decoded-whole"]), (ClipPlan(6), []), (ClipPlan(6, damaged="reject"), [])):
+        found = decoder.probe(str(path), plan, part_seconds=600, seconds=60)
+        notes = [note for note in found.notes if not note.startswith("header-says-more")]
+        assert ([note.partition(":")[0] for note in notes], found.parts) == (kinds, ())
 
 
 def superframe(*frames: bytes) -> bytes:
@@ -405,5 +437,5 @@ def test_damage_of_the_container_is_decoded_as_a_whole(tmp_path: Path, name: str
     path = videos.corrupt(make(tmp_path / name, options=CLOSED), start=0.45, end=0.5)
     (cut, pixels), (whole, expected) = both(path, ClipPlan(6, max_clips=2))
     np.testing.assert_array_equal(pixels, expected)
-    assert (cut.start_times, cut.damage, cut.notes) == (whole.start_times, whole.damage, whole.notes)
-    assert cut.damage is not None
+    assert (cut.start_times, cut.damage, cut.notes[1:]) == (whole.start_times, whole.damage, whole.notes)
+    assert [note.partition(":")[0] for note in cut.notes] == ["decoded-whole", "damaged"]

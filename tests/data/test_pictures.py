@@ -28,7 +28,9 @@ from vmoco.data.decoder import Decoder
 from vmoco.data.frame_folder import list_frame_folders
 from vmoco.data.ledger import VideoError
 from vmoco.data.manifest import shard_uri
+from vmoco.data.parts import plan_parts
 from vmoco.data.source import PictureFolder, ranged
+from vmoco.data.timeline import plan_clips
 
 SIZE: dict[str, Any] = {"height": 24, "width": 32}
 
@@ -300,6 +302,21 @@ def test_a_part_with_a_damaged_picture_is_not_seekable(tmp_path: Path, decoder: 
     whole = settings(tmp_path, layout="frames", fps=25, max_clips_per_video=30, output=str(tmp_path / "whole"))
     _, shard = made(whole, decoder)
     assert shard.losses[0].lost == ((1.84, 1.88),)
+
+
+def test_a_part_that_cannot_be_read_for_now_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture that fails to be read does not make a part one that cannot be decoded alone, which is for good."""
+    source = folder_of(write_pictures(tmp_path / "in/a", videos.images(90)))
+    line, plan = pictures.probe(source), ClipPlan(4)
+    part, *_ = plan_parts(line, plan, indices=plan_clips(line, plan), seconds=1)
+
+    def fail(uri: str) -> bytes:
+        raise OSError(f"AWS Error NETWORK_CONNECTION: {uri}")
+
+    monkeypatch.setattr(storage, "read_bytes", fail)
+    with pytest.raises(VideoError, match="read: read-error: AWS Error") as caught:
+        pictures.cut(source, plan, part=part, sink=videos.Kept(), **SIZE)
+    assert caught.value.transient
 
 
 def test_a_folder_that_changes_is_told(tmp_path: Path) -> None:

@@ -9,12 +9,15 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from tests.data import videos
 from tests.data.test_ingest_tasks import settings
+from tests.decoding import InProcess
 from tests.made import encoder_of
 from tests.names import FOLDER, NAMES
 from tests.store import BUCKET, Fault, Store
@@ -30,6 +33,7 @@ from vmoco.data.ingest_tasks import make_shard, probe_videos
 from vmoco.data.ledger import ScratchError, VideoError
 from vmoco.data.manifest import FIELDS, Manifest
 from vmoco.data.manifest_writer import write_manifest
+from vmoco.data.ranged_file import RangedFile
 from vmoco.data.source import list_videos, local_copy, ranged, readable
 from vmoco.evaluate.embed_task import EmbedTask, Work
 from vmoco.evaluate.features import Window
@@ -171,11 +175,49 @@ def test_parts_are_read_by_ranges(store: Store, tmp_path: Path) -> None:
     store.faults.append(Fault("GET", "in/a", times=4, status="500 Internal Server Error"))
     found = []
     for at in (str(path), source):
-        made = decoder.cut(at, plan, part=parts[2], **options)  # type: ignore[arg-type]
+        made = decoder.cut(at, plan, extent=parts[2], **options)  # type: ignore[arg-type]
         found.append((made, os.pread(decoder.scratch.fileno(), sum(made.sizes), 0)))
     assert found[0] == found[1]
     assert store.faults[0].times == 0
     decoder.close()
+
+
+def test_a_remote_video_is_copied_once_and_its_runs_are_ranges(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Probing copies it; cutting reads the ranges of its runs, and copies it again where all of it is decoded."""
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (240, 320, 3), np.uint8) for _ in range(10)] * 30
+    path = videos.write_video(tmp_path / "a.mov", images, codec="mjpeg", pix_fmt="yuvj444p")
+    size = path.stat().st_size
+    store.client.upload_file(str(path), BUCKET, "in/a.mov")
+    copied, ranges = list[int](), list[int]()
+    honest_copy, honest_read = source._copy, RangedFile.read
+
+    def copy(*arguments: Any) -> int:
+        copied.append(honest_copy(*arguments))
+        return copied[-1]
+
+    def read(file: RangedFile, size: int = -1) -> bytes:
+        content = honest_read(file, size)
+        ranges.append(len(content))
+        return content
+
+    monkeypatch.setattr(source, "_copy", copy)
+    monkeypatch.setattr(RangedFile, "read", read)
+    for max_clips, copies in ((2, 1), (1000, 2)):
+        copied.clear()
+        ranges.clear()
+        places = {"videos": f"s3://{BUCKET}/in", "output": str(tmp_path / str(max_clips))}
+        chosen = settings(tmp_path, **places, max_clips_per_video=max_clips)
+        work: dict[str, Any] = {"root": chosen.videos, "output": chosen.output, "settings": chosen}
+        task = ProbeTask(list_videos(chosen.videos).videos)
+        probed = probe_videos(task, **work, decoder=InProcess())
+        assert (copied, ranges) == ([size], [])
+        (plan,) = plan_shards(probed, chosen)
+        assert make_shard(plan, **work, decoder=InProcess()).rejected == ()
+        assert copied == [size] * copies
+        assert 0 < sum(ranges) < 0.6 * size if copies == 1 else not ranges
 
 
 # A task from S3 to S3 in a process of its own; prints by how many MiB its memory grew, and the size of its shard.

@@ -12,12 +12,13 @@ import torch
 
 from tests.data.test_pixels import hdr_video
 from tests.data.videos import Kept, corrupt, images, truncate, write_video
+from tests.decoding import InProcess
 from tests.made import clips, encoder_of
 from tests.store import BUCKET, Store
 from vmoco import storage
 from vmoco.data.augment import PIXEL_MEAN, PIXEL_STD
 from vmoco.data.clips import ClipPlan
-from vmoco.data.video import cut_clips
+from vmoco.data.video import cut_clips, cut_whole
 from vmoco.encoders.encoder import Encoder, Preprocessing
 
 
@@ -80,6 +81,24 @@ def test_a_video_gives_its_clips_at_the_encoders_rate(
     np.testing.assert_array_equal(encoder.clips(path).numpy(), clips_of_ingest)
     assert torch.equal(encoder.embed(path), encoder.embed(clips_of_ingest))
     assert torch.equal(encoder.embed(str(path)), encoder.embed(clips_of_ingest))
+
+
+def test_of_a_long_video_only_the_clips_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through `embed` and `cut_video`; clips and features are those of decoding every frame."""
+    coding = {"g": "4", "keyint_min": "4", "bf": "2", "sc_threshold": "0"}
+    path = write_video(tmp_path / "a.mp4", images(900), options=coding)
+    encoder, decoder, expected = encoder_of(), InProcess(), Kept()
+    cut_whole(str(path), ClipPlan(8, max_clips=32), height=32, width=32, sink=expected)
+    monkeypatch.setattr("vmoco.data.decoder.Decoder", lambda: decoder)
+    count = decoder.count_frames(monkeypatch)
+    assert torch.equal(encoder.embed(path), encoder.embed(np.stack(expected.clips)))
+    assert 32 * 8 <= count() <= 32 * (8 + 3 + 2)
+    few, kept = encoder.cut_video(str(path), decoder=decoder, max_clips=3), Kept()
+    assert 3 * 8 <= count() <= 3 * (8 + 3 + 2)
+    whole = cut_whole(str(path), ClipPlan(8, max_clips=3), height=32, width=32, sink=kept)
+    np.testing.assert_array_equal(few.frames, np.stack(kept.clips))
+    assert (few.start_times, few.start_seconds) == (whole.start_times, whole.start_seconds)
+    assert count() == 900
 
 
 def test_short_videos_are_treated_as_by_ingest(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from pydantic import TypeAdapter
 from vmoco.data.clips import ClipPlan
 from vmoco.data.frames import Encoding, Frames, Shape
 from vmoco.data.ledger import Damage, ScratchError, Stage, VideoError, attributed
-from vmoco.data.parts import Part, plan_parts
+from vmoco.data.parts import Part, contradicted, plan_parts
 from vmoco.data.ranged_file import FileRange
 from vmoco.data.scratch import PieceSink, ScratchSink
 from vmoco.data.source import PictureFolder, Source, readable
@@ -49,6 +49,10 @@ from vmoco.data.timeline import plan_clips
 MEMORY_BYTES = 768 * 2**20
 # Signals by which a decoder ends itself. Another one may not come again: the kernel kills when memory is short.
 _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+
+Extent = Part | Literal["choose", "whole"]
+"""What of a video is decoded: the part that a task was given; what its clips need, which the decoder finds out
+(`video.cut_clips`); or every frame (`video.cut_whole`), where parts were planned before and there are none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Contents:
     duration: float
     """Seconds from the first frame to the last."""
     notes: tuple[str, ...] = ()
-    """What is unusual about it, as in `Timeline.notes`."""
+    """What is unusual about it, as in `Timeline.notes`, and why a file that could seek is decoded from its start."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +99,7 @@ class _Probe:
 class _Cut:
     source: Source
     plan: ClipPlan
-    part: Part | None
+    extent: Extent
     size: tuple[int, int]
     encoding: Encoding
     quality: int
@@ -178,7 +182,7 @@ class Decoder:
         source: Source,
         plan: ClipPlan,
         *,
-        part: Part | None,
+        extent: Extent,
         size: tuple[int, int],
         encoding: Encoding,
         quality: int,
@@ -190,7 +194,7 @@ class Decoder:
         Args:
             source: The video.
             plan: Which clips to cut.
-            part: What of the video to decode; None decodes every frame.
+            extent: What of the video to decode. The clips are the same whichever way they are decoded.
             size: Height and width of a frame in pixels.
             encoding: How frames are stored.
             quality: Of JPEG frames, 1 to 100.
@@ -201,7 +205,7 @@ class Decoder:
             VideoError: the video is damaged or too short, or the decoder hangs or crashes.
             ScratchError: the scratch file cannot be written.
         """
-        answer = self._ask(_Cut(source, plan, part, size, encoding, quality, offset), seconds=seconds)
+        answer = self._ask(_Cut(source, plan, extent, size, encoding, quality, offset), seconds=seconds)
         assert isinstance(answer, StoredClips), answer
         return answer
 
@@ -333,12 +337,12 @@ def _probe(request: _Probe) -> Contents:
         line = probing.probe(readable(request.source), damaged=plan.damaged)
     indices = plan_clips(line, plan)
     parts = plan_parts(line, plan, indices=indices, seconds=request.part_seconds)
-    if (
-        isinstance(request.source, PictureFolder) and len(parts) == 1
-    ):  # no more than the pictures of clips is read anyway
+    # Of a folder of pictures, no more than those of clips is read anyway.
+    if isinstance(request.source, PictureFolder) and len(parts) == 1:
         parts = []
     duration = float((line.times[-1] - line.times[0]) * line.time_base) if len(line.times) else 0.0
-    return Contents(len(indices), tuple(parts), duration, line.notes)
+    notes = (*line.notes, *contradicted(line, plan, indices=indices))
+    return Contents(len(indices), tuple(parts), duration, notes)
 
 
 def _cut(request: _Cut, scratch: int) -> StoredClips:
@@ -346,14 +350,16 @@ def _cut(request: _Cut, scratch: int) -> StoredClips:
 
     sink = ScratchSink(scratch, encoding=request.encoding, quality=request.quality, offset=request.offset)
     height, width = request.size
+    part = request.extent if isinstance(request.extent, Part) else None
     if isinstance(request.source, PictureFolder):
-        cut = pictures.cut(request.source, request.plan, part=request.part, height=height, width=width, sink=sink)
+        cut = pictures.cut(request.source, request.plan, part=part, height=height, width=width, sink=sink)
         return StoredClips(cut.start_times, cut.start_seconds, cut.fps, sink.sizes, cut.notes, cut.damage)
     source = readable(request.source)
-    if request.part:
-        cut = video.cut_part(source, request.part, request.plan, height=height, width=width, sink=sink)
+    if part:
+        cut = video.cut_part(source, part, request.plan, height=height, width=width, sink=sink)
     else:
-        cut = video.cut_whole(source, request.plan, height=height, width=width, sink=sink)
+        cut_video = video.cut_clips if request.extent == "choose" else video.cut_whole
+        cut = cut_video(source, request.plan, height=height, width=width, sink=sink)
     return StoredClips(cut.start_times, cut.start_seconds, cut.fps, sink.sizes, cut.notes, cut.damage)
 
 

@@ -27,13 +27,13 @@ from vmoco import storage
 from vmoco.data import frame_folder, shard, source
 from vmoco.data.clip_scores import Looked, Scores, look, with_shots
 from vmoco.data.clips import ClipPlan
-from vmoco.data.decoder import Decoder, StoredClips
+from vmoco.data.decoder import Decoder, Extent, StoredClips
 from vmoco.data.found import Found
 from vmoco.data.held_out import is_held_out
 from vmoco.data.ingest_plan import Probed, ProbeTask, ShardPlan, Unit
 from vmoco.data.ledger import DAMAGE, NOT_SEEKABLE, Loss, Rejection, VideoError, attributed
 from vmoco.data.manifest import FIELDS, shard_uri
-from vmoco.data.parts import Part, decoded_whole
+from vmoco.data.parts import decoded_whole
 from vmoco.data.shard import ShardFile, ShardMetadata, Video
 from vmoco.data.shard_reader import ShardScan
 from vmoco.job_settings import IngestSettings
@@ -239,11 +239,11 @@ def _existing(plan: ShardPlan, uri: str, settings: IngestSettings) -> MadeShard 
 
 
 def _cut(unit: Unit, *, root: str, settings: IngestSettings, decoder: Decoder, offset: int) -> StoredClips:
-    def cut(video: source.Source, part: Part | None, seconds: float) -> StoredClips:
+    def cut(video: source.Source, extent: Extent, seconds: float) -> StoredClips:
         return decoder.cut(
             video,
             clip_plan(settings, unit.found),
-            part=part,
+            extent=extent,
             size=settings.size,
             encoding=settings.encoding,
             quality=settings.jpeg_quality,
@@ -269,7 +269,7 @@ def _cut(unit: Unit, *, root: str, settings: IngestSettings, decoder: Decoder, o
         # A wrong time stamp may say that it lasts for years.
         times_as_long = max(1.0, unit.duration / settings.part_seconds)
         limit = min(settings.seconds_per_video * rounds * times_as_long, _MOST_SECONDS)
-        made = cut(video, None, limit)
+        made = cut(video, "whole", limit)
         return dataclasses.replace(made, notes=(*notes, *made.notes))
 
 

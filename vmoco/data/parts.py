@@ -1,7 +1,8 @@
 """Decides what of a video is decoded: the runs of frames that hold its clips, and which task decodes which of them.
 
 Decoding can begin only at key frames. So a run goes from the last key frame before a clip to the last frame of the
-clip, and clips that need the same frames share a run. What lies between two runs is neither read nor decoded:
+clip, and clips that need the same frames share a run. What lies between two runs is not decoded; of a file in a
+store it is not fetched a second time, after probing:
 
     frames    K . . . . K . . . . K . . . . K . . . . K . . . .
     clips         AAAA              BBBB  CC
@@ -69,18 +70,15 @@ def plan_parts(line: Timeline, plan: ClipPlan, *, indices: Int64Array, seconds: 
         indices: int64 (N, T), frames of the clips.
         seconds: Length of a part: how much of the video it decodes.
     """
-    times, keys = line.times, np.unique(line.keyframes)
-    if not len(keys) or not len(indices) or keys[0] != times[0]:
+    times, begins = line.times, _begins(line)
+    if not len(begins) or not len(indices) or len(np.unique(times)) < len(times):
         return []
-    begins = np.searchsorted(times, keys)
     firsts, lasts = indices.min(axis=1), indices.max(axis=1)
     inside = in_range(times, line.time_base, on_clock(plan, line))
-    whole_range = _stretches(inside[:1], inside[-1:], begins)
-    stretches = whole_range if plan.split_at_cuts else _stretches(firsts, lasts, begins)
-    decoded = sum(last + 1 - first for first, last in stretches)
-    sparse = line.is_exact and plan.damaged != "reject" and decoded <= (1 - _LEAST_SPARED) * len(times)
+    stretches = _worthwhile(line, plan, indices) if line.is_exact else []
+    sparse = bool(stretches)
     if not sparse:
-        stretches = whole_range
+        stretches = _stretches(inside[:1], inside[-1:], begins)
     parts: list[Part] = []
     lengths: list[float] = []
     for first, end in (piece for stretch in stretches for piece in _pieces(*stretch, line, begins, seconds)):
@@ -100,6 +98,32 @@ def plan_parts(line: Timeline, plan: ClipPlan, *, indices: Int64Array, seconds: 
         one = sparse and len(parts) == 1
         return [dataclasses.replace(parts[0], shots_from=int(times[inside[0]]))] if one else []
     return parts if sparse or len(parts) > 1 else []
+
+
+def contradicted(line: Timeline, plan: ClipPlan, *, indices: Int64Array) -> tuple[str, ...]:
+    """The note of a video of which frames would be left out, if its index did not contradict its packets."""
+    return (decoded_whole(line.contradiction),) if line.contradiction and _worthwhile(line, plan, indices) else ()
+
+
+def _begins(line: Timeline) -> Int64Array:
+    """Numbers of the frames at which decoding can begin, increasing; empty if the first one is not among them."""
+    keys = np.unique(line.keyframes)
+    known = len(keys) and len(line.times) and keys[0] == line.times[0]
+    return np.searchsorted(line.times, keys if known else keys[:0])
+
+
+def _worthwhile(line: Timeline, plan: ClipPlan, indices: Int64Array) -> list[tuple[int, int]]:
+    """The stretches that clips need, as `_stretches`; none where little, or nothing, would be left out."""
+    begins = _begins(line)
+    if not len(begins) or not len(indices) or plan.damaged == "reject":
+        return []
+    firsts, lasts = indices.min(axis=1), indices.max(axis=1)
+    if plan.split_at_cuts:  # the cuts of the whole range decide
+        inside = in_range(line.times, line.time_base, on_clock(plan, line))
+        firsts, lasts = inside[:1], inside[-1:]
+    found = _stretches(firsts, lasts, begins)
+    decoded = sum(last + 1 - first for first, last in found)
+    return found if decoded <= (1 - _LEAST_SPARED) * len(line.times) else []
 
 
 def _stretches(firsts: Int64Array, lasts: Int64Array, begins: Int64Array) -> list[tuple[int, int]]:
@@ -134,5 +158,5 @@ def _pieces(first: int, last: int, line: Timeline, begins: Int64Array, seconds: 
 
 
 def decoded_whole(message: str) -> str:
-    """The note of a video that is decoded from its start to its end, because decoding its runs failed."""
+    """The note of a video that is decoded from its start to its end, because its index does not fit its pictures."""
     return f"decoded-whole: {message.replace('; ', ', ')}"

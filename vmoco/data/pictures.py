@@ -70,7 +70,7 @@ def cut(folder: PictureFolder, plan: ClipPlan, *, part: Part | None, height: int
             line, indices = _between_cuts(folder, frames, line, plan, height=height, width=width, sink=sink)
         return _at(indices, line, _collect(folder, frames, indices, plan, height=height, width=width, sink=sink))
     except VideoError as error:
-        if part:
+        if part and not error.transient:
             raise VideoError("decode", NOT_SEEKABLE, error.message) from None
         if plan.damaged == "reject" or error.reason not in ("decode-error", "missing-pictures"):
             raise

@@ -70,6 +70,7 @@ def _probe(container: Any, index: int, source: Source, log: list[Any]) -> Timeli
     order: list[int | None] = []
     keys: list[bool] = []
     expected: list[tuple[int, int]] = []
+    contradiction = ""
     codec = stream.codec_context.codec.canonical_name
     hides, exact = reports.hides_frames(codec), codec in _SAID or codec in _ONE_FRAME
     count_shown = _SAID.get(codec) or _units(codec, stream.codec_context.extradata)
@@ -89,8 +90,9 @@ def _probe(container: Any, index: int, source: Source, log: list[Any]) -> Timeli
                 continue
             if shown is None:
                 seekable = False
-            if exact and count_shown:
-                exact = count_shown(packet) == 1
+            if exact and count_shown and count_shown(packet) != 1:
+                exact = False
+                contradiction = "" if codec in _SAID else f"packet {count} does not end where its contents end"
             times.append(stamp)
             order.append(stamp if decoded is None else decoded)
             if stamp is not None and reports.shows_a_frame(size, hides=hides):
@@ -98,7 +100,9 @@ def _probe(container: Any, index: int, source: Source, log: list[Any]) -> Timeli
             keys.append(packet.is_keyframe)
             count += 1
     # Where the container is damaged, frames may be missing from the list.
-    exact = exact and not reports.report_in(log, ignored=reports.other_parts(container, stream), stream=index)
+    report = reports.report_in(log, ignored=reports.other_parts(container, stream), stream=index)
+    if exact and report:
+        exact, contradiction = False, report
     end = max((float(until * own.time_base) for own, until in ends.items()), default=0.0)
     time_base = stream.time_base
     decoding = filled(order)
@@ -126,7 +130,9 @@ def _probe(container: Any, index: int, source: Source, log: list[Any]) -> Timeli
     notes += joined_note(seams)
     spread = int(line[-1] - line[0]) if len(line) else 0
     fps = (len(line) - 1) / (spread * time_base) if spread else stream.average_rate or 0
-    can_begin = seekable and not seams and not broken and len(set(stamps.tolist())) == count
+    can_begin = seekable and not seams and not broken
+    if exact and (repeated := count - len(set(stamps.tolist()))):
+        exact, contradiction = False, f"{repeated} packets have the time stamp of another one"
     keyframes = [time for time, key in zip(times, keys, strict=True) if key and can_begin]
     owners, wanted = np.array(expected, np.int64).reshape(-1, 2).T
     return Timeline(
@@ -143,6 +149,7 @@ def _probe(container: Any, index: int, source: Source, log: list[Any]) -> Timeli
         notes=notes,
         expected=tuple(np.split(wanted, np.searchsorted(owners, seams))),
         broken=broken,
+        contradiction=contradiction if can_begin else "",
     )
 
 

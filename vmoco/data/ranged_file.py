@@ -1,6 +1,7 @@
 """A file, or a part of one, that is read by ranges: of a store no more is read than the reader asks for.
 
-So the frames around a clip are read without the rest, and a video in a tar file without unpacking it.
+So the frames around a clip are read without the rest, once probing has read all of the file, and a video in a tar file
+without unpacking it.
 """
 
 from __future__ import annotations

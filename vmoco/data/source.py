@@ -4,7 +4,8 @@ The name of a video is its path below the root, so a data set does not change wh
 listed once, however many links lead to it, so a loop of links ends.
 
 A remote video is copied to a temporary file, in pieces, so memory does not depend on its size, and a slow store does
-not use up the decoder's time limit. Where only some runs of frames are decoded, their ranges are read instead.
+not use up the decoder's time limit. Ingest copies it for probing. Then, where only some runs of frames are decoded,
+their ranges are read instead of a second copy. Embedding copies it once and decodes the copy.
 """
 
 from __future__ import annotations

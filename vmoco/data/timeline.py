@@ -65,6 +65,8 @@ class Timeline:
     """For each recording, int64: time stamps in the file, of the packets of which a frame must come."""
     broken: VideoError | None = None
     """What is wrong with the file, where it is damaged or cut off."""
+    contradiction: str = ""
+    """Why the file is not taken at its word, where its index would tell each frame: then `is_exact` is False."""
 
 
 def plan_clips(line: Timeline, plan: ClipPlan) -> Int64Array:

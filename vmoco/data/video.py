@@ -28,7 +28,7 @@ from vmoco.data.container import CutOffError, stamps_restart
 from vmoco.data.cuts import Watcher
 from vmoco.data.ledger import NOT_SEEKABLE, Damage, VideoError
 from vmoco.data.opening import Source, decoded, errors, open_video, video_stream
-from vmoco.data.parts import Part, Run, decoded_whole, plan_parts
+from vmoco.data.parts import Part, Run, contradicted, decoded_whole, plan_parts
 from vmoco.data.pixels import is_interlaced
 from vmoco.data.probing import probe
 from vmoco.data.timeline import (
@@ -70,7 +70,8 @@ def cut_clips(source: Source, plan: ClipPlan, *, height: int, width: int, sink: 
     indices = plan_clips(line, plan)
     parts = plan_parts(line, plan, indices=indices, seconds=math.inf)
     if not parts:
-        return _cut_from_start(source, plan, line, height=height, width=width, sink=sink)
+        cut = _cut_from_start(source, plan, line, height=height, width=width, sink=sink)
+        return dataclasses.replace(cut, notes=(*contradicted(line, plan, indices=indices), *cut.notes))
     try:
         cut = cut_part(source, parts[0], plan, height=height, width=width, sink=sink)
     except VideoError as error:
@@ -219,7 +220,8 @@ def cut_part(source: Source, part: Part, plan: ClipPlan, *, height: int, width: 
     """Decodes the runs of a part of a video: its clips have the pixels that `cut_whole` gives.
 
     Raises:
-        VideoError: NOT_SEEKABLE, if a run does not hold exactly the planned frames.
+        VideoError: NOT_SEEKABLE, if a run does not hold exactly the planned frames; another reason, if the file cannot
+            be read for now.
     """
     if part.shots_from is None:
         return _cut_runs(source, part, plan, height=height, width=width, sink=sink)[0]
@@ -259,7 +261,8 @@ def _cut_runs(
             for run in part.runs:
                 _decode_run(container, stream, run, collector, log, whole=plan.deinterlace == "auto")
     except VideoError as error:
-        if error.reason == "hdr":
+        # A store that fails for a while says nothing about the video: the whole would be noted for good.
+        if error.transient or error.reason == "hdr":
             raise
         raise VideoError("decode", NOT_SEEKABLE, error.message) from None
     if not collector.complete:

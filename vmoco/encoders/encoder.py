@@ -384,7 +384,8 @@ class Encoder(nn.Module):
         """The clips of a video file as this encoder sees them, decoded in the process of `decoder`.
 
         They are those of an ingest with `--fps`, the encoder's frame rate, or without it where the video has that rate.
-        A damaged video gives the clips without a damaged frame, as ingest takes them by default.
+        Of a long video that can seek, only the frames around them are decoded. A damaged video gives the clips without
+        a damaged frame, as ingest takes them by default.
 
         Raises:
             VideoError: the video is too short or too slow, or more than half of it is lost.
@@ -394,7 +395,9 @@ class Encoder(nn.Module):
         plan, _ = clip_plan(
             path, num_frames=expected.num_frames, fps=expected.fps, short_videos=short_videos, max_clips=max_clips
         )
-        cut = decoder.cut(path, plan, part=None, size=size, encoding="raw", quality=100, offset=0, seconds=seconds)
+        cut = decoder.cut(
+            path, plan, extent="choose", size=size, encoding="raw", quality=100, offset=0, seconds=seconds
+        )
         stored = os.pread(decoder.scratch.fileno(), sum(cut.sizes), 0)
         frames = np.frombuffer(stored, np.uint8).reshape(len(cut.sizes), expected.num_frames, *size, 3).copy()
         clip_seconds = expected.num_frames / (plan.fps or cut.fps)
