@@ -33,8 +33,8 @@ class DataSettings(Settings):
     """Number of neighbouring videos that are shuffled together; 0 shuffles all. Example: 50000, for a remote data set
     that is larger than --data.cache-gib: one request then fetches many clips, for each node (METHOD.md)."""
     positives: Positives = "same_clip"
-    """What a query must match: another view of the same clip (paper), or another clip of the same video (rho-MoCo with
-    rho = 2). The second learns less from texture."""
+    """What a query must match: another view of the same clip (paper), or another clip of the same shot of its video
+    (rho-MoCo with rho = 2). The second learns less from texture. A clip that crosses a cut matches only itself."""
     two_clips_from_percent: Annotated[float, OmittedIfDefault] = Field(0.0, ge=0, le=100)
     """Percentage of the training steps after which positives come from two clips, if --data.positives is two_clips;
     before it they come from the same clip. Set for example 50 if two_clips alone does not begin to learn."""

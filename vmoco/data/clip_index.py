@@ -52,8 +52,8 @@ CLIP = np.dtype(
 VIDEO = np.dtype([("first_clip", "<i8"), ("name", "<i8")])
 SHARD = np.dtype("S64")
 _FILES = {"clips": CLIP, "videos": VIDEO, "shards": SHARD}
-_COLUMNS = ["clip_id", "video_id", "sha256", "shard", "offset", "num_bytes", "shot"]
-_VERSION = 1
+_COLUMNS = ["clip_id", "video_id", "sha256", "shard", "offset", "num_bytes", "cuts", "shot"]
+_VERSION = 2
 _KEPT = 8
 """Indexes that stay on a node: those that were opened last."""
 _ABOUT = "about.json"
@@ -78,8 +78,8 @@ class ClipIndex:
         video_names: int64 (V + 1,), a hash of each video's name, and 0. It is not an index, so that a key still names
             its video when the data set grows between two runs.
         clip_ids: uint64 (N,).
-        place_in_shot: uint32 (N,), number of clips of its shot before each clip. Where some shots of the data set are
-            not known, each video is one shot.
+        place_in_shot: uint32 (N,), number of clips of its shot before each clip. A clip that crosses a cut shows two
+            shots, so it is a shot of its own. Where some shots of the data set are not known, each video is one shot.
         num_of_shot: uint32 (N,), number of clips of its shot.
     """
 
@@ -208,7 +208,7 @@ def _open(place: Path) -> ClipIndex | None:
 
 
 def _write(manifest: Manifest, selection: Selection, files: Mapping[str, BinaryIO]) -> None:
-    """Writes the records; `place_in_shot` holds the number of the shot, until `_count_shots`."""
+    """Writes the records: `place_in_shot` is the number of the shot, and `num_of_shot` that of cuts."""
     numbers: dict[str, int] = {}
     count, last = 0, None
     for piece in _chosen(manifest, selection):
@@ -238,6 +238,7 @@ def _write(manifest: Manifest, selection: Selection, files: Mapping[str, BinaryI
             records[name] = piece[name].to_numpy()
         records["shard"] = own[shards.indices.to_numpy()]
         records["place_in_shot"] = piece["shot"].fill_null(-1).to_numpy().astype(np.int32).view(np.uint32)
+        records["num_of_shot"] = piece["cuts"].fill_null(0).to_numpy()
         files["clips"].write(records.tobytes())
         count += piece.num_rows
     files["videos"].write(np.array([(count, 0)], VIDEO).tobytes())
@@ -250,7 +251,7 @@ def _from_hex(texts: pa.ChunkedArray, dtype: str) -> Records:
 
 def _chosen(manifest: Manifest, selection: Selection) -> Iterator[pa.Table]:
     """The rows of the clips that are taken, in pieces; no piece is empty."""
-    for piece in manifest.batches([*_COLUMNS, *selection.columns]):
+    for piece in manifest.batches(list(dict.fromkeys([*_COLUMNS, *selection.columns]))):
         taken = piece.filter(pa.array(selection.keep(piece)))
         if taken.num_rows:
             yield taken
@@ -258,7 +259,7 @@ def _chosen(manifest: Manifest, selection: Selection) -> Iterator[pa.Table]:
 
 
 def _count_shots(clips: Records, first_clip: npt.NDArray[np.int64]) -> None:
-    """Makes the number of the shot of each clip its place in the shot, and the number of clips of the shot."""
+    """Makes the number of the shot of each clip, and that of its cuts, its place in the shot and the shot's length."""
     pieces = list(_whole_videos(first_clip))
     known = not any((clips["place_in_shot"][begin:end] == _UNKNOWN).any() for begin, end, _ in pieces)
     for begin, end, heads in pieces:
@@ -266,7 +267,9 @@ def _count_shots(clips: Records, first_clip: npt.NDArray[np.int64]) -> None:
         begins = np.zeros(end - begin, bool)
         begins[heads - begin] = True
         if known:
-            begins[1:] |= own["place_in_shot"][1:] != own["place_in_shot"][:-1]
+            crosses = own["num_of_shot"] > 0
+            begins |= crosses
+            begins[1:] |= (own["place_in_shot"][1:] != own["place_in_shot"][:-1]) | crosses[:-1]
         starts, shot = np.flatnonzero(begins), np.cumsum(begins) - 1
         own["place_in_shot"] = np.arange(len(own)) - starts[shot]
         own["num_of_shot"] = np.diff(starts, append=len(own))[shot]

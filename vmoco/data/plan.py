@@ -273,7 +273,7 @@ class Plan:
     def second_clips(self, draws: Draws) -> Int64Array:
         """For each draw another clip of its shot, all equally likely; the same clip where it is the only one.
 
-        Where the shots are not known, it is another clip of its video.
+        A clip that crosses a cut is paired with itself. Where the shots are not known, it is another clip of its video.
         """
         sets, chosen = self.data_sets(draws), np.empty_like(draws.clip)
         for number in np.unique(sets):
