@@ -62,7 +62,7 @@ def plain_facts(rows: list[dict[str, Any]], *, shots: bool) -> Facts:
     found: Facts = []
 
     def same(row: dict[str, Any]) -> tuple[Any, ...]:
-        if not shots:
+        if not shots or row["shot"] is None:
             return (row["video_id"],)
         return (row["video_id"], row["shot"], row["clip_id"] if row["cuts"] else None)
 
@@ -100,7 +100,7 @@ def test_pieces_change_nothing(
 ) -> None:
     """Wherever a piece of the manifest ends, also in a video or a shot; from a file, and in memory."""
     draw = np.random.default_rng(seed)
-    rows = []
+    rows, unknown = [], draw.integers(8, size=2).tolist()
     for video, count in enumerate(counts):
         held_out, shot = bool(draw.random() < 0.3), 0
         for clip in range(count):
@@ -118,7 +118,7 @@ def test_pieces_change_nothing(
                     "num_bytes": int(draw.integers(2**31)),
                     "held_out": held_out,
                     "cuts": cuts,
-                    "shot": shot,
+                    "shot": None if video in unknown else shot,
                 }
             )
             shot += cuts
@@ -161,13 +161,28 @@ def manifest_of(folder: Path, rows: list[dict[str, Any]]) -> Manifest:
     )
 
 
-def test_videos_are_shots_where_some_shots_are_not_known(data_set: Manifest) -> None:
-    """A data set that an earlier version began knows the shots of some clips only, which would favour these."""
+def test_a_video_is_one_shot_where_one_of_a_clip_is_not_known(data_set: Manifest) -> None:
+    """A data set that an earlier version began knows the shots of some videos only: these keep theirs.
+
+    The index says how many others there are, from a file and in memory. One with a single clip has no pairs.
+    """
     table = with_scores(data_set).table
-    shots = pa.array([None, *table["shot"].to_pylist()[1:]], pa.int32())
-    table = table.set_column(table.column_names.index("shot"), "shot", shots)
-    index = ClipIndex.of(data_set.with_table(table), DataSettings())
-    assert facts(index) == plain_facts(table.slice(0, 20).to_pylist(), shots=False)
+    for unknown, videos in (([0], 1), ([2, 3, 9], 2), (range(24), 10), ([], 0), ([23], 0)):
+        shots = [None if row in unknown else shot for row, shot in enumerate(table["shot"].to_pylist())]
+        partly = table.set_column(table.column_names.index("shot"), "shot", pa.array(shots, pa.int32()))
+        rows = partly.slice(0, 20).to_pylist()
+        expected = []
+        for _, own in itertools.groupby(rows, lambda row: row["video_id"]):
+            members = list(own)
+            expected += plain_facts(members, shots=all(row["shot"] is not None for row in members))
+        write_again(data_set, partly)
+        for manifest in (Manifest.load(data_set.uri), data_set.with_table(partly)):
+            for _ in range(2):  # it is made, then opened
+                index = ClipIndex.of(manifest, DataSettings())
+                assert (facts(index), index.num_without_shots) == (expected, videos)
+    few = table.slice(1)
+    without = few.set_column(few.column_names.index("shot"), "shot", pa.nulls(23, pa.int32()))
+    assert ClipIndex.of(data_set.with_table(without), DataSettings()).num_without_shots == 9
 
 
 def test_batches_are_those_of_a_manifest_in_memory(data_set: Manifest) -> None:
