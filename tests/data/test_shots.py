@@ -102,6 +102,17 @@ def test_parts_in_one_shard_are_scored_as_one_video(tmp_path: Path, decoder: Dec
     assert max(row["shot"] for row in parts.rows) == 3
 
 
+@pytest.mark.parametrize("counts", [(45, 135), (45, 45, 45, 45), (135, 45)])
+def test_notes_are_those_of_all_parts(tmp_path: Path, decoder: Decoder, counts: tuple[int, ...]) -> None:
+    """Clips that are left out of any part of a long video are counted in each row of the video, as without parts."""
+    path = write_video(tmp_path / "long.mp4", scenes(counts=counts), options=CLOSED)
+    _, (whole, _) = ingested(path, decoder=decoder, num_frames=12, at_cuts="drop")
+    _, (parts, again) = ingested(path, decoder=decoder, num_frames=12, at_cuts="drop", part_seconds=2)
+    assert again == found_again(parts)
+    note = f"cuts: {len(counts) - 1} of 15 clips cross a cut and are left out"
+    assert {row["notes"] for made in (whole, parts) for row in made.rows} == {note}
+
+
 def four_scenes() -> list[Image]:
     """45 frames of each."""
     random = np.random.default_rng(0)

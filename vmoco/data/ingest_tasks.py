@@ -189,9 +189,9 @@ def make_shard(plan: ShardPlan, *, root: str, output: str, settings: IngestSetti
     looked = _looked(cuts, decoder.scratch, settings)
     kept = [[settings.at_cuts == "keep" or not each.scores.cuts for each in own] for own in looked]
     new_shots = _new_shots(cuts, kept)
-    for (unit, *_), own in zip(cuts, kept, strict=True):
+    for name, own in _of_videos(cuts, kept).items():
         if dropped := own.count(False):
-            number = plan.units.index(unit)
+            number = next(number for number, unit in enumerate(plan.units) if unit.found.video_id == name)
             notes[number] += (f"cuts: {dropped} of {len(own)} clips cross a cut and are left out",)
     videos = [
         Video(
@@ -312,6 +312,14 @@ def _new_shots(cuts: Cuts, kept: list[list[bool]]) -> dict[tuple[str, int], tupl
     return found
 
 
+def _of_videos(cuts: Cuts, kept: list[list[bool]]) -> dict[str, list[bool]]:
+    """Which clips of each video stay, over all its parts in the shard."""
+    found: dict[str, list[bool]] = {}
+    for (unit, *_), own in zip(cuts, kept, strict=True):
+        found.setdefault(unit.found.video_id, []).extend(own)
+    return found
+
+
 def _clips(cuts: Cuts, scratch: BinaryIO, settings: IngestSettings, kept: list[list[bool]]) -> Iterator[shard.Clip]:
     """The clips of a shard, from the scratch file."""
     stored = _mapped(cuts, scratch)
@@ -350,12 +358,13 @@ def _made(
     reused: bool,
 ) -> MadeShard:
     stretches = _add_scores(rows, looked, metadata, settings)
-    videos = {read.video_id: read for read in metadata.videos}
+    videos = _parts(metadata)
+    notes = {name: dict.fromkeys(note for part in parts for note in part.notes) for name, parts in videos.items()}
     for number, row in enumerate(rows):
-        read = videos[row["video_id"]]
+        read = videos[row["video_id"]][0]
         row |= {"shard": plan.name, "row": number, "entry": read.entry, "range": read.range}
         row |= {"video_bytes": read.num_bytes, "video_sha256": read.sha256, "source": read.source}
-        row |= {"notes": "; ".join(read.notes) or None}
+        row |= {"notes": "; ".join(notes[row["video_id"]]) or None}
     rejections = tuple(dataclasses.replace(rejection, shard=plan.name) for rejection in metadata.rejected)
     losses = tuple(dataclasses.replace(loss, shard=plan.name) for loss in metadata.losses)
     return MadeShard(plan.name, file, rows, rejections, reused, losses, stretches)
