@@ -58,8 +58,8 @@ class DataSettings(Settings):
     batches_ahead: Annotated[int, Unhashed] = Field(3, ge=1)
     """Number of batches that the loader prepares ahead of the training step. Each takes memory on every worker."""
     loader_threads: Annotated[int, Unhashed, OmittedIfDefault] = Field(0, ge=0)
-    """Number of threads of each worker that read, check and decode clips. 0 takes one for each core, 8 at most; 16 for
-    remote clips, which wait for the store."""
+    """Number of threads of each worker that read, check and decode clips. 0 takes one for each core, 8 at most, where
+    the workers of a node share its cores; 16 for remote clips, which wait for the store."""
     cache: Annotated[str | None, Unhashed] = None
     """Folder on the local disk of each node, for clips of a remote data set. When left out: $VMOCO_HOME/cache, or
     ~/.vmoco/cache."""
