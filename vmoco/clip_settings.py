@@ -33,8 +33,8 @@ class DataSettings(Settings):
     """Number of neighbouring videos that are shuffled together; 0 shuffles all. Example: 50000, for a remote data set
     that is larger than --data.cache-gib: one request then fetches many clips, for each node (METHOD.md)."""
     positives: Positives = "same_clip"
-    """What a query must match: another view of the same clip (paper), or another clip of the same video (rho-MoCo with
-    rho = 2). The second learns less from texture."""
+    """What a query must match: another view of the same clip (paper), or another clip of the same shot of its video
+    (rho-MoCo with rho = 2). The second learns less from texture. A clip that crosses a cut matches only itself."""
     two_clips_from_percent: Annotated[float, OmittedIfDefault] = Field(0.0, ge=0, le=100)
     """Percentage of the training steps after which positives come from two clips, if --data.positives is two_clips;
     before it they come from the same clip. Set for example 50 if two_clips alone does not begin to learn."""
@@ -58,8 +58,8 @@ class DataSettings(Settings):
     batches_ahead: Annotated[int, Unhashed] = Field(3, ge=1)
     """Number of batches that the loader prepares ahead of the training step. Each takes memory on every worker."""
     loader_threads: Annotated[int, Unhashed, OmittedIfDefault] = Field(0, ge=0)
-    """Number of threads of each worker that read, check and decode clips. 0 takes one for each core, 8 at most; 16 for
-    remote clips, which wait for the store."""
+    """Number of threads of each worker that read, check and decode clips. 0 takes one for each core, 8 at most, where
+    the workers of a node share its cores; 16 for remote clips, which wait for the store."""
     cache: Annotated[str | None, Unhashed] = None
     """Folder on the local disk of each node, for clips of a remote data set. When left out: $VMOCO_HOME/cache, or
     ~/.vmoco/cache."""

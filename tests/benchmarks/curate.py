@@ -19,6 +19,8 @@ Ends with one JSON line.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import tempfile
 import time
@@ -30,6 +32,7 @@ import numpy as np
 
 from tests.data.videos import Image, write_video
 from vmoco.data import footage, ingest_tasks
+from vmoco.data.catalog import Catalog
 from vmoco.data.decoder import Decoder
 from vmoco.data.found import Found
 from vmoco.data.ingest_plan import ProbeTask, plan_shards
@@ -73,33 +76,44 @@ def joined(films: dict[str, list[Image]], *, seed: int, length: int) -> tuple[li
 
 
 def ingested(folder: Path, videos: list[Path], decoder: Decoder, **fields: Any) -> list[MadeShard]:
-    """Cuts and writes the shards of some videos in this process."""
+    """Cuts and writes the shards of some videos in this process; their rows are those of the manifest."""
     settings = IngestSettings(
         videos=str(folder), output=str(folder / f"out-{len(list(folder.glob('out-*')))}"), held_out_percent=0, **fields
     )
     place: dict[str, Any] = {"root": str(folder), "output": settings.output, "settings": settings, "decoder": decoder}
     found = tuple(Found(str(path.relative_to(folder)), path.stat().st_size) for path in videos)
-    return [make_shard(plan, **place) for plan in plan_shards(probe_videos(ProbeTask(found), **place), settings)]
+    made = [make_shard(plan, **place) for plan in plan_shards(probe_videos(ProbeTask(found), **place), settings)]
+    return in_manifest(made, settings)
+
+
+def in_manifest(made: list[MadeShard], settings: IngestSettings) -> list[MadeShard]:
+    """The shards with the rows that the manifest has of them: shots of long videos count on from shard to shard."""
+    with contextlib.closing(Catalog(settings, None)) as catalog:
+        for each in made:
+            catalog.add_shard(each)
+        catalog.settle(without_clips="")
+        rows = [row for piece in catalog.clips.batches(order=("shard", "row")) for row in piece.to_pylist()]
+    return [dataclasses.replace(each, rows=[row for row in rows if row["shard"] == each.name]) for each in made]
 
 
 def share(folder: Path, videos: list[Path], decoder: Decoder, *, encoding: str) -> dict[str, float]:
     """Seconds of the scores and of the rest, and their ratio."""
-    scored, seconds = ingest_tasks._scored, 0.0
+    looked, seconds = ingest_tasks._looked, 0.0
 
     def timed(*arguments: Any) -> Any:
         nonlocal seconds
         started = time.perf_counter()
-        found = scored(*arguments)
+        found = looked(*arguments)
         seconds += time.perf_counter() - started
         return found
 
-    ingest_tasks._scored = timed
+    ingest_tasks._looked = timed
     try:
         started = time.perf_counter()
         made = ingested(folder, videos, decoder, encoding=encoding, max_clips_per_video=1000)
         total = time.perf_counter() - started
     finally:
-        ingest_tasks._scored = scored
+        ingest_tasks._looked = looked
     clips = sum(len(each.rows) for each in made)
     return {
         "share": round(seconds / (total - seconds), 4),

@@ -2,8 +2,10 @@
 
 Clips per second of a loader that does nothing else, with 1 and 2 threads: raw clips that were read before, raw clips on
 their first read (which hashes them), and JPEG. A clip is one of the global batch: two views of 16 of the 32 stored
-frames of 128x171. All files are in the page cache. The settings alternate, and medians count. Beside them: what a rank
-consumes with `recommended` at 15, 25 and 40 % of an H100's peak, computed from shapes.
+frames of 128x171. All files are in the page cache. The settings alternate, and medians count. `jpeg_over_cores` is the
+rate of JPEG clips divided by that of one thread times the number of threads, or of cores where these are fewer: 1 says
+that threads add up. Beside them: what a rank consumes with `recommended` at 15, 25 and 40 % of an H100's peak, computed
+from shapes.
 
 Ends with one JSON line.
 """
@@ -22,6 +24,7 @@ from tests.benchmarks.sizing import PEAK
 from tests.dataset import make_data_set
 from tests.train.test_step import changed
 from vmoco.config import PretrainSettings
+from vmoco.data.cores import own_cores
 from vmoco.data.loader import Loader
 from vmoco.data.manifest import Manifest
 from vmoco.model.cost import step_cost
@@ -68,6 +71,11 @@ def measure(raw: Manifest, jpeg: Manifest, rounds: int) -> dict[str, dict[int, f
     }
 
 
+def over_cores(rates: dict[int, float]) -> dict[int, float]:
+    """What each number of threads reaches of that many times one thread, on the cores of this process."""
+    return {threads: round(rate / (rates[1] * min(threads, own_cores())), 3) for threads, rate in rates.items()}
+
+
 def consumed() -> dict[int, float]:
     """Clips per second that a rank needs, at a percentage of an H100's peak."""
     settings = changed(PRESETS["recommended"][1], scaling={"num_workers": 8, "device": "gpu"})
@@ -84,7 +92,7 @@ def main() -> None:
         raw = make_data_set(Path(place, "raw"), **sizes)
         jpeg = make_data_set(Path(place, "jpeg"), encoding="jpeg", **sizes)
         found = measure(raw, jpeg, rounds)
-    print(json.dumps(found | {"consumed_at_mfu": consumed()}))
+    print(json.dumps(found | {"jpeg_over_cores": over_cores(found["jpeg"]), "consumed_at_mfu": consumed()}))
 
 
 if __name__ == "__main__":

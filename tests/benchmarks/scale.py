@@ -73,7 +73,7 @@ def write_index(place: Path, num_clips: int) -> None:
         place / "shards"
     )
     sizes = {name: (place / name).stat().st_size for name in ("clips", "videos", "shards")}
-    (place / "about.json").write_text(json.dumps(sizes))
+    (place / "about.json").write_text(json.dumps(sizes | {"without_shots": 0}))
 
 
 def memory() -> dict[str, float]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.data.test_ingest_tasks import settings
@@ -15,6 +17,7 @@ from vmoco.data.ingest_plan import Probed
 from vmoco.data.ingest_tasks import MadeShard
 from vmoco.data.ledger import NOT_SEEKABLE, Loss, Rejection
 from vmoco.data.shard import ShardFile
+from vmoco.data.shots import End, Stretch
 
 FIRST = ("s1", "s2", "s3")
 
@@ -27,10 +30,15 @@ def row(video: str, clip: str, shard: str) -> dict[str, Any]:
 
 
 def made(
-    name: str, *rows: dict[str, Any], rejected: tuple[Rejection, ...] = (), losses: tuple[Loss, ...] = ()
+    name: str,
+    *rows: dict[str, Any],
+    rejected: tuple[Rejection, ...] = (),
+    losses: tuple[Loss, ...] = (),
+    stretches: tuple[Stretch, ...] = (),
 ) -> MadeShard:
     """A shard, as a task gives it back."""
-    return MadeShard(name, ShardFile(1, "0", by_clips=True), list(rows), rejected, reused=False, losses=losses)
+    file = ShardFile(1, "0", by_clips=True)
+    return MadeShard(name, file, list(rows), rejected, reused=False, losses=losses, stretches=stretches)
 
 
 def rejection(video: str, reason: str, shard: str) -> Rejection:
@@ -96,6 +104,31 @@ def test_a_video_that_cannot_be_sought_in_is_cut_again(tmp_path: Path, order: tu
     found.add_shard(made("s3", row("long", "02", "s3"), row("long", "04", "s3"), losses=(loss("long", "s3"),)))
     assert ends(found) == ([("a", "01"), ("long", "02"), ("long", "04")], [], [("long", "s3")])
     assert found.num_losses == 1
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(FIRST)))
+@pytest.mark.parametrize("again", [False, True])
+def test_shots_count_on_in_the_order_of_parts(tmp_path: Path, order: tuple[str, ...], again: bool) -> None:
+    """Whatever came first; other videos of these shards keep their numbers, and so does one that is cut again whole."""
+    grey = End.of(np.zeros((2, 3), np.float32), (0.0, 0.0))
+    shards = {}
+    for part, name in enumerate(FIRST):
+        rows = [row("long", f"{name}{shot}", name) | {"shot": shot} for shot in (0, 1)]
+        own = Stretch("long", part, 1, known_before=part == 2, known_after=False, first=grey, last=grey)
+        shards[name] = made(name, *rows, row(name, f"{part}", name) | {"shot": 5}, stretches=(own,))
+    if again:
+        shards["s2"] = dataclasses.replace(shards["s2"], rejected=(rejection("long", NOT_SEEKABLE, "s2"),))
+    found = catalog(tmp_path, "long", *FIRST)
+    for name in order:
+        found.add_shard(shards[name])
+    assert found.forget_unseekable() == again
+    if again:
+        found.add_shard(made("s1", *(row("long", f"w{shot}", "s1") | {"shot": shot} for shot in range(3))))
+    found.settle(without_clips="")
+    shots = {each["clip_id"]: each["shot"] for piece in found.clips.batches() for each in piece.to_pylist()}
+    whole = {"w0": 0, "w1": 1, "w2": 2}
+    parts = {"s10": 0, "s11": 1, "s20": 1, "s21": 2, "s30": 3, "s31": 4}
+    assert shots == (whole if again else parts) | {"0": 5, "1": 5, "2": 5}
 
 
 def test_equal_files_are_one_video(tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.data.test_clip_scores import with_scores
+from tests.data.test_clip_scores import ingested, with_scores
+from tests.data.test_cuts import CUTS, scenes
 from tests.data.test_loader import equal
+from tests.data.videos import write_video
 from tests.dataset import make_data_set
 from tests.made import settings_for
 from tests.train.test_step import changed
@@ -26,6 +28,7 @@ from vmoco.clip_settings import DataSettings
 from vmoco.data import clip_index
 from vmoco.data import manifest as manifests
 from vmoco.data.clip_index import CLIP, ClipIndex
+from vmoco.data.decoder import Decoder
 from vmoco.data.loader import Loader
 from vmoco.data.manifest import Manifest
 from vmoco.data.manifest_writer import write_manifest
@@ -57,7 +60,13 @@ def facts(index: ClipIndex) -> Facts:
 def plain_facts(rows: list[dict[str, Any]], *, shots: bool) -> Facts:
     """The same from rows of a manifest."""
     found: Facts = []
-    for _, members in itertools.groupby(rows, lambda row: (row["video_id"], row["shot"] if shots else None)):
+
+    def same(row: dict[str, Any]) -> tuple[Any, ...]:
+        if not shots or row["shot"] is None:
+            return (row["video_id"],)
+        return (row["video_id"], row["shot"], row["clip_id"] if row["cuts"] else None)
+
+    for _, members in itertools.groupby(rows, same):
         own = list(members)
         for place, row in enumerate(own):
             name = int(np.uint64(hash64("video", row["video_id"])).view(np.int64))
@@ -91,11 +100,12 @@ def test_pieces_change_nothing(
 ) -> None:
     """Wherever a piece of the manifest ends, also in a video or a shot; from a file, and in memory."""
     draw = np.random.default_rng(seed)
-    rows = []
+    rows, unknown = [], draw.integers(8, size=2).tolist()
     for video, count in enumerate(counts):
         held_out, shot = bool(draw.random() < 0.3), 0
         for clip in range(count):
             shot += int(draw.random() < 0.4)
+            cuts = int(draw.integers(3)) if draw.random() < 0.3 else 0
             sha256, shard = f"{int(draw.integers(2**60)):064x}", f"{draw.integers(3):016x}"
             rows.append(
                 {
@@ -107,9 +117,11 @@ def test_pieces_change_nothing(
                     "offset": int(draw.integers(2**40)),
                     "num_bytes": int(draw.integers(2**31)),
                     "held_out": held_out,
-                    "shot": shot,
+                    "cuts": cuts,
+                    "shot": None if video in unknown else shot,
                 }
             )
+            shot += cuts
     folder = tmp_path_factory.mktemp("set")
     manifest = manifest_of(folder / "data", rows)
     expected = plain_facts([row for row in rows if not row["held_out"]], shots=True)
@@ -149,13 +161,28 @@ def manifest_of(folder: Path, rows: list[dict[str, Any]]) -> Manifest:
     )
 
 
-def test_videos_are_shots_where_some_shots_are_not_known(data_set: Manifest) -> None:
-    """A data set that an earlier version began knows the shots of some clips only, which would favour these."""
+def test_a_video_is_one_shot_where_one_of_a_clip_is_not_known(data_set: Manifest) -> None:
+    """A data set that an earlier version began knows the shots of some videos only: these keep theirs.
+
+    The index says how many others there are, from a file and in memory. One with a single clip has no pairs.
+    """
     table = with_scores(data_set).table
-    shots = pa.array([None, *table["shot"].to_pylist()[1:]], pa.int32())
-    table = table.set_column(table.column_names.index("shot"), "shot", shots)
-    index = ClipIndex.of(data_set.with_table(table), DataSettings())
-    assert facts(index) == plain_facts(table.slice(0, 20).to_pylist(), shots=False)
+    for unknown, videos in (([0], 1), ([2, 3, 9], 2), (range(24), 10), ([], 0), ([23], 0)):
+        shots = [None if row in unknown else shot for row, shot in enumerate(table["shot"].to_pylist())]
+        partly = table.set_column(table.column_names.index("shot"), "shot", pa.array(shots, pa.int32()))
+        rows = partly.slice(0, 20).to_pylist()
+        expected = []
+        for _, own in itertools.groupby(rows, lambda row: row["video_id"]):
+            members = list(own)
+            expected += plain_facts(members, shots=all(row["shot"] is not None for row in members))
+        write_again(data_set, partly)
+        for manifest in (Manifest.load(data_set.uri), data_set.with_table(partly)):
+            for _ in range(2):  # it is made, then opened
+                index = ClipIndex.of(manifest, DataSettings())
+                assert (facts(index), index.num_without_shots) == (expected, videos)
+    few = table.slice(1)
+    without = few.set_column(few.column_names.index("shot"), "shot", pa.nulls(23, pa.int32()))
+    assert ClipIndex.of(data_set.with_table(without), DataSettings()).num_without_shots == 9
 
 
 def test_batches_are_those_of_a_manifest_in_memory(data_set: Manifest) -> None:
@@ -326,3 +353,36 @@ def test_a_pair_comes_from_one_shot_of_the_index(data_set: Manifest) -> None:
         draws = loader.plan.batch(step)
         for clip, other in zip(draws.clip.tolist(), loader.plan.second_clips(draws).tolist(), strict=True):
             assert (rows[clip]["video_id"], rows[clip]["shot"]) == (rows[other]["video_id"], rows[other]["shot"])
+
+
+def test_frames_of_a_pair_are_of_one_true_shot(tmp_path: Path) -> None:
+    """Joined scenes, with the clips that cross a cut kept: each pair that can be drawn lies between two real cuts.
+
+    A clip that crosses one is paired with itself. All clips of one shot that cross none are paired with each other.
+    """
+    path = write_video(tmp_path / "videos" / "a.mp4", scenes(), options={"g": "10", "sc_threshold": "0"})
+    decoder = Decoder()
+    settings, (made, _) = ingested(path, decoder=decoder, num_frames=8)
+    decoder.close()
+    manifest = write_manifest(
+        settings.output,
+        pa.Table.from_pylist(made.rows, pa.schema(manifests.FIELDS)),
+        settings=settings.content(),
+        frame_shape=settings.frame_shape,
+        encoding="raw",
+        shards={made.name: made.file},
+        num_rejected=0,
+    )
+    index = ClipIndex.of(manifest, DataSettings())
+    shown = []
+    for row in manifest.table.to_pylist():
+        first = round(25 * row["start_seconds"])
+        shown.append({sum(cut <= frame for cut in CUTS) for frame in range(first, first + 8)})
+    assert sum(len(each) == 2 for each in shown) >= 2
+    pairs = 0
+    for clip, (place, count) in enumerate(zip(index.place_in_shot.tolist(), index.num_of_shot.tolist(), strict=True)):
+        others = set(range(clip - place, clip - place + count)) - {clip}
+        assert all(len(shown[clip] | shown[other]) == 1 for other in others), (clip, others)
+        pairs += len(others)
+    lengths = [sum(each == {shot} for each in shown) for shot in range(len(CUTS) + 1)]
+    assert pairs == sum(length * (length - 1) for length in lengths) > 20

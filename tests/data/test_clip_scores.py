@@ -15,7 +15,7 @@ from tests.dataset import make_data_set, training_clips
 from tests.made import settings_for
 from tests.train.test_step import changed
 from vmoco.data import clip_scores, contact_sheet
-from vmoco.data.clip_scores import Scores, look, with_shots
+from vmoco.data.clip_scores import Scores, look
 from vmoco.data.cuts import cuts
 from vmoco.data.decoder import Decoder
 from vmoco.data.fit import check_fits
@@ -108,33 +108,6 @@ def test_clips_that_cross_a_cut_are_known_and_dropped(footage: Path, tmp_path: P
         == f"cuts: {sum(map(bool, wanted))} of {len(starts)} clips cross a cut and are left out"
     )
     decoder.close()
-
-
-def test_parts_in_one_shard_are_scored_as_one_video(tmp_path: Path) -> None:
-    """Long videos in parts, made and found again: the rows are those of the video that is decoded in one go."""
-    random = np.random.default_rng(0)
-    scenes = [random.integers(0, 120, (9, 12, 3)) + 130 * (at % 2) for at in range(4)]
-    frames = [np.kron(scenes[number // 45], np.ones((8, 8, 1))).astype(np.uint8) for number in range(180)]
-    path = write_video(tmp_path / "long.mp4", frames, options={"g": "10", "keyint_min": "10", "sc_threshold": "0"})
-    decoder = Decoder()
-    _, (whole, _) = ingested(path, decoder=decoder)
-    _, (parts, again) = ingested(path, decoder=decoder, part_seconds=2)
-    assert whole.name != parts.name
-    names = [field.name for field in clip_scores.FIELDS]
-    columns = [[[row[name] for name in names] for row in made.rows] for made in (whole, parts, again)]
-    assert columns[0] == columns[1] == columns[2]
-    assert max(row["shot"] for row in parts.rows) == 3
-    decoder.close()
-
-
-def test_shots_go_on_from_clip_to_clip() -> None:
-    """Another number after a cut inside a clip or between two clips; each part of a long video has its own numbers."""
-    random = np.random.default_rng(0)
-    one, other = (random.integers(0, 120, (40, 48, 3), dtype=np.uint8) for _ in range(2))
-    clips = [np.stack([one] * 4), np.stack([one] * 4), np.stack([255 - one] * 4), np.stack([255 - one, *[other] * 3])]
-    looked = [look(clip, "raw", clip.shape) for clip in (*clips, np.stack([other] * 4))]
-    assert [each.shot for each in with_shots(looked)] == [0, 0, 1, 1, 2]
-    assert [each.shot for each in with_shots(looked[3:], part=2)] == [2 << 16, (2 << 16) + 1]
 
 
 def test_jpeg_scores_are_near_those_of_raw_frames(footage: Path, tmp_path: Path) -> None:

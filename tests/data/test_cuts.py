@@ -217,7 +217,10 @@ def test_a_clip_that_still_crosses_a_cut_is_left_out(tmp_path: Path, decoder: De
 
 
 def test_damaged_videos_are_split_too(tmp_path: Path) -> None:
-    """No clip has damage or a cut, and each lies where it lies without the damage."""
+    """No clip has damage or a cut, and each lies where it lies without the damage.
+
+    Cuts are borders between clips, and so is the damage: a cut may lie there.
+    """
     frames = scenes()
     noise = np.random.default_rng(0).integers(-12, 12, (len(frames), *frames[0].shape))
     noisy = [(frame + each).clip(0, 255).astype(np.uint8) for frame, each in zip(frames, noise, strict=True)]
@@ -229,6 +232,9 @@ def test_damaged_videos_are_split_too(tmp_path: Path) -> None:
     assert made.damage is not None
     assert f"cuts: {len(SHOTS)} shots, and no clip holds frames of two" in made.notes
     assert len(original) - 4 <= len(starts) < len(original)
+    borders = {sum(start < cut for start in starts) for cut in (*CUTS, 60)}
+    assert set(made.new_shots) == borders
+    assert len(borders) == len(CUTS) + 1
     for time, clip in zip(made.start_times, kept, strict=True):
         np.testing.assert_array_equal(clip, original[time])
 
@@ -237,9 +243,12 @@ def test_folders_of_pictures_are_split_too(tmp_path: Path) -> None:
     """The clips are those of a video; a damaged picture costs its clip; shots that are too short are an error."""
     folder = write_pictures(tmp_path / "a", scenes())
     plan, kept = ClipPlan(8, split_at_cuts=True), videos.Kept()
+    damaged: tuple[int, ...] = ()
 
     def starts(plan: ClipPlan) -> list[int]:
         made = pictures.cut(folder_of(folder), plan, part=None, sink=kept, **SIZE)
+        borders = {sum(start < cut for start in made.start_times) for cut in (*CUTS, *damaged)}
+        assert set(made.new_shots) == borders
         assert f"cuts: {len(SHOTS)} shots, and no clip holds frames of two" in made.notes
         return made.start_times
 
@@ -247,4 +256,5 @@ def test_folders_of_pictures_are_split_too(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match=r"^clip: cuts: each of its 5 shots is shorter than a clip, which spans 50"):
         starts(ClipPlan(50, split_at_cuts=True))
     (folder / "frame_000061.png").write_bytes(b"no picture")
+    damaged = (60,)
     assert starts(plan) == [start for start in between(SHOTS, 8) if not start <= 60 < start + 8]

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.data.test_clip_index import write_again
+from tests.data.test_clip_scores import with_scores
 from tests.dataset import make_data_set
 from tests.made import clips, encoder_of
 from tests.train.test_loop import Notes
@@ -19,6 +21,7 @@ from tests.train.test_step import CPU, changed
 from vmoco import tracking
 from vmoco.config import PretrainSettings
 from vmoco.data.loader import Loader
+from vmoco.data.manifest import Manifest
 from vmoco.encoders import package
 from vmoco.presets import PRESETS
 from vmoco.train.loop import train
@@ -224,6 +227,23 @@ def test_a_window_that_saves_nothing_is_reported_at_the_start(settings: Pretrain
     assert not any(
         "shuffle-window" in line for line in introduce(open_run(prepare(changed(settings, run={"name": "b"}))))
     )
+
+
+def test_pairs_that_may_hold_two_shots_are_reported_at_the_start(settings: PretrainSettings) -> None:
+    """How many videos do not know their shots, where pairs are of two clips; nothing once all know them."""
+    manifest = Manifest.load(settings.data.uri[0])
+    runs = iter("abcd")
+
+    def said(**data: Any) -> list[str]:
+        chosen = changed(settings, data=data, run={"name": next(runs)})
+        return [line for line in introduce(open_run(prepare(chosen))) if "shots" in line]
+
+    assert said() == []
+    (line,) = said(positives="two_clips")
+    videos = manifest.counts["videos"] - manifest.counts["held_out"]
+    assert line.startswith(f"warning: --data.positives two_clips: the shots of {videos} of the {videos} training")
+    write_again(manifest, with_scores(manifest).table)
+    assert said(positives="two_clips") == []
 
 
 def test_a_setting_without_effect_is_reported_at_the_start_and_the_run_resumes(settings: PretrainSettings) -> None:

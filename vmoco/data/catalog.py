@@ -9,6 +9,7 @@ whatever order the results of tasks came.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from vmoco.data.ledger import Loss, Rejection
 from vmoco.data.manifest import Manifest
 from vmoco.data.parts import decoded_whole
 from vmoco.data.shard import ShardFile
+from vmoco.data.shots import Stretch, first_numbers
 from vmoco.data.temporary_database import disk_errors, temporary_database
 from vmoco.job_settings import IngestSettings
 
@@ -38,9 +40,10 @@ CREATE TABLE probed (video_id TEXT PRIMARY KEY, file TEXT, is_good INTEGER, prob
 CREATE TABLE files (file TEXT PRIMARY KEY, first TEXT) WITHOUT ROWID;
 CREATE TABLE rejections (origin TEXT, video_id TEXT, shard TEXT, reason TEXT, value TEXT);
 CREATE TABLE losses (is_old INTEGER, video_id TEXT, shard TEXT, value TEXT);
+CREATE TABLE stretches (video_id TEXT, part INTEGER, shard TEXT, value TEXT);
 """
 _FOUND, _PROBED = TypeAdapter(Found), TypeAdapter(Probed)
-_REJECTION, _LOSS = TypeAdapter(Rejection), TypeAdapter(Loss)
+_REJECTION, _LOSS, _STRETCH = TypeAdapter(Rejection), TypeAdapter(Loss), TypeAdapter(Stretch)
 _AT_ONCE = 1000
 
 
@@ -172,6 +175,10 @@ class Catalog:
         self._reject("cut", made.rejected)
         for loss in made.losses:
             self._insert_loss(loss, is_old=False)
+        self._insert(
+            "INSERT INTO stretches VALUES (?, ?, ?, ?)",
+            ((each.video_id, each.part, made.name, _STRETCH.dump_json(each).decode()) for each in made.stretches),
+        )
 
     def forget_unseekable(self) -> int:
         """Forgets what was cut of long videos of which a part could not be decoded alone; returns their number."""
@@ -180,7 +187,7 @@ class Catalog:
             "WHERE origin = 'cut' AND reason = ? GROUP BY video_id",
             [ledger.NOT_SEEKABLE],
         )
-        for what in ("clips WHERE", "losses WHERE", "rejections WHERE origin = 'cut' AND"):
+        for what in ("clips WHERE", "losses WHERE", "stretches WHERE", "rejections WHERE origin = 'cut' AND"):
             self._run(f"DELETE FROM {what} video_id IN (SELECT video_id FROM again)")
         return self._one("SELECT COUNT(*) FROM again")
 
@@ -191,7 +198,7 @@ class Catalog:
             yield dataclasses.replace(each, notes=(*each.notes, decoded_whole(why)))
 
     def settle(self, *, without_clips: str) -> None:
-        """Gives each video that was to be cut its clips or its one row of the ledger.
+        """Gives each video that was to be cut its clips, with their shots, or its one row of the ledger.
 
         Args:
             without_clips: message about a video that has neither: each of its clips crosses a cut.
@@ -211,7 +218,16 @@ class Catalog:
         for (text,) in self._read(gone):
             found = _PROBED.validate_json(text).found
             self._reject("cut", [Rejection(found.video_id, "clip", "cuts", without_clips, entry=found.entry)])
+        self._number_shots()
         self._run("DROP INDEX clips_of")  # sorting all rows is faster than looking each of them up
+
+    def _number_shots(self) -> None:
+        """Of long videos in several shards: the shots of each shard count on where the one before it ends."""
+        rows = self._read("SELECT video_id, shard, value FROM stretches ORDER BY video_id, part")
+        for name, group in itertools.groupby(rows, key=lambda row: row[0]):
+            shards, stretches = zip(*((shard, _STRETCH.validate_json(value)) for _, shard, value in group), strict=True)
+            places = zip(first_numbers(stretches), itertools.repeat(name), shards, strict=False)
+            self._insert("UPDATE clips SET shot = shot + ? WHERE video_id = ? AND shard = ?", places)
 
     def rejections(self) -> Iterator[Rejection]:
         """All rejected videos of the data set, sorted."""

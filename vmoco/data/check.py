@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import Any
 
 from vmoco.data import frames, ledger
 from vmoco.data.clip_rows import SCHEMA, ClipRows, Counts
+from vmoco.data.cores import own_cores
 from vmoco.data.manifest import Manifest
 from vmoco.data.shard import ROW_FIELDS, read_rows
 from vmoco.data.shard_reader import ShardScan
@@ -49,7 +49,7 @@ def check(uri: str, progress: Callable[[str], None] = print) -> list[str]:
         total_work=sum(file.num_bytes for file in manifest.shards.values()),
     )
     # Hashing and decoding let other threads run.
-    threads = os.cpu_count() or 1
+    threads = own_cores()
     waiting: deque[tuple[str, Future[list[str]]]] = deque()
 
     def wait(most: int) -> None:

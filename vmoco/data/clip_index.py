@@ -52,11 +52,13 @@ CLIP = np.dtype(
 VIDEO = np.dtype([("first_clip", "<i8"), ("name", "<i8")])
 SHARD = np.dtype("S64")
 _FILES = {"clips": CLIP, "videos": VIDEO, "shards": SHARD}
-_COLUMNS = ["clip_id", "video_id", "sha256", "shard", "offset", "num_bytes", "shot"]
-_VERSION = 1
+_COLUMNS = ["clip_id", "video_id", "sha256", "shard", "offset", "num_bytes", "cuts", "shot"]
+_VERSION = 3
 _KEPT = 8
 """Indexes that stay on a node: those that were opened last."""
 _ABOUT = "about.json"
+_WITHOUT_SHOTS = "without_shots"
+"""In this file, beside the sizes of the others."""
 _AT_ONCE = 2**20
 """Clips whose shots are counted at once."""
 _UNKNOWN = 2**32 - 1
@@ -78,12 +80,13 @@ class ClipIndex:
         video_names: int64 (V + 1,), a hash of each video's name, and 0. It is not an index, so that a key still names
             its video when the data set grows between two runs.
         clip_ids: uint64 (N,).
-        place_in_shot: uint32 (N,), number of clips of its shot before each clip. Where some shots of the data set are
-            not known, each video is one shot.
+        place_in_shot: uint32 (N,), number of clips of its shot before each clip. A clip that crosses a cut shows two
+            shots, so it is a shot of its own. A video is one shot where that of one of its clips is not known.
         num_of_shot: uint32 (N,), number of clips of its shot.
+        num_without_shots: number of videos of several clips whose shots are not known.
     """
 
-    def __init__(self, clips: Records, videos: Records, shards: Records) -> None:
+    def __init__(self, clips: Records, videos: Records, shards: Records, *, num_without_shots: int = 0) -> None:
         # As plain arrays: an item of a memmap takes several times as long.
         clips, videos, self._shards = (np.asarray(each).view(np.ndarray) for each in (clips, videos, shards))
         self._sha256, self._offset, self._num_bytes = clips["sha256"], clips["offset"], clips["num_bytes"]
@@ -93,6 +96,7 @@ class ClipIndex:
         self.clip_ids: UInt64Array = clips["clip_id"]
         self.place_in_shot: npt.NDArray[np.uint32] = clips["place_in_shot"]
         self.num_of_shot: npt.NDArray[np.uint32] = clips["num_of_shot"]
+        self.num_without_shots = num_without_shots
 
     @property
     def num_clips(self) -> int:
@@ -137,8 +141,7 @@ class ClipIndex:
         files = {name: io.BytesIO() for name in _FILES}
         _write(manifest, Selection(manifest, data, others), files)
         made = {name: np.frombuffer(files[name].getbuffer(), dtype) for name, dtype in _FILES.items()}
-        _count_shots(made["clips"], made["videos"]["first_clip"])
-        return cls(**made)
+        return cls(**made, num_without_shots=_count_shots(made["clips"], made["videos"]["first_clip"]))
 
 
 def _mapped(manifest: Manifest, selection: Selection, folder: Path) -> ClipIndex:
@@ -177,15 +180,15 @@ def _make(manifest: Manifest, selection: Selection, temporary: Path, place: Path
         with contextlib.ExitStack() as stack:
             files = {name: stack.enter_context(open(temporary / name, "wb")) for name in _FILES}
             _write(manifest, selection, files)
-            sizes = {name: file.tell() for name, file in files.items()}
-        if sizes["clips"]:
+            about = {name: file.tell() for name, file in files.items()} | {_WITHOUT_SHOTS: 0}
+        if about["clips"]:
             made = {name: np.memmap(temporary / name, dtype, mode="r+") for name, dtype in list(_FILES.items())[:2]}
-            _count_shots(made["clips"], made["videos"]["first_clip"])
+            about[_WITHOUT_SHOTS] = _count_shots(made["clips"], made["videos"]["first_clip"])
             made["clips"].flush()
         for name in _FILES:
             with open(temporary / name, "rb+") as file:
                 os.fsync(file.fileno())
-        (temporary / _ABOUT).write_text(json.dumps(sizes))
+        (temporary / _ABOUT).write_text(json.dumps(about))
         os.rename(temporary, place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -194,21 +197,22 @@ def _make(manifest: Manifest, selection: Selection, temporary: Path, place: Path
 def _open(place: Path) -> ClipIndex | None:
     """The index of a folder; None if there is none that is complete."""
     try:
-        sizes = json.loads((place / _ABOUT).read_text())
-        if any((place / name).stat().st_size != sizes[name] for name in _FILES):
+        about = json.loads((place / _ABOUT).read_text())
+        num_without_shots = int(about[_WITHOUT_SHOTS])
+        if any((place / name).stat().st_size != about[name] for name in _FILES):
             return None
         os.utime(place)  # used just now, so it is removed late
         files = {
-            name: np.memmap(place / name, dtype, mode="r") if sizes[name] else np.empty(0, dtype)
+            name: np.memmap(place / name, dtype, mode="r") if about[name] else np.empty(0, dtype)
             for name, dtype in _FILES.items()
         }
     except (OSError, ValueError, KeyError):
         return None
-    return ClipIndex(**files)
+    return ClipIndex(**files, num_without_shots=num_without_shots)
 
 
 def _write(manifest: Manifest, selection: Selection, files: Mapping[str, BinaryIO]) -> None:
-    """Writes the records; `place_in_shot` holds the number of the shot, until `_count_shots`."""
+    """Writes the records: `place_in_shot` is the number of the shot, and `num_of_shot` that of cuts."""
     numbers: dict[str, int] = {}
     count, last = 0, None
     for piece in _chosen(manifest, selection):
@@ -238,6 +242,7 @@ def _write(manifest: Manifest, selection: Selection, files: Mapping[str, BinaryI
             records[name] = piece[name].to_numpy()
         records["shard"] = own[shards.indices.to_numpy()]
         records["place_in_shot"] = piece["shot"].fill_null(-1).to_numpy().astype(np.int32).view(np.uint32)
+        records["num_of_shot"] = piece["cuts"].fill_null(0).to_numpy()
         files["clips"].write(records.tobytes())
         count += piece.num_rows
     files["videos"].write(np.array([(count, 0)], VIDEO).tobytes())
@@ -250,26 +255,33 @@ def _from_hex(texts: pa.ChunkedArray, dtype: str) -> Records:
 
 def _chosen(manifest: Manifest, selection: Selection) -> Iterator[pa.Table]:
     """The rows of the clips that are taken, in pieces; no piece is empty."""
-    for piece in manifest.batches([*_COLUMNS, *selection.columns]):
+    for piece in manifest.batches(list(dict.fromkeys([*_COLUMNS, *selection.columns]))):
         taken = piece.filter(pa.array(selection.keep(piece)))
         if taken.num_rows:
             yield taken
     selection.check()
 
 
-def _count_shots(clips: Records, first_clip: npt.NDArray[np.int64]) -> None:
-    """Makes the number of the shot of each clip its place in the shot, and the number of clips of the shot."""
-    pieces = list(_whole_videos(first_clip))
-    known = not any((clips["place_in_shot"][begin:end] == _UNKNOWN).any() for begin, end, _ in pieces)
-    for begin, end, heads in pieces:
-        own = clips[begin:end]
-        begins = np.zeros(end - begin, bool)
-        begins[heads - begin] = True
-        if known:
-            begins[1:] |= own["place_in_shot"][1:] != own["place_in_shot"][:-1]
+def _count_shots(clips: Records, first_clip: npt.NDArray[np.int64]) -> int:
+    """Makes the number of the shot of each clip, and that of its cuts, its place in the shot and the shot's length.
+
+    Returns:
+        How many videos of several clips are one shot, because that of a clip is not known.
+    """
+    without = 0
+    for begin, end, heads in _whole_videos(first_clip):
+        own, firsts = clips[begin:end], heads - begin
+        lengths = np.diff(firsts, append=len(own))
+        unknown = np.logical_or.reduceat(own["place_in_shot"] == _UNKNOWN, firsts)
+        without += int((unknown & (lengths > 1)).sum())
+        known, crosses = np.repeat(~unknown, lengths), own["num_of_shot"] > 0
+        begins = crosses & known
+        begins[1:] |= ((own["place_in_shot"][1:] != own["place_in_shot"][:-1]) | crosses[:-1]) & known[1:]
+        begins[firsts] = True
         starts, shot = np.flatnonzero(begins), np.cumsum(begins) - 1
         own["place_in_shot"] = np.arange(len(own)) - starts[shot]
         own["num_of_shot"] = np.diff(starts, append=len(own))[shot]
+    return without
 
 
 def _whole_videos(first_clip: npt.NDArray[np.int64]) -> Iterable[tuple[int, int, npt.NDArray[np.int64]]]:

@@ -8,22 +8,20 @@ Motion is the mean absolute difference of consecutive stored frames. A camera th
 so does a flickering lamp. The unit is grey levels (0 to 255) from one stored frame to the next, so videos of a higher
 frame rate have less of it.
 
-What a cut is, is defined in `cuts.py`; here the changes are those from one stored frame to the next. Between two clips,
-the last frame of one is compared with the first of the next; the frames between them are not stored, and nobody looks
-at them. In joined films, all clips that were said to have a cut had one, and 98 % of those with one were found; scores
-take 3 % of the time of the rest of ingest (`python -m tests.benchmarks.curate`).
+What a cut is, is defined in `cuts.py`; here the changes are those from one stored frame to the next. In joined films,
+all clips that were said to have a cut had one, and 98 % of those with one were found; scores take 3 % of the time of
+the rest of ingest (`python -m tests.benchmarks.curate`). Which clips are of one shot, `shots.py` says.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
 
 from vmoco.data import frames as storing
-from vmoco.data.cuts import FACTOR, Grey, cuts, is_cut, small_grey, written
+from vmoco.data.cuts import FACTOR, Grey, cuts, small_grey, written
 from vmoco.data.frames import Encoding, Shape, Stored
 
 
@@ -39,9 +37,6 @@ class Scores:
     """Standard deviation of the grey levels of a frame, the mean over all frames."""
     cuts: int
     """Number of cuts between shots inside the clip."""
-    shot: int = 0
-    """Number of the shot of the video in which the clip begins. Parts of a long video that are in another shard have
-    other numbers, also where a shot goes on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +44,6 @@ class Looked:
     """A clip that was looked at, with what tells whether the next one is of the same shot."""
 
     scores: Scores
-    """Without the shot."""
     first: Grey
     """Its first frame, and its last one, as `small_frames`."""
     last: Grey
@@ -63,7 +57,7 @@ FIELDS = [
     pa.field("brightness", pa.float32()),
     pa.field("contrast", pa.float32()),
     pa.field("cuts", pa.int32()),
-    pa.field("shot", pa.int32()),
+    pa.field("shot", pa.int32()),  # number of the shot of the video in which the clip begins (shots.py)
 ]
 """Columns of a manifest; null for clips that an earlier version made."""
 
@@ -88,22 +82,6 @@ def look(stored: Stored | storing.Frames, encoding: Encoding, shape: Shape) -> L
         cuts=len(cuts(changes)),
     )
     return Looked(scores, small[0], small[-1], tuple(changes[:2]), tuple(changes[-2:]))
-
-
-def with_shots(looked: Iterable[Looked], *, part: int = 0) -> Iterator[Scores]:
-    """The scores of consecutive clips of a video, with the number of the shot in which each begins.
-
-    Args:
-        looked: the clips, in order.
-        part: number of the first part of a long video.
-    """
-    shot, before = part << 16, None
-    for each in looked:
-        if before is not None:
-            change = written(np.abs(each.first - before.last).mean())
-            shot += before.scores.cuts + is_cut(change, [*before.tail, *each.head])
-        yield dataclasses.replace(each.scores, shot=shot)
-        before = each
 
 
 def small_frames(stored: Stored | storing.Frames, encoding: Encoding, shape: Shape) -> Grey:

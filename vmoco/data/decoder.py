@@ -85,6 +85,8 @@ class StoredClips:
     """What was done to the frames beyond scaling, as in `Timeline.notes`."""
     damage: Damage | None = None
     """What of the video is lost."""
+    new_shots: tuple[int, ...] = ()
+    """Numbers of the clips before which another shot is known to begin; as many as there are clips: after the last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,18 +351,16 @@ def _cut(request: _Cut, scratch: int) -> StoredClips:
     from vmoco.data import pictures, video
 
     sink = ScratchSink(scratch, encoding=request.encoding, quality=request.quality, offset=request.offset)
-    height, width = request.size
+    size = dict(zip(("height", "width"), request.size, strict=True))
     part = request.extent if isinstance(request.extent, Part) else None
     if isinstance(request.source, PictureFolder):
-        cut = pictures.cut(request.source, request.plan, part=part, height=height, width=width, sink=sink)
-        return StoredClips(cut.start_times, cut.start_seconds, cut.fps, sink.sizes, cut.notes, cut.damage)
-    source = readable(request.source)
-    if part:
-        cut = video.cut_part(source, part, request.plan, height=height, width=width, sink=sink)
+        cut = pictures.cut(request.source, request.plan, part=part, **size, sink=sink)
+    elif part:
+        cut = video.cut_part(readable(request.source), part, request.plan, **size, sink=sink)
     else:
         cut_video = video.cut_clips if request.extent == "choose" else video.cut_whole
-        cut = cut_video(source, request.plan, height=height, width=width, sink=sink)
-    return StoredClips(cut.start_times, cut.start_seconds, cut.fps, sink.sizes, cut.notes, cut.damage)
+        cut = cut_video(readable(request.source), request.plan, **size, sink=sink)
+    return StoredClips(cut.start_times, cut.start_seconds, cut.fps, sink.sizes, cut.notes, cut.damage, cut.new_shots)
 
 
 def _stream(request: _Stream, scratch: int, connection: Connection) -> StoredClips:
@@ -380,7 +380,7 @@ def _stream(request: _Stream, scratch: int, connection: Connection) -> StoredCli
         sink.flush()
     finally:
         sink.wait()  # also after an error: the next message is a request again
-    return StoredClips(cut.start_times, cut.start_seconds, cut.fps, [], cut.notes, cut.damage)
+    return StoredClips(cut.start_times, cut.start_seconds, cut.fps, [], cut.notes, cut.damage, cut.new_shots)
 
 
 def _answer(request: _Request, scratch: int, connection: Connection) -> _Answer:

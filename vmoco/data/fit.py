@@ -167,6 +167,20 @@ def _check_fits(
         )
 
 
+def shot_warnings(settings: PretrainSettings, data: Manifest | Mixture) -> list[str]:
+    """What a reader should know of pairs of two clips: of which videos they may hold frames of two shots."""
+    if settings.data.positives != "two_clips":
+        return []
+    mixture = Mixture.of(data)
+    return [
+        f"--data.positives two_clips: the shots of {index.num_without_shots} of the {index.num_videos} training videos "
+        f"of {manifest.uri} are not known, because an earlier version made their clips, so a pair of theirs may hold "
+        "frames of two shots: to know them, ingest these videos into another folder"
+        for manifest, index in zip(mixture.manifests, mixture.indexes(settings.data), strict=True)
+        if index.num_without_shots
+    ]
+
+
 def span(settings: PretrainSettings) -> int:
     """Number of stored frames from the first to the last one of a training clip."""
     return (settings.data.num_frames - 1) * settings.data.stride + 1

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Any, BinaryIO
 
@@ -24,8 +25,8 @@ import pyarrow as pa
 from pydantic import TypeAdapter
 
 from vmoco import storage
-from vmoco.data import frame_folder, shard, source
-from vmoco.data.clip_scores import Looked, Scores, look, with_shots
+from vmoco.data import frame_folder, shard, shots, source
+from vmoco.data.clip_scores import Looked, look
 from vmoco.data.clips import ClipPlan
 from vmoco.data.decoder import Decoder, Extent, StoredClips
 from vmoco.data.found import Found
@@ -36,6 +37,7 @@ from vmoco.data.manifest import FIELDS, shard_uri
 from vmoco.data.parts import decoded_whole
 from vmoco.data.shard import ShardFile, ShardMetadata, Video
 from vmoco.data.shard_reader import ShardScan
+from vmoco.data.shots import Stretch
 from vmoco.job_settings import IngestSettings
 from vmoco.seed import hash64
 
@@ -151,6 +153,8 @@ class MadeShard:
     """It was there already, with the same bytes."""
     losses: tuple[Loss, ...] = ()
     """Videos of which a part is lost."""
+    stretches: tuple[Stretch, ...] = ()
+    """Of its videos with parts in other shards: `shot` of the rows counts on from there."""
 
 
 def make_shard(plan: ShardPlan, *, root: str, output: str, settings: IngestSettings, decoder: Decoder) -> MadeShard:
@@ -182,11 +186,13 @@ def make_shard(plan: ShardPlan, *, root: str, output: str, settings: IngestSetti
             if cut.damage:
                 named = dataclasses.asdict(cut.damage)
                 losses.append(Loss(video_id=unit.found.video_id, entry=unit.found.entry, **named))
-    scored = _scored(plan, cuts, decoder.scratch, settings)
-    for (unit, *_), found in zip(cuts, scored, strict=True):
-        if dropped := found.count(None):
-            number = plan.units.index(unit)
-            notes[number] += (f"cuts: {dropped} of {len(found)} clips cross a cut and are left out",)
+    looked = _looked(cuts, decoder.scratch, settings)
+    kept = [[settings.at_cuts == "keep" or not each.scores.cuts for each in own] for own in looked]
+    new_shots = _new_shots(cuts, kept)
+    for name, own in _of_videos(cuts, kept).items():
+        if dropped := own.count(False):
+            number = next(number for number, unit in enumerate(plan.units) if unit.found.video_id == name)
+            notes[number] += (f"cuts: {dropped} of {len(own)} clips cross a cut and are left out",)
     videos = [
         Video(
             video_id=unit.found.video_id,
@@ -198,6 +204,7 @@ def make_shard(plan: ShardPlan, *, root: str, output: str, settings: IngestSetti
             part=unit.number,
             num_parts=unit.num_parts,
             notes=own,
+            new_shots=new_shots.get((unit.found.video_id, unit.number), ()),
         )
         for unit, own in zip(plan.units, notes, strict=True)
     ]
@@ -209,10 +216,9 @@ def make_shard(plan: ShardPlan, *, root: str, output: str, settings: IngestSetti
         encoding=settings.encoding,
         losses=tuple(losses),
     )
-    rows, file = shard.write_shard(uri, _clips(cuts, decoder.scratch, settings, scored), metadata=metadata)
-    for row, score in zip(rows, (each for own in scored for each in own if each), strict=True):
-        row |= dataclasses.asdict(score)
-    return _made(plan, rows, file, metadata, reused=False)
+    rows, file = shard.write_shard(uri, _clips(cuts, decoder.scratch, settings, kept), metadata=metadata)
+    stored = [each for own in zip(looked, kept, strict=True) for each in itertools.compress(*own)]
+    return _made(plan, rows, stored, file, metadata, settings, reused=False)
 
 
 def _existing(plan: ShardPlan, uri: str, settings: IngestSettings) -> MadeShard | None:
@@ -221,21 +227,24 @@ def _existing(plan: ShardPlan, uri: str, settings: IngestSettings) -> MadeShard 
         there = shard.read_rows(uri)
         rows = there.table.to_pylist()
         scan = ShardScan(uri, rows, by_clips=True)  # its name says the version
-        looked: dict[str, list[Looked]] = {}
-        intact = True
-        for row, stored, whole in scan:
+        looked: list[Looked] = []
+        intact = _knows_its_shots(there.metadata)
+        for _, stored, whole in scan:
             intact = intact and whole
             if intact:
-                own = looked.setdefault(row["video_id"], [])
-                own.append(look(stored, settings.encoding, settings.frame_shape))
-        scores = {name: with_shots(own, part=_first_part(plan, name)) for name, own in looked.items()}
+                looked.append(look(stored, settings.encoding, settings.frame_shape))
         if intact and all(settled(rejection, settings) for rejection in there.metadata.rejected):
-            for row in rows:
-                row |= dataclasses.asdict(next(scores[row["video_id"]]))
-            return _made(plan, rows, scan.file, there.metadata, reused=True)
+            return _made(plan, rows, looked, scan.file, there.metadata, settings, reused=True)
     except (OSError, ValueError):
         pass
     return None
+
+
+def _knows_its_shots(metadata: ShardMetadata) -> bool:
+    """Whether the shard says where the cuts are that its notes count; those of earlier versions do not."""
+    told = {video.video_id for video in metadata.videos if video.new_shots}
+    noted = {video.video_id for video in metadata.videos if any(note.startswith("cuts:") for note in video.notes)}
+    return noted <= told
 
 
 def _cut(unit: Unit, *, root: str, settings: IngestSettings, decoder: Decoder, offset: int) -> StoredClips:
@@ -282,42 +291,47 @@ def _mapped(cuts: Cuts, scratch: BinaryIO) -> npt.NDArray[np.uint8]:
     return np.memmap(scratch, np.uint8, mode="r") if any(cut.sizes for *_, cut in cuts) else np.empty(0, np.uint8)
 
 
-def _scored(plan: ShardPlan, cuts: Cuts, scratch: BinaryIO, settings: IngestSettings) -> list[list[Scores | None]]:
-    """The scores of each clip of each unit; None for a clip that is left out, because it crosses a cut."""
+def _looked(cuts: Cuts, scratch: BinaryIO, settings: IngestSettings) -> list[list[Looked]]:
+    """Looks at each clip of each unit."""
     stored, looked = _mapped(cuts, scratch), []
     for _, place, cut in cuts:
         ends = itertools.pairwise((place + np.cumsum([0, *cut.sizes])).tolist())
         looked.append([look(stored[low:high], settings.encoding, settings.frame_shape) for low, high in ends])
-    stays = [[settings.at_cuts == "keep" or not each.scores.cuts for each in own] for own in looked]
-    of_video: dict[str, list[Looked]] = {}
-    for (unit, *_), own, kept in zip(cuts, looked, stays, strict=True):
-        of_video.setdefault(unit.found.video_id, []).extend(itertools.compress(own, kept))
-    scores = {name: with_shots(own, part=_first_part(plan, name)) for name, own in of_video.items()}
-    return [
-        [next(scores[unit.found.video_id]) if each else None for each in kept]
-        for (unit, *_), kept in zip(cuts, stays, strict=True)
-    ]
+    return looked
 
 
-def _first_part(plan: ShardPlan, video_id: str) -> int:
-    """Number of the first part of a video that is in a shard: its other parts may be in other shards."""
-    return min(unit.number for unit in plan.units if unit.found.video_id == video_id)
+def _new_shots(cuts: Cuts, kept: list[list[bool]]) -> dict[tuple[str, int], tuple[int, ...]]:
+    """`shard.Video.new_shots` of each unit, by video and part; a clip that is left out lies between two shots."""
+    found, before = {}, Counter[str]()
+    for (unit, _, cut), own in zip(cuts, kept, strict=True):
+        name = unit.found.video_id
+        places = (before[name] + np.cumsum([0, *own])).tolist()  # of the first clip that stays, from each one on
+        left_out = [number for number, stays in enumerate(own) if not stays]
+        found[name, unit.number] = tuple(sorted({places[number] for number in (*cut.new_shots, *left_out)}))
+        before[name] = places[-1]
+    return found
 
 
-def _clips(
-    cuts: Cuts, scratch: BinaryIO, settings: IngestSettings, scored: list[list[Scores | None]]
-) -> Iterator[shard.Clip]:
+def _of_videos(cuts: Cuts, kept: list[list[bool]]) -> dict[str, list[bool]]:
+    """Which clips of each video stay, over all its parts in the shard."""
+    found: dict[str, list[bool]] = {}
+    for (unit, *_), own in zip(cuts, kept, strict=True):
+        found.setdefault(unit.found.video_id, []).extend(own)
+    return found
+
+
+def _clips(cuts: Cuts, scratch: BinaryIO, settings: IngestSettings, kept: list[list[bool]]) -> Iterator[shard.Clip]:
     """The clips of a shard, from the scratch file."""
     stored = _mapped(cuts, scratch)
-    for (unit, place, cut), found_scores in zip(cuts, scored, strict=True):
+    for (unit, place, cut), own in zip(cuts, kept, strict=True):
         found, repeats, before = unit.found, 0, None
         rate = settings.fps or cut.fps
-        columns = (cut.start_times, cut.start_seconds, cut.sizes, found_scores)
-        for time, seconds, size, score in zip(*columns, strict=True):
+        columns = (cut.start_times, cut.start_seconds, cut.sizes, own)
+        for time, seconds, size, stays in zip(*columns, strict=True):
             # At a rate far above the video's, two clips may start with the same frame.
             repeats, before = (repeats + 1 if time == before else 0), time
             parts = [found.video_id, time, *([repeats] if repeats else [])]
-            if score is None:
+            if not stays:
                 place += size
                 continue
             yield shard.Clip(
@@ -334,14 +348,51 @@ def _clips(
 
 
 def _made(
-    plan: ShardPlan, rows: list[dict[str, Any]], file: ShardFile, metadata: ShardMetadata, *, reused: bool
+    plan: ShardPlan,
+    rows: list[dict[str, Any]],
+    looked: list[Looked],
+    file: ShardFile,
+    metadata: ShardMetadata,
+    settings: IngestSettings,
+    *,
+    reused: bool,
 ) -> MadeShard:
-    videos = {read.video_id: read for read in metadata.videos}
+    stretches = _add_scores(rows, looked, metadata, settings)
+    videos = _parts(metadata)
+    notes = {name: dict.fromkeys(note for part in parts for note in part.notes) for name, parts in videos.items()}
     for number, row in enumerate(rows):
-        read = videos[row["video_id"]]
+        read = videos[row["video_id"]][0]
         row |= {"shard": plan.name, "row": number, "entry": read.entry, "range": read.range}
         row |= {"video_bytes": read.num_bytes, "video_sha256": read.sha256, "source": read.source}
-        row |= {"notes": "; ".join(read.notes) or None}
+        row |= {"notes": "; ".join(notes[row["video_id"]]) or None}
     rejections = tuple(dataclasses.replace(rejection, shard=plan.name) for rejection in metadata.rejected)
     losses = tuple(dataclasses.replace(loss, shard=plan.name) for loss in metadata.losses)
-    return MadeShard(plan.name, file, rows, rejections, reused, losses)
+    return MadeShard(plan.name, file, rows, rejections, reused, losses, stretches)
+
+
+def _add_scores(
+    rows: list[dict[str, Any]], looked: list[Looked], metadata: ShardMetadata, settings: IngestSettings
+) -> tuple[Stretch, ...]:
+    """Adds the columns of `clip_scores.FIELDS` to the rows; returns what the shots of other shards depend on."""
+    places: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault(row["video_id"], []).append(place)
+    stretches = []
+    for name, parts in _parts(metadata).items():
+        own = places.get(name, [])
+        known = {number for video in parts for number in video.new_shots}
+        clips = [looked[place] for place in own]
+        found = shots.numbers(clips, known=known, every_frame=settings.at_cuts == "split")
+        for place, clip, shot in zip(own, clips, found, strict=True):
+            rows[place] |= {**dataclasses.asdict(clip.scores), "shot": shot}
+        if len(parts) < parts[0].num_parts:
+            stretches.append(shots.stretch(name, parts[0].part, clips, found, known))
+    return tuple(stretches)
+
+
+def _parts(metadata: ShardMetadata) -> dict[str, list[Video]]:
+    """What of each video was read for the shard, by its name."""
+    found: dict[str, list[Video]] = {}
+    for video in metadata.videos:
+        found.setdefault(video.video_id, []).append(video)
+    return found

@@ -28,7 +28,7 @@ from vmoco.data.parts import Part
 from vmoco.data.pixels import MAX_PIXELS
 from vmoco.data.reports import report_in
 from vmoco.data.source import PictureFolder
-from vmoco.data.timeline import Timeline, plan_clips, shots_note, with_cuts
+from vmoco.data.timeline import Timeline, new_shots, plan_clips, shots_note, with_cuts
 from vmoco.data.video import Cut, too_short
 
 _CODECS = {"jpeg": "mjpeg", "png": "png"}
@@ -86,10 +86,11 @@ def cut(folder: PictureFolder, plan: ClipPlan, *, part: Part | None, height: int
     if not len(indices):
         raise VideoError(broken.stage, broken.reason, f"no clip is without damage: {lost}")
     notes = _collect(folder, frames, indices, plan, height=height, width=width, sink=sink)
+    unseen = np.flatnonzero(found.frames < 0) if plan.split_at_cuts else None
     if not lost.lost:  # not in the range that was asked for
-        return _at(indices, line, notes)
+        return _at(indices, line, notes, unseen=unseen)
     notes = (f"damaged: {lost.percent:.1f} % of it is lost", *notes)
-    return dataclasses.replace(_at(indices, line, notes), damage=lost)
+    return dataclasses.replace(_at(indices, line, notes, unseen=unseen), damage=lost)
 
 
 def _line(folder: PictureFolder, frames: Frames) -> Timeline:
@@ -103,10 +104,12 @@ def _line(folder: PictureFolder, frames: Frames) -> Timeline:
     return Timeline(times, keyframes, 1 / fps, float(fps), notes=notes, broken=broken)
 
 
-def _at(indices: Int64Array, line: Timeline, notes: tuple[str, ...]) -> Cut:
-    starts: list[int] = indices[:, 0].tolist() if len(indices) else []
-    seconds = [float(start * line.time_base) for start in starts]
-    return Cut(starts, seconds, line.fps, (*shots_note(line), *notes))
+def _at(indices: Int64Array, line: Timeline, notes: tuple[str, ...], *, unseen: Int64Array | None = None) -> Cut:
+    """The clips; `unseen` is as in `timeline.new_shots`."""
+    starts = indices[:, 0] if len(indices) else np.empty(0, np.int64)
+    seconds = [float(start * line.time_base) for start in starts.tolist()]
+    own = (*shots_note(line), *notes)
+    return Cut(starts.tolist(), seconds, line.fps, own, new_shots=new_shots(line, starts, unseen=unseen))
 
 
 def _between_cuts(

@@ -63,7 +63,7 @@ class PlannedClips(Protocol):
 
     @property
     def place_in_shot(self) -> npt.NDArray[np.integer]:
-        """(N,): number of clips of its shot before each clip. Where shots are not known, a video is one shot."""
+        """(N,): number of clips of its shot before each clip. A video whose shots are not known is one shot."""
 
     @property
     def num_of_shot(self) -> npt.NDArray[np.integer]:
@@ -273,7 +273,7 @@ class Plan:
     def second_clips(self, draws: Draws) -> Int64Array:
         """For each draw another clip of its shot, all equally likely; the same clip where it is the only one.
 
-        Where the shots are not known, it is another clip of its video.
+        A clip that crosses a cut is paired with itself. In a video without known shots it is another clip of the video.
         """
         sets, chosen = self.data_sets(draws), np.empty_like(draws.clip)
         for number in np.unique(sets):

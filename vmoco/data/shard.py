@@ -38,6 +38,8 @@ hash of a shard is made of those of its clips."""
 READABLE = {2, 3}
 """Versions that this vmoco reads."""
 READABLE_NAMES = " and ".join(map(str, sorted(READABLE)))
+_LATER = ("notes", "source", "new_shots")
+"""Fields of a video that came later."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,9 @@ class Video:
     """What is unusual about it and what was done to its frames, as in `Timeline.notes`; not written where empty."""
     source: str | None = None
     """`Found.source`; not written where there is none."""
+    new_shots: tuple[int, ...] = ()
+    """Numbers of its clips before which another shot is known to begin, which their frames alone do not tell
+    (`shots.py`). Clips count from the first one of the video in this shard. Not written where empty."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +85,7 @@ class ShardMetadata:
     def to_json(self) -> str:
         """Canonical JSON: equal metadata give equal bytes. What came later is left out where it is empty."""
         values = {"version": VERSION, **dataclasses.asdict(self)}
-        later = [(values, "losses"), *((video, name) for video in values["videos"] for name in ("notes", "source"))]
+        later = [(values, "losses"), *((video, name) for video in values["videos"] for name in _LATER)]
         later += [(rejection, "damaged") for rejection in values["rejected"]]
         for fields, name in later:
             if not fields[name]:  # so the shard of a clean video has the bytes of earlier versions
@@ -104,7 +109,10 @@ class ShardMetadata:
         return cls(
             settings=values["settings"],
             frame_shape=tuple(values["frame_shape"]),
-            videos=tuple(Video(**video | {"notes": tuple(video.get("notes", ()))}) for video in values["videos"]),
+            videos=tuple(
+                Video(**video | {name: tuple(video.get(name, ())) for name in ("notes", "new_shots")})
+                for video in values["videos"]
+            ),
             rejected=tuple(Rejection(**rejection) for rejection in values["rejected"]),
             encoding=values["encoding"],
             losses=tuple(Loss.of(loss) for loss in values.get("losses", [])),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from vmoco import storage
 from vmoco.data import frames as storing
 from vmoco.data.checked_clips import CheckedClips, file_mark
 from vmoco.data.clip_cache import ClipCache, map_file
+from vmoco.data.cores import own_cores
 from vmoco.data.frames import Encoding, Frames, Shape
 from vmoco.data.manifest import Manifest, shard_uri
 from vmoco.data.shard import ShardFile, ShardHash
@@ -152,7 +152,7 @@ class ClipReader:
         self._together = together
         self._fetching: dict[tuple[int, int], Future[dict[int, memoryview]]] = {}  # by shard and piece of it
         self._lock = threading.Lock()  # of `_open` and `_fetching`; never held while a file is opened or read
-        threads = threads or (_FETCH_THREADS if self._is_remote else min(_MOST_THREADS, os.cpu_count() or 1))
+        threads = threads or (_FETCH_THREADS if self._is_remote else min(_MOST_THREADS, own_cores()))
         self._pool = ThreadPoolExecutor(threads, "clips") if threads > 1 or self._is_remote else None
         self._ahead = 2 * threads
 

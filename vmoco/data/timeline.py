@@ -100,6 +100,22 @@ def with_cuts(line: Timeline, plan: ClipPlan, changes: Sequence[float]) -> Timel
     return dataclasses.replace(line, cuts=tuple(inside[found].tolist()))
 
 
+def new_shots(line: Timeline, firsts: Int64Array, *, unseen: Int64Array | None = None) -> tuple[int, ...]:
+    """Numbers of the clips before which another shot, or another recording, is known to begin.
+
+    Example: cuts before frames 9 and 30, and clips that begin with frames 10, 18, 26 give 0 and 3: the first cut lies
+    before clip 0, the second after the last clip, so it concerns the clip that would follow.
+
+    Args:
+        line: Frames of the video, with the cuts that are known.
+        firsts: int64 (N,), first frame of each clip, increasing.
+        unseen: int64, frames that are lost where all others were looked at: a cut may lie there, so they count as one.
+    """
+    lost = [] if unseen is None else unseen.tolist()
+    borders = np.array(sorted({*line.cuts, *line.seams, *lost}), np.int64)
+    return tuple(np.unique(np.searchsorted(firsts, borders)).tolist())
+
+
 def on_clock(plan: ClipPlan, line: Timeline) -> ClipPlan:
     """The plan with its seconds counted from the first frame, where they count on the container's clock."""
     if not len(line.times):

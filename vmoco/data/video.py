@@ -37,6 +37,7 @@ from vmoco.data.timeline import (
     find_seams,
     joined_note,
     lay_out,
+    new_shots,
     plan_clips,
     plan_windows,
     shots_note,
@@ -58,6 +59,8 @@ class Cut:
     """What was done to the frames beyond scaling, and whether any are lost, as in `Timeline.notes`."""
     damage: Damage | None = None
     """What of the video is lost."""
+    new_shots: tuple[int, ...] = ()
+    """Numbers of the clips before which another shot is known to begin, as `timeline.new_shots`."""
 
 
 def cut_clips(source: Source, plan: ClipPlan, *, height: int, width: int, sink: Sink) -> Cut:
@@ -168,11 +171,12 @@ def _cut_sound(
         raise VideoError(broken.stage, broken.reason, f"no clip is without damage: {lost}")
     collector = _take_sound(source, plan, found, indices, height=height, width=width, sink=sink)
     notes = (*shots_note(found.line), *collector.notes)
+    unseen = np.flatnonzero(found.frames < 0) if plan.split_at_cuts else None
     if found.damaged and not lost.lost:  # not in the range that was asked for
-        return _cut_at(indices, found.line, plan, notes, kept=sound)
+        return _cut_at(indices, found.line, plan, notes, kept=sound, unseen=unseen)
     kind = "cut-off" if promised is not None else "damaged"
     note = f"{kind}: {lost.percent:.1f} % of it is lost"
-    cut = _cut_at(indices, found.line, plan, (note, *notes), kept=sound)
+    cut = _cut_at(indices, found.line, plan, (note, *notes), kept=sound, unseen=unseen)
     return dataclasses.replace(cut, damage=lost)
 
 
@@ -205,15 +209,16 @@ def _cut_at(
     notes: tuple[str, ...],
     *,
     kept: npt.NDArray[np.bool_] | slice = slice(None),
+    unseen: Int64Array | None = None,
 ) -> Cut:
-    """`kept` tells which of the planned clips `indices` are."""
+    """`kept` tells which of the planned clips `indices` are; `unseen` is as in `timeline.new_shots`."""
     firsts, starts = indices[:, 0], line.times[indices[:, 0]]
     if ((np.diff(starts) < 0) | ((np.diff(starts) == 0) & (np.diff(firsts) > 0))).any():
         raise VideoError("clip", "bad-timestamps", "time stamps do not increase from clip to clip")
     seconds = [float(at * line.time_base) for at in starts.tolist()]
     if plan.every_seconds is not None:
         seconds = plan_windows(line, plan).seconds[kept].tolist()
-    return Cut(starts.tolist(), seconds, line.fps, notes)
+    return Cut(starts.tolist(), seconds, line.fps, notes, new_shots=new_shots(line, firsts, unseen=unseen))
 
 
 def cut_part(source: Source, part: Part, plan: ClipPlan, *, height: int, width: int, sink: Sink) -> Cut:
@@ -231,13 +236,14 @@ def cut_part(source: Source, part: Part, plan: ClipPlan, *, height: int, width: 
     line = Timeline(times, times[:0], time_base, part.fps)
     unranged = dataclasses.replace(plan, start_seconds=None, end_seconds=None)  # the run ends with the range
     line = with_cuts(line, unranged, watcher.changes(times.tolist()))
-    clips = times[plan_clips(line, unranged)].tolist()
+    indices = plan_clips(line, unranged)
+    clips = times[indices].tolist()
     if not clips:
         raise too_short(line, plan)
     if clips != part.clips:
         part = dataclasses.replace(part, clips=clips)
         cut, _ = _cut_runs(source, part, plan, height=height, width=width, sink=sink)
-    return dataclasses.replace(cut, notes=(*shots_note(line), *cut.notes))
+    return dataclasses.replace(cut, notes=(*shots_note(line), *cut.notes), new_shots=new_shots(line, indices[:, 0]))
 
 
 def _cut_runs(

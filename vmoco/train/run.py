@@ -16,7 +16,7 @@ import torch
 from vmoco import storage, tracking
 from vmoco.architectures import TRANSFORMERS
 from vmoco.config import PretrainSettings
-from vmoco.data.fit import check_fits, epoch_clips, fit_to_data, window_warnings
+from vmoco.data.fit import check_fits, epoch_clips, fit_to_data, shot_warnings, window_warnings
 from vmoco.data.held_out import scoring_problem
 from vmoco.data.mixture import Mixture, absolute, shared_videos
 from vmoco.data.training_clips import reasons
@@ -282,7 +282,8 @@ def introduce(run: Run) -> list[str]:
             lines += [f"warning: --evaluation.motion does not measure everything: {problem}" for problem in why]
     if run.warning:
         lines.append(f"warning: {run.warning}")
-    lines += [f"warning: {line}" for line in (*unused_settings(settings), *window_warnings(settings, mixture))]
+    problems = [*unused_settings(settings), *window_warnings(settings, mixture), *shot_warnings(settings, mixture)]
+    lines += [f"warning: {problem}" for problem in problems]
     if settings.model.backbone in TRANSFORMERS and train.optimizer != "adamw":
         lines.append(
             f"warning: --model.backbone {settings.model.backbone} is a transformer, which learns slowly with "
