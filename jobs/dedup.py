@@ -21,8 +21,9 @@ duplicates.parquet each clip that has a copy is a row:
     agreement, similarity              how well what moves agrees, and the cosine of the embeddings
 
 Of the clips of a group one stays: a held-out one; else that with the larger picture; else that of the larger file; else
-the first by name. Not found: copies that begin at another frame, have another frame rate (ingest with --fps), are
-mirrored or cropped, or in which nothing moves.
+the first by name. Not found: copies that have another frame rate (ingest with --fps), are mirrored or cropped, or in
+which nothing moves. Many clips are missed of a copy of another length, also where only its end is missing: clips are
+spread over a video, so those of the copy begin at other frames, and may share few or none with those of the original.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def dedup(
         f"{copies} of {manifest.num_clips} clips are copies of another clip; {found.num_compared} pairs were "
         f"compared; see {settings.output}/{TABLE}"
     )
+    job.show("copies of another length, such as without their end, are found in part: see --help")
     job.show(f"page: {write_page(manifest, found, settings)}")
     job.show(f"to train without {found.left_out.num_rows} of them: --data.leave-out {settings.output}/{LIST}")
 

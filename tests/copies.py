@@ -29,9 +29,11 @@ class Copy:
     crf: int
     """Of x264: 23 is its default, 35 looks bad."""
     codec: str = "libx264"
+    lost_frames: int = 0
+    """Frames that are missing at its end. Its clips are spread over what is left, so they begin at other frames."""
 
 
-COPIES = (Copy(0.75, 23), Copy(0.5, 29), Copy(0.34, 35))
+COPIES = (Copy(0.75, 23), Copy(0.5, 29), Copy(0.34, 35), Copy(0.75, 23, lost_frames=6))
 ORIGINAL = Copy(1.0, 16)
 
 
@@ -55,7 +57,7 @@ def write_copies(folder: Path, name: str, images: list[Image]) -> list[Path]:
         height, width = images[0].shape[:2]
         scale = min(1.0, max(copy.scale, 96 / height))
         size = (_even(height * scale), _even(width * scale))
-        frames = [_scaled(image, size) for image in images]
+        frames = [_scaled(image, size) for image in images[: len(images) - copy.lost_frames]]
         if number:
             frames = [with_logo(frame, corner=number) for frame in frames]
         path = folder / f"{name}-{number}.mp4"

@@ -204,7 +204,7 @@ class DedupSettings(PoolSettings):
     min_similarity: float = Field(0.5, ge=-1, le=1)
     """Least cosine of two embeddings, less their mean, for which the pictures are compared. Lower values find more, and
     take longer."""
-    min_agreement: float = Field(0.2, gt=0, le=1)
+    min_agreement: float = Field(0.26, gt=0, le=1)
     """Least agreement of what moves in two clips to call them copies, from 0 to 1. Raise it if the page shows pairs
     that are no copies; lower it if copies of poor quality are missed."""
     pairs: int = Field(24, ge=0)
