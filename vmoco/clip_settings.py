@@ -40,7 +40,7 @@ class DataSettings(Settings):
     before it they come from the same clip. Set for example 50 if two_clips alone does not begin to learn."""
     min_motion: Annotated[float, OmittedIfDefault] = Field(0.0, ge=0, le=255)
     """Least motion of a training clip: mean change from one stored frame to the next, in grey levels of 255. Example:
-    1, which leaves out stills. The column motion of the manifest has the values."""
+    1, which leaves out stills. A camera that shakes counts as motion. The column motion has the values."""
     min_brightness: Annotated[float, OmittedIfDefault] = Field(0.0, ge=0, le=255)
     """Least mean brightness of a training clip, in grey levels of 255. Example: 10, which leaves out black clips."""
     min_contrast: Annotated[float, OmittedIfDefault] = Field(0.0, ge=0, le=255)
