@@ -45,6 +45,8 @@ PAIRS = (
 more than one. With twice the steps the recipe takes the CPU time of the paper's form."""
 LONGER = "twice the steps"
 """How the name of an arm ends that has more steps than the others, so it takes no part in the choice."""
+CHOOSING = ("doom", "moments")
+"""Data sets whose validation parts choose an arm together; on the others it is only tested."""
 ENOUGH = 3
 """Fewest trunks with which an arm can be chosen by the validation part."""
 METHOD = Path(__file__).parents[2] / "vmoco/METHOD.md"
@@ -120,6 +122,28 @@ def choose(results: list[Result], other: str, *, allowed: Callable[[str], bool])
     return max(found, key=lambda choice: choice.validation.mean, default=None)
 
 
+def choose_together(by_data: dict[str, list[Result]]) -> dict[str, Choice]:
+    """What each data set says of the arm with the largest mean gain over MoCo on the validation parts of CHOOSING.
+
+    Empty where no arm has enough trunks on all of these.
+    """
+    sets = [by_data.get(data, []) for data in CHOOSING]
+    gains: dict[str, float] = {}
+    for arm in dict.fromkeys(arm for found in sets for arm in _arms(found) if _may_be_chosen(arm)):
+        apart = [difference(found, arm, REFERENCE, measure="linear_validation") for found in sets]
+        if min(each.count for each in apart) >= ENOUGH:
+            gains[arm] = float(np.mean([each.mean for each in apart]))
+    if not gains:
+        return {}
+    best = max(gains, key=lambda arm: gains[arm])
+    parts = ("linear_validation", "linear_test")
+    return {
+        data: Choice(best, *(difference(found, best, REFERENCE, measure=part) for part in parts))
+        for data, found in by_data.items()
+        if best in _arms(found)
+    }
+
+
 def write_report(results: list[Result], *, settings: PretrainSettings) -> dict[str, Any]:
     """Writes `ablation.json` and `ablation.png`, and the tables into vmoco/METHOD.md between its two markers.
 
@@ -129,18 +153,35 @@ def write_report(results: list[Result], *, settings: PretrainSettings) -> dict[s
 
     Returns:
         By data set and arm: mean accuracy of the linear probe on the test part, its differences to MoCo and to random
-        dropping with their 95 % intervals, seeds, hardness and CPU minutes; and what the validation part chooses. For
-        the last line of the benchmark.
+        dropping with their 95 % intervals, seeds, hardness and CPU minutes; what the validation parts choose, alone and
+        together; and the hours of one core of all runs. For the last line of the benchmark.
     """
     by_data = {data: [r for r in results if r["data"] == data] for data in dict.fromkeys(r["data"] for r in results)}
     RESULTS.mkdir(exist_ok=True)
     rows = ",\n".join(json.dumps(_row(result)) for result in results)
     content = json.dumps(settings.content())
-    (RESULTS / "ablation.json").write_text(f'{{"settings": {content},\n"results": [\n{rows}\n]}}\n')
+    together = choose_together(by_data)
+    summary: dict[str, Any] = {data: _line(found) for data, found in by_data.items()}
+    summary["chosen on validation together"] = {data: _as_json(choice) for data, choice in together.items()}
+    summary["core_hours"] = round(sum(result["cpu_seconds"] for result in results) / 3600, 1)
+    lines = f'"settings": {content},\n"summary": {json.dumps(summary)},\n"results": [\n{rows}\n]'
+    (RESULTS / "ablation.json").write_text(f"{{{lines}}}\n")
+    text = "\n".join([*map(tables, by_data.values()), *([_together(together)] if together else [])])
     before, rest = METHOD.read_text().split(_BEGIN)
-    METHOD.write_text(before + _BEGIN + "\n".join(map(tables, by_data.values())) + _END + rest.split(_END)[1])
+    METHOD.write_text(before + _BEGIN + text + _END + rest.split(_END)[1])
     plot(by_data, RESULTS / "ablation.png")
-    return {data: _line(found) for data, found in by_data.items()}
+    return summary
+
+
+def _together(together: dict[str, Choice]) -> str:
+    """What the arm that all validation parts choose together has, as one paragraph."""
+    chosen = next(iter(together.values())).arm
+    each = [
+        f"`{data}` {choice.test} on test, {choice.validation} on validation ({choice.test.count} trunks)"
+        for data, choice in together.items()
+    ]
+    names = " and ".join(f"`{data}`" for data in CHOOSING)
+    return f"**Chosen on validation over {names} together: {chosen}.** Points to {REFERENCE}: {'; '.join(each)}.\n"
 
 
 def tables(results: list[Result]) -> str:
@@ -243,17 +284,18 @@ def _line(results: list[Result]) -> dict[str, Any]:
             "hardness": _hardness(runs),
             "cpu_minutes": round(_mean(results, arm, "cpu_seconds") / 60, 1),
         }
-    chosen = {
-        what: {"arm": choice.arm, "validation": choice.validation.as_json(), "test": choice.test.as_json(), "to": other}
-        for what, other, choice in _choices(results)
-    }
+    chosen = {what: _as_json(choice) | {"to": other} for what, other, choice in _choices(results)}
     return {"arms": arms, "chosen_on_validation": chosen}
+
+
+def _as_json(choice: Choice) -> dict[str, Any]:
+    return {"arm": choice.arm, "validation": choice.validation.as_json(), "test": choice.test.as_json()}
 
 
 def _choices(results: list[Result]) -> list[tuple[str, str, Choice]]:
     """What is chosen, what it is compared with, and the choice."""
     kinds = (
-        ("among all arms", REFERENCE, lambda arm: _is_forked(arm) and not arm.endswith(LONGER)),
+        ("among all arms", REFERENCE, _may_be_chosen),
         ("among adversarial arms", CONTROL, lambda arm: arm.startswith(ADVERSARY)),
     )
     found = [(what, other, choose(results, other, allowed=allowed)) for what, other, allowed in kinds]
@@ -263,6 +305,10 @@ def _choices(results: list[Result]) -> list[tuple[str, str, Choice]]:
 def _is_forked(arm: str) -> bool:
     """Whether an arm starts from a trunk, and is not what arms are compared with."""
     return arm.startswith((f"{REFERENCE} +", f"{REFERENCE},", "VideoMoCo"))
+
+
+def _may_be_chosen(arm: str) -> bool:
+    return _is_forked(arm) and not arm.endswith(LONGER)
 
 
 def _cell(results: list[Result], arm: str, other: str, *, measure: str = "linear_test") -> str:

@@ -77,6 +77,24 @@ def test_the_test_part_chooses_nothing() -> None:
     assert found["among adversarial arms"]["test"]["mean"] == -13
 
 
+def test_data_sets_choose_together_and_another_only_tests() -> None:
+    """The arm with the best mean over both validation parts, which neither chooses alone; `camera` has no say."""
+    gains = {"MoCo + two clips": (9.0, -5.0, 99.0), RANDOM: (6.0, 6.0, 1.0), RELATIVE: (-5.0, 9.0, 0.0)}
+    by_data = {}
+    for at, data in enumerate(("doom", "moments", "camera")):
+        found = [result(MOCO, seed, 40, 40) for seed in range(3)]
+        for arm, gain in gains.items():
+            found += [result(arm, seed, 40 + 2 * gain[at], 40 + gain[at]) for seed in range(3)]
+        found += [result(LONGER, seed, 99, 99) for seed in range(3)]
+        by_data[data] = found
+    together = report.choose_together(by_data)
+    assert {choice.arm for choice in together.values()} == {RANDOM}
+    assert {data: choice.validation.mean for data, choice in together.items()} == {"doom": 6, "moments": 6, "camera": 1}
+    assert {data: choice.test.mean for data, choice in together.items()} == {"doom": 12, "moments": 12, "camera": 2}
+    assert f"together: {RANDOM}.**" in report._together(together)
+    assert report.choose_together({"doom": by_data["doom"]}) == {}
+
+
 def test_the_arms_that_the_report_compares_exist() -> None:
     """Every name in the report is an arm: a renamed arm would silently leave a comparison out."""
     named = {report.REFERENCE, report.CONTROL, *(name for pair in report.PAIRS for name in pair)}
@@ -101,9 +119,11 @@ def test_the_report_is_written_beside_the_text(tmp_path: Path, monkeypatch: pyte
     assert text.endswith("<!-- /ablation -->\nafter\n")
     assert "old" not in text
     assert text.count("| MoCo + random dropping | ") == 2
-    assert list(found) == ["doom", "moments"]
+    assert list(found) == ["doom", "moments", "chosen on validation together", "core_hours"]
+    assert found["core_hours"] == round(7 * 120 / 3600, 1)
     kept = json.loads((tmp_path / "results/ablation.json").read_text())
     assert kept["settings"] == BASE.content()
+    assert kept["summary"] == found
     assert [(row["data"], row["arm"], row["linear_test"]) for row in kept["results"]] == [
         (each["data"], each["arm"], each["linear_test"]) for each in results
     ]
