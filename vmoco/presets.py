@@ -42,10 +42,7 @@ PRESETS: dict[str, tuple[str, PretrainSettings]] = {
             # Parts of one video share colours and light: half of the views are grey, and each is standardised.
             augment=AugmentSettings(size=48, grey_probability=0.5, blur_probability=0.5, standardise=True),
             model=ModelSettings(backbone="r2plus1d_nano", head="mlp"),
-            # The kind of adversary whose drops are harder for the encoder than random ones, and the cheapest.
-            generator=GeneratorSettings(
-                learning_rate=0.002, before_start="random", relative=True, select="sample", objective="contrast"
-            ),
+            generator=GeneratorSettings(learning_rate=0.002, before_start="random"),
             # A queue of 8 steps. The key encoder follows within 10 of the 200 steps: in our trials a slow one cost a
             # short run 2 to 11 points. Temperature 0.2 belongs to the MLP head (MoCo v2).
             moco=MocoSettings(queue_size=256, momentum=0.9, temperature=0.2, decay=0.99),
