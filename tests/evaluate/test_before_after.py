@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,17 @@ from PIL import Image
 
 from tests.browser import title_of
 from tests.dataset import make_data_set
-from tests.made import encoder_of
+from tests.made import encoder_of, save_checkpoint
+from vmoco.data.manifest import Manifest
 from vmoco.encoders.foreign import random_initialisation
 from vmoco.evaluate.before_after import AFTER, BEFORE, COLUMNS, compare, found, write_page
+from vmoco.evaluate.features import window
+from vmoco.evaluate.motion import ENCODER, colour_features, make_views, measure_probes, plan_motion, read_colours
 from vmoco.evaluate.motion_probes import probe_encoder
 from vmoco.evaluate.score import Answers, Estimate, TooFewVideosError, score_encoder
+from vmoco.train.publish import write_encoder
 
+ROOT = Path(__file__).parents[2]
 PROBE = """<script>addEventListener("load", () => {
   const all = [...document.images];
   document.title = [all.filter(image => image.complete && image.naturalWidth > 0).length - all.length,
@@ -80,6 +87,12 @@ def test_probes_of_motion_stand_beside_the_searches(tmp_path: Path) -> None:
     assert speed.after.value == probe_encoder(encoder, manifest, max_clips=1000)["speed"]
     untrained = random_initialisation(encoder, seed=1)
     assert order.before.value == probe_encoder(untrained, manifest, max_clips=1000)["order"]
+    chosen = plan_motion(manifest)
+    colours, _ = read_colours(manifest, chosen.rows)
+    views = make_views(window(encoder, manifest), 16)
+    assert [row.by_colour for row in (speed, order)] == [
+        each.by[ENCODER].value for each in measure_probes({ENCODER: colour_features(colours, views)}, chosen, views)
+    ]
     assert (speed.chance, order.chance) == (1 / 3, 1 / 2)
     assert speed.difference.value == pytest.approx(speed.after.value - speed.before.value)
     assert {len(row.cells()) for row in found.rows} == {len(COLUMNS)}
@@ -98,6 +111,30 @@ def test_too_few_held_out_videos_have_a_page_without_scores(tmp_path: Path) -> N
     assert "<table>" not in text
     with pytest.raises(TooFewVideosError, match="0 clips are held out, and a comparison needs two"):
         compare(encoder, make_data_set(tmp_path / "none"))
+
+
+def test_the_job_says_what_is_missing(tmp_path: Path) -> None:
+    """With one held-out video it prints why there are no scores, and the page; with none it names the flag to raise."""
+    folder, page = tmp_path / "encoder", tmp_path / "pages" / "page.html"
+    trained = make_data_set(tmp_path / "trained")
+    save_checkpoint(tmp_path / "checkpoint", trained)
+    write_encoder(tmp_path / "checkpoint", folder, data=trained)
+
+    def run(manifest: Manifest) -> list[str]:
+        command = [sys.executable, "jobs/compare.py", str(folder), "--data", manifest.uri, "--page", str(page)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    why, where = run(make_data_set(tmp_path / "one", num_held_out=1))
+    assert why.startswith("note: no scores: 1 of 1 held-out videos")
+    assert where.endswith(page.as_uri())
+    assert page.exists()
+    page.unlink()
+    (why,) = run(make_data_set(tmp_path / "none"))
+    assert why.startswith("note: no scores and no page: 0 clips are held out")
+    assert "--held-out-percent" in why
+    assert not page.exists()
 
 
 def test_a_browser_shows_the_page(tmp_path: Path) -> None:

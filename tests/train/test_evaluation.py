@@ -138,6 +138,10 @@ def test_a_score_tells_of_motion_where_it_is_asked_to(tmp_path: Path) -> None:
         assert f"score/{probe}_of_few" not in numbers
         assert (films * 30 * classes) % 1 == pytest.approx(0, abs=1e-6), "a share of 10 videos with 3 clips each"
         assert numbers[f"score/{probe}"] == pytest.approx(0.8 * films + 0.2 * sports)
+    _, least = score_checkpoint(made.uri, data, max_videos=2, device="cpu", motion=True)
+    for probe in ("speed", "order"):
+        films = least[f"score/{probe}_of_films"]
+        assert (films * 20 * (3 if probe == "speed" else 2)) % 1 == pytest.approx(0, abs=1e-6), "two clips of each"
 
 
 def test_a_score_reads_through_the_cache_of_the_run(tmp_path: Path, store: Any, vmoco_home: Path) -> None:

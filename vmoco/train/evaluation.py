@@ -32,7 +32,7 @@ from vmoco.encoders.promotion import Score
 from vmoco.evaluate.features import clip_features
 from vmoco.evaluate.knn import classify
 from vmoco.evaluate.mixture_score import joined_numbers, joined_score, score_mixture
-from vmoco.evaluate.motion import CLIPS
+from vmoco.evaluate.motion import CLIPS, MIN_VIDEOS
 from vmoco.evaluate.motion_probes import probe_encoder
 from vmoco.evaluate.score import TooFewVideosError
 from vmoco.model.cost import SCORE_SECONDS
@@ -71,15 +71,16 @@ def score_checkpoint(uri: str, data: DataSettings, *, max_videos: int, device: s
         encoder = encoder_in(checkpoint, data=mixture).to(torch.device(device))
     scored = score_mixture(encoder, mixture, max_videos=max_videos, cache_of=cache_of)
     numbers = joined_numbers(scored)
-    share = max_videos // len(mixture.manifests)
+    count = len(mixture.manifests)
+    probed = min(CLIPS, 2 * max(max_videos // count, MIN_VIDEOS))  # two clips of each video
     by_set: dict[str, dict[str, float]] = {}
     for name, manifest in zip(mixture.names, mixture.manifests, strict=True):
         cache = cache_of(manifest)
-        accuracy = knn_accuracy(encoder, manifest, max_clips=4 * share, cache=cache)
+        accuracy = knn_accuracy(encoder, manifest, max_clips=4 * max_videos // count, cache=cache)
         by_set[name] = {} if accuracy is None else {"knn": accuracy}
         if motion:
             with contextlib.suppress(TooFewVideosError):  # of this set; the start of the run has said so
-                by_set[name] |= probe_encoder(encoder, manifest, max_clips=min(CLIPS, 2 * share), cache=cache)
+                by_set[name] |= probe_encoder(encoder, manifest, max_clips=probed, cache=cache)
     numbers |= _means(by_set, mixture)
     return joined_score(scored), {f"score/{name}": value for name, value in numbers.items()}
 
