@@ -21,7 +21,7 @@ stamps: in ingest another task has done that.
 
 On a core of a virtual machine, milliseconds a clip: an hour with key frames every second takes 20, of which 14 find the
 time stamps (every frame of it decoded: 200), PyAV 4, torchcodec 6 or 9, decord 15, FFmpeg 79. Ten minutes with key
-frames every 2 s take 8, PyAV 4, torchcodec 6, decord 11. Every frame of a minute of 640x360 takes 13, PyAV 11 with a
+frames every 2 s take 8, PyAV 4, torchcodec 6, decord 11. Every frame of a minute of 640x360 takes 12, PyAV 11 with a
 cheaper filter, decord 13, FFmpeg 18, torchcodec 23. So what is slower than the best is to look at each time stamp
 before anything is decoded, which PyAV does not do, and the filter.
 

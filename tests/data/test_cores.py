@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.dataset import make_data_set
+from vmoco.data import check
 from vmoco.data.cores import own_cores
 from vmoco.data.shard_reader import ClipReader
 
@@ -44,3 +46,17 @@ def test_a_reader_takes_no_more_threads_than_cores(
     asked = ClipReader.of(manifest, threads=3)._pool
     assert asked is not None
     assert asked._max_workers == 3
+
+
+def test_the_check_of_a_data_set_takes_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the process is given, not those of the machine."""
+    manifest, pools = make_data_set(tmp_path), list[int]()
+
+    def pool(threads: int) -> ThreadPoolExecutor:
+        pools.append(threads)
+        return ThreadPoolExecutor(threads)
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)))
+    monkeypatch.setattr(check, "ThreadPoolExecutor", pool)
+    assert check.check(manifest.uri) == []
+    assert pools == [5]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.data import videos
@@ -218,13 +222,39 @@ KINDS: dict[str, tuple[str, str, int, int, int]] = {
 }
 
 
-def write_kind(path: Path, codec: str, pix_fmt: str, *, matrix: int, range_: int) -> Path:
+ROOT = Path(__file__).parents[2]
+WITHOUT_CPU_FLAGS = """
+import ctypes, sys
+from pathlib import Path
+import av
+(library,) = {line.split()[-1] for line in open("/proc/self/maps") if "libavutil" in line}
+utilities = ctypes.CDLL(library)
+assert utilities.av_get_cpu_flags() != 0
+utilities.av_force_cpu_flags(0)
+from tests.data.test_pixels import digest
+for path in sys.argv[1:]:
+    print(digest(Path(path)))
+assert utilities.av_get_cpu_flags() == 0
+"""
+
+
+def digest(path: Path) -> str:
+    """Of the frames of a video, at their own size and at a smaller one."""
+    return hashlib.sha256(b"".join(cut(path, 5, size)[0].tobytes() for size in (LARGE, SIZE))).hexdigest()
+
+
+def psnr(one: videos.Image, other: videos.Image) -> float:
+    """In dB."""
+    return float(10 * np.log10(255**2 / np.square(one.astype(float) - other).mean()))
+
+
+def write_kind(path: Path, codec: str, pix_fmt: str, *, matrix: int, range_: int, size: tuple[int, int] = SIZE) -> Path:
     """Five frames of `moving`, whose stream and frames state a matrix and a range."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25)
-        stream.height, stream.width, stream.pix_fmt = *SIZE, pix_fmt
+        stream.height, stream.width, stream.pix_fmt = *size, pix_fmt
         stream.codec_context.colorspace, stream.codec_context.color_range = matrix, range_
-        for number, image in enumerate(moving(5)):
+        for number, image in enumerate(moving(5, height=size[0], width=size[1])):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=pix_fmt)
             frame.pts, frame.time_base = number, Fraction(1, 25)
             frame.colorspace, frame.color_range = matrix, range_
@@ -244,6 +274,37 @@ def test_every_kind_of_pixel_is_as_ffmpeg_shows_it(tmp_path: Path, name: str) ->
     assert np.abs(found.astype(int) - expected).max() <= tolerance
     assert found.std() > 20, "a picture"
     assert notes == ()
+
+
+LARGE = (288, 384)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_frame_that_shrinks_is_scaled_in_its_planes(tmp_path: Path, name: str) -> None:
+    """It is at most one level from FFmpeg's scaling to RGB at once, and as near to an antialiased resize: 50 dB."""
+    codec, pix_fmt, matrix, range_, tolerance = KINDS[name]
+    path = write_kind(tmp_path / name, codec, pix_fmt, matrix=matrix, range_=range_, size=LARGE)
+    found, _ = cut(path, 5)
+    flags = SCALE[1].removesuffix(":in_chroma_loc=left")
+    at_once = np.stack(videos.filtered(path, ("scale", f"w={SIZE[1]}:h={SIZE[0]}:{flags}")))
+    assert np.abs(found.astype(int) - at_once).max() <= max(tolerance, pix_fmt.startswith("yuv"))
+    whole = torch.from_numpy(np.stack(videos.filtered(path, (SCALE[0], flags)))).permute(0, 3, 1, 2).float()
+    resized = torch.nn.functional.interpolate(whole, SIZE, mode="bilinear", antialias=True)
+    expected = resized.permute(0, 2, 3, 1).round().numpy()
+    # Each bit of black and white is a jump, and chroma of a quarter of the columns depends on how it is widened.
+    least = {"black-and-white.mov": 30, "410.mkv": 34, "411.mkv": 37, "palette.gif": 48}.get(name, 50)
+    assert psnr(found, expected) >= least
+
+
+def test_scaling_gives_the_same_bytes_on_every_cpu(tmp_path: Path) -> None:
+    """With all of FFmpeg's code for this CPU switched off, also in the planes of a frame that shrinks."""
+    paths = [
+        write_kind(tmp_path / name, codec, pix_fmt, matrix=matrix, range_=range_, size=LARGE)
+        for name, (codec, pix_fmt, matrix, range_, _) in KINDS.items()
+    ]
+    command = [sys.executable, "-c", WITHOUT_CPU_FLAGS, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=True)
+    assert done.stdout.splitlines() == [digest(path) for path in paths]
 
 
 @pytest.mark.parametrize(("matrix", "read_as"), [(8, 2), (10, 9), (11, 2), (12, 2), (14, 2)])

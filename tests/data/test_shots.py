@@ -69,8 +69,9 @@ def test_shots_go_on_from_clip_to_clip() -> None:
     assert numbers([], known={0}, every_frame=True) == []
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("known", [set(), {0}, {2}, {1, 4}, {5}])
-def test_shots_count_on_from_shard_to_shard(known: set[int]) -> None:
+def test_shots_count_on_from_shard_to_shard(known: set[int], early: bool) -> None:
     """Wherever the clips are divided, also into nothing: the numbers are those of all in one shard.
 
     Parts have any number: the numbers fit the column. Stretches keep what they say on their way through Ray and JSON.
@@ -81,7 +82,8 @@ def test_shots_count_on_from_shard_to_shard(known: set[int]) -> None:
         stretches, shots = [], []
         for part, (low, high) in enumerate(itertools.pairwise((0, *places, 5)), start=40_000):
             # A border at the end of one is also at the beginning of the next: one of them knows it.
-            own = {number - low for number in known if low <= number < high or number == high == 5}
+            inside = range(low + (early and low > 0), high + (early or high == 5))
+            own = {number - low for number in known if number in inside}
             shots.append(numbers(clips[low:high], known=own, every_frame=False))
             stretches.append(stretch("a", part, clips[low:high], shots[-1], own))
         assert from_table(to_table(stretches, Stretch), Stretch) == stretches
