@@ -37,6 +37,7 @@ PAIRS = (
     ("MoCo, old keys + random dropping", "MoCo, old keys"),
     ("VideoMoCo (adversarial dropping + decay)", ADVERSARY),
     ("VideoMoCo, old keys", "VideoMoCo (adversarial dropping + decay)"),
+    ("VideoMoCo, old keys", "MoCo, old keys + decay"),
     ("MoCo, old keys + random dropping", "VideoMoCo (adversarial dropping + decay)"),
     ("MoCo, old keys + random dropping", "VideoMoCo, old keys"),
     ("MoCo, old keys + random dropping, twice the steps", "VideoMoCo, old keys"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import itertools
 import os
@@ -85,6 +86,7 @@ def test_raw_frames_are_views_of_the_file(tmp_path: Path) -> None:
     """They are neither copied nor writable, and outlive the reader; an open shard takes no file descriptor."""
     manifest = make_data_set(tmp_path)
     expected = stored_clips(manifest)
+    gc.collect()  # what other tests have left is not freed in between
     reader, descriptors, memory = ClipReader.of(manifest), len(os.listdir("/proc/self/fd")), pa.total_allocated_bytes()
     views = [reader.frames(clip, range(2, 8)) for clip in range(24)]
     assert len(os.listdir("/proc/self/fd")) == descriptors
