@@ -89,8 +89,8 @@ MAX_PIXELS = 8192 * 4352
 
 # swscale's bilinear filter widens when it shrinks a frame, so it is antialiased: with chroma at full width it is within
 # 52 to 58 dB of torch's antialiased resize of the RGB frame (area: 38 to 53 dB, 20 % faster; decoding takes 2 to 5
-# times as long as either), through planes of 10 bits within 51 to 57. With the last two flags it gives the same bytes on
-# every CPU.
+# times as long as either), through planes of 10 bits within 51 to 57. With the last two flags it gives the same bytes
+# on every CPU.
 SCALING = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 # What a frame is scaled to before it is RGB: 10 bits cost as much as 8 and 1 dB (8: 4 dB), 16 bits cost more.
 _PLANES = "yuv444p10le"
